@@ -1,0 +1,6 @@
+"""Texts as token windows, and a model run block by block with bounded memory."""
+
+from .capture import BlockRunner
+from .data import Windows, calibration_windows, evaluation_windows, read_text, text_digest
+
+__all__ = ["BlockRunner", "Windows", "calibration_windows", "evaluation_windows", "read_text", "text_digest"]

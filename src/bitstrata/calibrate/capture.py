@@ -1,0 +1,165 @@
+"""Run a causal language model block by block, weights read when needed.
+
+The model is a skeleton on meta. What lies outside the decoder blocks (embeddings, final norm,
+head) is filled in for the first and the last step only, a block only while it is worked on. So
+memory holds
+
+    max(outside the blocks, one block) in fp32  +  the hidden states of the windows,
+
+whatever the size of the model. What a block needs besides hidden states (masks, positions) does
+not depend on weights: it is recorded once, by sending one window through stand-ins that pass their
+input on. Hidden states are fp32 [windows, seq_len, hidden].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import ModelError
+from ..models.discover import Discovery, find_blocks
+from ..models.source import SourceModel, release
+
+TOKENS_PER_BATCH = 4096
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place; hands its call to `visit`, which returns the hidden states to pass on."""
+
+    def __init__(self, block: nn.Module, visit: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block
+        self.__dict__["_visit"] = visit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)  # models ask a block for its attention type and the like
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._visit(hidden_states, args, kwargs)
+
+
+class BlockRunner:
+    """Runs `source` one block at a time.
+
+    Args:
+        source: the model's files.
+        model: its skeleton on meta.
+        discovery: what `discover` found in it.
+        seq_len: the length of every window.
+        device: where blocks run.
+    """
+
+    def __init__(
+        self, source: SourceModel, model: PreTrainedModel, discovery: Discovery, seq_len: int, device: torch.device
+    ) -> None:
+        self.source, self.model, self.discovery, self.device = source, model, discovery, device
+        self._list_name = find_blocks(model)
+        self._blocks: list[nn.Module] = list(model.get_submodule(self._list_name).children())
+        self._batch = max(1, TOKENS_PER_BATCH // seq_len)
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    @contextmanager
+    def _outside(self, visits: list[Callable[..., Tensor]]) -> Iterator[None]:
+        """Everything but the blocks in memory, and stand-ins in the blocks' places."""
+        holder = self.model.get_submodule(self._list_name)
+        inside = {name for name in self.model.state_dict() if name.startswith(f"{self._list_name}.")}
+        for index, visit in enumerate(visits):
+            holder._modules[str(index)] = _StandIn(self._blocks[index], visit)
+        try:
+            self.source.materialise(self.model, self.model, "", skip=inside)
+            self.model.tie_weights()
+            self.model.to(self.device)
+            yield
+        finally:
+            for index, block in enumerate(self._blocks):
+                holder._modules[str(index)] = block
+            release(self.model)
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states before the first block: tokens int64 [n, S] -> fp32 [n, S, hidden]."""
+        first: list[Tensor] = []
+        self._calls = []
+
+        def keep(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            first.append(hidden.float())
+            return hidden
+
+        def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            self._calls.append((args, kwargs))
+            return hidden
+
+        def record_first(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return record(keep(hidden, args, kwargs), args, kwargs)
+
+        passing: list[Callable[..., Tensor]] = [lambda hidden, args, kwargs: hidden] * (len(self._blocks) - 1)
+        with self._outside([record_first, *[record] * (len(self._blocks) - 1)]):
+            self._run_model(tokens[:1])
+        with self._outside([keep, *passing]):
+            for start in range(1, len(tokens), self._batch):
+                self._run_model(tokens[start : start + self._batch])
+        return torch.cat(first)
+
+    def _run_model(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        return logits
+
+    @torch.no_grad()
+    def logits(self, hidden: Mapping[str, Tensor], tokens: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Logits after the last block for several chains side by side.
+
+        Args:
+            hidden: for each chain its final hidden states [n, S, hidden].
+            tokens: int64 [n, S].
+
+        Yields:
+            (targets int64 [s], {chain: logits fp32 [s, vocab]}), a stretch of one window at a time.
+        """
+        current: list[Tensor] = []
+        visits: list[Callable[..., Tensor]] = [lambda h, args, kwargs: current[0]] * len(self._blocks)
+        stretch = 512
+        with self._outside(visits):
+            for window in range(len(tokens)):
+                for start in range(0, tokens.shape[1] - 1, stretch):
+                    end = min(start + stretch, tokens.shape[1] - 1)
+                    result = {}
+                    for chain, states in hidden.items():
+                        current[:] = [states[window : window + 1, start:end].to(self.device)]
+                        result[chain] = self._run_model(tokens[window : window + 1, start:end])[0].float()
+                    yield tokens[window, start + 1 : end + 1].to(self.device), result
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory, fp32."""
+        block = self._blocks[index]
+        try:
+            self.source.materialise(self.model, block, self.discovery.blocks[index])
+            block.to(self.device)
+            yield block
+        finally:
+            release(block)
+
+    def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """One call of block `index` on hidden [b, S, hidden], differentiable."""
+        args, kwargs = self._calls[index]
+        output = block(hidden, *args, **kwargs)
+        if not isinstance(output, Tensor) or output.shape != hidden.shape:
+            raise ModelError(
+                f"{self.discovery.blocks[index]} returned {type(output).__name__}, not hidden states alone",
+                hint="this architecture cannot be run block by block yet; please report it",
+            )
+        return output
+
+    @torch.no_grad()
+    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Block `index` on all windows: [n, S, hidden] -> [n, S, hidden], in batches."""
+        output = torch.empty_like(hidden)
+        for start in range(0, len(hidden), self._batch):
+            part = hidden[start : start + self._batch].to(self.device)
+            output[start : start + self._batch] = self.call(index, block, part).to(output.device)
+        return output

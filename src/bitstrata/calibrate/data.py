@@ -1,0 +1,165 @@
+"""Texts -> token windows.
+
+A text is a UTF-8 file, its documents separated by `<|endoftext|>`, or the name of a built-in one:
+
+    stdlib   the Python standard library's source on this machine, a module a document
+
+Evaluation windows never cross a document: each document is cut into windows of at most `seq_len`
+tokens, the tokenizer's BOS (if it has one) first in each, windows do not overlap.
+Calibration windows are all exactly `seq_len` long: documents, each behind a BOS, are joined and
+cut, and a BOS stands first in every window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import TextError, UsageError
+
+SEPARATOR = "<|endoftext|>"
+MIN_DOCUMENT_TOKENS = 2
+
+
+def read_text(text: str | Path, part: str | None = None) -> list[str]:
+    """The documents of `text`, a file or the name of a built-in text.
+
+    Args:
+        part: of a built-in text: "calibration" or "heldout", disjoint; None for all of it.
+
+    Raises TextError if the file is missing, empty or not UTF-8.
+    """
+    if text == "stdlib":
+        return stdlib_documents(part)
+    path = Path(text)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TextError(
+            f"there is no text {str(text)!r}", hint="pass a UTF-8 file, or the built-in text `stdlib`"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
+            hint="convert it, for example: iconv -f latin1 -t utf-8",
+        ) from error
+    except OSError as error:
+        raise TextError(f"{path} cannot be read: {error.strerror}") from error
+    documents = [document.strip("\n") for document in content.split(SEPARATOR)]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise TextError(f"{path} is empty", hint="a text needs words to measure on")
+    return documents
+
+
+def stdlib_documents(part: str | None = None) -> list[str]:
+    """Modules of the running Python's standard library, in the order of their names.
+
+    A module belongs to the "heldout" part if the hash of its name says so (one in five), else to
+    "calibration"; the split does not change when modules are added.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for path in sorted(root.glob("**/*.py")):
+        name = path.relative_to(root).as_posix()
+        if name.startswith(("site-packages/", "dist-packages/", "test/", "idlelib/", "lib2to3/tests/")):
+            continue
+        heldout = hashlib.sha256(name.encode()).digest()[0] % 5 == 0
+        if part is not None and heldout != (part == "heldout"):
+            continue
+        try:
+            content = path.read_text(encoding="utf-8").strip("\n")
+        except (UnicodeDecodeError, OSError):
+            continue  # a few files of the library are deliberately in other encodings
+        if content:
+            documents.append(content)
+    if not documents:
+        raise TextError(f"no Python source was found in {root}", hint="pass a text file instead of `stdlib`")
+    return documents
+
+
+def text_digest(documents: Sequence[str]) -> str:
+    """sha256 of the documents, for provenance and for resuming safely."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, document: str) -> list[int]:
+    tokens: list[int] = tokenizer.encode(document, add_special_tokens=False, verbose=False)
+    return tokens
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int, max_tokens: int | None = None
+) -> Iterator[list[int]]:
+    """Windows of at most `seq_len` tokens that together predict at most `max_tokens` tokens.
+
+    A window of n tokens predicts n - 1. Raises UsageError if `seq_len` is below 2.
+    """
+    if seq_len < 2:
+        raise UsageError(f"seq_len must be at least 2, got {seq_len}")
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    left = max_tokens
+    for document in documents:
+        tokens = _encode(tokenizer, document)
+        step = seq_len - len(bos)
+        for start in range(0, len(tokens), step):
+            window = bos + tokens[start : start + step]
+            if left is not None:
+                window = window[: left + 1]
+            if len(window) < MIN_DOCUMENT_TOKENS:
+                continue
+            yield window
+            if left is not None:
+                left -= len(window) - 1
+                if left <= 0:
+                    return
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows for quantization: int64 [n, seq_len] each, taken from different places of one text."""
+
+    calibration: Tensor
+    heldout: Tensor
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    *,
+    num_samples: int,
+    seq_len: int,
+    num_heldout: int,
+    seed: int,
+) -> Windows:
+    """Up to `num_samples` windows to calibrate on and up to `num_heldout` to check on, chosen by `seed`.
+
+    A text too short for both gives an eighth of its windows (at least one) to the check. Raises
+    TextError if it does not hold two windows.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    step = seq_len - len(bos)
+    if step < 1:
+        raise UsageError(f"seq_len must be at least {1 + len(bos)}, got {seq_len}")
+    stream = [token for document in documents for token in (*bos, *_encode(tokenizer, document))]
+    count = len(stream) // step
+    if count < 2:
+        raise TextError(
+            f"the calibration text has {len(stream)} tokens; two windows of {seq_len} are the least",
+            hint="give a longer text or a smaller --seq-len",
+        )
+    windows = torch.tensor(stream[: count * step]).view(count, step)
+    windows = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(count, len(bos)), windows], dim=1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    heldout = min(num_heldout, max(1, count // 8))
+    return Windows(windows[order[heldout : heldout + num_samples]], windows[order[:heldout]])

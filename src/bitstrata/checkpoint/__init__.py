@@ -1,0 +1,22 @@
+"""Planes and decoders on disk: schema, writer, reader, validator. FORMAT.md is the one-page contract."""
+
+from .reader import CheckpointReader, is_checkpoint
+from .schema import FORMAT_VERSION, QUANT_METHOD, LayerSpec, QuantizationSpec
+from .validate import validate
+from .writer import TensorEntry, entries_of, remove_leftovers, write_checkpoint, write_json, write_safetensors
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "CheckpointReader",
+    "LayerSpec",
+    "QuantizationSpec",
+    "TensorEntry",
+    "entries_of",
+    "is_checkpoint",
+    "remove_leftovers",
+    "validate",
+    "write_checkpoint",
+    "write_json",
+    "write_safetensors",
+]

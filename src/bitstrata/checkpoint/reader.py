@@ -1,0 +1,216 @@
+"""Read checkpoints lazily: headers first, then only the planes and decoders that are asked for.
+
+Names, dtypes and shapes are compared with `config.json` before a single weight is read, so a
+malformed file is a CheckpointError that names the tensor and the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError, UnsupportedBitsError
+from ..planes.weights import MAX_BITS, PlaneWeight, make_decoder
+from .schema import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, QuantizationSpec, TensorSpec, guard_name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`; CheckpointError if it is missing, not JSON, or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing", hint="is this the right folder?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` has a config.json that claims to be ours; nothing else is checked."""
+    try:
+        spec = read_json(folder / CONFIG_FILE).get("quantization_config")
+    except CheckpointError:
+        return False
+    return isinstance(spec, dict) and spec.get("quant_method") == "bitstrata"
+
+
+class Shard:
+    """One safetensors file, opened for its header; tensors are mapped when read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(str(path), framework="pt")
+            self.names: frozenset[str] = frozenset(self._file.keys())
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"shard {path.name} is missing from {path.parent}",
+                hint="copy or download it again, or load with a lower max_bits",
+            ) from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file: {error}", hint="copy or download it again"
+            ) from error
+
+    def spec(self, name: str) -> TensorSpec:
+        """(dtype, shape) of tensor `name` from the header."""
+        if name not in self.names:
+            raise CheckpointError(f"tensor {name} is missing from {self.path}")
+        part = self._file.get_slice(name)
+        return part.get_dtype(), tuple(part.get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """Tensor `name`, memory-mapped."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+class CheckpointReader:
+    """A checkpoint folder, opened lazily.
+
+    Args:
+        folder: the checkpoint.
+        max_bits: only planes 0..max_bits-1 and decoders up to it are looked at; files that hold
+            nothing else need not exist.
+        verify: compare the sha256 of every file that is opened with the one in the index.
+
+    Raises:
+        CheckpointError: anything missing or malformed, named.
+        UnsupportedBitsError: no supported bits are at or below `max_bits`.
+    """
+
+    def __init__(self, folder: str | Path, *, max_bits: int | None = None, verify: bool = False) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is not a folder", hint="pass the OUT folder of `bitstrata quantize`")
+        self.config = read_json(self.folder / CONFIG_FILE)
+        self.spec = QuantizationSpec.parse(self.config.get("quantization_config"), str(self.folder))
+        self.max_bits = max_bits if max_bits is not None else MAX_BITS
+        self.bits = tuple(bits for bits in self.spec.bits if bits <= self.max_bits)
+        if not self.bits:
+            raise UnsupportedBitsError(f"<= {max_bits}", self.spec.bits, where=str(self.folder))
+        self._verify = verify
+        self._shards: dict[str, Shard] = {}
+        self._digests: dict[str, str] = {}
+        self.weight_map = self._read_weight_map()
+        self._check_layers()
+
+    def _read_weight_map(self) -> dict[str, str]:
+        if not (self.folder / INDEX_FILE).exists():
+            return dict.fromkeys(self.shard(SINGLE_FILE).names, SINGLE_FILE)
+        index = read_json(self.folder / INDEX_FILE)
+        weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{self.folder / INDEX_FILE}: weight_map must map tensor names to file names")
+        for file in weight_map.values():
+            if Path(file).name != file:
+                raise CheckpointError(f"{self.folder / INDEX_FILE}: {file!r} is not a plain file name")
+        digests = metadata.get("sha256", {}) if isinstance(metadata, dict) else {}
+        self._digests = digests if isinstance(digests, dict) else {}
+        return weight_map
+
+    def _check_layers(self) -> None:
+        for layer in self.spec.layers:
+            for name, expected in self.spec.layer_tensors(layer, self.max_bits).items():
+                found = self._shard_with(name).spec(name)
+                if found != expected:
+                    raise CheckpointError(
+                        f"{name} in {self.weight_map[name]}: expected {expected[0]} {list(expected[1])}, "
+                        f"found {found[0]} {list(found[1])}"
+                    )
+
+    def shard(self, file: str) -> Shard:
+        """The shard `file`, opened and (with `verify`) compared with its digest, once."""
+        if file not in self._shards:
+            shard = Shard(self.folder / file)
+            if self._verify and file in self._digests:
+                self._check_digest(file)
+            self._shards[file] = shard
+        return self._shards[file]
+
+    def _check_digest(self, file: str) -> None:
+        with open(self.folder / file, "rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        if found != self._digests[file]:
+            raise CheckpointError(
+                f"{self.folder / file} is damaged: its sha256 differs from the one in {INDEX_FILE}",
+                hint="copy or download it again",
+            )
+
+    def _shard_with(self, tensor: str) -> Shard:
+        file = self.weight_map.get(tensor)
+        if file is None:
+            raise CheckpointError(f"tensor {tensor} is not listed in {self.folder / INDEX_FILE}")
+        return self.shard(file)
+
+    def read(self, tensor: str) -> Tensor:
+        """One tensor, memory-mapped; scales, offsets and tables are checked to be finite."""
+        value = self._shard_with(tensor).read(tensor)
+        if value.dtype == torch.float16 and tensor not in self.common_names() and not bool(value.isfinite().all()):
+            raise CheckpointError(
+                f"{tensor} in {self.weight_map[tensor]} holds NaN or infinity", hint="the file is damaged"
+            )
+        return value
+
+    def layer(self, name: str) -> PlaneWeight:
+        """The planes and decoders of layer `name`, up to `max_bits`."""
+        layer = self.spec.layers.get(name)
+        if layer is None:
+            raise CheckpointError(f"{self.folder} has no quantized layer {name}")
+        tensors = {
+            full.removeprefix(f"{name}."): self.read(full) for full in self.spec.layer_tensors(name, self.max_bits)
+        }
+        supported = [bits for bits in self.spec.layer_bits(name) if bits <= self.max_bits]
+        return PlaneWeight(
+            planes=tuple(tensors[f"plane_{index}"] for index in range(max(supported))),
+            decoders={bits: make_decoder(layer.decoder, bits, tensors) for bits in supported},
+            in_features=layer.in_features,
+            group_size=self.spec.layer_group_size(name),
+        )
+
+    def common_names(self) -> frozenset[str]:
+        """Names of the tensors that are not quantized, the guards of quantized layers included."""
+        if not hasattr(self, "_common"):
+            quantized = {name for layer in self.spec.layers for name in self.spec.layer_tensors(layer)}
+            self._common = frozenset(self.weight_map) - quantized
+        return self._common
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor a model at up to `max_bits` needs, memory-mapped, under its module's name."""
+        return dict(self._state_items())
+
+    def _state_items(self) -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(self.common_names()):
+            yield name, self.read(name)
+        for layer in self.spec.layers:
+            for name in self.spec.layer_tensors(layer, self.max_bits):
+                yield name, self.read(name)
+
+    def bytes_read(self, bits: int) -> int:
+        """Bytes that one pass over the quantized layers reads at `bits`."""
+        total = 0
+        for layer in self.spec.layers:
+            for name, (dtype, shape) in self.spec.layer_tensors(layer).items():
+                kind, _, index = name.rpartition(".")[2].partition("_")
+                if (kind == "plane" and int(index) < bits) or (kind != "plane" and int(index) == bits):
+                    total += torch.Size(shape).numel() * (4 if dtype == "I32" else 2)
+        return total
+
+    def weight_count(self) -> int:
+        """Weights in the quantized layers."""
+        return sum(layer.in_features * layer.out_features for layer in self.spec.layers.values())
+
+    def missing_guards(self) -> list[str]:
+        """Quantized layers without the placeholder that makes foreign loaders fail loudly."""
+        return [layer for layer in self.spec.layers if guard_name(layer) not in self.weight_map]

@@ -1,0 +1,132 @@
+"""What `config.json` says about a checkpoint, and which tensor lives in which file.
+
+`QuantizationSpec` is the `quantization_config` of `config.json`. It is read strictly: an unknown
+field, a missing one or a value of the wrong type is an error that names it, and a
+`format_version` above ours is refused before anything else is looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import CheckpointError
+from ..planes.pack import words_per_row
+from ..planes.weights import MAX_BITS, decoder_shapes
+
+QUANT_METHOD = "bitstrata"
+FORMAT_VERSION = 1
+
+COMMON_SHARD = "model-common.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+REPORT_FILE = "bitstrata_report.json"
+
+_PLANE = re.compile(r"\.plane_(\d+)$")
+_DECODER = re.compile(r"\.(?:scale|offset|table)_(\d+)$")
+
+# (safetensors dtype, shape) of a tensor
+TensorSpec = tuple[str, tuple[int, ...]]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class LayerSpec(_Strict):
+    """One quantized linear layer. `bits` and `group_size` are given only where they differ from the model's."""
+
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    decoder: Literal["affine", "codebook"] = "affine"
+    bias: bool = False
+    bits: list[int] | None = None
+    group_size: int | None = Field(default=None, ge=1)
+
+
+class QuantizationSpec(_Strict):
+    """`quantization_config` of a bitstrata checkpoint (FORMAT.md)."""
+
+    quant_method: Literal["bitstrata"] = QUANT_METHOD
+    format_version: int = FORMAT_VERSION
+    method: str
+    method_options: dict[str, Any] = Field(default_factory=dict)
+    bits: list[int]
+    group_size: int = Field(ge=1)
+    scale_dtype: Literal["float16"] = "float16"
+    layers: dict[str, LayerSpec]
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _bits_are_valid(self) -> QuantizationSpec:
+        for where, bits in [("bits", self.bits), *((name, s.bits) for name, s in self.layers.items() if s.bits)]:
+            if not bits or bits != sorted(set(bits)) or not (bits[0] >= 1 and bits[-1] <= MAX_BITS):
+                raise ValueError(f"{where}: bits must be ascending, distinct and within 1..{MAX_BITS}, got {bits}")
+        return self
+
+    @classmethod
+    def parse(cls, raw: object, where: str) -> QuantizationSpec:
+        """Read the spec from a decoded `quantization_config`. Raises CheckpointError naming the field."""
+        if not isinstance(raw, Mapping) or raw.get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(
+                f"{where} is not a bitstrata checkpoint (no quantization_config with quant_method {QUANT_METHOD!r})",
+                hint="make one with `bitstrata quantize MODEL -o OUT`",
+            )
+        version = raw.get("format_version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise CheckpointError(f"{where}: format_version must be a positive integer, got {version!r}")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where} has format_version {version}; this bitstrata reads up to {FORMAT_VERSION}",
+                hint="upgrade bitstrata: pip install -U bitstrata",
+            )
+        try:
+            return cls.model_validate(dict(raw))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "quantization_config"
+            raise CheckpointError(f"{where}: quantization_config.{field}: {first['msg']}") from error
+
+    def layer_bits(self, name: str) -> tuple[int, ...]:
+        """Supported bits of layer `name`, ascending."""
+        return tuple(self.layers[name].bits or self.bits)
+
+    def layer_group_size(self, name: str) -> int:
+        return self.layers[name].group_size or self.group_size
+
+    def layer_tensors(self, name: str, max_bits: int = MAX_BITS) -> dict[str, TensorSpec]:
+        """Full names, dtypes and shapes of the planes and decoders of layer `name` up to `max_bits`."""
+        layer = self.layers[name]
+        supported = [bits for bits in self.layer_bits(name) if bits <= max_bits]
+        plane_shape = (layer.out_features, words_per_row(layer.in_features))
+        tensors: dict[str, TensorSpec] = {
+            f"{name}.plane_{index}": ("I32", plane_shape) for index in range(max(supported, default=0))
+        }
+        for bits in supported:
+            shapes = decoder_shapes(
+                layer.decoder, bits, layer.out_features, layer.in_features, self.layer_group_size(name)
+            )
+            tensors.update({f"{name}.{key}": ("F16", shape) for key, shape in shapes.items()})
+        return tensors
+
+
+def guard_name(layer: str) -> str:
+    """The placeholder under a quantized layer's original name.
+
+    Its shape [0] fits no linear layer, so a loader that does not know the format fails with a
+    size mismatch instead of silently keeping random weights.
+    """
+    return f"{layer}.weight"
+
+
+def shard_of(tensor: str) -> str:
+    """The shard file that holds tensor `tensor` in a checkpoint written by bitstrata."""
+    if plane := _PLANE.search(tensor):
+        return f"model-plane-{int(plane[1])}.safetensors"
+    if decoder := _DECODER.search(tensor):
+        return f"model-bits-{int(decoder[1])}.safetensors"
+    return COMMON_SHARD

@@ -1,0 +1,150 @@
+"""Write checkpoints: tensors streamed one at a time, files renamed when whole, `config.json` last.
+
+`write_safetensors` is our own because the library's writer wants every tensor of a file in memory;
+a plane shard of a large model is larger than what one block needs. The header is the documented
+one: 8 bytes little-endian length, JSON padded with spaces to 8 bytes, then the data without gaps.
+Peak memory is one tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import disk_errors
+from ..planes.weights import PlaneWeight
+from .schema import CONFIG_FILE, INDEX_FILE, REPORT_FILE, shard_of
+
+_TEMPORARY = ".bitstrata-tmp"
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor to be written: `read` is called once, when its bytes are due."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> TensorEntry:
+        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+def entries_of(layer: str, weight: PlaneWeight) -> list[TensorEntry]:
+    """The planes and decoders of one layer as entries with their full names."""
+    return [TensorEntry.of(f"{layer}.{name}", tensor) for name, tensor in weight.tensors().items()]
+
+
+def _replace_when_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
+    """Write `chunks` under a temporary name, sync, rename to `path`; returns the sha256 of the bytes."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    digest = hashlib.sha256()
+    try:
+        with disk_errors(path):
+            with open(temporary, "wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                    digest.update(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON; the file appears whole or not at all."""
+    _replace_when_whole(path, [(json.dumps(value, indent=2) + "\n").encode()])
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write `entries` to a safetensors file and return its sha256. Equal entries give equal bytes."""
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
+    for entry in ordered:
+        header[entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [position, position + entry.nbytes],
+        }
+        position += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def chunks() -> Iterable[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for entry in ordered:
+            tensor = entry.read()
+            if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+                raise ValueError(f"{entry.name}: announced {entry.dtype} {entry.shape}, got {tensor.shape}")
+            if tensor.numel():
+                raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                yield memoryview(raw.numpy())
+
+    return _replace_when_whole(path, chunks())
+
+
+def write_checkpoint(
+    folder: Path, config: Mapping[str, Any], entries: Sequence[TensorEntry], report: Mapping[str, Any] | None = None
+) -> None:
+    """Write a whole checkpoint: shards by concern, index with digests, report, `config.json` last.
+
+    `config` is the model's config including `quantization_config`. A folder without `config.json`
+    is not a model, so an interrupted write never leaves something that loads.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    shards: dict[str, list[TensorEntry]] = {}
+    for entry in entries:
+        shards.setdefault(shard_of(entry.name), []).append(entry)
+
+    digests = {name: write_safetensors(folder / name, shards[name]) for name in sorted(shards)}
+    index = {
+        "metadata": {"total_size": sum(entry.nbytes for entry in entries), "sha256": digests},
+        "weight_map": {entry.name: shard_of(entry.name) for entry in sorted(entries, key=lambda e: e.name)},
+    }
+    write_json(folder / INDEX_FILE, index)
+    if report is not None:
+        write_json(folder / REPORT_FILE, report)
+    write_json(folder / CONFIG_FILE, dict(config))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that a killed writer left behind."""
+    for path in folder.glob(f"*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)

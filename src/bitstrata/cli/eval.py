@@ -1,0 +1,35 @@
+"""`bitstrata eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..evaluate import evaluate
+from ..nn import parse_bits
+from .output import DEVICE_OPTION, JSON_OPTION, show
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder or hub id.")],
+    text: Annotated[str, typer.Option(help="UTF-8 text, documents separated by <|endoftext|>; or stdlib.")],
+    bits: Annotated[str | None, typer.Option(help="Bits to measure: 2,3,4. All by default.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The original model, for kld and agreement.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a window (default 2048).")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many predicted tokens.")] = None,
+    device: str = DEVICE_OPTION,
+    json: bool = JSON_OPTION,
+) -> None:
+    """Measure perplexity, KL divergence and top-1 agreement at each bits."""
+    result = evaluate(
+        model,
+        text,
+        bits=None if bits is None else parse_bits(bits),
+        reference=reference,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        device=device,
+    )
+    show(result, as_json=json)

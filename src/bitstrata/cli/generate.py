@@ -1,0 +1,50 @@
+"""`bitstrata generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from transformers import TextStreamer
+
+from ..errors import UsageError
+from ..models import load, load_tokenizer, parse_target, resolve
+from ..runtime import generate
+from .output import DEVICE_OPTION, JSON_OPTION, show
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, OUT or OUT:BITS.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    bits: Annotated[int | None, typer.Option(help="Precision; the highest by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    device: str = DEVICE_OPTION,
+    json: bool = JSON_OPTION,
+) -> None:
+    """Continue PROMPT at the chosen bits, streaming to the terminal."""
+    target, named = parse_target(model)
+    if named is not None and bits is not None and named != bits:
+        raise UsageError(f"bits given twice: {named} in {model} and {bits} in --bits", hint="give one of them")
+    chosen = bits if bits is not None else named
+    loaded = load(target, bits=chosen, device=device, max_bits=chosen)
+    tokenizer = load_tokenizer(resolve(target))
+    streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    result = generate(
+        loaded,
+        prompt,
+        bits=chosen,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        tokenizer=tokenizer,
+        streamer=streamer,
+    )
+    if json:
+        show(result, as_json=True)
+        return
+    speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
+    typer.echo(f"[{result.bits} bits, {result.tokens} tokens{speed}]", err=True)

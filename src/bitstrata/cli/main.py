@@ -1,0 +1,103 @@
+"""The `bitstrata` program: collects the verbs, turns errors into messages and exit codes.
+
+Exit codes: 0 done, 2 usage, 3 bad input, 4 out of memory or disk, 5 a check failed, 130 interrupted.
+Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+
+import click
+import torch
+import typer
+from transformers.utils import logging as transformers_logging
+
+from ..errors import BitstrataError
+from ..version import __version__
+from . import demo, env, eval, generate, inspect, quantize
+
+app = typer.Typer(
+    name="bitstrata",
+    help="Quantize a causal LM once into nested bit-planes; run it at any number of bits.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        typer.echo(f"bitstrata {__version__}")
+        raise typer.Exit
+
+
+for _verb in (demo, quantize, eval, generate, inspect, env):
+    app.command(_verb.__name__.rpartition(".")[2])(_verb.command)
+
+
+def main() -> None:
+    """Entry point of the `bitstrata` script."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]  # accepted before and after the verb
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    sys.exit(run(arguments, debug=debug))
+
+
+def run(arguments: list[str], *, debug: bool = False) -> int:
+    """Run the program with `arguments` and return its exit code."""
+    try:
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        return _explain(error)
+
+
+def _explain(error: BaseException) -> int:
+    if isinstance(error, BitstrataError):
+        _say(f"error: {error.message}")
+        if error.hint:
+            _say(f"hint: {error.hint}")
+        return error.exit_code
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        _say("error: out of memory")
+        _say("hint: lower --num-samples or --seq-len, or use a machine with more memory")
+        return 4
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        _say(f"error: the disk is full: {error.filename or error}")
+        _say("hint: free some space and run the same command again")
+        return 4
+    _say(f"error: {type(error).__name__}: {error}")
+    _say("hint: this is a bug in bitstrata; run again with --debug and report the traceback")
+    return 1
+
+
+def _say(message: str) -> None:
+    typer.echo(message, err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Every error bitstrata raises on purpose.
+
+    BitstrataError                    exit code 1
+    ├── UsageError (ValueError)       2   an argument or flag is wrong
+    │   ├── UnsupportedBitsError          bits the model does not have
+    │   └── KernelError                   the kernel asked for cannot run here
+    ├── InputError                    3   a file, a model or a text is wrong
+    │   ├── CheckpointError               a bitstrata checkpoint is malformed
+    │   ├── ModelError                    a source model cannot be quantized
+    │   ├── TextError                     a calibration or evaluation text is unusable
+    │   └── JobError                      an unfinished job does not fit the command
+    ├── PreflightError                    everything found wrong before a job starts
+    ├── ResourceError                 4   memory or disk ran out
+    └── CheckError                    5   a result failed its own check
+
+A message says what is wrong, where, and what was expected; ``hint`` says what to do.
+The command line prints both and exits with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class BitstrataError(Exception):
+    """Base of all errors raised on purpose; `hint` tells the reader what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(BitstrataError, ValueError):
+    """An argument or a flag is wrong."""
+
+    exit_code = 2
+
+
+class UnsupportedBitsError(UsageError):
+    """The requested bits are not among those the model was quantized for."""
+
+    def __init__(self, requested: object, supported: Iterable[int], *, where: str = "this model") -> None:
+        names = ", ".join(str(bits) for bits in supported)
+        super().__init__(
+            f"bits={requested} is not available in {where}",
+            hint=f"supported bits: {names}",
+        )
+        self.requested = requested
+
+
+class KernelError(UsageError):
+    """No kernel can run the operation, or the forced one cannot."""
+
+
+class InputError(BitstrataError):
+    """A file, a model or a text cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(InputError):
+    """A bitstrata checkpoint is missing something, malformed, or from another version."""
+
+
+class ModelError(InputError):
+    """A source model cannot be read or quantized."""
+
+
+class TextError(InputError):
+    """A text is empty, too short or not text."""
+
+
+class JobError(InputError):
+    """A quantization job in the output folder cannot be continued by this command."""
+
+
+class ResourceError(BitstrataError):
+    """Memory or disk is not enough."""
+
+    exit_code = 4
+
+
+class CheckError(BitstrataError):
+    """A result failed its own check."""
+
+    exit_code = 5
+
+
+class PreflightError(BitstrataError):
+    """All problems found before the first expensive step, in one error.
+
+    `exit_code` is that of the gravest problem in the order resource, input, usage.
+    """
+
+    def __init__(self, problems: Sequence[BitstrataError]) -> None:
+        noun = "problem" if len(problems) == 1 else "problems"
+        lines = [f"{len(problems)} {noun} found before starting; nothing was written"]
+        for number, problem in enumerate(problems, 1):
+            lines.append(f"  {number}. {problem.message}")
+            if problem.hint:
+                lines.append(f"     hint: {problem.hint}")
+        super().__init__("\n".join(lines))
+        self.problems = tuple(problems)
+        self.exit_code = max(problem.exit_code for problem in problems)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write `path` into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"the disk is full: could not write {path}",
+                hint="free some space and run the same command again; finished blocks are kept",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UsageError(f"cannot write {path}: {error.strerror}", hint="choose another output folder") from error
+        raise

@@ -1,0 +1,60 @@
+"""Loss of a model and its distance from a reference model, summed over streamed logits.
+
+    nll    mean over tokens of -ln q(target), nats a token
+    kld    mean over positions of KL(p || q) = sum_v p(v) (ln p(v) - ln q(v)), p the reference
+    top1   share of positions where both rank the same token first
+
+Logits are turned into log-probabilities in fp32 and summed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Means over `tokens` predicted tokens; kld and top1_agreement are None without a reference."""
+
+    tokens: int
+    nll: float
+    kld: float | None
+    top1_agreement: float | None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+
+class Tally:
+    """Running sums for one model."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._nll = self._kld = 0.0
+        self._agree = 0
+        self._compared = False
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
+        """Add a stretch: logits [s, vocab], targets int64 [s], the reference's logits [s, vocab]."""
+        log_q = torch.log_softmax(logits.float(), dim=-1)
+        self.tokens += len(targets)
+        self._nll -= float(log_q.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64))
+        if reference is not None:
+            self._compared = True
+            log_p = torch.log_softmax(reference.float(), dim=-1)
+            self._kld += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+            self._agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+
+    def result(self) -> Measured:
+        tokens = max(1, self.tokens)
+        return Measured(
+            self.tokens,
+            self._nll / tokens,
+            max(0.0, self._kld / tokens) if self._compared else None,
+            self._agree / tokens if self._compared else None,
+        )

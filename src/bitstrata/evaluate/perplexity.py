@@ -1,0 +1,171 @@
+"""`bitstrata.evaluate`: perplexity, KL divergence and top-1 agreement at each bits, streamed over a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..calibrate import evaluation_windows, read_text
+from ..errors import ModelError, TextError, UnsupportedBitsError, UsageError
+from ..models import load, load_tokenizer, resolve
+from ..models.load import pick_device
+from ..nn import PlaneLinear, bits_state, use_bits
+from ..progress import Reporter
+from .divergence import Measured, Tally
+from .report import BitsResult, Evaluation
+
+TOKENS_PER_BATCH = 2048
+DEFAULT_SEQ_LEN = 2048
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    text: str | Path,
+    bits: Sequence[int] | int | None = None,
+    reference: str | Path | PreTrainedModel | None = None,
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Measure a quantized model on a text.
+
+    Args:
+        model: a checkpoint folder, hub id, or a loaded quantized model.
+        text: a UTF-8 file, documents separated by `<|endoftext|>`; or `stdlib`.
+        bits: which bits to measure; all supported by default.
+        reference: the original model, for KL divergence and agreement.
+        seq_len: window length in tokens; lowered to the model's context with a message.
+        max_tokens: stop after so many predicted tokens.
+        tokenizer: needed only when `model` is a loaded model without a folder.
+
+    Raises:
+        UnsupportedBitsError, TextError, ModelError, CheckpointError: the input named in the message.
+    """
+    reporter = reporter or Reporter()
+    documents = read_text(text, part="heldout")
+    where = pick_device(device)
+    # float32 on a CPU: exact, and no slower there; elsewhere the dtype the model is stored in
+    dtype = torch.float32 if where.type == "cpu" else None
+    quantized = model if isinstance(model, PreTrainedModel) else load(model, device=where, dtype=dtype)
+    state = bits_state(quantized)
+    chosen = state.supported if bits is None else (bits,) if isinstance(bits, int) else tuple(bits)
+    for value in chosen:
+        if value not in state.supported:
+            raise UnsupportedBitsError(value, state.supported)
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
+    tokenizer = tokenizer or load_tokenizer(resolve(quantized.name_or_path))
+    original = _reference(reference, quantized, where)
+    length = context_length(quantized, seq_len, reporter)
+
+    batches = list(_batches(evaluation_windows(tokenizer, documents, length, max_tokens)))
+    if not batches:
+        raise TextError(f"{text} has no window of two tokens or more", hint="give a longer text")
+    tallies = {value: Tally() for value in chosen}
+    baseline = Tally()
+    with torch.no_grad(), reporter.track("evaluating", len(batches), "batch") as steps:
+        for windows in batches:
+            ids, real = _padded(windows, where)
+            expected = None
+            if original is not None:
+                expected = _logits(original, ids, real)
+                baseline.add(expected, ids[:, 1:][real[:, 1:]])
+            for value, tally in tallies.items():
+                with use_bits(quantized, value):
+                    tally.add(_logits(quantized, ids, real), ids[:, 1:][real[:, 1:]], expected)
+            steps.step()
+
+    weights = bytes_by_bits(quantized, chosen)
+    count = sum(m.in_features * m.out_features for m in quantized.modules() if isinstance(m, PlaneLinear))
+    results = tuple(
+        _row(value, tally.result(), weights[value], count) for value, tally in tallies.items()
+    )
+    base = baseline.result() if original is not None else None
+    return Evaluation(
+        model=quantized.name_or_path,
+        text=str(text),
+        tokens=next(iter(tallies.values())).tokens,
+        seq_len=length,
+        reference=None if base is None else {"perplexity": base.perplexity, "nll": base.nll},
+        results=results,
+        notes=tuple(reporter.notes),
+    )
+
+
+def bytes_by_bits(model: PreTrainedModel, bits: Sequence[int]) -> dict[int, int]:
+    """Bytes that one pass over the quantized layers of `model` reads at each bits."""
+    layers = [module.plane_weight() for module in model.modules() if isinstance(module, PlaneLinear)]
+    return {value: sum(layer.bytes_read(value) for layer in layers) for value in bits}
+
+
+def _row(bits: int, measured: Measured, size: int, count: int) -> BitsResult:
+    return BitsResult(
+        bits, measured.perplexity, measured.nll, measured.kld, measured.top1_agreement, 8 * size / count, size
+    )
+
+
+def context_length(model: PreTrainedModel, seq_len: int | None, reporter: Reporter) -> int:
+    """`seq_len` (default 2048), lowered to the model's context with a note."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    wanted = DEFAULT_SEQ_LEN if seq_len is None else seq_len
+    if limit is None or wanted <= limit:
+        return wanted
+    if seq_len is not None:
+        reporter.note(f"seq-len lowered from {seq_len} to {limit}, the model's context")
+    return int(limit)
+
+
+def _reference(
+    reference: str | Path | PreTrainedModel | None, quantized: PreTrainedModel, device: torch.device
+) -> PreTrainedModel | None:
+    if reference is None or isinstance(reference, PreTrainedModel):
+        return reference
+    folder = resolve(reference, kind="reference model")
+    try:
+        original: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=quantized.dtype, local_files_only=True
+        )
+    except Exception as error:
+        raise ModelError(f"the reference {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if original.config.get_text_config().vocab_size != quantized.config.get_text_config().vocab_size:
+        raise ModelError(f"the reference {folder} has another vocabulary than the quantized model")
+    return original.to(device).eval()
+
+
+def _batches(windows: Iterator[list[int]]) -> Iterator[list[list[int]]]:
+    """Windows of similar length together, at most TOKENS_PER_BATCH tokens each, padding counted."""
+    pending: list[list[int]] = []
+    for window in sorted(windows, key=len, reverse=True):
+        if pending and len(pending[0]) * (len(pending) + 1) > TOKENS_PER_BATCH:
+            yield pending
+            pending = []
+        pending.append(window)
+    if pending:
+        yield pending
+
+
+def _padded(windows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [b, S], padded on the right with 0, and which of them are real: bool [b, S]."""
+    longest = max(map(len, windows))
+    ids = torch.zeros(len(windows), longest, dtype=torch.int64)
+    real = torch.zeros(len(windows), longest, dtype=torch.bool)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = torch.tensor(window)
+        real[row, : len(window)] = True
+    return ids.to(device), real.to(device)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, real: Tensor) -> Tensor:
+    """Logits [s, vocab] that predict the real tokens after the first.
+
+    Padding is on the right and attention is causal, so real positions never see it.
+    """
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[:, :-1][real[:, 1:]]

@@ -1,0 +1,78 @@
+"""The result of an evaluation: prints as a table, converts to the JSON of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class BitsResult:
+    """One row: a model at `bits` (an int, or the name of a plan).
+
+    bpw_read and bytes: what one pass over the quantized layers reads, scales included.
+    nll in nats a token; kld and top1_agreement against the reference, None without one.
+    """
+
+    bits: int | str
+    perplexity: float
+    nll: float
+    kld: float | None
+    top1_agreement: float | None
+    bpw_read: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `bitstrata.evaluate` returns."""
+
+    model: str
+    text: str
+    tokens: int
+    seq_len: int
+    reference: dict[str, float] | None
+    results: tuple[BitsResult, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [] if self.reference is None else [
+            ["reference", "", f"{self.reference['perplexity']:.4f}", f"{self.reference['nll']:.4f}", "", ""]
+        ]
+        rows += [
+            [str(r.bits), f"{r.bpw_read:.3f}", f"{r.perplexity:.4f}", f"{r.nll:.4f}", optional(r.kld), percent(r.top1_agreement)]
+            for r in self.results
+        ]
+        title = f"{self.model} on {self.text}: {self.tokens} tokens"
+        return render(title, ["bits", "bpw read", "perplexity", "nll", "kld", "top-1"], rows)
+
+
+def optional(value: float | None, digits: int = 4) -> str:
+    """A number, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain-text table, numbers to the right."""
+    table = Table(box=SIMPLE)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    buffer = StringIO()
+    Console(file=buffer, width=200, color_system=None).print(table)
+    body = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
+    return f"{title}\n\n{body}"

@@ -1,0 +1,21 @@
+"""Joining to transformers: which linears, loading and saving, source models."""
+
+from .discover import Discovery, LeftOut, LinearInfo, discover
+from .hf import BitstrataConfig, BitstrataQuantizer, attach
+from .load import load, load_tokenizer, parse_target
+from .source import SourceModel, resolve
+
+__all__ = [
+    "BitstrataConfig",
+    "BitstrataQuantizer",
+    "Discovery",
+    "LeftOut",
+    "LinearInfo",
+    "SourceModel",
+    "attach",
+    "discover",
+    "load",
+    "load_tokenizer",
+    "parse_target",
+    "resolve",
+]

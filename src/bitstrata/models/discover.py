@@ -1,0 +1,158 @@
+"""Which linear layers of a model are quantized, found without knowing the architecture.
+
+The decoder blocks are the `ModuleList` with one entry a hidden layer (`num_hidden_layers`). Every
+`nn.Linear` and every transformers `Conv1D` (GPT-2's transposed linear) inside a block is a
+candidate. Everything else that holds a matrix is left out and named with a reason, never silently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ModelError, UsageError
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """A quantizable linear layer: y = x @ W^T + bias with W [out_features, in_features].
+
+    `transposed` says that the source stores W^T (Conv1D).
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+    transposed: bool
+    block: int
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A matrix that stays as it is, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """The result of `discover`: block names in order, quantized linears, matrices left out, tied groups."""
+
+    blocks: tuple[str, ...]
+    linears: tuple[LinearInfo, ...]
+    left_out: tuple[LeftOut, ...]
+    tied: tuple[tuple[str, ...], ...]
+
+    def of_block(self, index: int) -> tuple[LinearInfo, ...]:
+        return tuple(linear for linear in self.linears if linear.block == index)
+
+    @property
+    def weight_count(self) -> int:
+        """Weights in the quantized layers."""
+        return sum(linear.in_features * linear.out_features for linear in self.linears)
+
+
+def linear_info(name: str, module: nn.Module, block: int) -> LinearInfo | None:
+    """`module` as a LinearInfo, or None if it is not a linear layer we know."""
+    if isinstance(module, Conv1D):
+        columns, rows = module.weight.shape
+        return LinearInfo(name, columns, rows, module.bias is not None, True, block)
+    if type(module) is nn.Linear:
+        return LinearInfo(name, module.in_features, module.out_features, module.bias is not None, False, block)
+    return None
+
+
+def find_blocks(model: PreTrainedModel) -> str:
+    """Name of the ModuleList that holds the decoder blocks. Raises ModelError if there is none."""
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers and _has_linear(module):
+            return name
+    raise ModelError(
+        f"found no list of {layers} decoder blocks with linear layers in {type(model).__name__}",
+        hint="bitstrata quantizes decoder-only causal language models",
+    )
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(linear_info("", child, 0) for child in module.modules())
+
+
+def discover(model: PreTrainedModel, skip: Sequence[str] = ()) -> Discovery:
+    """Find the linears to quantize in `model` (parameters may be on meta).
+
+    Args:
+        skip: patterns of layer names to leave out: shell-style globs, or `re:` and a regular
+            expression that must match the whole name.
+
+    Raises:
+        ModelError: no decoder blocks, or nothing left to quantize.
+        UsageError: a skip pattern that matches no linear layer.
+    """
+    blocks = find_blocks(model)
+    linears: list[LinearInfo] = []
+    skipped: dict[str, str] = {}
+    unmatched = set(skip)
+    for index, block in enumerate(model.get_submodule(blocks).children()):
+        for name, module in block.named_modules():
+            full = f"{blocks}.{index}.{name}"
+            info = linear_info(full, module, index)
+            if info is None:
+                continue
+            hits = [pattern for pattern in skip if _matches(pattern, full)]
+            unmatched.difference_update(hits)
+            if hits:
+                skipped[full] = f"skipped by --skip {hits[0]}"
+            else:
+                linears.append(info)
+    if unmatched:
+        raise UsageError(
+            "no linear layer matches --skip " + ", ".join(sorted(unmatched)),
+            hint="`bitstrata quantize MODEL -o OUT --dry-run` lists the layers",
+        )
+    if not linears:
+        raise ModelError("nothing is left to quantize", hint="check the --skip patterns")
+    names = tuple(f"{blocks}.{index}" for index in range(len(model.get_submodule(blocks))))
+    quantized = {linear.name for linear in linears}
+    return Discovery(names, tuple(linears), tuple(_left_out(model, quantized, skipped)), tuple(_tied(model)))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
+
+
+def _left_out(model: PreTrainedModel, quantized: set[str], skipped: dict[str, str]) -> Iterator[LeftOut]:
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or name in quantized:
+                continue
+            if name in skipped:
+                reason = skipped[name]
+            elif module is head:
+                reason = "output head"
+            elif isinstance(module, nn.Embedding):
+                reason = "embedding"
+            elif isinstance(module, nn.Linear):
+                reason = "outside the decoder blocks, or a subclass of nn.Linear"
+            else:
+                reason = f"unknown module {type(module).__name__}"
+            yield LeftOut(f"{name}.{key}", tuple(parameter.shape), reason)
+
+
+def _tied(model: PreTrainedModel) -> Iterator[tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return (tuple(group) for group in names.values() if len(group) > 1)

@@ -1,0 +1,165 @@
+"""The way into transformers: a quantization config, a quantizer, and models that take `bits`.
+
+Importing this module registers quant_method "bitstrata", after which plain
+`AutoModelForCausalLM.from_pretrained(OUT)` builds PlaneLinear layers and loads planes into them.
+A loaded model's class is a subclass, with the same name, whose `forward` and `generate` take
+`bits=`; the outermost call sets the shared BitsState and restores it on the way out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint import QUANT_METHOD, CheckpointReader, LayerSpec, QuantizationSpec
+from ..errors import CheckpointError
+from ..nn import Bits, BitsState, PlaneLinear, bits_state, use_bits
+
+
+@register_quantization_config(QUANT_METHOD)
+class BitstrataConfig(QuantizationConfigMixin):
+    """`quantization_config` of a bitstrata checkpoint as transformers wants it; fields as in FORMAT.md.
+
+    Raises CheckpointError naming the field that is wrong.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.spec = QuantizationSpec.parse({"quant_method": QUANT_METHOD, **fields}, "the model's config.json")
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.spec.model_dump(exclude_none=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BitstrataConfig:
+        return self  # the spec is frozen
+
+
+@register_quantizer(QUANT_METHOD)
+class BitstrataQuantizer(HfQuantizer):
+    """Replaces quantized linears by PlaneLinear before transformers loads the weights."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if checkpoint_files:
+            CheckpointReader(Path(checkpoint_files[0]).parent)  # names whatever is missing or malformed
+        replace_linears(model, self.quantization_config.spec)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        return attach(model)
+
+    @property
+    def quantized_element_size(self) -> float:
+        return max(self.quantization_config.spec.bits) / 8
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def replace_linears(model: PreTrainedModel, spec: QuantizationSpec) -> BitsState:
+    """Put a PlaneLinear in the place of every layer that `spec` names, all sharing one BitsState.
+
+    Raises CheckpointError if a layer is not in the model or is not a linear of that size.
+    """
+    from .discover import linear_info
+
+    state = BitsState(tuple(spec.bits), {name: spec.layer_bits(name) for name in spec.layers})
+    for name, layer in spec.layers.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(f"the checkpoint quantizes {name}, which {type(model).__name__} lacks") from None
+        info = linear_info(name, module, 0)
+        if info is None or (info.in_features, info.out_features) != (layer.in_features, layer.out_features):
+            raise CheckpointError(
+                f"{name}: the checkpoint has [{layer.out_features}, {layer.in_features}], the model has {module}"
+            )
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        set_submodule(model, name, _empty_layer(name, layer, spec, state, weight))
+    return state
+
+
+def _empty_layer(
+    name: str, layer: LayerSpec, spec: QuantizationSpec, state: BitsState, like: torch.Tensor
+) -> PlaneLinear:
+    return PlaneLinear(
+        layer.in_features,
+        layer.out_features,
+        name=name,
+        state=state,
+        bits=spec.layer_bits(name),
+        group_size=spec.layer_group_size(name),
+        decoder=layer.decoder,
+        bias=layer.bias,
+        device=like.device,
+        dtype=like.dtype,
+    )
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule called `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Give `model`'s `forward` and `generate` a `bits` argument. Returns the same object."""
+    bits_state(model)  # raises if nothing is quantized
+    if not getattr(type(model), "_takes_bits", False):
+        model.__class__ = _class_with_bits(type(model))
+    return model
+
+
+@lru_cache(maxsize=None)
+def _class_with_bits(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of `base` under the same name whose forward and generate take `bits`."""
+
+    @wraps(base.forward)
+    def forward(self: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> Any:
+        if bits is None:
+            return base.forward(self, *args, **kwargs)
+        with use_bits(self, bits):
+            return base.forward(self, *args, **kwargs)
+
+    @wraps(base.generate)
+    def generate(self: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> Any:
+        if bits is None:
+            return base.generate(self, *args, **kwargs)
+        with use_bits(self, bits):
+            return base.generate(self, *args, **kwargs)
+
+    signature = inspect.signature(base.forward)
+    bits_parameter = inspect.Parameter("bits", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = list(signature.parameters.values())
+    at = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters.insert(at, bits_parameter)
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    members = {
+        "forward": forward,
+        "generate": generate,
+        "_takes_bits": True,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), members)

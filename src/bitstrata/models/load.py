@@ -1,0 +1,112 @@
+"""`bitstrata.load`: a runnable model from a checkpoint folder or hub id, with only the planes it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..checkpoint import CheckpointReader
+from ..errors import InputError, UnsupportedBitsError, UsageError
+from ..nn import Bits, bits_state
+from .source import resolve
+
+
+def parse_target(target: str) -> tuple[str, int | None]:
+    """Split `OUT:BITS` into the path and bits; `OUT` alone gives None."""
+    head, colon, tail = target.rpartition(":")
+    if colon and head and tail.isdigit():
+        return head, int(tail)
+    return target, None
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU. Raises UsageError for an unusable device."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"{device!r} is not a device", hint="use auto, cpu, cuda or cuda:1") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {device} was asked for, but this torch sees no GPU", hint="use --device cpu")
+    return chosen
+
+
+def load(
+    path_or_id: str | Path,
+    bits: Bits | None = None,
+    device: str | torch.device = "auto",
+    max_bits: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> PreTrainedModel:
+    """Load a quantized model.
+
+    Args:
+        path_or_id: a folder written by `bitstrata quantize`, or a hub id of one.
+        bits: what it runs at until told otherwise; the highest loaded by default.
+        device: auto, cpu, cuda, cuda:N.
+        max_bits: read only planes 0..max_bits-1 from disk; higher bits are then not available.
+        dtype: of activations and unquantized weights; the stored one by default.
+        verify: compare each file with the digest in the index (reads the files once).
+
+    Returns:
+        A transformers model whose `forward` and `generate` take `bits=`.
+
+    Raises:
+        CheckpointError: something is missing or malformed; the tensor and file are named.
+        UnsupportedBitsError: `bits` or `max_bits` is not available in the file.
+    """
+    folder = resolve(path_or_id, kind="bitstrata checkpoint")
+    reader = CheckpointReader(folder, max_bits=max_bits, verify=verify)
+    if isinstance(bits, int) and bits not in reader.bits:
+        raise UnsupportedBitsError(bits, reader.bits, where=str(folder))
+    where = pick_device(device)
+
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    config.quantization_config = _restricted(config.quantization_config, reader)
+    # On a CPU the mapped file is the weight; elsewhere transformers copies tensor by tensor.
+    placement: dict[str, Any] = {} if where.type == "cpu" else {"device_map": {"": where}}
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    model: PreTrainedModel = model_class.from_pretrained(
+        None, config=config, state_dict=reader.state_dict(), dtype=dtype or config.dtype or torch.float32, **placement
+    )
+    model.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    if bits is not None:
+        bits_state(model).set(bits)
+    return model
+
+
+def _restricted(raw: dict[str, Any], reader: CheckpointReader) -> dict[str, Any]:
+    """The quantization config without the bits above the reader's max_bits."""
+    spec = dict(raw, bits=list(reader.bits))
+    spec["layers"] = {
+        name: {**layer, "bits": [b for b in layer["bits"] if b <= reader.max_bits]} if "bits" in layer else layer
+        for name, layer in raw["layers"].items()
+    }
+    return spec
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Raises InputError if there is none or it cannot be read."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0] if str(error) else error!r}",
+            hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
+        ) from error
+    return tokenizer

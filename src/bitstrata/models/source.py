@@ -1,0 +1,201 @@
+"""A source model on disk: its config, a skeleton without weights, and its tensors, read when needed.
+
+Nothing here loads the whole model. Only safetensors files are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..checkpoint import is_checkpoint
+from ..checkpoint.writer import SAFETENSORS_DTYPES
+from ..errors import InputError, ModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def resolve(model: str | Path, *, kind: str = "model") -> Path:
+    """A local folder for `model`: itself, or the snapshot of a hub id, downloaded if need be.
+
+    Raises ModelError if it is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file, not a {kind} folder", hint=f"pass the folder that holds the {kind}")
+    text = str(model)
+    if text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith("/") or not text:
+        raise ModelError(f"there is no {kind} folder {text!r}", hint="check the path")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:
+        raise ModelError(
+            f"{text!r} is not a local folder, and the hub did not give it: {_first_line(error)}",
+            hint="check the path or the hub id; HF_TOKEN is needed for gated models",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class SourceModel:
+    """A causal language model folder with safetensors weights.
+
+    Raises ModelError at construction for anything that keeps the weights from being read: no
+    config, an unknown architecture, no safetensors, a missing or truncated shard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if is_checkpoint(folder):
+            raise ModelError(
+                f"{folder} is already quantized by bitstrata", hint="quantize the original model instead"
+            )
+        self.config = self._read_config()
+        self.files = self._read_files()
+
+    def _read_config(self) -> PreTrainedConfig:
+        if not (self.folder / "config.json").is_file():
+            raise ModelError(
+                f"{self.folder} has no config.json", hint="pass the folder of a Hugging Face causal language model"
+            )
+        try:
+            config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True)
+        except Exception as error:
+            raise ModelError(f"{self.folder / 'config.json'} cannot be used: {_first_line(error)}") from error
+        if type(config) not in AutoModelForCausalLM._model_mapping.keys():
+            raise ModelError(f"{self.folder}: {config.model_type!r} is not a causal language model of transformers")
+        if getattr(config, "quantization_config", None):
+            raise ModelError(f"{self.folder} is already quantized", hint="quantize the original model instead")
+        return config
+
+    def _read_files(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        if (self.folder / INDEX).is_file():
+            try:
+                files = dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{self.folder / INDEX} is not a valid index: {error}") from error
+        elif (self.folder / SINGLE).is_file():
+            files = dict.fromkeys(self._keys(SINGLE), SINGLE)
+        else:
+            found = sorted(path.name for path in self.folder.glob("*.bin"))
+            hint = (
+                "convert the .bin files first: load with transformers and save_pretrained" if found else
+                "is the download complete?"
+            )
+            raise ModelError(f"{self.folder} has no {SINGLE} and no {INDEX}", hint=hint)
+        for file in sorted(set(files.values())):
+            missing = {name for name, home in files.items() if home == file} - self._keys(file)
+            if missing:
+                raise ModelError(f"{self.folder / file} lacks {sorted(missing)[0]} that the index promises")
+        return files
+
+    def _open(self, file: str) -> safe_open:
+        try:
+            return safe_open(str(self.folder / file), framework="pt")
+        except FileNotFoundError:
+            raise ModelError(f"shard {file} is missing from {self.folder}", hint="download the model again") from None
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{self.folder / file} is not a whole safetensors file: {error}", hint="download it again"
+            ) from error
+
+    def _keys(self, file: str) -> set[str]:
+        return set(self._open(file).keys())
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model is stored in: the config's, else that of its first floating tensor."""
+        declared = getattr(self.config, "dtype", None)
+        if isinstance(declared, torch.dtype):
+            return declared
+        return next((self.spec(name)[0] for name in self.files if self.spec(name)[0].is_floating_point), torch.float32)
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of the config and of every weight file, for provenance and for resuming safely."""
+        result = {}
+        for file in ["config.json", *sorted(set(self.files.values()))]:
+            with open(self.folder / file, "rb") as handle:
+                result[file] = hashlib.file_digest(handle, "sha256").hexdigest()
+        return result
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model with every parameter on meta; buffers such as rotary frequencies are real, fp32."""
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        model.tie_weights()
+        return model.eval().requires_grad_(False)
+
+    def stored_name(self, name: str, prefix: str) -> str | None:
+        """The name under which state-dict entry `name` is stored, with or without the base model's prefix."""
+        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            if candidate in self.files:
+                return candidate
+        return None
+
+    def spec(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """(dtype, shape) of a stored tensor, from the header."""
+        part = self._open(self.files[stored]).get_slice(stored)
+        return SAFETENSORS_DTYPES[part.get_dtype()], tuple(part.get_shape())
+
+    def read(self, stored: str) -> Tensor:
+        """A stored tensor, copied out of the file so that nothing stays mapped."""
+        tensor: Tensor = self._open(self.files[stored]).get_tensor(stored)
+        return tensor.clone()
+
+    def materialise(self, model: PreTrainedModel, module: nn.Module, prefix: str, skip: Iterable[str] = ()) -> None:
+        """Fill the meta parameters and persistent buffers of `module` (at `prefix` in `model`) in fp32.
+
+        Raises ModelError naming a tensor that is not stored, has another shape, or is not finite.
+        """
+        skipped = set(skip)
+        persistent = set(module.state_dict(keep_vars=True))
+        for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            full = f"{prefix}.{key}" if prefix else key
+            if key not in persistent or full in skipped:
+                continue
+            stored = self.stored_name(full, model.base_model_prefix)
+            if stored is None:
+                raise ModelError(f"{self.folder} stores no tensor for {full}")
+            value = self.read(stored)
+            if value.shape != tensor.shape:
+                raise ModelError(
+                    f"{stored}: the config asks for shape {list(tensor.shape)}, the file has {list(value.shape)}"
+                )
+            if value.is_floating_point():
+                if not bool(value.isfinite().all()):
+                    raise ModelError(f"{stored} holds NaN or infinity", hint="the source model is damaged")
+                value = value.float()
+            parent, _, leaf = key.rpartition(".")
+            owner = module.get_submodule(parent)
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                owner._buffers[leaf] = value
+
+
+def release(module: nn.Module) -> None:
+    """Send parameters back to meta, so that their memory is free again; tied ones stay tied."""
+    empty: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                if id(parameter) not in empty:
+                    empty[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                owner._parameters[key] = empty[id(parameter)]

@@ -1,0 +1,141 @@
+"""BitsState: how bits travel from a model's caller to its layers.
+
+All quantized layers of one model share one BitsState. It holds
+
+    an int           the uniform plan,
+    a plan           a mapping from layer name to bits, or
+    a tensor         integers, one entry a row: [rows], or [batch] / [batch, sequence] of the input.
+
+There is no module-level state: two models never affect each other. Setting it copies no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedBitsError, UsageError
+from ..planes.weights import MAX_BITS
+
+Bits = int | Mapping[str, int] | Tensor
+
+
+class BitsState:
+    """The bits that a model's quantized layers use now.
+
+    Args:
+        supported: bits for which the model has decoders.
+        layers: for each quantized layer its supported bits; a plan must name exactly these layers.
+        value: the bits to start with; the highest supported by default.
+    """
+
+    def __init__(self, supported: tuple[int, ...], layers: Mapping[str, tuple[int, ...]], value: Bits | None = None):
+        self.supported = supported
+        self.layers = dict(layers)
+        self.value: Bits = max(supported)
+        if value is not None:
+            self.set(value)
+
+    def set(self, value: Bits) -> Bits:
+        """Switch to `value` and return the previous one.
+
+        Raises:
+            UnsupportedBitsError: bits without a decoder. Nothing is rounded to the nearest.
+            UsageError: a plan that does not name the model's layers, or a tensor that is not of integers.
+        """
+        previous = self.value
+        self.value = self._checked(value)
+        return previous
+
+    def _checked(self, value: Bits) -> Bits:
+        if isinstance(value, bool):
+            raise UsageError(f"bits must be an int, a plan or a tensor, got {value!r}")
+        if isinstance(value, int):
+            if value not in self.supported:
+                raise UnsupportedBitsError(value, self.supported)
+            return value
+        if isinstance(value, Tensor):
+            if value.dtype.is_floating_point or value.dtype == torch.bool:
+                raise UsageError(f"per-row bits must be an integer tensor, got {value.dtype}")
+            return value
+        if isinstance(value, Mapping):
+            self._check_plan(value)
+            return value
+        raise UsageError(f"bits must be an int, a plan (layer -> bits) or a tensor, got {type(value).__name__}")
+
+    def _check_plan(self, plan: Mapping[str, int]) -> None:
+        missing, unknown = self.layers.keys() - plan.keys(), plan.keys() - self.layers.keys()
+        if missing or unknown:
+            example = next(iter(sorted(missing or unknown)))
+            raise UsageError(
+                f"the plan does not fit this model: {len(missing)} layers missing, {len(unknown)} unknown "
+                f"(for example {example})",
+                hint="a plan gives bits for every quantized layer by name",
+            )
+        for name, bits in plan.items():
+            if bits not in self.layers[name]:
+                raise UnsupportedBitsError(bits, self.layers[name], where=f"layer {name}")
+
+    def of(self, layer: str) -> int | Tensor:
+        """The bits of layer `layer`: an int, or the tensor of per-row bits."""
+        if isinstance(self.value, (int, Tensor)):
+            return self.value
+        return self.value[layer]
+
+
+def parse_bits(text: str | int | Iterable[int]) -> tuple[int, ...]:
+    """Bits from what a user types: `3`, `2,4`, `2-4` or a mix; ascending, distinct, within 1..8.
+
+    Raises UsageError for anything else.
+    """
+    values: list[int] = []
+    try:
+        for part in str(text).split(",") if isinstance(text, (str, int)) else map(str, text):
+            low, dash, high = part.strip().partition("-")
+            values.extend(range(int(low), int(high) + 1) if dash else [int(low)])
+    except ValueError:
+        values = []
+    if not values or not all(1 <= value <= MAX_BITS for value in values):
+        raise UsageError(f"bits {text!r} cannot be used", hint=f"give whole numbers from 1 to {MAX_BITS}: 3, 2,4 or 2-4")
+    return tuple(sorted(set(values)))
+
+
+def expand_rows(row_bits: Tensor, shape: torch.Size) -> Tensor:
+    """Per-row bits for an input [..., K] whose leading dimensions are `shape`: integer [rows].
+
+    `row_bits` has one entry a row already, or one for each index of the first dimension(s).
+    Raises UsageError if it fits neither way.
+    """
+    if row_bits.numel() == shape.numel():
+        return row_bits.reshape(-1)
+    if row_bits.shape == shape[: row_bits.dim()]:
+        return row_bits.view(*row_bits.shape, *[1] * (len(shape) - row_bits.dim())).expand(shape).reshape(-1)
+    raise UsageError(
+        f"per-row bits of shape {list(row_bits.shape)} do not fit an input of {list(shape)} rows",
+        hint="give one entry a sequence of the batch, or one a token",
+    )
+
+
+def bits_state(model: nn.Module) -> BitsState:
+    """The BitsState shared by the quantized layers of `model`; UsageError if it has none."""
+    for module in model.modules():
+        state = getattr(module, "bits_state", None)
+        if isinstance(state, BitsState):
+            return state
+    raise UsageError(
+        f"{type(model).__name__} has no quantized layers", hint="load one with bitstrata.load(OUT) after quantizing"
+    )
+
+
+@contextmanager
+def use_bits(model: nn.Module, bits: Bits) -> Iterator[None]:
+    """Run `model` at `bits` inside the block; what was set before comes back, exceptions included."""
+    state = bits_state(model)
+    previous = state.set(bits)
+    try:
+        yield
+    finally:
+        state.value = previous

@@ -1,0 +1,117 @@
+"""PlaneLinear: a linear layer whose weight is planes and decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import plane_linear, plane_linear_rows
+from ..planes.pack import words_per_row
+from ..planes.weights import SCALE_DTYPE, Decoder, PlaneWeight, decoder_shapes, make_decoder
+from .bits import BitsState, expand_rows
+
+
+class PlaneLinear(nn.Module):
+    """y = x @ W_bits^T + bias, bits taken from the shared BitsState.
+
+    Buffers carry the names of the checkpoint: `plane_<i>` int32 [N, ceil(K/32)] and for each
+    supported bits p `scale_<p>` fp16 [p, N, J] and `offset_<p>` fp16 [N, J], or `table_<p>` fp16
+    [N, 2**p]. `weight` is an empty placeholder: it tells code that asks a linear layer's dtype, and
+    makes loaders that do not know the format fail on its shape.
+
+    Args:
+        name: the layer's name in the model; plans look it up.
+        state: the model's BitsState.
+        decoder: "affine" or "codebook".
+        dtype: of the bias and the placeholder.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        name: str,
+        state: BitsState,
+        bits: tuple[int, ...],
+        group_size: int,
+        decoder: str = "affine",
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.name, self.bits_state = name, state
+        self.bits, self.group_size, self.decoder = bits, group_size, decoder
+        words = words_per_row(in_features)
+        for index in range(max(bits)):
+            self.register_buffer(
+                f"plane_{index}", torch.zeros(out_features, words, dtype=torch.int32, device=device)
+            )
+        for value in bits:
+            for key, shape in decoder_shapes(decoder, value, out_features, in_features, group_size).items():
+                self.register_buffer(key, torch.zeros(shape, dtype=SCALE_DTYPE, device=device))
+        self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device))
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        )
+
+    @classmethod
+    def from_weight(
+        cls, weight: PlaneWeight, bias: Tensor | None = None, *, name: str = "", state: BitsState | None = None
+    ) -> PlaneLinear:
+        """A layer that holds `weight`; without `state` it gets one of its own."""
+        layer = cls(
+            weight.in_features,
+            weight.out_features,
+            name=name,
+            state=state or BitsState(weight.bits, {name: weight.bits}),
+            bits=weight.bits,
+            group_size=weight.group_size,
+            decoder=weight.decoder_kind(weight.bits[0]),
+            bias=bias is not None,
+            device=weight.planes[0].device,
+            dtype=bias.dtype if bias is not None else None,
+        )
+        for key, tensor in weight.tensors().items():
+            setattr(layer, key, tensor)
+        if layer.bias is not None and bias is not None:
+            layer.bias.data.copy_(bias)
+        return layer
+
+    def plane_weight(self, bits: tuple[int, ...] | None = None) -> PlaneWeight:
+        """The layer's tensors, not copied, with the decoders for `bits` (all of them by default)."""
+        chosen = bits if bits is not None else self.bits
+        decoders: dict[int, Decoder] = {}
+        for value in chosen:
+            keys = decoder_shapes(self.decoder, value, 1, 1, 1)
+            decoders[value] = make_decoder(self.decoder, value, {key: getattr(self, key) for key in keys})
+        planes = tuple(getattr(self, f"plane_{index}") for index in range(max(chosen)))
+        return PlaneWeight(planes, decoders, self.in_features, self.group_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bits = self.bits_state.of(self.name)
+        if isinstance(bits, Tensor):
+            y = plane_linear_rows(x, self.plane_weight(), expand_rows(bits.to(x.device), x.shape[:-1]))
+        else:
+            y = plane_linear(x, self.plane_weight((bits,)), bits)
+        return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneLinear:
+        """Move, but never convert: `model.half()` or `.to(bfloat16)` must not round stored scales."""
+        kept = {key: buffer for key, buffer in self._buffers.items() if buffer is not None and key != "weight"}
+        super()._apply(fn, recurse)
+        for key, before in kept.items():
+            after = self._buffers[key]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[key] = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        bits = ",".join(map(str, self.bits))
+        return f"{self.in_features}, {self.out_features}, bits={bits}, group_size={self.group_size}, {self.decoder}"
+

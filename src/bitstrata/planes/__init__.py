@@ -1,0 +1,19 @@
+"""The representation: packed bit-planes, decoders, and the reference that defines their meaning."""
+
+from .decode import codes, decode, signs
+from .pack import pack_bits, unpack_bits, words_per_row
+from .weights import AffineDecoder, CodebookDecoder, Decoder, PlaneWeight, group_count
+
+__all__ = [
+    "AffineDecoder",
+    "CodebookDecoder",
+    "Decoder",
+    "PlaneWeight",
+    "codes",
+    "decode",
+    "group_count",
+    "pack_bits",
+    "signs",
+    "unpack_bits",
+    "words_per_row",
+]

@@ -1,0 +1,46 @@
+"""The reference decoder: the specification of the format, obvious and slow.
+
+    affine    W[n, k] = offset[n, j] + sum_{i<bits} scale[i, n, j] B_i[n, k],   j = k div group_size
+    codebook  W[n, k] = table[n, code],   code = sum_{i<bits} b_i 2^(bits-1-i)
+
+with B_i = 2 b_i - 1 in {-1, +1}. In float64 the sum is exact: up to nine fp16 terms span fewer
+than 53 bits. In any other dtype it is accumulated in float32, offset first, then planes 0, 1, ...,
+and converted once at the end. Faster decoders are compared with this one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pack import unpack_bits
+from .weights import AffineDecoder, PlaneWeight, group_count
+
+
+def signs(weight: PlaneWeight, plane: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    """Plane `plane` as -1 and +1: [N, K] in `dtype`."""
+    return unpack_bits(weight.planes[plane], weight.in_features).to(dtype).mul_(2).sub_(1)
+
+
+def codes(weight: PlaneWeight, bits: int) -> Tensor:
+    """The first `bits` plane bits of every weight as an integer, plane 0 most significant: int64 [N, K]."""
+    code = torch.zeros(weight.out_features, weight.in_features, dtype=torch.int64, device=weight.planes[0].device)
+    for plane in weight.planes[:bits]:
+        code = code * 2 + unpack_bits(plane, weight.in_features)
+    return code
+
+
+def decode(weight: PlaneWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight at `bits`: [N, K] in `dtype`. Raises KeyError if there is no decoder for `bits`."""
+    decoder = weight.decoders[bits]
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    if not isinstance(decoder, AffineDecoder):
+        return decoder.table.to(dtype).gather(1, codes(weight, bits))
+
+    size, columns = weight.group_size, weight.in_features
+    padding = group_count(columns, size) * size - columns
+    total = decoder.offset.to(accumulate).unsqueeze(-1).repeat(1, 1, size)  # [N, J, g]
+    for index in range(bits):
+        plane = torch.nn.functional.pad(signs(weight, index, accumulate), (0, padding))
+        total += decoder.scale[index].to(accumulate).unsqueeze(-1) * plane.unflatten(1, (-1, size))
+    return total.flatten(1)[:, :columns].to(dtype)

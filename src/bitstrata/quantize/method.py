@@ -1,0 +1,133 @@
+"""The interface every method implements: a block's weights in, a PlaneWeight for each linear out.
+
+A method is a frozen options dataclass and a class with `quantize_block`. Most methods look at one
+layer at a time and implement `quantize_layer` only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..planes.weights import PlaneWeight
+
+PRESETS = ("fast", "default", "best")
+
+
+@dataclass
+class BlockTask:
+    """One decoder block, ready to be quantized.
+
+    Attributes:
+        block: the module, fp32, with the original weights.
+        weights: linear's name inside the block -> W fp32 [N, K].
+        transposed: names whose parameter holds W^T.
+        bits: the bits asked for, ascending.
+        group_size: columns a group.
+        call: hidden [b, S, hidden] -> the block's output, differentiable in the block's parameters.
+        inputs: the full-precision chain's hidden states [n, S, hidden]; None without calibration.
+        targets: the block's output on `inputs`; None without calibration.
+        chains: bits -> the hidden states that the model quantized so far has at these bits.
+        generator: the block's own source of randomness.
+        say: where to report.
+    """
+
+    block: nn.Module
+    weights: Mapping[str, Tensor]
+    transposed: frozenset[str]
+    bits: tuple[int, ...]
+    group_size: int
+    call: Callable[[nn.Module, Tensor], Tensor]
+    inputs: Tensor | None
+    targets: Tensor | None
+    chains: Mapping[int, Tensor]
+    generator: torch.Generator
+    say: Callable[[str], None]
+
+
+class Method(ABC):
+    """A way to make planes and decoders from weights.
+
+    Class attributes:
+        name: as in `--method`.
+        options_type: its frozen dataclass of options.
+        presets: preset name -> options that differ from the defaults.
+    """
+
+    name: ClassVar[str]
+    options_type: ClassVar[type]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options if options is not None else self.options_type()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether these options need calibration text."""
+        return False
+
+    def quantize_layer(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
+        """W fp32 [N, K] -> planes and a decoder for each of `bits`. Raises ModelError for NaN or infinity."""
+        raise NotImplementedError(f"{self.name} works on whole blocks")
+
+    def quantize_block(self, task: BlockTask) -> dict[str, PlaneWeight]:
+        """A PlaneWeight for every linear of the block, on the CPU."""
+        return {
+            name: self.quantize_layer(weight, task.bits, task.group_size) for name, weight in task.weights.items()
+        }
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method by name."""
+    from .anybcq import AnyBCQ
+    from .bcq import BCQ
+    from .rtn import RTN
+
+    return {method.name: method for method in (AnyBCQ, BCQ, RTN)}
+
+
+def make_method(name: str, preset: str, overrides: Mapping[str, str | Any]) -> Method:
+    """The method `name` with the options of `preset` and `overrides` on top.
+
+    `overrides` may hold strings from a command line; they are converted to the option's type.
+    Raises UsageError for an unknown method, preset or option, or a value of the wrong type.
+    """
+    known = methods()
+    if name not in known:
+        raise UsageError(f"unknown method {name!r}", hint=f"methods: {', '.join(sorted(known))}")
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}", hint=f"presets: {', '.join(PRESETS)}")
+    method = known[name]
+    values: dict[str, Any] = dict(method.presets.get(preset, {}))
+    fields = {field.name: field for field in dataclasses.fields(method.options_type)}
+    for key, value in overrides.items():
+        if key not in fields:
+            raise UsageError(
+                f"method {name} has no option {key!r}", hint=f"options: {', '.join(fields) or 'none'}"
+            )
+        values[key] = _convert(f"option {key} of {name}", value, type(fields[key].default))
+    try:
+        return method(method.options_type(**values))
+    except ValueError as error:
+        raise UsageError(f"method {name}: {error}") from error
+
+
+def _convert(what: str, value: Any, wanted: type) -> Any:
+    if not isinstance(value, str):
+        if type(value) is wanted or (wanted is float and type(value) is int):
+            return wanted(value)
+    elif wanted is bool and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    elif wanted is not bool:
+        try:
+            return wanted(value)
+        except ValueError:
+            pass
+    raise UsageError(f"{what} must be {wanted.__name__}, got {value!r}")

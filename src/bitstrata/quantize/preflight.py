@@ -1,0 +1,272 @@
+"""Everything that can be found wrong before the first expensive step, found at once.
+
+`prepare` reads every byte of the model once (digests, finite weights) and nothing more than the
+headers otherwise; it either returns a job ready to run or raises a PreflightError that lists all
+problems. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..calibrate import Windows, calibration_windows, read_text, text_digest
+from ..checkpoint import LayerSpec, QuantizationSpec, is_checkpoint
+from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
+from ..models import Discovery, SourceModel, discover, load_tokenizer, resolve
+from ..progress import Reporter
+from ..version import __version__
+from .settings import Settings
+from .state import JOB_FOLDER
+
+HELDOUT_WINDOWS = 16
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that passed preflight.
+
+    common: state-dict name -> stored name of what is copied unchanged.
+    fingerprint: everything the result depends on; decides whether a job may be resumed.
+    """
+
+    settings: Settings
+    source: SourceModel
+    model: PreTrainedModel
+    discovery: Discovery
+    windows: Windows | None
+    common: dict[str, str]
+    fingerprint: dict[str, Any]
+    disk_bytes: int
+    memory_bytes: int
+
+    def spec(self) -> QuantizationSpec:
+        """The `quantization_config` of the result."""
+        settings = self.settings
+        provenance = {
+            "model": Path(settings.model).name or settings.model,
+            "calibration": None if settings.calibration is None else Path(settings.calibration).name,
+            **self.fingerprint,
+        }
+        return QuantizationSpec(
+            method=settings.method.name,
+            method_options=self.fingerprint["options"],
+            bits=list(settings.bits),
+            group_size=settings.group_size,
+            layers={
+                linear.name: LayerSpec(
+                    in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias
+                )
+                for linear in self.discovery.linears
+            },
+            provenance=provenance,
+        )
+
+
+class _Problems:
+    def __init__(self) -> None:
+        self.found: list[BitstrataError] = []
+
+    def attempt(self, make: Callable[[], _Value]) -> _Value | None:
+        try:
+            return make()
+        except BitstrataError as error:
+            self.found.append(error)
+            return None
+
+
+def prepare(settings: Settings, reporter: Reporter) -> Prepared:
+    """Check everything and gather what the job needs. Raises PreflightError."""
+    problems = _Problems()
+    problems.attempt(lambda: _check_output(settings))
+    documents = None
+    if settings.calibration is not None:
+        calibration = settings.calibration
+        documents = problems.attempt(lambda: read_text(calibration, part="calibration"))
+    folder = problems.attempt(lambda: resolve(settings.model))
+    source = None if folder is None else problems.attempt(lambda: SourceModel(folder))
+    tokenizer = None
+    if source is not None and settings.calibration is not None:
+        tokenizer = problems.attempt(lambda: load_tokenizer(source.folder))
+    if source is None:
+        raise PreflightError(problems.found)
+
+    settings = _within_context(settings, source, reporter)
+    model = problems.attempt(source.skeleton)
+    discovery = None if model is None else problems.attempt(lambda: discover(model, settings.skip))
+    windows = None
+    if documents is not None and tokenizer is not None:
+        windows = problems.attempt(lambda: _windows(settings, tokenizer, documents, reporter))
+    if model is None or discovery is None:
+        raise PreflightError(problems.found)
+
+    common = _check_tensors(source, model, discovery, problems.found, reporter)
+    prepared = Prepared(
+        settings,
+        source,
+        model,
+        discovery,
+        windows,
+        common,
+        {},
+        _disk_bytes(settings, source, discovery, common),
+        _memory_bytes(settings, model, discovery, windows),
+    )
+    problems.found.extend(_check_resources(prepared))
+    if problems.found:
+        raise PreflightError(problems.found)
+    fingerprint = {
+        **settings.fingerprint(),
+        "model_sha256": source.digests(),
+        "text_sha256": None if documents is None else text_digest(documents),
+        "versions": {"bitstrata": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    return replace(prepared, fingerprint=fingerprint)
+
+
+def _within_context(settings: Settings, source: SourceModel, reporter: Reporter) -> Settings:
+    limit = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if settings.calibration is None or limit is None or settings.seq_len <= limit:
+        return settings
+    reporter.note(f"seq-len lowered from {settings.seq_len} to {limit}, the model's context")
+    return replace(settings, seq_len=int(limit))
+
+
+def _check_output(settings: Settings) -> None:
+    output = settings.output
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file", hint="give a folder to -o")
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / JOB_FOLDER).is_dir() and not is_checkpoint(output):
+            raise UsageError(
+                f"{output} exists and was not made by bitstrata; it is left alone", hint="choose another folder for -o"
+            )
+    parent = next((path for path in [output, *output.absolute().parents] if path.exists()), Path("/"))
+    if not parent.is_dir():
+        raise UsageError(f"{parent} is not a folder, so {output} cannot be made", hint="choose another folder for -o")
+
+
+def _windows(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, documents: list[str], reporter: Reporter
+) -> Windows:
+    wanted = settings.num_samples if settings.method.needs_calibration else 0
+    windows = calibration_windows(
+        tokenizer,
+        documents,
+        num_samples=wanted,
+        seq_len=settings.seq_len,
+        num_heldout=HELDOUT_WINDOWS,
+        seed=settings.seed,
+    )
+    if len(windows.calibration) < wanted:
+        reporter.note(
+            f"the calibration text gives {len(windows.calibration)} windows of {settings.seq_len} tokens, "
+            f"{wanted} were asked for"
+        )
+    return windows
+
+
+def _check_tensors(
+    source: SourceModel, model: PreTrainedModel, discovery: Discovery, problems: list[BitstrataError], reporter: Reporter
+) -> dict[str, str]:
+    """Compare stored tensors with the model; returns state-dict name -> stored name of unquantized ones."""
+    quantized = {f"{linear.name}.weight" for linear in discovery.linears}
+    copies = {name for group in discovery.tied for name in group[1:]}
+    common, used = {}, set()
+    for name, tensor in model.state_dict().items():
+        stored = source.stored_name(name, model.base_model_prefix)
+        if stored is not None:
+            used.add(stored)
+        if name in copies:
+            continue
+        if stored is None:
+            problems.append(ModelError(f"{source.folder} stores no tensor for {name}"))
+            continue
+        shape = source.spec(stored)[1]
+        if shape != tuple(tensor.shape):
+            problems.append(
+                ModelError(f"{stored}: the config asks for shape {list(tensor.shape)}, the file has {list(shape)}")
+            )
+            continue
+        value = source.read(stored)
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            problems.append(ModelError(f"{stored} holds NaN or infinity", hint="the source model is damaged"))
+        if name not in quantized:
+            common[name] = stored
+    unused = sorted(set(source.files) - used)
+    if unused:
+        reporter.note(f"{len(unused)} stored tensors are not part of the model and are dropped: {', '.join(unused[:5])}")
+    return common
+
+
+def _disk_bytes(settings: Settings, source: SourceModel, discovery: Discovery, common: dict[str, str]) -> int:
+    """Finished blocks in the job folder, plus the checkpoint made from them."""
+    planes, scales = settings.bits[-1] / 8, sum(bits + 1 for bits in settings.bits) * 2 / settings.group_size
+    quantized = int(discovery.weight_count * (planes + scales))
+    copied = 0
+    for stored in common.values():
+        dtype, shape = source.spec(stored)
+        copied += torch.Size(shape).numel() * dtype.itemsize
+    return 2 * quantized + copied
+
+
+def _memory_bytes(
+    settings: Settings, model: PreTrainedModel, discovery: Discovery, windows: Windows | None
+) -> int:
+    """An estimate of the peak, in bytes:
+
+    max(weights outside the blocks in fp32, largest block in fp32 x 4)
+    + hidden states: windows x seq_len x hidden x 4 bytes x (2 + 2 x bits)
+    """
+    inside: dict[str, int] = dict.fromkeys(discovery.blocks, 0)
+    outside = 0
+    for name, parameter in model.named_parameters():
+        block = next((block for block in discovery.blocks if name.startswith(f"{block}.")), None)
+        if block is None:
+            outside += parameter.numel() * 4
+        else:
+            inside[block] += parameter.numel() * 4
+    hidden = 0
+    if windows is not None:
+        tokens = windows.calibration.numel() + windows.heldout.numel()
+        width = model.config.get_text_config(decoder=True).hidden_size
+        hidden = tokens * width * 4 * (2 + 2 * len(settings.bits))
+    return max(outside, 4 * max(inside.values())) + hidden
+
+
+def _check_resources(prepared: Prepared) -> list[BitstrataError]:
+    problems: list[BitstrataError] = []
+    output = prepared.settings.output
+    place = next(path for path in [output, *output.absolute().parents] if path.exists())
+    free = shutil.disk_usage(place).free
+    started = (output / JOB_FOLDER).is_dir()
+    if free < prepared.disk_bytes and not started:
+        problems.append(
+            ResourceError(
+                f"{output} needs about {megabytes(prepared.disk_bytes)} of disk, {megabytes(free)} are free",
+                hint="free some space or choose another folder for -o",
+            )
+        )
+    available = psutil.virtual_memory().available
+    if available < prepared.memory_bytes:
+        problems.append(
+            ResourceError(
+                f"the job needs about {megabytes(prepared.memory_bytes)} of memory, {megabytes(available)} are free",
+                hint="lower --num-samples or --seq-len",
+            )
+        )
+    return problems
+
+
+def megabytes(size: int) -> str:
+    """A size for people: MB below a gigabyte, else GB (powers of ten)."""
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"

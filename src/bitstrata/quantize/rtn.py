@@ -1,0 +1,57 @@
+"""Round-to-nearest, nested: the baseline that needs no data and no search.
+
+Each group gets a uniform grid of 2^P levels from its minimum to its maximum, P the highest bits:
+
+    s = (max - min) / (2^P - 1),   q = round((w - min) / s)
+
+The planes are the bits of q, most significant first. At p < P bits the dropped planes are replaced
+by their mean, which is 0 in +-1 form (algorithm: MSB slicing of an integer grid), so all bits share
+
+    scale_i = s 2^(P-1-i) / 2,   offset = min + s (2^P - 1) / 2.
+
+With a single bits value this is ordinary asymmetric round-to-nearest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..planes.weights import SCALE_DTYPE, PlaneWeight
+from .grouping import Grouping, affine_weight, check_weight
+from .method import Method
+
+
+@dataclass(frozen=True)
+class RTNOptions:
+    """Round-to-nearest has no options."""
+
+
+class RTN(Method):
+    """Nested round-to-nearest."""
+
+    name = "rtn"
+    options_type = RTNOptions
+
+    def quantize_layer(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
+        check_weight("a weight", weight)
+        grouping = Grouping(*weight.shape, group_size)
+        values = grouping.split(weight.float())
+        real = grouping.mask(weight.device) > 0
+        low = values.masked_fill(~real, torch.inf).amin(1, keepdim=True)
+        high = values.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
+
+        top = max(bits)
+        levels = 2**top - 1
+        # the stored half-step is what the codes are rounded to, so round it before it is used
+        half = ((high - low) / levels / 2).to(SCALE_DTYPE).float()
+        middle = ((high + low) / 2).to(SCALE_DTYPE).float()
+        start = middle - half * levels
+        code = torch.where(half > 0, (values - start) / (2 * half), 0.0).round().clamp(0, levels).int()
+        planes = torch.stack([(code >> (top - 1 - index)) & 1 for index in range(top)]).bool()
+
+        scale = torch.stack([half[:, 0] * 2 ** (top - 1 - index) for index in range(top)])
+        coefficients = {value: (scale[:value], middle[:, 0]) for value in bits}
+        return affine_weight(grouping, planes, coefficients)

@@ -1,0 +1,114 @@
+"""What a quantization job is asked to do, checked as far as it can be without looking at any file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BitstrataError, PreflightError, UsageError
+from ..models.load import pick_device
+from ..nn import parse_bits
+from .method import Method, make_method
+from .rtn import RTN
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A job's arguments, parsed. `calibration` is a file, the name of a built-in text, or None."""
+
+    model: str
+    output: Path
+    bits: tuple[int, ...]
+    method: Method
+    preset: str
+    group_size: int
+    calibration: str | None
+    num_samples: int
+    seq_len: int
+    skip: tuple[str, ...]
+    seed: int
+    device: torch.device
+
+    @classmethod
+    def parse(
+        cls,
+        model: str | Path,
+        output: str | Path,
+        *,
+        bits: str | int | Iterable[int],
+        method: str,
+        preset: str,
+        options: Mapping[str, Any],
+        group_size: int,
+        calibration: str | Path | None,
+        num_samples: int,
+        seq_len: int,
+        skip: Sequence[str],
+        seed: int,
+        device: str,
+    ) -> Settings:
+        """Raises PreflightError with everything that is wrong."""
+        problems: list[BitstrataError] = []
+
+        def attempt(make: Any, fallback: Any) -> Any:
+            try:
+                return make()
+            except BitstrataError as error:
+                problems.append(error)
+                return fallback
+
+        parsed_bits = attempt(lambda: parse_bits(bits), (4,))
+        parsed_method = attempt(lambda: make_method(method, preset, options), RTN())
+        parsed_device = attempt(lambda: pick_device(device), torch.device("cpu"))
+        for name, value, least in (
+            ("group-size", group_size, 1),
+            ("num-samples", num_samples, 1),
+            ("seq-len", seq_len, 2),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                problems.append(UsageError(f"--{name} must be at least {least}, got {value}"))
+        if parsed_method.needs_calibration and calibration is None:
+            problems.append(
+                UsageError(
+                    f"method {parsed_method.name} needs calibration text at preset {preset!r}",
+                    hint="give --calibration FILE (or the built-in text `stdlib`), or use --preset fast",
+                )
+            )
+        if problems:
+            raise PreflightError(problems)
+        text = None if calibration is None else str(calibration)
+        return cls(
+            str(model),
+            Path(output),
+            parsed_bits,
+            parsed_method,
+            preset,
+            group_size,
+            text,
+            num_samples,
+            seq_len,
+            tuple(skip),
+            seed,
+            parsed_device,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The arguments that decide the result, as JSON values."""
+        return {
+            "bits": list(self.bits),
+            "method": self.method.name,
+            "preset": self.preset,
+            "options": dataclasses.asdict(self.method.options),
+            "group_size": self.group_size,
+            "num_samples": self.num_samples,
+            "seq_len": self.seq_len,
+            "skip": list(self.skip),
+            "seed": self.seed,
+            "device": self.device.type,
+        }

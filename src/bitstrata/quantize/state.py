@@ -1,0 +1,143 @@
+"""The durable state of a job: `OUT/.job/` with its fingerprint and one file a finished block.
+
+A block's file appears by rename after a sync, so it is whole or absent. A job is continued only by
+a command with the same fingerprint: arguments, model, text and versions.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..checkpoint import QuantizationSpec, TensorEntry, entries_of, remove_leftovers, write_json, write_safetensors
+from ..errors import JobError, disk_errors
+from ..planes.weights import PlaneWeight, make_decoder
+
+JOB_FOLDER = ".job"
+
+
+class JobState:
+    """The job folder of one output folder; a lock keeps a second process out while it is open."""
+
+    def __init__(self, output: Path, fingerprint: dict[str, Any], spec: QuantizationSpec) -> None:
+        self.output, self.folder, self.spec = output, output / JOB_FOLDER, spec
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise JobError(
+                f"another process is quantizing into {output}", hint="wait for it, or choose another folder for -o"
+            ) from None
+        try:
+            self._start_or_resume(fingerprint)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_or_resume(self, fingerprint: dict[str, Any]) -> None:
+        path = self.folder / "job.json"
+        wanted = json.loads(json.dumps(fingerprint))
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())
+            except ValueError as error:
+                raise JobError(f"{path} is not readable: {error}", hint=f"delete {self.folder} to start over") from error
+            changed = differences(found, wanted)
+            if changed:
+                raise JobError(
+                    f"{self.output} holds an unfinished job with other settings: " + "; ".join(changed),
+                    hint=f"repeat the command that started it, choose another -o, or delete {self.folder}",
+                )
+        for folder in (self.folder, self.output):
+            remove_leftovers(folder)
+        if not path.exists():
+            write_json(path, wanted)
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def finish(self) -> None:
+        """The checkpoint is written: the job folder is no longer needed."""
+        self.close()
+        shutil.rmtree(self.folder)
+
+    def _path(self, block: int) -> Path:
+        return self.folder / f"block-{block:04d}.safetensors"
+
+    def has(self, block: int) -> bool:
+        return self._path(block).exists()
+
+    def save(self, block: int, weights: dict[str, PlaneWeight]) -> None:
+        """Make a block's result durable; `weights` by full layer name."""
+        entries = [entry for name, weight in weights.items() for entry in entries_of(name, weight)]
+        write_safetensors(self._path(block), entries)
+
+    def load(self, block: int, layers: list[str]) -> dict[str, PlaneWeight]:
+        """The finished block's layers. Raises JobError if the file does not hold them."""
+        return {name: self._layer(block, name) for name in layers}
+
+    def _layer(self, block: int, name: str) -> PlaneWeight:
+        layer, bits = self.spec.layers[name], self.spec.layer_bits(name)
+        tensors = {
+            full.removeprefix(f"{name}."): self._read(block, full) for full in self.spec.layer_tensors(name)
+        }
+        try:
+            return PlaneWeight(
+                tuple(tensors[f"plane_{index}"] for index in range(max(bits))),
+                {value: make_decoder(layer.decoder, value, tensors) for value in bits},
+                layer.in_features,
+                self.spec.layer_group_size(name),
+            )
+        except ValueError as error:
+            raise self._damaged(block, error) from error
+
+    def _read(self, block: int, tensor: str) -> Tensor:
+        try:
+            with safe_open(str(self._path(block)), framework="pt") as file:
+                value: Tensor = file.get_tensor(tensor)
+                return value.clone()
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(block, error) from error
+
+    def _damaged(self, block: int, error: Exception) -> JobError:
+        return JobError(
+            f"{self._path(block)} is damaged: {error}", hint="delete that file and run the same command again"
+        )
+
+    def entries(self, block: int, layers: list[str]) -> list[TensorEntry]:
+        """The block's tensors as entries that are read only when they are written."""
+        result = []
+        for name in layers:
+            for full, (dtype, shape) in self.spec.layer_tensors(name).items():
+                kind = torch.int32 if dtype == "I32" else torch.float16
+                result.append(
+                    TensorEntry(full, kind, shape, lambda block=block, full=full: self._read(block, full))  # type: ignore[misc]
+                )
+        return result
+
+
+def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
+    """What differs between two fingerprints, by name: "group_size was 64, is now 128"."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return [
+            line
+            for key in sorted({*found, *wanted})
+            for line in differences(found.get(key), wanted.get(key), f"{where}.{key}" if where else key)
+        ]
+    if found == wanted:
+        return []
+    return [f"{where} was {_short(found)}, is now {_short(wanted)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..."

@@ -1,0 +1,132 @@
+"""`bitstrata.generate`: continue a prompt at given bits."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from ..errors import InputError, UsageError
+from ..models import load, load_tokenizer, parse_target, resolve
+from ..nn import bits_state
+from ..progress import Reporter
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation. `tokens` counts the new tokens; tokens_per_second leaves the prompt's pass out."""
+
+    prompt: str
+    text: str
+    bits: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return self.prompt + self.text
+
+
+class _Clock(BaseStreamer):
+    """Notes when tokens arrive, and passes them on to another streamer."""
+
+    def __init__(self, onward: BaseStreamer | None) -> None:
+        self.times: list[float] = []
+        self._onward = onward
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if self._onward is not None:
+            self._onward.put(value)
+
+    def end(self) -> None:
+        if self._onward is not None:
+            self._onward.end()
+
+
+def generate(
+    model: str | Path | PreTrainedModel,
+    prompt: str,
+    bits: int | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    *,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    streamer: BaseStreamer | None = None,
+    reporter: Reporter | None = None,
+) -> Generation:
+    """Continue `prompt`.
+
+    Args:
+        model: a checkpoint folder or hub id, `OUT` or `OUT:BITS`; or a loaded model.
+        bits: the precision; else the one in `OUT:BITS`; else the highest.
+        temperature: 0 takes the most likely token every time; above 0 samples.
+        streamer: receives tokens as they come.
+
+    Raises:
+        UsageError: bits given twice and differently, a negative temperature, no new tokens asked for.
+        InputError: a prompt that is empty for a tokenizer without BOS, or that fills the model's context.
+    """
+    reporter = reporter or Reporter()
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max_new_tokens be at least 1")
+    if not isinstance(model, PreTrainedModel):
+        target, named = parse_target(str(model)) if not Path(model).is_dir() else (str(model), None)
+        if named is not None and bits is not None and named != bits:
+            raise UsageError(f"bits given twice: {named} in {model} and {bits} in --bits", hint="give one of them")
+        bits = bits if bits is not None else named
+        model = load(target, bits=bits, device=device, max_bits=bits)
+    tokenizer = tokenizer or load_tokenizer(resolve(model.name_or_path))
+    state = bits_state(model)
+    chosen = bits if bits is not None else max(state.supported)
+
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    if not ids:
+        raise InputError("the prompt is empty", hint="give at least one word")
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and len(ids) + max_new_tokens > limit:
+        if len(ids) >= limit:
+            raise InputError(f"the prompt has {len(ids)} tokens, the model's context is {limit}", hint="shorten it")
+        reporter.note(f"max-new-tokens lowered from {max_new_tokens} to {limit - len(ids)}, what the context leaves")
+        max_new_tokens = limit - len(ids)
+
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        set_seed(seed)
+    clock = _Clock(streamer)
+    started = time.perf_counter()
+    with torch.no_grad():
+        output = model.generate(
+            torch.tensor([ids], device=model.device),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=clock,
+            bits=chosen,
+            **sampling,
+        )
+    new = output[0, len(ids) :]
+    arrived = clock.times[1:]  # the first entry is the prompt
+    between = arrived[-1] - arrived[0] if len(arrived) > 1 else 0.0
+    return Generation(
+        prompt=prompt,
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        bits=chosen,
+        tokens=len(new),
+        seconds=time.perf_counter() - started,
+        tokens_per_second=(len(arrived) - 1) / between if between > 0 else None,
+    )

@@ -1,0 +1,117 @@
+"""`bitstrata.inspect`: what a checkpoint holds, what each precision costs, and which kernel will run it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import CheckpointReader, validate
+from ..errors import CheckpointError
+from ..evaluate.report import render
+from ..kernels import Problem, select
+from ..models import resolve
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `bitstrata inspect` reports.
+
+    bpw_read and bytes: bits -> bits per weight, bytes that one pass over the quantized layers reads.
+    total_bytes: size of all weight files; common_bytes: of the unquantized tensors among them.
+    kernel: the one that will run each layer on this machine's default device, and why.
+    verified: True if every byte was checked and is right; None if that was not asked for.
+    """
+
+    path: str
+    format_version: int
+    method: str
+    method_options: dict[str, Any]
+    group_size: int
+    bits: tuple[int, ...]
+    bpw_read: dict[str, float]
+    bytes: dict[str, int]
+    total_bytes: int
+    common_bytes: int
+    kernel: str
+    verified: bool | None
+    layers: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: format {self.format_version}, method {self.method}, group size {self.group_size}, "
+            f"{len(self.layers)} layers",
+            f"files {self.total_bytes / 1e6:.2f} MB, of which {self.common_bytes / 1e6:.2f} MB are not quantized",
+            f"kernel {self.kernel}",
+        ]
+        if self.verified:
+            lines.append("every byte checked: ok")
+        rows = [[str(b), f"{self.bpw_read[str(b)]:.3f}", f"{self.bytes[str(b)] / 1e6:.2f}"] for b in self.bits]
+        table = render("what each precision reads", ["bits", "bpw read", "MB read"], rows)
+        layer_rows = [
+            [layer["name"], f"{layer['out_features']} x {layer['in_features']}", layer["decoder"],
+             ",".join(map(str, layer["bits"])), str(layer["group_size"]), f"{layer['stored_bytes'] / 1e3:.1f}"]
+            for layer in self.layers
+        ]  # fmt: skip
+        layers = render("layers", ["name", "shape", "decoder", "bits", "group", "kB stored"], layer_rows)
+        return "\n".join([*lines, "", table, "", layers])
+
+
+def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
+    """Describe a checkpoint from its headers.
+
+    Args:
+        verify: also read every byte: digests, finite scales, padding.
+
+    Raises:
+        CheckpointError: not a checkpoint, or malformed; with `verify`, all problems at once.
+    """
+    folder = resolve(path, kind="bitstrata checkpoint")
+    if verify:
+        problems = validate(folder)
+        if problems:
+            raise CheckpointError(f"{folder} has {len(problems)} problems:\n  " + "\n  ".join(problems))
+    reader = CheckpointReader(folder)
+    spec = reader.spec
+    layers = []
+    for name, layer in spec.layers.items():
+        sizes = [
+            torch.Size(shape).numel() * (4 if dtype == "I32" else 2) for dtype, shape in spec.layer_tensors(name).values()
+        ]
+        layers.append(
+            {
+                "name": name,
+                "in_features": layer.in_features,
+                "out_features": layer.out_features,
+                "decoder": layer.decoder,
+                "bits": list(spec.layer_bits(name)),
+                "group_size": spec.layer_group_size(name),
+                "stored_bytes": sum(sizes),
+            }
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kinds = sorted({layer.decoder for layer in spec.layers.values()})
+    chosen = {select(Problem(device, torch.float32, 1, kind)).name for kind in kinds}
+    files = {folder / file for file in reader.weight_map.values()}
+    total = sum(file.stat().st_size for file in files)
+    size = {bits: reader.bytes_read(bits) for bits in spec.bits}
+    return Inspection(
+        path=str(folder),
+        format_version=spec.format_version,
+        method=spec.method,
+        method_options=spec.method_options,
+        group_size=spec.group_size,
+        bits=tuple(spec.bits),
+        bpw_read={str(bits): 8 * size[bits] / reader.weight_count() for bits in spec.bits},
+        bytes={str(bits): size[bits] for bits in spec.bits},
+        total_bytes=total,
+        common_bytes=total - sum(layer["stored_bytes"] for layer in layers),
+        kernel=f"{', '.join(sorted(chosen))} on {device}: the highest priority that can run there",
+        verified=True if verify else None,
+        layers=tuple(layers),
+    )
