@@ -71,9 +71,9 @@ class BlockRunner:
         for index, visit in enumerate(visits):
             holder._modules[str(index)] = _StandIn(self._blocks[index], visit)
         try:
-            self.source.materialise(self.model, self.model, "", skip=inside)
+            self.source.materialise(self.model, "", skip=inside)
             self.model.tie_weights()
-            self.model.to(self.device)
+            nn.Module.to(self.model, self.device)
             yield
         finally:
             for index, block in enumerate(self._blocks):
@@ -138,7 +138,7 @@ class BlockRunner:
         """Block `index` with its weights in memory, fp32."""
         block = self._blocks[index]
         try:
-            self.source.materialise(self.model, block, self.discovery.blocks[index])
+            self.source.materialise(block, self.discovery.blocks[index])
             block.to(self.device)
             yield block
         finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ..errors import CheckpointError, UnsupportedBitsError
 from ..planes.weights import MAX_BITS, PlaneWeight, make_decoder
 from .schema import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, QuantizationSpec, TensorSpec, guard_name
 
+_SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`; CheckpointError if it is missing, not JSON, or not an object."""
@@ -27,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing", hint="is this the right folder?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, absurdly long numbers or deep nesting
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -52,7 +55,7 @@ class Shard:
         self.path = path
         try:
             self._file = safe_open(str(path), framework="pt")
-            self.names: frozenset[str] = frozenset(self._file.keys())
+            self.names: frozenset[str] = frozenset(self._file.keys())  # type: ignore[no-untyped-call]
         except FileNotFoundError:
             raise CheckpointError(
                 f"shard {path.name} is missing from {path.parent}",
@@ -65,15 +68,22 @@ class Shard:
 
     def spec(self, name: str) -> TensorSpec:
         """(dtype, shape) of tensor `name` from the header."""
-        if name not in self.names:
-            raise CheckpointError(f"tensor {name} is missing from {self.path}")
-        part = self._file.get_slice(name)
+        self._require(name)
+        part = self._file.get_slice(name)  # type: ignore[no-untyped-call]
         return part.get_dtype(), tuple(part.get_shape())
 
     def read(self, name: str) -> Tensor:
         """Tensor `name`, memory-mapped."""
-        tensor: Tensor = self._file.get_tensor(name)
+        self._require(name)
+        try:
+            tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
+        except SafetensorError as error:
+            raise CheckpointError(f"{name} in {self.path} cannot be read: {error}") from error
         return tensor
+
+    def _require(self, name: str) -> None:
+        if name not in self.names:
+            raise CheckpointError(f"tensor {name} is missing from {self.path}")
 
 
 class CheckpointReader:
@@ -114,27 +124,34 @@ class CheckpointReader:
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{self.folder / INDEX_FILE}: weight_map must map tensor names to file names")
         for file in weight_map.values():
-            if Path(file).name != file:
-                raise CheckpointError(f"{self.folder / INDEX_FILE}: {file!r} is not a plain file name")
-        digests = metadata.get("sha256", {}) if isinstance(metadata, dict) else {}
-        self._digests = digests if isinstance(digests, dict) else {}
+            if not _SHARD_NAME.fullmatch(file):
+                raise CheckpointError(f"{self.folder / INDEX_FILE}: {file!r} is not a plain safetensors file name")
+        digests = metadata.get("sha256", {}) if isinstance(metadata, dict) else None
+        if not isinstance(digests, dict):
+            raise CheckpointError(f"{self.folder / INDEX_FILE}: metadata.sha256 must map file names to digests")
+        self._digests = digests
         return weight_map
 
     def _check_layers(self) -> None:
-        for layer in self.spec.layers:
+        for layer, spec in self.spec.layers.items():
+            bias = f"{layer}.bias"
+            if spec.bias and (found := self._shard_with(bias).spec(bias)[1]) != (spec.out_features,):
+                raise CheckpointError(
+                    f"{bias} in {self.weight_map[bias]}: expected shape {[spec.out_features]}, found {list(found)}"
+                )
             for name, expected in self.spec.layer_tensors(layer, self.max_bits).items():
-                found = self._shard_with(name).spec(name)
-                if found != expected:
+                actual = self._shard_with(name).spec(name)
+                if actual != expected:
                     raise CheckpointError(
                         f"{name} in {self.weight_map[name]}: expected {expected[0]} {list(expected[1])}, "
-                        f"found {found[0]} {list(found[1])}"
+                        f"found {actual[0]} {list(actual[1])}"
                     )
 
     def shard(self, file: str) -> Shard:
         """The shard `file`, opened and (with `verify`) compared with its digest, once."""
         if file not in self._shards:
             shard = Shard(self.folder / file)
-            if self._verify and file in self._digests:
+            if self._verify and self._digests:
                 self._check_digest(file)
             self._shards[file] = shard
         return self._shards[file]
@@ -142,9 +159,9 @@ class CheckpointReader:
     def _check_digest(self, file: str) -> None:
         with open(self.folder / file, "rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
-        if found != self._digests[file]:
+        if found != self._digests.get(file):
             raise CheckpointError(
-                f"{self.folder / file} is damaged: its sha256 differs from the one in {INDEX_FILE}",
+                f"{self.folder / file} is damaged: its sha256 is not the one in {INDEX_FILE}",
                 hint="copy or download it again",
             )
 
@@ -196,20 +213,6 @@ class CheckpointReader:
         for layer in self.spec.layers:
             for name in self.spec.layer_tensors(layer, self.max_bits):
                 yield name, self.read(name)
-
-    def bytes_read(self, bits: int) -> int:
-        """Bytes that one pass over the quantized layers reads at `bits`."""
-        total = 0
-        for layer in self.spec.layers:
-            for name, (dtype, shape) in self.spec.layer_tensors(layer).items():
-                kind, _, index = name.rpartition(".")[2].partition("_")
-                if (kind == "plane" and int(index) < bits) or (kind != "plane" and int(index) == bits):
-                    total += torch.Size(shape).numel() * (4 if dtype == "I32" else 2)
-        return total
-
-    def weight_count(self) -> int:
-        """Weights in the quantized layers."""
-        return sum(layer.in_features * layer.out_features for layer in self.spec.layers.values())
 
     def missing_guards(self) -> list[str]:
         """Quantized layers without the placeholder that makes foreign loaders fail loudly."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from math import prod
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -32,40 +33,48 @@ _DECODER = re.compile(r"\.(?:scale|offset|table)_(\d+)$")
 # (safetensors dtype, shape) of a tensor
 TensorSpec = tuple[str, tuple[int, ...]]
 
+_Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class LayerSpec(_Strict):
-    """One quantized linear layer. `bits` and `group_size` are given only where they differ from the model's."""
+    """One quantized linear layer. `bits` and `group_size` are given only where they differ from the model's.
 
-    in_features: int = Field(ge=1)
-    out_features: int = Field(ge=1)
+    A layer may have more bits than the model, never fewer: the model runs uniformly at each of its own.
+    """
+
+    in_features: _Size
+    out_features: _Size
     decoder: Literal["affine", "codebook"] = "affine"
     bias: bool = False
     bits: list[int] | None = None
-    group_size: int | None = Field(default=None, ge=1)
+    group_size: _Size | None = None
 
 
 class QuantizationSpec(_Strict):
     """`quantization_config` of a bitstrata checkpoint (FORMAT.md)."""
 
-    quant_method: Literal["bitstrata"] = QUANT_METHOD
+    quant_method: Literal["bitstrata"] = "bitstrata"
     format_version: int = FORMAT_VERSION
     method: str
     method_options: dict[str, Any] = Field(default_factory=dict)
     bits: list[int]
-    group_size: int = Field(ge=1)
+    group_size: _Size
     scale_dtype: Literal["float16"] = "float16"
     layers: dict[str, LayerSpec]
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _bits_are_valid(self) -> QuantizationSpec:
-        for where, bits in [("bits", self.bits), *((name, s.bits) for name, s in self.layers.items() if s.bits)]:
+        exceptions = [(name, layer.bits) for name, layer in self.layers.items() if layer.bits is not None]
+        for where, bits in [("bits", self.bits), *exceptions]:
             if not bits or bits != sorted(set(bits)) or not (bits[0] >= 1 and bits[-1] <= MAX_BITS):
                 raise ValueError(f"{where}: bits must be ascending, distinct and within 1..{MAX_BITS}, got {bits}")
+            if not set(self.bits) <= set(bits):
+                raise ValueError(f"{where}: bits {bits} lack some of the model's bits {self.bits}")
         return self
 
     @classmethod
@@ -112,6 +121,31 @@ class QuantizationSpec(_Strict):
             )
             tensors.update({f"{name}.{key}": ("F16", shape) for key, shape in shapes.items()})
         return tensors
+
+    def layer_bytes(self, name: str) -> int:
+        """Bytes stored for layer `name`: all planes and decoders."""
+        return sum(map(tensor_bytes, self.layer_tensors(name).values()))
+
+    def bytes_read(self, bits: int) -> int:
+        """Bytes that one pass over the quantized layers reads at `bits`: the prefix and its decoders."""
+        total = 0
+        for layer in self.layers:
+            for name, spec in self.layer_tensors(layer).items():
+                kind, _, index = name.rpartition(".")[2].partition("_")
+                if int(index) < bits if kind == "plane" else int(index) == bits:
+                    total += tensor_bytes(spec)
+        return total
+
+    @property
+    def weight_count(self) -> int:
+        """Weights in the quantized layers."""
+        return sum(layer.in_features * layer.out_features for layer in self.layers.values())
+
+
+def tensor_bytes(spec: TensorSpec) -> int:
+    """Bytes of a stored plane or decoder tensor."""
+    dtype, shape = spec
+    return prod(shape) * (4 if dtype == "I32" else 2)
 
 
 def guard_name(layer: str) -> str:

@@ -32,7 +32,14 @@ def validate(folder: str | Path) -> list[str]:
             for index, plane in enumerate(weight.planes):
                 if bool((plane[:, -1] & mask).any()):
                     problems.append(f"{name}.plane_{index}: padding bits past column {spec.in_features - 1} are set")
-    for name in sorted(reader.common_names()):
+    unread = reader.common_names()
+    for file in sorted({reader.weight_map[name] for name in unread}):
+        try:
+            reader.shard(file)
+        except CheckpointError as error:
+            problems.append(error.message)
+            unread = frozenset(name for name in unread if reader.weight_map[name] != file)
+    for name in sorted(unread):
         try:
             reader.read(name)
         except CheckpointError as error:

@@ -89,10 +89,10 @@ def write_json(path: Path, value: object) -> None:
     _replace_when_whole(path, [(json.dumps(value, indent=2) + "\n").encode()])
 
 
-def write_safetensors(
-    path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None
-) -> str:
+def write_safetensors(path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> str:
     """Write `entries` to a safetensors file and return its sha256. Equal entries give equal bytes."""
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ValueError(f"{path.name}: two entries have the same name")
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
@@ -114,7 +114,7 @@ def write_safetensors(
                 raise ValueError(f"{entry.name}: announced {entry.dtype} {entry.shape}, got {tensor.shape}")
             if tensor.numel():
                 raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-                yield memoryview(raw.numpy())
+                yield memoryview(raw.numpy())  # type: ignore[arg-type]
 
     return _replace_when_whole(path, chunks())
 
@@ -129,6 +129,7 @@ def write_checkpoint(
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
     shards: dict[str, list[TensorEntry]] = {}
     for entry in entries:
         shards.setdefault(shard_of(entry.name), []).append(entry)

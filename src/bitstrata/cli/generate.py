@@ -31,7 +31,7 @@ def command(
     chosen = bits if bits is not None else named
     loaded = load(target, bits=chosen, device=device, max_bits=chosen)
     tokenizer = load_tokenizer(resolve(target))
-    streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     result = generate(
         loaded,
         prompt,

@@ -22,11 +22,11 @@ from ..evaluate.report import render
 from ..models import load, load_tokenizer
 from ..progress import Reporter
 from ..quantize import quantize
-from ..runtime import generate
+from ..runtime import Generation, continue_prompt
 
 MODEL = Path(__file__).parent / "model"
 BITS = (2, 3, 4)
-PROMPT = "def read_lines(path):\n"
+PROMPT = "class Stack:\n    def __init__(self):\n"
 NEW_TOKENS = 40
 EVALUATION_TOKENS = 12_000
 
@@ -100,28 +100,28 @@ def _measure(folder: Path, reporter: Reporter) -> tuple[tuple[dict[str, Any], ..
     tokenizer = load_tokenizer(folder)
     quantized = load(folder)
     original: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(MODEL), dtype=torch.bfloat16)
-    weights = sum(result.bytes for result in evaluation.results[:1]) * 8 / evaluation.results[0].bpw_read
+    count = evaluation.results[0].bytes * 8 / evaluation.results[0].bpw_read
+    assert evaluation.reference is not None
+
+    def speak(model: PreTrainedModel, bits: int | None) -> Generation:
+        return continue_prompt(model, tokenizer, PROMPT, bits=bits, max_new_tokens=NEW_TOKENS, reporter=reporter)
 
     reporter.say("continuing the same prompt at each precision")
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    begun = time.perf_counter()
-    with torch.no_grad():
-        written = original.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-    speed = (written.shape[1] - ids.shape[1]) / (time.perf_counter() - begun)
-    assert evaluation.reference is not None
+    made = speak(original, None)
+    texts = {"bf16": made.text}
     rows: list[dict[str, Any]] = [
         {
             "bits": "bf16",
             "bpw": 16.0,
-            "bytes": int(weights * 2),
+            "bytes": round(count * 2),
             "perplexity": evaluation.reference["perplexity"],
             "kld": None,
-            "tokens_per_second": speed,
+            "tokens_per_second": made.tokens_per_second,
         }
     ]
-    texts = {"bf16": tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)}
     for result in evaluation.results:
-        made = generate(quantized, PROMPT, bits=int(result.bits), max_new_tokens=NEW_TOKENS, tokenizer=tokenizer)
+        made = speak(quantized, int(result.bits))
+        texts[f"{result.bits} bits"] = made.text
         rows.append(
             {
                 "bits": str(result.bits),
@@ -132,5 +132,4 @@ def _measure(folder: Path, reporter: Reporter) -> tuple[tuple[dict[str, Any], ..
                 "tokens_per_second": made.tokens_per_second,
             }
         )
-        texts[f"{result.bits} bits"] = made.text
     return tuple(rows), texts

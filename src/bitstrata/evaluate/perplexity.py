@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibrate import evaluation_windows, read_text
@@ -61,7 +61,7 @@ def evaluate(
             raise UnsupportedBitsError(value, state.supported)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
-    tokenizer = tokenizer or load_tokenizer(resolve(quantized.name_or_path))
+    tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
     original = _reference(reference, quantized, where)
     length = context_length(quantized, seq_len, reporter)
 
@@ -84,12 +84,10 @@ def evaluate(
 
     weights = bytes_by_bits(quantized, chosen)
     count = sum(m.in_features * m.out_features for m in quantized.modules() if isinstance(m, PlaneLinear))
-    results = tuple(
-        _row(value, tally.result(), weights[value], count) for value, tally in tallies.items()
-    )
+    results = tuple(_row(value, tally.result(), weights[value], count) for value, tally in tallies.items())
     base = baseline.result() if original is not None else None
     return Evaluation(
-        model=quantized.name_or_path,
+        model=str(quantized.name_or_path),
         text=str(text),
         tokens=next(iter(tallies.values())).tokens,
         seq_len=length,
@@ -136,7 +134,8 @@ def _reference(
         raise ModelError(f"the reference {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     if original.config.get_text_config().vocab_size != quantized.config.get_text_config().vocab_size:
         raise ModelError(f"the reference {folder} has another vocabulary than the quantized model")
-    return original.to(device).eval()
+    nn.Module.to(original, device)
+    return original.eval()
 
 
 def _batches(windows: Iterator[list[int]]) -> Iterator[list[list[int]]]:

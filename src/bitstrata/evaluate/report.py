@@ -45,11 +45,20 @@ class Evaluation:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [] if self.reference is None else [
-            ["reference", "", f"{self.reference['perplexity']:.4f}", f"{self.reference['nll']:.4f}", "", ""]
-        ]
+        rows = (
+            []
+            if self.reference is None
+            else [["reference", "", f"{self.reference['perplexity']:.4f}", f"{self.reference['nll']:.4f}", "", ""]]
+        )
         rows += [
-            [str(r.bits), f"{r.bpw_read:.3f}", f"{r.perplexity:.4f}", f"{r.nll:.4f}", optional(r.kld), percent(r.top1_agreement)]
+            [
+                str(r.bits),
+                f"{r.bpw_read:.3f}",
+                f"{r.perplexity:.4f}",
+                f"{r.nll:.4f}",
+                optional(r.kld),
+                percent(r.top1_agreement),
+            ]
             for r in self.results
         ]
         title = f"{self.model} on {self.text}: {self.tokens} tokens"

@@ -58,21 +58,22 @@ def _plane_linear(x: Tensor, *weight_args: object) -> Tensor:
     if bits not in weight.decoders:
         raise UnsupportedBitsError(bits, weight.bits, where="this layer")
     kernel = select(_problem(x, weight))
-    return kernel.linear(x.flatten(0, -2), weight, bits).unflatten(0, x.shape[:-1])  # type: ignore[arg-type]
+    y = kernel.linear(x.reshape(-1, x.shape[-1]), weight, bits)  # type: ignore[arg-type]
+    return y.reshape(*x.shape[:-1], weight.out_features)
 
 
 def _plane_linear_rows(x: Tensor, *weight_args: object) -> Tensor:
     *parts, row_bits = weight_args
     assert isinstance(row_bits, Tensor)
     weight = _weight(x, *parts)  # type: ignore[arg-type]
-    rows = x.flatten(0, -2)
+    rows = x.reshape(-1, x.shape[-1])
     if row_bits.shape != rows.shape[:1]:
         raise ValueError(f"row_bits must have shape {[rows.shape[0]]}, one entry a row, got {list(row_bits.shape)}")
     unknown = set(torch.unique(row_bits).tolist()) - set(weight.bits)
     if unknown:
         raise UnsupportedBitsError(sorted(unknown), weight.bits, where="this layer")
     kernel = select(_problem(x, weight))
-    return kernel.linear_rows(rows, weight, row_bits).unflatten(0, x.shape[:-1])
+    return kernel.linear_rows(rows, weight, row_bits).reshape(*x.shape[:-1], weight.out_features)
 
 
 def _fake(x: Tensor, planes: Sequence[Tensor], *_: object) -> Tensor:
@@ -94,11 +95,17 @@ def _arguments(weight: PlaneWeight, decoder_bits: Sequence[int]) -> tuple[list[T
     )
 
 
+def _check_columns(x: Tensor, weight: PlaneWeight) -> None:
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"expected x [..., {weight.in_features}], got {list(x.shape)}")
+
+
 def plane_linear(x: Tensor, weight: PlaneWeight, bits: int) -> Tensor:
     """y = x @ W_bits^T: x [..., K] -> [..., N] in x's dtype.
 
-    Raises UnsupportedBitsError if the weight has no decoder for `bits`.
+    Raises UnsupportedBitsError if the weight has no decoder for `bits`, ValueError if x is not K wide.
     """
+    _check_columns(x, weight)
     if bits not in weight.decoders:
         raise UnsupportedBitsError(bits, weight.bits, where="this layer")
     y: Tensor = torch.ops.bitstrata.plane_linear(x, *_arguments(weight, [bits]), [bits], weight.group_size, bits)
@@ -108,8 +115,10 @@ def plane_linear(x: Tensor, weight: PlaneWeight, bits: int) -> Tensor:
 def plane_linear_rows(x: Tensor, weight: PlaneWeight, row_bits: Tensor) -> Tensor:
     """Row r of x at row_bits[r] bits: x [..., K], row_bits integer [rows] -> [..., N] in x's dtype.
 
-    Raises UnsupportedBitsError if any row asks for bits without a decoder.
+    Raises UnsupportedBitsError if any row asks for bits without a decoder, ValueError if x is not
+    K wide or row_bits has not one entry a row.
     """
+    _check_columns(x, weight)
     arguments = _arguments(weight, weight.bits)
     y: Tensor = torch.ops.bitstrata.plane_linear_rows(x, *arguments, list(weight.bits), weight.group_size, row_bits)
     return y

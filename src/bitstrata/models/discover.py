@@ -121,7 +121,7 @@ def discover(model: PreTrainedModel, skip: Sequence[str] = ()) -> Discovery:
         )
     if not linears:
         raise ModelError("nothing is left to quantize", hint="check the --skip patterns")
-    names = tuple(f"{blocks}.{index}" for index in range(len(model.get_submodule(blocks))))
+    names = tuple(f"{blocks}.{name}" for name, _ in model.get_submodule(blocks).named_children())
     quantized = {linear.name for linear in linears}
     return Discovery(names, tuple(linears), tuple(_left_out(model, quantized, skipped)), tuple(_tied(model)))
 
@@ -134,11 +134,14 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _left_out(model: PreTrainedModel, quantized: set[str], skipped: dict[str, str]) -> Iterator[LeftOut]:
     head = model.get_output_embeddings()
+    copies = {name: group[0] for group in _tied(model) for name in group[1:]}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2 or name in quantized:
                 continue
-            if name in skipped:
+            if f"{name}.{key}" in copies:
+                reason = f"output head, tied to {copies[f'{name}.{key}']}" if module is head else "tied"
+            elif name in skipped:
                 reason = skipped[name]
             elif module is head:
                 reason = "output head"

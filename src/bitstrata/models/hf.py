@@ -9,7 +9,7 @@ A loaded model's class is a subclass, with the same name, whose `forward` and `g
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class BitstrataConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, **fields: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.spec = QuantizationSpec.parse({"quant_method": QUANT_METHOD, **fields}, "the model's config.json")
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,6 +48,7 @@ class BitstrataQuantizer(HfQuantizer):
     """Replaces quantized linears by PlaneLinear before transformers loads the weights."""
 
     requires_calibration = True
+    quantization_config: BitstrataConfig
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -94,7 +95,8 @@ def replace_linears(model: PreTrainedModel, spec: QuantizationSpec) -> BitsState
             raise CheckpointError(
                 f"{name}: the checkpoint has [{layer.out_features}, {layer.in_features}], the model has {module}"
             )
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
         set_submodule(model, name, _empty_layer(name, layer, spec, state, weight))
     return state
 
@@ -126,12 +128,12 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Give `model`'s `forward` and `generate` a `bits` argument. Returns the same object."""
     bits_state(model)  # raises if nothing is quantized
     if not getattr(type(model), "_takes_bits", False):
-        model.__class__ = _class_with_bits(type(model))
+        model.__class__ = _class_with_bits(type(model))  # type: ignore[arg-type]
     return model
 
 
-@lru_cache(maxsize=None)
-def _class_with_bits(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+@cache
+def _class_with_bits(base: Any) -> Any:
     """A subclass of `base` under the same name whose forward and generate take `bits`."""
 
     @wraps(base.forward)

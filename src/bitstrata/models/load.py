@@ -78,7 +78,7 @@ def load(
     config.quantization_config = _restricted(config.quantization_config, reader)
     # On a CPU the mapped file is the weight; elsewhere transformers copies tensor by tensor.
     placement: dict[str, Any] = {} if where.type == "cpu" else {"device_map": {"": where}}
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     model: PreTrainedModel = model_class.from_pretrained(
         None, config=config, state_dict=reader.state_dict(), dtype=dtype or config.dtype or torch.float32, **placement
     )

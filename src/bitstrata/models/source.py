@@ -16,10 +16,12 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from ..checkpoint import is_checkpoint
 from ..checkpoint.writer import SAFETENSORS_DTYPES
-from ..errors import InputError, ModelError
+from ..errors import ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,11 +65,10 @@ class SourceModel:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if is_checkpoint(folder):
-            raise ModelError(
-                f"{folder} is already quantized by bitstrata", hint="quantize the original model instead"
-            )
+            raise ModelError(f"{folder} is already quantized by bitstrata", hint="quantize the original model instead")
         self.config = self._read_config()
         self.files = self._read_files()
+        self._stored: dict[str, str] = {}
 
     def _read_config(self) -> PreTrainedConfig:
         if not (self.folder / "config.json").is_file():
@@ -78,7 +79,8 @@ class SourceModel:
             config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True)
         except Exception as error:
             raise ModelError(f"{self.folder / 'config.json'} cannot be used: {_first_line(error)}") from error
-        if type(config) not in AutoModelForCausalLM._model_mapping.keys():
+        known = type(config) in AutoModelForCausalLM._model_mapping.keys()  # noqa: SIM118  (a lazy mapping)
+        if not known:
             raise ModelError(f"{self.folder}: {config.model_type!r} is not a causal language model of transformers")
         if getattr(config, "quantization_config", None):
             raise ModelError(f"{self.folder} is already quantized", hint="quantize the original model instead")
@@ -96,8 +98,9 @@ class SourceModel:
         else:
             found = sorted(path.name for path in self.folder.glob("*.bin"))
             hint = (
-                "convert the .bin files first: load with transformers and save_pretrained" if found else
-                "is the download complete?"
+                "convert the .bin files first: load with transformers and save_pretrained"
+                if found
+                else "is the download complete?"
             )
             raise ModelError(f"{self.folder} has no {SINGLE} and no {INDEX}", hint=hint)
         for file in sorted(set(files.values())):
@@ -140,14 +143,35 @@ class SourceModel:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         model.tie_weights()
+        self._stored = self._bind(model)
         return model.eval().requires_grad_(False)
 
-    def stored_name(self, name: str, prefix: str) -> str | None:
-        """The name under which state-dict entry `name` is stored, with or without the base model's prefix."""
-        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-            if candidate in self.files:
-                return candidate
-        return None
+    def stored_name(self, name: str) -> str | None:
+        """The stored name of state-dict entry `name`; None if it is not stored. Needs `skeleton` first."""
+        return self._stored.get(name)
+
+    def _bind(self, model: PreTrainedModel) -> dict[str, str]:
+        """State-dict name -> stored name.
+
+        Names may differ by the base model's prefix and by the renamings that transformers applies to
+        older files. Tensors that transformers would merge or split stay unmatched, so the preflight
+        names what is missing.
+        """
+        expected = set(model.state_dict())
+        prefix = f"{model.base_model_prefix}."
+        renamings = [
+            transform for transform in get_model_conversion_mapping(model) if isinstance(transform, WeightRenaming)
+        ]
+        names: dict[str, str] = {}
+        for stored in sorted(self.files):
+            renamed = stored
+            for renaming in renamings:
+                renamed, _ = renaming.rename_source_key(renamed)
+            for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
+                if candidate in expected:
+                    names[candidate] = stored
+                    break
+        return names
 
     def spec(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """(dtype, shape) of a stored tensor, from the header."""
@@ -159,8 +183,8 @@ class SourceModel:
         tensor: Tensor = self._open(self.files[stored]).get_tensor(stored)
         return tensor.clone()
 
-    def materialise(self, model: PreTrainedModel, module: nn.Module, prefix: str, skip: Iterable[str] = ()) -> None:
-        """Fill the meta parameters and persistent buffers of `module` (at `prefix` in `model`) in fp32.
+    def materialise(self, module: nn.Module, prefix: str, skip: Iterable[str] = ()) -> None:
+        """Fill the meta parameters and persistent buffers of `module`, at `prefix` in the skeleton, in fp32.
 
         Raises ModelError naming a tensor that is not stored, has another shape, or is not finite.
         """
@@ -170,7 +194,7 @@ class SourceModel:
             full = f"{prefix}.{key}" if prefix else key
             if key not in persistent or full in skipped:
                 continue
-            stored = self.stored_name(full, model.base_model_prefix)
+            stored = self.stored_name(full)
             if stored is None:
                 raise ModelError(f"{self.folder} stores no tensor for {full}")
             value = self.read(stored)

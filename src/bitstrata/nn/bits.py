@@ -54,9 +54,10 @@ class BitsState:
         if isinstance(value, bool):
             raise UsageError(f"bits must be an int, a plan or a tensor, got {value!r}")
         if isinstance(value, int):
-            if value not in self.supported:
-                raise UnsupportedBitsError(value, self.supported)
-            return value
+            for known in self.supported:
+                if value == known:
+                    return known  # a constant: a compiler may hold `value` as a symbol
+            raise UnsupportedBitsError(value, self.supported)
         if isinstance(value, Tensor):
             if value.dtype.is_floating_point or value.dtype == torch.bool:
                 raise UsageError(f"per-row bits must be an integer tensor, got {value.dtype}")
@@ -95,21 +96,26 @@ def parse_bits(text: str | int | Iterable[int]) -> tuple[int, ...]:
     try:
         for part in str(text).split(",") if isinstance(text, (str, int)) else map(str, text):
             low, dash, high = part.strip().partition("-")
-            values.extend(range(int(low), int(high) + 1) if dash else [int(low)])
+            first, last = int(low), int(high if dash else low)
+            if not 1 <= first <= last <= MAX_BITS:
+                raise ValueError(part)
+            values.extend(range(first, last + 1))
     except ValueError:
         values = []
-    if not values or not all(1 <= value <= MAX_BITS for value in values):
-        raise UsageError(f"bits {text!r} cannot be used", hint=f"give whole numbers from 1 to {MAX_BITS}: 3, 2,4 or 2-4")
+    if not values:
+        raise UsageError(
+            f"bits {text!r} cannot be used", hint=f"give whole numbers from 1 to {MAX_BITS}: 3, 2,4 or 2-4"
+        )
     return tuple(sorted(set(values)))
 
 
 def expand_rows(row_bits: Tensor, shape: torch.Size) -> Tensor:
     """Per-row bits for an input [..., K] whose leading dimensions are `shape`: integer [rows].
 
-    `row_bits` has one entry a row already, or one for each index of the first dimension(s).
-    Raises UsageError if it fits neither way.
+    `row_bits` has one entry a row already (either of the two may be flattened), or one for each
+    index of the first dimension(s). Raises UsageError if it fits neither way.
     """
-    if row_bits.numel() == shape.numel():
+    if row_bits.numel() == shape.numel() and (row_bits.dim() == 1 or len(shape) == 1):
         return row_bits.reshape(-1)
     if row_bits.shape == shape[: row_bits.dim()]:
         return row_bits.view(*row_bits.shape, *[1] * (len(shape) - row_bits.dim())).expand(shape).reshape(-1)

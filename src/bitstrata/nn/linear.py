@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-
 import torch
 from torch import Tensor, nn
 
@@ -49,11 +48,12 @@ class PlaneLinear(nn.Module):
         self.bits, self.group_size, self.decoder = bits, group_size, decoder
         words = words_per_row(in_features)
         for index in range(max(bits)):
-            self.register_buffer(
-                f"plane_{index}", torch.zeros(out_features, words, dtype=torch.int32, device=device)
-            )
+            self.register_buffer(f"plane_{index}", torch.zeros(out_features, words, dtype=torch.int32, device=device))
+        self._decoder_keys: dict[int, tuple[str, ...]] = {}
         for value in bits:
-            for key, shape in decoder_shapes(decoder, value, out_features, in_features, group_size).items():
+            shapes = decoder_shapes(decoder, value, out_features, in_features, group_size)
+            self._decoder_keys[value] = tuple(shapes)
+            for key, shape in shapes.items():
                 self.register_buffer(key, torch.zeros(shape, dtype=SCALE_DTYPE, device=device))
         self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device))
         self.bias = (
@@ -88,8 +88,8 @@ class PlaneLinear(nn.Module):
         chosen = bits if bits is not None else self.bits
         decoders: dict[int, Decoder] = {}
         for value in chosen:
-            keys = decoder_shapes(self.decoder, value, 1, 1, 1)
-            decoders[value] = make_decoder(self.decoder, value, {key: getattr(self, key) for key in keys})
+            tensors = {key: getattr(self, key) for key in self._decoder_keys[value]}
+            decoders[value] = make_decoder(self.decoder, value, tensors)
         planes = tuple(getattr(self, f"plane_{index}") for index in range(max(chosen)))
         return PlaneWeight(planes, decoders, self.in_features, self.group_size)
 
@@ -114,4 +114,3 @@ class PlaneLinear(nn.Module):
     def extra_repr(self) -> str:
         bits = ",".join(map(str, self.bits))
         return f"{self.in_features}, {self.out_features}, bits={bits}, group_size={self.group_size}, {self.decoder}"
-

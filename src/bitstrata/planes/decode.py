@@ -25,8 +25,8 @@ def signs(weight: PlaneWeight, plane: int, dtype: torch.dtype = torch.int8) -> T
 def codes(weight: PlaneWeight, bits: int) -> Tensor:
     """The first `bits` plane bits of every weight as an integer, plane 0 most significant: int64 [N, K]."""
     code = torch.zeros(weight.out_features, weight.in_features, dtype=torch.int64, device=weight.planes[0].device)
-    for plane in weight.planes[:bits]:
-        code = code * 2 + unpack_bits(plane, weight.in_features)
+    for index in range(bits):
+        code = code * 2 + unpack_bits(weight.planes[index], weight.in_features)
     return code
 
 
@@ -37,10 +37,11 @@ def decode(weight: PlaneWeight, bits: int, dtype: torch.dtype = torch.float32) -
     if not isinstance(decoder, AffineDecoder):
         return decoder.table.to(dtype).gather(1, codes(weight, bits))
 
-    size, columns = weight.group_size, weight.in_features
+    columns = weight.in_features
+    size = min(weight.group_size, columns)
     padding = group_count(columns, size) * size - columns
     total = decoder.offset.to(accumulate).unsqueeze(-1).repeat(1, 1, size)  # [N, J, g]
     for index in range(bits):
         plane = torch.nn.functional.pad(signs(weight, index, accumulate), (0, padding))
-        total += decoder.scale[index].to(accumulate).unsqueeze(-1) * plane.unflatten(1, (-1, size))
+        total += decoder.scale[index].to(accumulate).unsqueeze(-1) * plane.view(len(plane), -1, size)
     return total.flatten(1)[:, :columns].to(dtype)

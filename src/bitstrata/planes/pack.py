@@ -30,9 +30,9 @@ def pack_bits(bits: Tensor) -> Tensor:
     columns = bits.shape[-1]
     padding = words_per_row(columns) * WORD_BITS - columns
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, padding))
-    octets = padded.unflatten(-1, (-1, 8))  # [..., bytes, 8]
+    octets = padded.view(*padded.shape[:-1], -1, 8)  # [..., bytes, 8]
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
-    packed = (octets * weights).sum(dim=-1, dtype=torch.uint8)  # [..., bytes]
+    packed: Tensor = (octets * weights).sum(dim=-1, dtype=torch.uint8)  # [..., bytes]
     return packed.contiguous().view(torch.int32)
 
 

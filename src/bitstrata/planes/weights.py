@@ -106,9 +106,7 @@ class PlaneWeight:
             if plane.dtype != torch.int32 or tuple(plane.shape) != expected:
                 raise ValueError(f"plane_{index}: expected int32 {expected}, got {plane.dtype} {tuple(plane.shape)}")
         for bits, decoder in self.decoders.items():
-            shapes = decoder_shapes(
-                self.decoder_kind(bits), bits, self.out_features, self.in_features, self.group_size
-            )
+            shapes = decoder_shapes(self.decoder_kind(bits), bits, self.out_features, self.in_features, self.group_size)
             for name, tensor in decoder.tensors(bits).items():
                 if tensor.dtype != SCALE_DTYPE or tuple(tensor.shape) != shapes[name]:
                     raise ValueError(
@@ -128,8 +126,10 @@ class PlaneWeight:
         return "affine" if isinstance(self.decoders[bits], AffineDecoder) else "codebook"
 
     def prefix(self, max_bits: int) -> PlaneWeight:
-        """The same weight without the planes and decoders above `max_bits`."""
+        """The same weight without the planes and decoders above `max_bits`; ValueError if no decoder is left."""
         decoders = {bits: decoder for bits, decoder in self.decoders.items() if bits <= max_bits}
+        if not decoders:
+            raise ValueError(f"no decoder at or below {max_bits} bits; there are {list(self.bits)}")
         return PlaneWeight(self.planes[: max(decoders)], decoders, self.in_features, self.group_size)
 
     def bytes_read(self, bits: int) -> int:

@@ -17,6 +17,7 @@ Where paper and published code differ we take the better one (figures: docs/log.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class AnyBCQ(Method):
 
     name = "anybcq"
     options_type = AnyBCQOptions
-    presets = {"fast": {"steps": 0}, "best": {"steps": 1000}}
+    presets: ClassVar = {"fast": {"steps": 0}, "best": {"steps": 1000}}
 
     @property
     def needs_calibration(self) -> bool:
@@ -82,7 +83,7 @@ class AnyBCQ(Method):
         layers: dict[str, LayerState] = {}
         for name, weight in task.weights.items():
             check_weight(name, weight)
-            grouping = Grouping(*weight.shape, task.group_size)
+            grouping = Grouping.of(weight, task.group_size)
             originals[name] = w, d = grouping.split(weight), grouping.mask(weight.device)
             layers[name] = _state(grouping, base(w, d, bits[0], options.rounds, asymmetric=options.asymmetric))
 
@@ -101,9 +102,7 @@ class AnyBCQ(Method):
                 task.say(f"bits {count}: block error {before:.3e} -> {after:.3e}")
             for name, layer in layers.items():
                 kept[name][count] = (layer.scale, layer.offset)
-        return {
-            name: affine_weight(layer.grouping, layer.planes > 0, kept[name]) for name, layer in layers.items()
-        }
+        return {name: affine_weight(layer.grouping, layer.planes > 0, kept[name]) for name, layer in layers.items()}
 
 
 def _state(grouping: Grouping, solution: Solution) -> LayerState:

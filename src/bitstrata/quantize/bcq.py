@@ -67,7 +67,8 @@ def fit(
     weighted = basis * d.unsqueeze(1)
     normal = (weighted @ basis.transpose(1, 2)).double()  # [R, m, m]; whole numbers, exact, when d is 0 or 1
     residual = w - combine(planes, scale, offset)
-    right = (weighted @ residual.unsqueeze(2)).squeeze(2).double()  # [R, m]
+    # summed in float64: a direction without data must get exactly 0, or the tiny ridge blows it up
+    right = (weighted * residual.unsqueeze(1)).sum(2, dtype=torch.float64)  # [R, m]
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += (RIDGE * diagonal.mean(1, keepdim=True)).clamp_min(1e-300)
     change = torch.linalg.solve(normal, right).to(w.dtype)
@@ -171,9 +172,7 @@ def expand(
     return planes, scale, offset
 
 
-def solve_in_chunks(
-    w: Tensor, d: Tensor, count: int, solve: Callable[[slice], Solution]
-) -> Solution:
+def solve_in_chunks(w: Tensor, d: Tensor, count: int, solve: Callable[[slice], Solution]) -> Solution:
     """Run `solve` on slices of the groups and join the results; bounds memory at large layers."""
     parts = [solve(rows) for rows in row_chunks(len(w), w.shape[1] * (count + 1) * 4)]
     planes, scales, offsets = zip(*parts, strict=True)
@@ -225,7 +224,7 @@ class BCQ(Method):
 
     def quantize_layer(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         check_weight("a weight", weight)
-        grouping = Grouping(*weight.shape, group_size)
+        grouping = Grouping.of(weight, group_size)
         w, d = grouping.split(weight.float()), grouping.mask(weight.device)
         rounds, asymmetric = self.options.rounds, self.options.asymmetric
 

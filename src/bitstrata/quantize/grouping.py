@@ -21,6 +21,12 @@ class Grouping:
     columns: int
     size: int
 
+    @classmethod
+    def of(cls, weight: Tensor, size: int) -> Grouping:
+        """The grouping of `weight` [N, K] with `size` columns a group."""
+        rows, columns = weight.shape
+        return cls(rows, columns, size)
+
     @property
     def groups(self) -> int:
         return group_count(self.columns, self.size)
@@ -46,9 +52,7 @@ def to_scale(value: Tensor) -> Tensor:
     return value.clamp(-limit, limit).to(SCALE_DTYPE)
 
 
-def affine_weight(
-    grouping: Grouping, planes: Tensor, coefficients: dict[int, tuple[Tensor, Tensor]]
-) -> PlaneWeight:
+def affine_weight(grouping: Grouping, planes: Tensor, coefficients: dict[int, tuple[Tensor, Tensor]]) -> PlaneWeight:
     """Assemble a PlaneWeight from grouped solutions.
 
     Args:

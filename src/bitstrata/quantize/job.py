@@ -263,7 +263,7 @@ class _Job:
         rows = []
         lower: Measured | None = None
         for bits in self.settings.bits:
-            size = sum(_bytes_read(spec.layer_tensors(name), bits) for name in spec.layers)
+            size = spec.bytes_read(bits)
             mine, rtn = measured.get(str(bits)), measured.get(f"rtn {bits}")
             rows.append(
                 {
@@ -297,15 +297,6 @@ def _measures(measured: Measured | None) -> dict[str, float | None]:
     return {"nll": measured.nll, "kld": measured.kld, "top1_agreement": measured.top1_agreement}
 
 
-def _bytes_read(tensors: Mapping[str, tuple[str, tuple[int, ...]]], bits: int) -> int:
-    total = 0
-    for name, (dtype, shape) in tensors.items():
-        kind, _, index = name.rpartition(".")[2].partition("_")
-        if int(index) < bits if kind == "plane" else int(index) == bits:
-            total += torch.Size(shape).numel() * (4 if dtype == "I32" else 2)
-    return total
-
-
 def _weight(block: nn.Module, linear: LinearInfo, prefix: str) -> Tensor:
     """W [N, K] of a linear in the block, fp32."""
     parameter = block.get_submodule(linear.name.removeprefix(prefix)).weight
@@ -315,8 +306,8 @@ def _weight(block: nn.Module, linear: LinearInfo, prefix: str) -> Tensor:
 
 def _set_weight(block: nn.Module, linear: LinearInfo, prefix: str, weight: Tensor) -> None:
     module = block.get_submodule(linear.name.removeprefix(prefix))
-    device = module.weight.device  # type: ignore[union-attr]
-    value = (weight.T if linear.transposed else weight).to(device)
+    assert isinstance(module.weight, Tensor)
+    value = (weight.T if linear.transposed else weight).to(module.weight.device)
     module.weight = nn.Parameter(value, requires_grad=False)
 
 
@@ -388,12 +379,13 @@ def _describe(prepared: Prepared, reporter: Reporter) -> Report:
         reporter.say(f"{entry.name}: {list(entry.shape)} stays as it is ({entry.reason})")
     reporter.say(
         f"dry run: {len(discovery.linears)} layers, {discovery.weight_count} weights; needs about "
-        f"{megabytes(prepared.disk_bytes)} of disk and {megabytes(prepared.memory_bytes)} of memory; nothing was written"
+        f"{megabytes(prepared.disk_bytes)} of disk and {megabytes(prepared.memory_bytes)} of memory; "
+        "nothing was written"
     )
     spec = prepared.spec()
     rows = []
     for bits in settings.bits:
-        size = sum(_bytes_read(spec.layer_tensors(name), bits) for name in spec.layers)
+        size = spec.bytes_read(bits)
         row = {"bits": bits, "bpw_read": 8 * size / discovery.weight_count, "bytes": size, **_measures(None)}
         rows.append({**row, "rtn": None, "verdict": "dry run"})
     return Report(

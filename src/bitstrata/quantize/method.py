@@ -79,9 +79,7 @@ class Method(ABC):
 
     def quantize_block(self, task: BlockTask) -> dict[str, PlaneWeight]:
         """A PlaneWeight for every linear of the block, on the CPU."""
-        return {
-            name: self.quantize_layer(weight, task.bits, task.group_size) for name, weight in task.weights.items()
-        }
+        return {name: self.quantize_layer(weight, task.bits, task.group_size) for name, weight in task.weights.items()}
 
 
 def methods() -> dict[str, type[Method]]:
@@ -109,9 +107,7 @@ def make_method(name: str, preset: str, overrides: Mapping[str, str | Any]) -> M
     fields = {field.name: field for field in dataclasses.fields(method.options_type)}
     for key, value in overrides.items():
         if key not in fields:
-            raise UsageError(
-                f"method {name} has no option {key!r}", hint=f"options: {', '.join(fields) or 'none'}"
-            )
+            raise UsageError(f"method {name} has no option {key!r}", hint=f"options: {', '.join(fields) or 'none'}")
         values[key] = _convert(f"option {key} of {name}", value, type(fields[key].default))
     try:
         return method(method.options_type(**values))
@@ -119,7 +115,7 @@ def make_method(name: str, preset: str, overrides: Mapping[str, str | Any]) -> M
         raise UsageError(f"method {name}: {error}") from error
 
 
-def _convert(what: str, value: Any, wanted: type) -> Any:
+def _convert(what: str, value: Any, wanted: type[Any]) -> Any:
     if not isinstance(value, str):
         if type(value) is wanted or (wanted is float and type(value) is int):
             return wanted(value)

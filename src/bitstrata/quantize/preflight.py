@@ -145,11 +145,11 @@ def _check_output(settings: Settings) -> None:
     output = settings.output
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file", hint="give a folder to -o")
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / JOB_FOLDER).is_dir() and not is_checkpoint(output):
-            raise UsageError(
-                f"{output} exists and was not made by bitstrata; it is left alone", hint="choose another folder for -o"
-            )
+    ours = (output / JOB_FOLDER).is_dir() or is_checkpoint(output)
+    if output.is_dir() and any(output.iterdir()) and not ours:
+        raise UsageError(
+            f"{output} exists and was not made by bitstrata; it is left alone", hint="choose another folder for -o"
+        )
     parent = next((path for path in [output, *output.absolute().parents] if path.exists()), Path("/"))
     if not parent.is_dir():
         raise UsageError(f"{parent} is not a folder, so {output} cannot be made", hint="choose another folder for -o")
@@ -176,14 +176,18 @@ def _windows(
 
 
 def _check_tensors(
-    source: SourceModel, model: PreTrainedModel, discovery: Discovery, problems: list[BitstrataError], reporter: Reporter
+    source: SourceModel,
+    model: PreTrainedModel,
+    discovery: Discovery,
+    problems: list[BitstrataError],
+    reporter: Reporter,
 ) -> dict[str, str]:
     """Compare stored tensors with the model; returns state-dict name -> stored name of unquantized ones."""
     quantized = {f"{linear.name}.weight" for linear in discovery.linears}
     copies = {name for group in discovery.tied for name in group[1:]}
     common, used = {}, set()
     for name, tensor in model.state_dict().items():
-        stored = source.stored_name(name, model.base_model_prefix)
+        stored = source.stored_name(name)
         if stored is not None:
             used.add(stored)
         if name in copies:
@@ -204,7 +208,9 @@ def _check_tensors(
             common[name] = stored
     unused = sorted(set(source.files) - used)
     if unused:
-        reporter.note(f"{len(unused)} stored tensors are not part of the model and are dropped: {', '.join(unused[:5])}")
+        reporter.note(
+            f"{len(unused)} stored tensors are not part of the model and are dropped: {', '.join(unused[:5])}"
+        )
     return common
 
 
@@ -219,9 +225,7 @@ def _disk_bytes(settings: Settings, source: SourceModel, discovery: Discovery, c
     return 2 * quantized + copied
 
 
-def _memory_bytes(
-    settings: Settings, model: PreTrainedModel, discovery: Discovery, windows: Windows | None
-) -> int:
+def _memory_bytes(settings: Settings, model: PreTrainedModel, discovery: Discovery, windows: Windows | None) -> int:
     """An estimate of the peak, in bytes:
 
     max(weights outside the blocks in fp32, largest block in fp32 x 4)

@@ -106,7 +106,8 @@ def reconstruct(
 
     `chain` holds the quantized model's inputs to the block, [n, S, hidden].
     """
-    assert task.inputs is not None and task.targets is not None
+    assert task.inputs is not None
+    assert task.targets is not None
     before = block_loss(task, {name: layer.weight() for name, layer in layers.items()}, chain, training.batch_size)
     if not training.steps:
         return before, before

@@ -37,7 +37,7 @@ class RTN(Method):
 
     def quantize_layer(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         check_weight("a weight", weight)
-        grouping = Grouping(*weight.shape, group_size)
+        grouping = Grouping.of(weight, group_size)
         values = grouping.split(weight.float())
         real = grouping.mask(weight.device) > 0
         low = values.masked_fill(~real, torch.inf).amin(1, keepdim=True)

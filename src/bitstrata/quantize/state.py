@@ -50,7 +50,9 @@ class JobState:
             try:
                 found = json.loads(path.read_text())
             except ValueError as error:
-                raise JobError(f"{path} is not readable: {error}", hint=f"delete {self.folder} to start over") from error
+                raise JobError(
+                    f"{path} is not readable: {error}", hint=f"delete {self.folder} to start over"
+                ) from error
             changed = differences(found, wanted)
             if changed:
                 raise JobError(
@@ -87,9 +89,7 @@ class JobState:
 
     def _layer(self, block: int, name: str) -> PlaneWeight:
         layer, bits = self.spec.layers[name], self.spec.layer_bits(name)
-        tensors = {
-            full.removeprefix(f"{name}."): self._read(block, full) for full in self.spec.layer_tensors(name)
-        }
+        tensors = {full.removeprefix(f"{name}."): self._read(block, full) for full in self.spec.layer_tensors(name)}
         try:
             return PlaneWeight(
                 tuple(tensors[f"plane_{index}"] for index in range(max(bits))),

@@ -19,11 +19,14 @@ from ..progress import Reporter
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation. `tokens` counts the new tokens; tokens_per_second leaves the prompt's pass out."""
+    """A continuation. `tokens` counts the new tokens; tokens_per_second leaves the prompt's pass out.
+
+    `bits` is None for a model that is not quantized.
+    """
 
     prompt: str
     text: str
-    bits: int
+    bits: int | None
     tokens: int
     seconds: float
     tokens_per_second: float | None
@@ -87,10 +90,36 @@ def generate(
             raise UsageError(f"bits given twice: {named} in {model} and {bits} in --bits", hint="give one of them")
         bits = bits if bits is not None else named
         model = load(target, bits=bits, device=device, max_bits=bits)
-    tokenizer = tokenizer or load_tokenizer(resolve(model.name_or_path))
+    tokenizer = tokenizer or load_tokenizer(resolve(str(model.name_or_path)))
     state = bits_state(model)
-    chosen = bits if bits is not None else max(state.supported)
+    return continue_prompt(
+        model,
+        tokenizer,
+        prompt,
+        bits=bits if bits is not None else max(state.supported),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        streamer=streamer,
+        reporter=reporter,
+    )
 
+
+def continue_prompt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    bits: int | None,
+    max_new_tokens: int,
+    reporter: Reporter,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    streamer: BaseStreamer | None = None,
+) -> Generation:
+    """`generate` for a loaded model; `bits` None runs a model that is not quantized."""
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
@@ -103,29 +132,30 @@ def generate(
         reporter.note(f"max-new-tokens lowered from {max_new_tokens} to {limit - len(ids)}, what the context leaves")
         max_new_tokens = limit - len(ids)
 
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    extra: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        extra = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         set_seed(seed)
+    if bits is not None:
+        extra["bits"] = bits
     clock = _Clock(streamer)
     started = time.perf_counter()
     with torch.no_grad():
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             torch.tensor([ids], device=model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=clock,
-            bits=chosen,
-            **sampling,
+            **extra,
         )
     new = output[0, len(ids) :]
     arrived = clock.times[1:]  # the first entry is the prompt
     between = arrived[-1] - arrived[0] if len(arrived) > 1 else 0.0
     return Generation(
         prompt=prompt,
-        text=tokenizer.decode(new, skip_special_tokens=True),
-        bits=chosen,
+        text=str(tokenizer.decode(new, skip_special_tokens=True)),
+        bits=bits,
         tokens=len(new),
         seconds=time.perf_counter() - started,
         tokens_per_second=(len(arrived) - 1) / between if between > 0 else None,

@@ -78,11 +78,8 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
             raise CheckpointError(f"{folder} has {len(problems)} problems:\n  " + "\n  ".join(problems))
     reader = CheckpointReader(folder)
     spec = reader.spec
-    layers = []
+    layers: list[dict[str, Any]] = []
     for name, layer in spec.layers.items():
-        sizes = [
-            torch.Size(shape).numel() * (4 if dtype == "I32" else 2) for dtype, shape in spec.layer_tensors(name).values()
-        ]
         layers.append(
             {
                 "name": name,
@@ -91,7 +88,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
                 "decoder": layer.decoder,
                 "bits": list(spec.layer_bits(name)),
                 "group_size": spec.layer_group_size(name),
-                "stored_bytes": sum(sizes),
+                "stored_bytes": spec.layer_bytes(name),
             }
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,7 +96,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
     chosen = {select(Problem(device, torch.float32, 1, kind)).name for kind in kinds}
     files = {folder / file for file in reader.weight_map.values()}
     total = sum(file.stat().st_size for file in files)
-    size = {bits: reader.bytes_read(bits) for bits in spec.bits}
+    size = {bits: spec.bytes_read(bits) for bits in spec.bits}
     return Inspection(
         path=str(folder),
         format_version=spec.format_version,
@@ -107,10 +104,10 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
         method_options=spec.method_options,
         group_size=spec.group_size,
         bits=tuple(spec.bits),
-        bpw_read={str(bits): 8 * size[bits] / reader.weight_count() for bits in spec.bits},
+        bpw_read={str(bits): 8 * size[bits] / spec.weight_count for bits in spec.bits},
         bytes={str(bits): size[bits] for bits in spec.bits},
         total_bytes=total,
-        common_bytes=total - sum(layer["stored_bytes"] for layer in layers),
+        common_bytes=total - sum(map(spec.layer_bytes, spec.layers)),
         kernel=f"{', '.join(sorted(chosen))} on {device}: the highest priority that can run there",
         verified=True if verify else None,
         layers=tuple(layers),

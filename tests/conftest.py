@@ -1,0 +1,20 @@
+"""Fixtures and settings shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("bitstrata", deadline=None, print_blob=True)
+settings.load_profile("bitstrata")
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed, shown when the test fails; TEST_SEED repeats a run."""
+    value = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"TEST_SEED={value}")
+    return value
