@@ -13,8 +13,8 @@ settings.load_profile("bitstrata")
 
 
 @pytest.fixture
-def seed() -> int:
-    """A fresh seed, shown when the test fails; TEST_SEED repeats a run."""
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed, shown when the test fails; TEST_SEED=<n> repeats the run."""
     value = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"TEST_SEED={value}")
+    request.node.add_report_section("call", "seed", f"TEST_SEED={value}")
     return value

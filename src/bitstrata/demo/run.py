@@ -26,7 +26,7 @@ from ..runtime import Generation, continue_prompt
 
 MODEL = Path(__file__).parent / "model"
 BITS = (2, 3, 4)
-PROMPT = "class Stack:\n    def __init__(self):\n"
+PROMPT = "class Node:\n    def __init__(self, value, next=None):\n"
 NEW_TOKENS = 40
 EVALUATION_TOKENS = 12_000
 

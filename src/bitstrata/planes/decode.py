@@ -39,9 +39,9 @@ def decode(weight: PlaneWeight, bits: int, dtype: torch.dtype = torch.float32) -
 
     columns = weight.in_features
     size = min(weight.group_size, columns)
-    padding = group_count(columns, size) * size - columns
+    groups = group_count(columns, size)
     total = decoder.offset.to(accumulate).unsqueeze(-1).repeat(1, 1, size)  # [N, J, g]
     for index in range(bits):
-        plane = torch.nn.functional.pad(signs(weight, index, accumulate), (0, padding))
-        total += decoder.scale[index].to(accumulate).unsqueeze(-1) * plane.view(len(plane), -1, size)
+        plane = torch.nn.functional.pad(signs(weight, index, accumulate), (0, groups * size - columns))
+        total += decoder.scale[index].to(accumulate).unsqueeze(-1) * plane.view(len(plane), groups, size)
     return total.flatten(1)[:, :columns].to(dtype)

@@ -28,9 +28,9 @@ def pack_bits(bits: Tensor) -> Tensor:
             raise ValueError("pack_bits takes zeros and ones only; convert signs with `sign > 0` first")
         bits = bits.bool()
     columns = bits.shape[-1]
-    padding = words_per_row(columns) * WORD_BITS - columns
-    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, padding))
-    octets = padded.view(*padded.shape[:-1], -1, 8)  # [..., bytes, 8]
+    padded_columns = words_per_row(columns) * WORD_BITS
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, padded_columns - columns))
+    octets = padded.view(*padded.shape[:-1], padded_columns // 8, 8)  # [..., bytes, 8]
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
     packed: Tensor = (octets * weights).sum(dim=-1, dtype=torch.uint8)  # [..., bytes]
     return packed.contiguous().view(torch.int32)

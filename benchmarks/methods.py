@@ -1,0 +1,134 @@
+"""How much loss does each method add, at 2, 3 and 4 bits?
+
+Quantizes a model with every recipe, evaluates the checkpoints on held-out text through
+`bitstrata.evaluate`, and prints the increase of nll over the fp32 model, KL divergence and top-1
+agreement at each bits. One run measures everything it compares. Results go to a JSON file with
+machine, versions and settings.
+
+    python benchmarks/methods.py MODEL --calibration TEXT --text TEXT [--recipes rtn,bcq,anybcq] [--seeds 0,1,2]
+
+Recipes: rtn (nested, one file), bcq (dedicated, one file a precision), planes (AnyBCQ's planes
+without training, one file), anybcq (in full, one file), anybcq-best (preset best); or a method with
+options, for example `anybcq:steps=500:share_chain=true`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import bitstrata
+from bitstrata.evaluate.report import render
+from bitstrata.progress import Reporter
+
+BITS = (2, 3, 4)
+NAMED = {
+    "rtn": ("rtn", "default", True, {}),
+    "bcq": ("bcq", "default", False, {}),
+    "planes": ("anybcq", "fast", True, {}),
+    "anybcq": ("anybcq", "default", True, {}),
+    "anybcq-best": ("anybcq", "best", True, {}),
+}
+
+
+def recipe(text: str) -> tuple[str, str, bool, dict[str, str]]:
+    """(method, preset, one file for all bits, options)."""
+    name, *options = text.split(":")
+    method, preset, nested, defaults = NAMED[name]
+    return method, preset, nested, {**defaults, **dict(option.split("=", 1) for option in options)}
+
+
+def measure(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, object]:
+    """Quantize by one recipe and evaluate every precision."""
+    method, preset, nested, options = recipe(text)
+    quiet = Reporter(quiet=True)
+    rows, seconds, peak, reference = [], 0.0, 0, None
+    with tempfile.TemporaryDirectory() as workspace:
+        for bits in [BITS] if nested else [(value,) for value in BITS]:
+            folder = Path(workspace) / "-".join(map(str, bits))
+            report = bitstrata.quantize(
+                arguments.model,
+                folder,
+                bits=bits,
+                method=method,
+                preset=preset,
+                options=options,
+                group_size=arguments.group_size,
+                calibration=arguments.calibration,
+                num_samples=arguments.num_samples,
+                seq_len=arguments.seq_len,
+                seed=seed,
+                reporter=quiet,
+            )
+            seconds += report.seconds
+            peak = max(peak, report.peak_memory_bytes)
+            evaluation = bitstrata.evaluate(
+                folder,
+                arguments.text,
+                reference=arguments.model,
+                seq_len=arguments.seq_len,
+                max_tokens=arguments.max_tokens,
+                reporter=quiet,
+            )
+            reference = evaluation.reference
+            rows.extend(result.__dict__ for result in evaluation.results)
+    return {"recipe": text, "seed": seed, "rows": rows, "seconds": seconds, "peak_bytes": peak, "reference": reference}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--recipes", default="rtn,bcq,planes,anybcq")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--num-samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--output", help="JSON file for the results")
+    arguments = parser.parse_args()
+
+    runs = []
+    for text in arguments.recipes.split(","):
+        for seed in map(int, arguments.seeds.split(",")):
+            started = time.monotonic()
+            runs.append(measure(arguments, text, seed))
+            increase = [f"{row['nll'] - runs[-1]['reference']['nll']:.4f}" for row in runs[-1]["rows"]]
+            print(f"{text} seed {seed}: {' '.join(increase)} ({time.monotonic() - started:.0f} s)", flush=True)
+
+    cells = []
+    for text in dict.fromkeys(run["recipe"] for run in runs):
+        mine = [run for run in runs if run["recipe"] == text]
+        for index, bits in enumerate(BITS):
+            rows = [run["rows"][index] for run in mine]
+            cells.append(
+                [
+                    text,
+                    str(bits),
+                    f"{rows[0]['bpw_read']:.3f}",
+                    f"{statistics.median(r['nll'] - run['reference']['nll'] for r, run in zip(rows, mine)):.4f}",
+                    f"{statistics.median(r['kld'] for r in rows):.4f}",
+                    f"{100 * statistics.median(r['top1_agreement'] for r in rows):.1f}%",
+                    f"{statistics.median(run['seconds'] for run in mine):.0f}",
+                ]
+            )
+    columns = ["recipe", "bits", "bpw read", "nll increase", "kld", "top-1", "seconds"]
+    title = f"{Path(arguments.model).name}, group size {arguments.group_size}, medians over seeds {arguments.seeds}"
+    print(render(title, columns, cells))
+    if arguments.output:
+        settings = {key: Path(str(value)).name if key in ("model", "calibration", "text") else value
+                    for key, value in vars(arguments).items() if key != "output"}  # fmt: skip
+        result = {"environment": bitstrata.env().to_json(), "settings": settings, "runs": runs}
+        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Every architecture: discovered, quantized, loaded, saved; outputs are those of the decoded weights."""
+
+from __future__ import annotations
+
+import copy
+
+import architectures
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import bitstrata
+from bitstrata.models import SourceModel, discover
+from bitstrata.nn import PlaneLinear
+from bitstrata.planes import decode
+
+NAMES = list(architectures.CONFIGS)
+LINEARS_PER_BLOCK = {"phi3": 4, "opt": 6, "gpt-neox": 4, "gpt2": 4}
+
+
+def tokens(seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def with_decoded_weights(original, quantized, bits: int):
+    """A copy of the original whose linears hold the decoded weights."""
+    dense = copy.deepcopy(original)
+    for name, layer in quantized.named_modules():
+        if isinstance(layer, PlaneLinear):
+            weight = decode(layer.plane_weight(), bits)
+            linear = dense.get_submodule(name)
+            linear.weight.data = weight.T.contiguous() if isinstance(linear, Conv1D) else weight
+    return dense
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_discovery_finds_every_linear_of_the_blocks_and_names_the_rest(name, quantized):
+    model = SourceModel(quantized(name)[1]).skeleton()
+    found = discover(model)
+    assert len(found.blocks) == 2
+    assert len(found.linears) == 2 * LINEARS_PER_BLOCK.get(name, 7)
+    named = {f"{linear.name}.weight" for linear in found.linears} | {entry.name for entry in found.left_out}
+    matrices = {key for key, value in model.state_dict().items() if value.dim() >= 2}
+    tied_copies = {key for group in found.tied for key in group[1:]}
+    assert matrices - tied_copies <= named
+    assert all(entry.reason for entry in found.left_out)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_equal_those_of_the_decoded_weights(name, quantized):
+    original, _, out = quantized(name)
+    model = bitstrata.load(out)
+    ids = tokens()
+    with torch.no_grad():
+        for bits in (2, 8):
+            expected = with_decoded_weights(original, model, bits)(ids).logits
+            torch.testing.assert_close(model(ids, bits=bits).logits, expected, rtol=1e-4, atol=1e-4)
+        gap = (model(ids, bits=8).logits - original(ids).logits).abs().max()
+        assert gap < 0.1 * (model(ids, bits=2).logits - original(ids).logits).abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_from_pretrained_equals_load_and_save_pretrained_round_trips(name, quantized, tmp_path):
+    out = quantized(name)[2]
+    ours = bitstrata.load(out)
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    ids = tokens()
+    theirs.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    before, after = theirs.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert value.dtype == after[key].dtype, key
+        assert torch.equal(value, after[key]), key
+    reloaded = bitstrata.load(tmp_path / "again", max_bits=3)
+    with torch.no_grad():
+        for bits in (2, 3):
+            expected = ours(ids, bits=bits).logits
+            assert torch.equal(theirs(ids, bits=bits).logits, expected)
+            assert torch.equal(reloaded(ids, bits=bits).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3", "gpt2", "opt"])
+def test_generate_takes_bits(name, quantized):
+    model = bitstrata.load(quantized(name)[2])
+    ids = tokens()
+    settings = {"max_new_tokens": 8, "do_sample": False, "use_cache": True}
+    at_two = model.generate(ids, bits=2, **settings)
+    with bitstrata.use_bits(model, 2):
+        assert torch.equal(model.generate(ids, **settings), at_two)
+    assert not torch.equal(model.generate(ids, bits=8, **settings), at_two)
+
+
+def test_skip_patterns_leave_layers_alone_and_report_them(quantized, tmp_path):
+    _, source, _ = quantized("llama")
+    skip = ("*.down_proj", r"re:.*layers\.0\.self_attn\..*")
+    report = bitstrata.quantize(source, tmp_path / "out", bits=2, method="rtn", group_size=32, skip=skip)
+    model = bitstrata.load(tmp_path / "out")
+    kept = [name for name, module in model.named_modules() if isinstance(module, PlaneLinear)]
+    assert len(kept) == 14 - 2 - 4
+    assert sum("skipped by --skip" in entry["reason"] for entry in report.left_out) == 6
+    assert model.model.layers[0].mlp.down_proj.weight.shape == (48, 72)

@@ -1,0 +1,175 @@
+"""Loading: devices, dtypes, fewer planes, loud failures, and bits that travel with a call."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import bitstrata
+from bitstrata.errors import CheckpointError, ModelError, UnsupportedBitsError, UsageError
+from bitstrata.models import parse_target
+from bitstrata.nn import PlaneLinear, bits_state
+
+
+@pytest.fixture
+def out(quantized):
+    return quantized("llama")[2]
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto", {"": "cpu"}], ids=str)
+def test_dtype_and_device_map_never_touch_planes_or_scales(dtype, device_map, out, ids):
+    reference = bitstrata.load(out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=dtype, device_map=device_map)
+    expected = {key: value for key, value in reference.state_dict().items() if "plane_" in key or "_proj.s" in key}
+    for key, value in expected.items():
+        assert torch.equal(model.state_dict()[key], value), key
+    with torch.no_grad():
+        logits = model(ids, bits=3).logits
+        assert logits.dtype == dtype
+        gap = (logits.float() - reference(ids, bits=3).logits).abs().max()
+    assert gap <= {torch.float32: 0.0, torch.bfloat16: 1.0, torch.float16: 0.1}[dtype]
+
+
+def test_without_our_import_loading_fails_instead_of_returning_random_layers(out):
+    script = (
+        "import sys\nfrom transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(out)!r})\nprint('LOADED')"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "LOADED" not in result.stdout
+    assert "mismatch" in (result.stdout + result.stderr).lower()
+
+
+def test_max_bits_needs_only_the_files_of_the_prefix(out, ids, tmp_path):
+    copied = shutil.copytree(out, tmp_path / "copy")
+    for name in [f"model-plane-{index}.safetensors" for index in range(3, 8)] + ["model-bits-8.safetensors"]:
+        (copied / name).unlink()
+    model = bitstrata.load(copied, max_bits=3)
+    assert bits_state(model).supported == (2, 3)
+    assert not hasattr(model.model.layers[0].mlp.up_proj, "plane_3")
+    with torch.no_grad():
+        for bits in (2, 3):
+            assert torch.equal(model(ids, bits=bits).logits, bitstrata.load(out)(ids, bits=bits).logits)
+    with pytest.raises(UnsupportedBitsError, match="bits=8"):
+        model(ids, bits=8)
+    with pytest.raises(CheckpointError, match="missing"):
+        bitstrata.load(copied)
+
+
+def test_from_pretrained_names_a_missing_shard(out, tmp_path):
+    copied = shutil.copytree(out, tmp_path / "copy")
+    (copied / "model-plane-1.safetensors").unlink()
+    with pytest.raises((CheckpointError, OSError), match=r"model-plane-1\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(copied)
+
+
+def test_from_pretrained_names_a_tensor_of_the_wrong_shape(out, tmp_path):
+    copied = shutil.copytree(out, tmp_path / "copy")
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 16
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"scale_2 in model-bits-2\.safetensors: expected"):
+        AutoModelForCausalLM.from_pretrained(copied)
+
+
+def test_a_damaged_file_is_found_by_its_digest(out, tmp_path):
+    copied = shutil.copytree(out, tmp_path / "copy")
+    path = copied / "model-plane-0.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model-plane-0\.safetensors is damaged"):
+        bitstrata.load(copied)
+    bitstrata.load(copied, verify=False)
+
+
+def test_bits_are_restored_after_an_exception(out, ids):
+    model = bitstrata.load(out, bits=3)
+    with pytest.raises(UnsupportedBitsError) as caught:
+        model(ids, bits=5)
+    assert caught.value.hint == "supported bits: 2, 3, 8"
+    with pytest.raises(TypeError):
+        model(ids, bits=2, not_an_argument=object(), input_ids=ids)
+    assert bits_state(model).value == 3
+
+
+def test_two_models_do_not_affect_each_other(out, ids):
+    first, second = bitstrata.load(out, bits=2), bitstrata.load(out, bits=8)
+    with torch.no_grad():
+        before = second(ids).logits
+        with bitstrata.use_bits(first, 3):
+            assert torch.equal(second(ids).logits, before)
+
+
+def test_a_deep_copy_has_a_state_of_its_own(out, ids):
+    model = bitstrata.load(out, bits=2)
+    twin = copy.deepcopy(model)
+    with bitstrata.use_bits(twin, 8):
+        assert bits_state(model).value == 2
+        states = {id(layer.bits_state) for layer in twin.modules() if isinstance(layer, PlaneLinear)}
+        assert states == {id(bits_state(twin))}
+
+
+def test_requests_of_one_batch_at_different_bits(out, ids):
+    model = bitstrata.load(out)
+    with torch.no_grad():
+        mixed = model(ids, bits=torch.tensor([2, 8], dtype=torch.int8)).logits
+        for row, bits in enumerate((2, 8)):
+            torch.testing.assert_close(mixed[row], model(ids, bits=bits).logits[row], rtol=1e-5, atol=1e-5)
+
+
+def test_a_plan_sets_bits_layer_by_layer(out, ids):
+    model = bitstrata.load(out)
+    names = list(bits_state(model).layers)
+    with torch.no_grad():
+        uniform = model(ids, bits=dict.fromkeys(names, 3)).logits
+        assert torch.equal(uniform, model(ids, bits=3).logits)
+        mixed = model(ids, bits={name: 2 if index % 2 else 8 for index, name in enumerate(names)}).logits
+    assert not torch.equal(mixed, uniform)
+    with pytest.raises(UsageError, match="plan does not fit"):
+        model(ids, bits={names[0]: 2})
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_graph_breaks_at_every_bits(backend, out, ids):
+    torch._dynamo.reset()
+    model = bitstrata.load(out)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for bits in (2, 3, 8, 2):
+            expected = model(ids, bits=bits, use_cache=False).logits
+            torch.testing.assert_close(compiled(ids, bits=bits, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        rows = torch.tensor([3, 2], dtype=torch.int8)
+        expected = model(ids, bits=rows, use_cache=False).logits
+        torch.testing.assert_close(compiled(ids, bits=rows, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [("out:3", ("out", 3)), ("out", ("out", None)), ("a:b", ("a:b", None)), ("user/model:4", ("user/model", 4))],
+)
+def test_target_with_bits(target, expected):
+    assert parse_target(target) == expected
+
+
+def test_what_is_not_a_checkpoint_is_refused(quantized, tmp_path):
+    with pytest.raises(ModelError, match="no bitstrata checkpoint folder"):
+        bitstrata.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="not a bitstrata checkpoint"):
+        bitstrata.load(quantized("llama")[1])
+    with pytest.raises(UsageError, match="not a device"):
+        bitstrata.load(quantized("llama")[2], device="abacus")
