@@ -109,12 +109,13 @@ def main() -> None:
         mine = [run for run in runs if run["recipe"] == text]
         for index, bits in enumerate(BITS):
             rows = [run["rows"][index] for run in mine]
+            added = [row["nll"] - run["reference"]["nll"] for row, run in zip(rows, mine, strict=True)]
             cells.append(
                 [
                     text,
                     str(bits),
                     f"{rows[0]['bpw_read']:.3f}",
-                    f"{statistics.median(r['nll'] - run['reference']['nll'] for r, run in zip(rows, mine)):.4f}",
+                    f"{statistics.median(added):.4f}",
                     f"{statistics.median(r['kld'] for r in rows):.4f}",
                     f"{100 * statistics.median(r['top1_agreement'] for r in rows):.1f}%",
                     f"{statistics.median(run['seconds'] for run in mine):.0f}",

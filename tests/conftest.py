@@ -8,6 +8,10 @@ import random
 import pytest
 from hypothesis import settings
 
+# Tensors are tiny here: waking a second thread costs more than it saves, tenfold on a busy machine.
+# Set before torch is imported, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("bitstrata", deadline=None, print_blob=True)
 settings.load_profile("bitstrata")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bitstrata.planes import AffineDecoder, CodebookDecoder, Decoder, PlaneWeight, group_count, pack_bits
+from bitstrata.checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, write_checkpoint
+from bitstrata.nn import BitsState, PlaneLinear
+from bitstrata.planes import AffineDecoder, CodebookDecoder, Decoder, PlaneWeight, decode, group_count, pack_bits
 
 
 def random_weight(
@@ -41,3 +44,104 @@ def random_weight(
         else:
             raise ValueError(f"unknown decoder {decoder!r}")
     return PlaneWeight(planes, decoders, K, group_size)
+
+
+def spec_of(layers: Mapping[str, PlaneWeight], bits: Sequence[int], group_size: int) -> QuantizationSpec:
+    """The quantization_config of a checkpoint of `layers`; bits and group size that differ become exceptions."""
+    return QuantizationSpec(
+        method="test",
+        bits=list(bits),
+        group_size=group_size,
+        layers={
+            name: LayerSpec(
+                in_features=weight.in_features,
+                out_features=weight.out_features,
+                decoder=weight.decoder_kind(weight.bits[0]),
+                bits=None if weight.bits == tuple(bits) else list(weight.bits),
+                group_size=None if weight.group_size == group_size else weight.group_size,
+            )
+            for name, weight in layers.items()
+        },
+    )
+
+
+def save_checkpoint(
+    folder: Path,
+    layers: Mapping[str, PlaneWeight],
+    *,
+    bits: Sequence[int] = (2, 3, 4),
+    group_size: int = 32,
+    common: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `layers`, their guards and the unquantized tensors `common` as a checkpoint."""
+    entries = [TensorEntry.of(name, tensor) for name, tensor in (common or {}).items()]
+    for name, weight in layers.items():
+        entries += [*entries_of(name, weight), TensorEntry.of(f"{name}.weight", torch.empty(0))]
+    spec = spec_of(layers, bits, group_size).model_dump(exclude_none=True)
+    write_checkpoint(folder, {"model_type": "test", "quantization_config": spec}, entries)
+
+
+def assert_same_weight(found: PlaneWeight, expected: PlaneWeight) -> None:
+    """The two hold the same tensors, bit for bit."""
+    assert (found.in_features, found.group_size, found.bits) == (
+        expected.in_features,
+        expected.group_size,
+        expected.bits,
+    )
+    assert found.tensors().keys() == expected.tensors().keys()
+    for name, tensor in expected.tensors().items():
+        assert found.tensors()[name].dtype == tensor.dtype, name
+        assert torch.equal(found.tensors()[name], tensor), name
+
+
+def largest_error(y: Tensor, exact: Tensor) -> float:
+    """The largest absolute difference from `exact`, infinite if anything is NaN."""
+    return (y.double() - exact).abs().nan_to_num(nan=torch.inf).max().item()
+
+
+def assert_linear_close(y: Tensor, x: Tensor, W: Tensor, message: str) -> None:
+    """y = x @ W^T with at most twice the error of F.linear in x's dtype; W is exact, float64 [N, K].
+
+    The escape is for the cases where F.linear happens to be nearly exact: one unit in the last place
+    of the largest output, and the float32 rounding of a sum of K terms in another order.
+    """
+    exact = x.double() @ W.T  # [..., N]
+    assert y.dtype == x.dtype, message
+    assert y.shape == exact.shape, message
+    if not y.numel():
+        return
+    baseline = largest_error(torch.nn.functional.linear(x, W.to(x.dtype)), exact)
+    ulp = torch.finfo(x.dtype).eps + x.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
+    error = largest_error(y, exact)
+    limit = 2 * baseline + ulp * exact.abs().max().item()
+    assert error <= limit, f"{message}: error {error:.3g} > {limit:.3g}, F.linear has {baseline:.3g}"
+
+
+def plane_model(seed: int = 0, *, bits: Sequence[int] = (2, 3, 4), bias: bool = False) -> torch.nn.Sequential:
+    """Two PlaneLinear layers, 70 -> 33 affine named "0" and 33 -> 5 codebook named "1", sharing one BitsState."""
+    weights = [
+        random_weight(33, 70, bits, 32, "affine", seed),
+        random_weight(5, 33, bits, 32, "codebook", seed + 1),
+    ]
+    state = BitsState(tuple(bits), {str(index): weight.bits for index, weight in enumerate(weights)})
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.Sequential(
+        *(
+            PlaneLinear.from_weight(
+                weight,
+                torch.randn(weight.out_features, generator=generator) if bias else None,
+                name=str(index),
+                state=state,
+            )
+            for index, weight in enumerate(weights)
+        )
+    )
+
+
+def dense_output(model: torch.nn.Sequential, x: Tensor, *bits: int) -> Tensor:
+    """What `plane_model` has to compute with layer i at bits[i], from decoded weights in x's dtype."""
+    for layer, value in zip(model, bits, strict=True):
+        x = torch.nn.functional.linear(x, decode(layer.plane_weight(), value, x.dtype))
+        if layer.bias is not None:
+            x = x + layer.bias
+    return x

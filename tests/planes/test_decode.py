@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -89,9 +90,7 @@ def test_low_precision_is_the_float32_result_rounded_once(decoder, dtype, seed):
 @given(WEIGHTS)
 def test_lower_bits_do_not_depend_on_higher_planes_and_decoders(weight):
     for bits in weight.bits:
-        alone = PlaneWeight(
-            weight.planes[:bits], {bits: weight.decoders[bits]}, weight.in_features, weight.group_size
-        )
+        alone = PlaneWeight(weight.planes[:bits], {bits: weight.decoders[bits]}, weight.in_features, weight.group_size)
         cut = weight.prefix(bits)
         assert len(cut.planes) == bits
         assert cut.bits == tuple(b for b in weight.bits if b <= bits)
@@ -120,6 +119,20 @@ def test_decode_of_a_group_far_wider_than_the_row_allocates_only_the_row(seed):
     weight = random_weight(3, 70, group_size=70, seed=seed)
     wide = PlaneWeight(weight.planes, weight.decoders, 70, 2**31 - 1)
     assert torch.equal(decode(wide, 3), decode(weight, 3))
+
+
+@pytest.mark.parametrize("chunk", [1, 70, 150, 1000])
+@pytest.mark.parametrize("decoder", ["affine", "codebook"])
+def test_decoding_a_few_rows_at_a_time_changes_nothing(decoder, chunk, seed, monkeypatch):
+    weight = random_weight(9, 70, group_size=43, decoder=decoder, seed=seed)
+    whole = decode(weight, 3, torch.float64)
+    monkeypatch.setattr(sys.modules["bitstrata.planes.decode"], "CHUNK", chunk)
+    assert torch.equal(decode(weight, 3, torch.float64), whole)
+
+
+def test_decode_of_no_rows():
+    assert decode(random_weight(0, 70), 3).shape == (0, 70)
+    assert decode(random_weight(0, 70, decoder="codebook"), 3).shape == (0, 70)
 
 
 def test_decode_without_that_decoder_is_a_key_error():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import random_weight
 
-from bitstrata.planes import AffineDecoder, CodebookDecoder, PlaneWeight, group_count, words_per_row
+from bitstrata.planes import AffineDecoder, CodebookDecoder, PlaneWeight, decode, group_count, words_per_row
 from bitstrata.planes.weights import decoder_shapes
 
 
@@ -108,6 +108,16 @@ def test_bytes_read_counts_padding_words_and_only_that_decoder():
     assert codebook.bytes_read(2) == 2 * 5 * 3 * 4 + 5 * 2**2 * 2
     with pytest.raises(KeyError):
         affine.bytes_read(3)
+
+
+@pytest.mark.parametrize("decoder", ["affine", "codebook"])
+def test_rows_are_those_rows_and_no_copy(decoder, seed):
+    weight = random_weight(9, 70, (2, 4), 43, decoder, seed)
+    part = weight.rows(2, 7)
+    assert (part.out_features, part.bits, part.group_size) == (5, (2, 4), 43)
+    assert part.planes[1].data_ptr() == weight.planes[1][2].data_ptr()
+    for bits in (2, 4):
+        assert torch.equal(decode(part, bits), decode(weight, bits)[2:7])
 
 
 def test_tensors_carry_the_names_of_the_checkpoint():

@@ -25,7 +25,7 @@ from ..errors import ModelError
 from ..models.discover import Discovery, find_blocks
 from ..models.source import SourceModel, release
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 1024
 
 
 class _StandIn(nn.Module):

@@ -51,7 +51,7 @@ def read_text(text: str | Path, part: str | None = None) -> list[str]:
             hint="convert it, for example: iconv -f latin1 -t utf-8",
         ) from error
     except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror}") from error
+        raise TextError(f"{path} cannot be read: {error.strerror}", hint="pass a UTF-8 text file") from error
     documents = [document.strip("\n") for document in content.split(SEPARATOR)]
     documents = [document for document in documents if document.strip()]
     if not documents:

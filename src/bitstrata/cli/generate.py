@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +26,7 @@ def command(
     json: bool = JSON_OPTION,
 ) -> None:
     """Continue PROMPT at the chosen bits, streaming to the terminal."""
-    target, named = parse_target(model)
+    target, named = (model, None) if Path(model).is_dir() else parse_target(model)
     if named is not None and bits is not None and named != bits:
         raise UsageError(f"bits given twice: {named} in {model} and {bits} in --bits", hint="give one of them")
     chosen = bits if bits is not None else named

@@ -11,7 +11,6 @@ import os
 import sys
 import traceback
 
-import click
 import torch
 import typer
 from transformers.utils import logging as transformers_logging
@@ -19,6 +18,11 @@ from transformers.utils import logging as transformers_logging
 from ..errors import BitstrataError
 from ..version import __version__
 from . import demo, env, eval, generate, inspect, quantize
+
+# what typer raises for a wrong command line: click's class or, in newer versions, typer's copy of it
+_CommandLineError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 
 app = typer.Typer(
     name="bitstrata",
@@ -57,19 +61,21 @@ def main() -> None:
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run the program with `arguments` and return its exit code."""
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False, prog_name="bitstrata")
         return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as leave:
+    except typer.Exit as leave:
         return leave.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _say("interrupted")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else 1
+    except _CommandLineError as error:
+        error.show()  # type: ignore[attr-defined]
+        return 2
     except BaseException as error:
         if debug:
             traceback.print_exc()

@@ -55,6 +55,6 @@ class Tally:
         return Measured(
             self.tokens,
             self._nll / tokens,
-            max(0.0, self._kld / tokens) if self._compared else None,
+            max(self._kld / tokens, 0.0) if self._compared else None,  # in this order NaN stays NaN
             self._agree / tokens if self._compared else None,
         )

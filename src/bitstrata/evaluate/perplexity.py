@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def evaluate(
     """
     reporter = reporter or Reporter()
     documents = read_text(text, part="heldout")
-    where = pick_device(device)
+    where = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
     # float32 on a CPU: exact, and no slower there; elsewhere the dtype the model is stored in
     dtype = torch.float32 if where.type == "cpu" else None
     quantized = model if isinstance(model, PreTrainedModel) else load(model, device=where, dtype=dtype)
@@ -123,19 +124,33 @@ def context_length(model: PreTrainedModel, seq_len: int | None, reporter: Report
 def _reference(
     reference: str | Path | PreTrainedModel | None, quantized: PreTrainedModel, device: torch.device
 ) -> PreTrainedModel | None:
-    if reference is None or isinstance(reference, PreTrainedModel):
-        return reference
-    folder = resolve(reference, kind="reference model")
-    try:
-        original: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=quantized.dtype, local_files_only=True
+    if reference is None:
+        return None
+    original = reference if isinstance(reference, PreTrainedModel) else _load_reference(reference, quantized.dtype)
+    sizes = [model.config.get_text_config().vocab_size for model in (original, quantized)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"the reference has another vocabulary than the quantized model: {sizes[0]} tokens, not {sizes[1]}",
+            hint="give the model that was quantized",
         )
-    except Exception as error:
-        raise ModelError(f"the reference {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if original.config.get_text_config().vocab_size != quantized.config.get_text_config().vocab_size:
-        raise ModelError(f"the reference {folder} has another vocabulary than the quantized model")
     nn.Module.to(original, device)
     return original.eval()
+
+
+def _load_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    folder = resolve(reference, kind="reference model")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the reference {folder} cannot be loaded: {reason}") from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:  # transformers has left them random
+        raise ModelError(f"the reference {folder} stores no tensor for {missing[0]}", hint="download it again")
+    return model
 
 
 def _batches(windows: Iterator[list[int]]) -> Iterator[list[list[int]]]:

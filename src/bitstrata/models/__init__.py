@@ -3,7 +3,7 @@
 from .discover import Discovery, LeftOut, LinearInfo, discover
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .load import load, load_tokenizer, parse_target
-from .source import SourceModel, resolve
+from .source import SourceModel, all_finite, resolve
 
 __all__ = [
     "BitstrataConfig",
@@ -12,6 +12,7 @@ __all__ = [
     "LeftOut",
     "LinearInfo",
     "SourceModel",
+    "all_finite",
     "attach",
     "discover",
     "load",

@@ -176,12 +176,21 @@ class SourceModel:
     def spec(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """(dtype, shape) of a stored tensor, from the header."""
         part = self._open(self.files[stored]).get_slice(stored)
-        return SAFETENSORS_DTYPES[part.get_dtype()], tuple(part.get_shape())
+        dtype = part.get_dtype()
+        if dtype not in SAFETENSORS_DTYPES:
+            raise ModelError(
+                f"{stored} is stored as {dtype}, which cannot be quantized", hint="use a model in bf16, fp16 or fp32"
+            )
+        return SAFETENSORS_DTYPES[dtype], tuple(part.get_shape())
+
+    def map(self, stored: str) -> Tensor:
+        """A stored tensor, memory-mapped: for reading once, not for keeping."""
+        tensor: Tensor = self._open(self.files[stored]).get_tensor(stored)
+        return tensor
 
     def read(self, stored: str) -> Tensor:
         """A stored tensor, copied out of the file so that nothing stays mapped."""
-        tensor: Tensor = self._open(self.files[stored]).get_tensor(stored)
-        return tensor.clone()
+        return self.map(stored).clone()
 
     def materialise(self, module: nn.Module, prefix: str, skip: Iterable[str] = ()) -> None:
         """Fill the meta parameters and persistent buffers of `module`, at `prefix` in the skeleton, in fp32.
@@ -203,7 +212,7 @@ class SourceModel:
                     f"{stored}: the config asks for shape {list(tensor.shape)}, the file has {list(value.shape)}"
                 )
             if value.is_floating_point():
-                if not bool(value.isfinite().all()):
+                if not all_finite(value):
                     raise ModelError(f"{stored} holds NaN or infinity", hint="the source model is damaged")
                 value = value.float()
             parent, _, leaf = key.rpartition(".")
@@ -212,6 +221,11 @@ class SourceModel:
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
                 owner._buffers[leaf] = value
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds neither NaN nor infinity; makes no temporary of its size."""
+    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def release(module: nn.Module) -> None:

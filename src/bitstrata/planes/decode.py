@@ -16,6 +16,8 @@ from torch import Tensor
 from .pack import unpack_bits
 from .weights import AffineDecoder, PlaneWeight, group_count
 
+CHUNK = 1 << 20  # weights decoded at a time: bounds the temporaries, and they stay in cache
+
 
 def signs(weight: PlaneWeight, plane: int, dtype: torch.dtype = torch.int8) -> Tensor:
     """Plane `plane` as -1 and +1: [N, K] in `dtype`."""
@@ -32,6 +34,14 @@ def codes(weight: PlaneWeight, bits: int) -> Tensor:
 
 def decode(weight: PlaneWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight at `bits`: [N, K] in `dtype`. Raises KeyError if there is no decoder for `bits`."""
+    result = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.planes[0].device)
+    step = max(1, CHUNK // weight.in_features)
+    for start in range(0, weight.out_features, step):
+        result[start : start + step] = _decode_rows(weight.rows(start, start + step), bits, dtype)
+    return result
+
+
+def _decode_rows(weight: PlaneWeight, bits: int, dtype: torch.dtype) -> Tensor:
     decoder = weight.decoders[bits]
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     if not isinstance(decoder, AffineDecoder):

@@ -132,6 +132,18 @@ class PlaneWeight:
             raise ValueError(f"no decoder at or below {max_bits} bits; there are {list(self.bits)}")
         return PlaneWeight(self.planes[: max(decoders)], decoders, self.in_features, self.group_size)
 
+    def rows(self, start: int, stop: int) -> PlaneWeight:
+        """Rows start..stop-1 as a weight of their own; nothing is copied."""
+        decoders: dict[int, Decoder] = {}
+        for bits, decoder in self.decoders.items():
+            if isinstance(decoder, AffineDecoder):
+                decoders[bits] = AffineDecoder(decoder.scale[:, start:stop], decoder.offset[start:stop])
+            else:
+                decoders[bits] = CodebookDecoder(decoder.table[start:stop])
+        return PlaneWeight(
+            tuple(plane[start:stop] for plane in self.planes), decoders, self.in_features, self.group_size
+        )
+
     def bytes_read(self, bits: int) -> int:
         """Bytes a matrix product at `bits` has to read: planes 0..bits-1 and that decoder."""
         return sum(plane.nbytes for plane in self.planes[:bits]) + self.decoders[bits].nbytes

@@ -16,6 +16,7 @@ Where paper and published code differ we take the better one (figures: docs/log.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -55,8 +56,8 @@ class AnyBCQOptions:
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.steps < 0 or self.batch_size < 1:
             raise ValueError("rounds and batch_size must be at least 1, steps at least 0")
-        if not 0 <= self.input_mix <= 1 or self.learning_rate < 0:
-            raise ValueError("input_mix must lie in 0..1 and learning_rate must not be negative")
+        if not 0 <= self.input_mix <= 1 or not 0 <= self.learning_rate < math.inf:
+            raise ValueError("input_mix must lie in 0..1 and learning_rate must not be negative, or infinite")
 
 
 class AnyBCQ(Method):

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..planes.weights import PlaneWeight
-from .grouping import Grouping, affine_weight, check_weight, row_chunks, to_scale
+from .grouping import Grouping, affine_weight, row_chunks, to_scale
 from .method import Method
 
 RIDGE = 1e-9  # relative to the mean diagonal of the normal matrix, which is solved in float64
@@ -222,10 +222,9 @@ class BCQ(Method):
     name = "bcq"
     options_type = BCQOptions
 
-    def quantize_layer(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
-        check_weight("a weight", weight)
+    def quantize_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         grouping = Grouping.of(weight, group_size)
-        w, d = grouping.split(weight.float()), grouping.mask(weight.device)
+        w, d = grouping.split(weight), grouping.mask(weight.device)
         rounds, asymmetric = self.options.rounds, self.options.asymmetric
 
         planes, scale, offset = base(w, d, bits[0], rounds, asymmetric=asymmetric)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..models import all_finite
 from ..planes.pack import pack_bits
 from ..planes.weights import SCALE_DTYPE, AffineDecoder, PlaneWeight, group_count
 
@@ -33,11 +34,14 @@ class Grouping:
 
     def split(self, weight: Tensor) -> Tensor:
         """[N, K] -> [N J, g], zeros behind the last column."""
-        padded = torch.nn.functional.pad(weight, (0, self.groups * self.size - self.columns))
+        padding = self.groups * self.size - self.columns
+        padded = torch.nn.functional.pad(weight, (0, padding)) if padding else weight
         return padded.reshape(self.rows * self.groups, self.size)
 
     def mask(self, device: torch.device) -> Tensor:
         """1 where a column exists, 0 where it is padding: fp32 [N J, g]."""
+        if self.groups * self.size == self.columns:
+            return torch.ones(1, 1, device=device).expand(self.rows * self.groups, self.size)
         return self.split(torch.ones(self.rows, self.columns, device=device))
 
     def join(self, grouped: Tensor) -> Tensor:
@@ -70,16 +74,31 @@ def affine_weight(grouping: Grouping, planes: Tensor, coefficients: dict[int, tu
     return PlaneWeight(packed, decoders, grouping.columns, grouping.size)
 
 
+def join_rows(parts: Sequence[PlaneWeight]) -> PlaneWeight:
+    """Weights of consecutive row ranges as one, all affine."""
+    decoders = {}
+    for bits in parts[0].bits:
+        mine = [part.decoders[bits] for part in parts]
+        scales = [decoder.scale for decoder in mine if isinstance(decoder, AffineDecoder)]
+        offsets = [decoder.offset for decoder in mine if isinstance(decoder, AffineDecoder)]
+        decoders[bits] = AffineDecoder(torch.cat(scales, 1), torch.cat(offsets))
+    planes = tuple(torch.cat(planes) for planes in zip(*(part.planes for part in parts), strict=True))
+    return PlaneWeight(planes, decoders, parts[0].in_features, parts[0].group_size)
+
+
 def check_weight(name: str, weight: Tensor) -> None:
     """Raise ModelError if `weight` cannot be stored: not finite, or beyond the range of fp16 scales."""
-    if not bool(weight.isfinite().all()):
+    if not all_finite(weight):
         raise ModelError(f"{name} holds NaN or infinity", hint="the source model is damaged")
     limit = torch.finfo(SCALE_DTYPE).max
-    if float(weight.abs().max()) > limit:
-        raise ModelError(f"{name} has weights above {limit:.0f}, the largest scale the format can store")
+    if any(float(bound.abs()) > limit for bound in weight.aminmax()):
+        raise ModelError(
+            f"{name} has weights above {limit:.0f}, the largest scale the format can store",
+            hint="leave the layer out with --skip",
+        )
 
 
-def row_chunks(rows: int, per_row: int, budget: int = 1 << 26) -> Sequence[slice]:
+def row_chunks(rows: int, per_row: int, budget: int = 1 << 24) -> Sequence[slice]:
     """Slices of `rows` so that `per_row` elements times the slice stay under `budget` elements."""
     step = max(1, budget // max(1, per_row))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..planes.weights import PlaneWeight
+from .grouping import check_weight, join_rows, row_chunks
 
 PRESETS = ("fast", "default", "best")
 
@@ -74,8 +75,18 @@ class Method(ABC):
         return False
 
     def quantize_layer(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
-        """W fp32 [N, K] -> planes and a decoder for each of `bits`. Raises ModelError for NaN or infinity."""
-        raise NotImplementedError(f"{self.name} works on whole blocks")
+        """W [N, K] -> planes and an affine decoder for each of `bits`.
+
+        Rows are independent, so they are solved in chunks that bound the memory. Raises ModelError
+        for NaN, infinity, or weights beyond the range of fp16 scales.
+        """
+        check_weight("a weight", weight)
+        chunks = row_chunks(len(weight), weight.shape[1], budget=1 << 21)
+        return join_rows([self.quantize_rows(weight[rows].float(), bits, group_size) for rows in chunks])
+
+    def quantize_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
+        """`quantize_layer` for some rows: W fp32 [n, K], checked."""
+        raise TypeError(f"{self.name} works on whole blocks, not on single layers")
 
     def quantize_block(self, task: BlockTask) -> dict[str, PlaneWeight]:
         """A PlaneWeight for every linear of the block, on the CPU."""

@@ -8,7 +8,7 @@ problems. Nothing is written.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,14 +16,16 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibrate import Windows, calibration_windows, read_text, text_digest
 from ..checkpoint import LayerSpec, QuantizationSpec, is_checkpoint
 from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
-from ..models import Discovery, SourceModel, discover, load_tokenizer, resolve
+from ..models import Discovery, SourceModel, all_finite, discover, load_tokenizer, resolve
 from ..progress import Reporter
 from ..version import __version__
+from .grouping import check_weight
 from .settings import Settings
 from .state import JOB_FOLDER
 
@@ -102,13 +104,14 @@ def prepare(settings: Settings, reporter: Reporter) -> Prepared:
 
     settings = _within_context(settings, source, reporter)
     model = problems.attempt(source.skeleton)
-    discovery = None if model is None else problems.attempt(lambda: discover(model, settings.skip))
+    discovery = None if model is None else problems.attempt(lambda: _discover(model, settings.skip, problems))
     windows = None
     if documents is not None and tokenizer is not None:
-        windows = problems.attempt(lambda: _windows(settings, tokenizer, documents, reporter))
+        windows = problems.attempt(lambda: _windows(settings, source, tokenizer, documents, reporter))
     if model is None or discovery is None:
         raise PreflightError(problems.found)
 
+    settings = _within_layers(settings, discovery, reporter)
     common = _check_tensors(source, model, discovery, problems.found, reporter)
     prepared = Prepared(
         settings,
@@ -141,6 +144,22 @@ def _within_context(settings: Settings, source: SourceModel, reporter: Reporter)
     return replace(settings, seq_len=int(limit))
 
 
+def _within_layers(settings: Settings, discovery: Discovery, reporter: Reporter) -> Settings:
+    widest = max(linear.in_features for linear in discovery.linears)
+    if settings.group_size <= widest:
+        return settings
+    reporter.note(f"group-size lowered from {settings.group_size} to {widest}, the inputs of the widest layer")
+    return replace(settings, group_size=widest)
+
+
+def _discover(model: PreTrainedModel, skip: Sequence[str], problems: _Problems) -> Discovery:
+    try:
+        return discover(model, skip)
+    except UsageError as error:
+        problems.found.append(error)
+        return discover(model)  # so that the tensors are checked too
+
+
 def _check_output(settings: Settings) -> None:
     output = settings.output
     if output.exists() and not output.is_dir():
@@ -156,7 +175,11 @@ def _check_output(settings: Settings) -> None:
 
 
 def _windows(
-    settings: Settings, tokenizer: PreTrainedTokenizerBase, documents: list[str], reporter: Reporter
+    settings: Settings,
+    source: SourceModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    reporter: Reporter,
 ) -> Windows:
     wanted = settings.num_samples if settings.method.needs_calibration else 0
     windows = calibration_windows(
@@ -167,6 +190,13 @@ def _windows(
         num_heldout=HELDOUT_WINDOWS,
         seed=settings.seed,
     )
+    vocabulary = source.config.get_text_config(decoder=True).vocab_size
+    largest = max(int(part.max()) for part in (windows.calibration, windows.heldout) if part.numel())
+    if largest >= vocabulary:
+        raise ModelError(
+            f"the tokenizer of {source.folder} gives token {largest}, the model knows {vocabulary} tokens",
+            hint="put the model's own tokenizer into its folder",
+        )
     if len(windows.calibration) < wanted:
         reporter.note(
             f"the calibration text gives {len(windows.calibration)} windows of {settings.seq_len} tokens, "
@@ -193,17 +223,15 @@ def _check_tensors(
         if name in copies:
             continue
         if stored is None:
-            problems.append(ModelError(f"{source.folder} stores no tensor for {name}"))
-            continue
-        shape = source.spec(stored)[1]
-        if shape != tuple(tensor.shape):
             problems.append(
-                ModelError(f"{stored}: the config asks for shape {list(tensor.shape)}, the file has {list(shape)}")
+                ModelError(f"{source.folder} stores no tensor for {name}", hint="is the download complete?")
             )
             continue
-        value = source.read(stored)
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            problems.append(ModelError(f"{stored} holds NaN or infinity", hint="the source model is damaged"))
+        try:
+            _check_tensor(source, stored, tensor, quantize=name in quantized)
+        except ModelError as error:
+            problems.append(error)
+            continue
         if name not in quantized:
             common[name] = stored
     unused = sorted(set(source.files) - used)
@@ -212,6 +240,24 @@ def _check_tensors(
             f"{len(unused)} stored tensors are not part of the model and are dropped: {', '.join(unused[:5])}"
         )
     return common
+
+
+def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantize: bool) -> None:
+    dtype, shape = source.spec(stored)
+    if shape != tuple(expected.shape):
+        raise ModelError(
+            f"{stored}: the config asks for shape {list(expected.shape)}, the file has {list(shape)}",
+            hint="config.json and the weights are of different models",
+        )
+    if expected.is_floating_point() and not dtype.is_floating_point:
+        raise ModelError(
+            f"{stored} holds {dtype}, not floating-point weights", hint="quantize the original model, not a packed copy"
+        )
+    value = source.map(stored)
+    if quantize:
+        check_weight(stored, value)
+    elif value.is_floating_point() and not all_finite(value):
+        raise ModelError(f"{stored} holds NaN or infinity", hint="the source model is damaged")
 
 
 def _disk_bytes(settings: Settings, source: SourceModel, discovery: Discovery, common: dict[str, str]) -> int:

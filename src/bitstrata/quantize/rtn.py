@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..planes.weights import SCALE_DTYPE, PlaneWeight
-from .grouping import Grouping, affine_weight, check_weight
+from .grouping import Grouping, affine_weight
 from .method import Method
 
 
@@ -35,10 +35,9 @@ class RTN(Method):
     name = "rtn"
     options_type = RTNOptions
 
-    def quantize_layer(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
-        check_weight("a weight", weight)
+    def quantize_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         grouping = Grouping.of(weight, group_size)
-        values = grouping.split(weight.float())
+        values = grouping.split(weight)
         real = grouping.mask(weight.device) > 0
         low = values.masked_fill(~real, torch.inf).amin(1, keepdim=True)
         high = values.masked_fill(~real, -torch.inf).amax(1, keepdim=True)

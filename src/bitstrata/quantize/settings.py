@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,16 @@ class Settings:
         parsed_bits = attempt(lambda: parse_bits(bits), (4,))
         parsed_method = attempt(lambda: make_method(method, preset, options), RTN())
         parsed_device = attempt(lambda: pick_device(device), torch.device("cpu"))
-        for name, value, least in (
-            ("group-size", group_size, 1),
-            ("num-samples", num_samples, 1),
-            ("seq-len", seq_len, 2),
-            ("seed", seed, 0),
+        for name, value, least, usual in (
+            ("group-size", group_size, 1, 128),
+            ("num-samples", num_samples, 1, 128),
+            ("seq-len", seq_len, 2, 2048),
+            ("seed", seed, 0, 0),
         ):
             if value < least:
-                problems.append(UsageError(f"--{name} must be at least {least}, got {value}"))
+                message = f"--{name} must be at least {least}, got {value}"
+                problems.append(UsageError(message, hint=f"the default is {usual}"))
+        problems.extend(_bad_patterns(skip))
         if parsed_method.needs_calibration and calibration is None:
             problems.append(
                 UsageError(
@@ -112,3 +115,14 @@ class Settings:
             "seed": self.seed,
             "device": self.device.type,
         }
+
+
+def _bad_patterns(skip: Sequence[str]) -> Iterator[UsageError]:
+    for pattern in skip:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                yield UsageError(
+                    f"--skip {pattern} is not a regular expression: {error}", hint="or use a glob: *.down_proj"
+                )

@@ -32,7 +32,8 @@ class JobState:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
         try:
-            self._lock.acquire(timeout=0)
+            with disk_errors(self.folder):
+                self._lock.acquire(timeout=0)
         except Timeout:
             raise JobError(
                 f"another process is quantizing into {output}", hint="wait for it, or choose another folder for -o"

@@ -1,0 +1,35 @@
+"""Every kernel is put through the same tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitstrata.kernels import registry
+
+
+@pytest.fixture(params=sorted(registry._KERNELS))
+def kernel(request, monkeypatch):
+    """The name of a registered kernel, forced for the test."""
+    monkeypatch.setenv(registry.ENVIRONMENT, request.param)
+    return request.param
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that is allocated and not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def runs(kernel):
+    """Skip problems that the forced kernel says it cannot run."""
+
+    def check(dtype: torch.dtype, decoder: str, rows: int = 1, device: str = "cpu") -> None:
+        reason = registry._KERNELS[kernel].can_run(registry.Problem(device, dtype, rows, decoder))
+        if reason is not None:
+            pytest.skip(f"{kernel}: {reason}")
+
+    return check
