@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitstrata.errors import BitstrataError, ModelError, PreflightError, UsageError
+from bitstrata.errors import ModelError, PreflightError, UsageError
 from bitstrata.quantize import AnyBCQ, AnyBCQOptions, BCQOptions, methods
 from bitstrata.quantize.grouping import check_weight
 from bitstrata.quantize.method import PRESETS, make_method
@@ -137,13 +137,3 @@ def test_differences_are_told_by_name() -> None:
     wanted = {"bits": [2, 3], "options": {"steps": 2, "rounds": 20}, "text": "abc", "new": 1}
     assert differences(found, wanted) == ["new was None, is now 1", "options.steps was 1, is now 2", "text was None, is now abc"]
     assert differences(found, found) == []
-
-
-def test_every_error_of_the_package_has_an_exit_code() -> None:
-    kinds = [BitstrataError]
-    for kind in kinds:
-        kinds.extend(kind.__subclasses__())
-    assert {kind.__name__: kind.exit_code for kind in kinds if kind is not PreflightError} == {
-        "BitstrataError": 1, "UsageError": 2, "UnsupportedBitsError": 2, "KernelError": 2, "InputError": 3,
-        "CheckpointError": 3, "ModelError": 3, "TextError": 3, "JobError": 3, "ResourceError": 4, "CheckError": 5,
-    }  # fmt: skip
