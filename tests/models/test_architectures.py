@@ -7,10 +7,11 @@ import copy
 import architectures
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import bitstrata
+from bitstrata.errors import PreflightError
 from bitstrata.models import SourceModel, discover
 from bitstrata.nn import PlaneLinear
 from bitstrata.planes import decode
@@ -101,3 +102,14 @@ def test_skip_patterns_leave_layers_alone_and_report_them(quantized, tmp_path):
     assert len(kept) == 14 - 2 - 4
     assert sum("skipped by --skip" in entry["reason"] for entry in report.left_out) == 6
     assert model.model.layers[0].mlp.down_proj.weight.shape == (48, 72)
+
+
+def test_mixture_of_experts_is_refused_before_anything_is_written(tmp_path):
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=72, vocab_size=96, num_local_experts=4,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(PreflightError, match="mixture of experts"):
+        bitstrata.quantize(tmp_path / "source", tmp_path / "out", bits=2, method="rtn")
+    assert not (tmp_path / "out").exists()

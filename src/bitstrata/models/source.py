@@ -5,6 +5,7 @@ Nothing here loads the whole model. Only safetensors files are read.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from ..checkpoint import is_checkpoint
 from ..checkpoint.writer import SAFETENSORS_DTYPES
@@ -141,7 +142,9 @@ class SourceModel:
     def skeleton(self) -> PreTrainedModel:
         """The model with every parameter on meta; buffers such as rotary frequencies are real, fp32."""
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            # a copy, because transformers writes the dtype into the config it is given
+            config = copy.deepcopy(self.config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.tie_weights()
         self._stored = self._bind(model)
         return model.eval().requires_grad_(False)
@@ -154,19 +157,23 @@ class SourceModel:
         """State-dict name -> stored name.
 
         Names may differ by the base model's prefix and by the renamings that transformers applies to
-        older files. Tensors that transformers would merge or split stay unmatched, so the preflight
-        names what is missing.
+        older files. Raises ModelError for tensors that transformers would merge or split.
         """
         expected = set(model.state_dict())
         prefix = f"{model.base_model_prefix}."
-        renamings = [
-            transform for transform in get_model_conversion_mapping(model) if isinstance(transform, WeightRenaming)
-        ]
+        transforms = get_model_conversion_mapping(model)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         names: dict[str, str] = {}
         for stored in sorted(self.files):
             renamed = stored
             for renaming in renamings:
                 renamed, _ = renaming.rename_source_key(renamed)
+            if any(converter.rename_source_key(renamed)[1] is not None for converter in converters):
+                raise ModelError(
+                    f"{stored} is stored in pieces that transformers merges when it loads them (mixture of experts)",
+                    hint="such models cannot be quantized yet",
+                )
             for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
                 if candidate in expected:
                     names[candidate] = stored
