@@ -120,7 +120,7 @@ def test_a_dry_run_writes_nothing_and_knows_the_sizes(
     assert "model.layers.2.mlp.down_proj: [64, 96] -> bits (2, 3, 4)" in said
     assert "lm_head.weight: [64, 64] stays as it is (output head)" in said
     assert "nothing was written" in said
-    assert {row["verdict"] for row in planned.results} == {"dry run"}
+    assert {row["verdict"] for row in planned.results} == {"not measured"}
     done = run(model, tmp_path / "out", text)
     for expected, row in zip(planned.results, done.results, strict=True):
         assert (expected["bytes"], expected["bpw_read"]) == (row["bytes"], row["bpw_read"])

@@ -15,8 +15,6 @@ Peak memory is that of `preflight._memory_bytes`; the measured peak is in the re
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import resource
 import shutil
 import sys
@@ -26,21 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..calibrate import BlockRunner
 from ..checkpoint import CheckpointReader, TensorEntry, is_checkpoint, write_checkpoint
 from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, REPORT_FILE, guard_name
-from ..errors import CheckError, PreflightError, UsageError, disk_errors
-from ..evaluate import Measured, Tally
-from ..models import LinearInfo
-from ..planes import PlaneWeight, decode
+from ..errors import PreflightError, UsageError, disk_errors
 from ..progress import Reporter
-from .method import BlockTask
+from .blocks import BlockLoop
 from .preflight import Prepared, megabytes, prepare
-from .report import Report, verdict
-from .rtn import RTN
+from .report import Report, make_report
 from .settings import Settings
 from .state import JobState, differences
 
@@ -48,7 +40,6 @@ COPIED_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja",
     "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-ORIGINAL = "original"
 
 
 def quantize(
@@ -124,200 +115,15 @@ def quantize(
     spec = prepared.spec()
     state = JobState(settings.output, prepared.fingerprint, spec)
     try:
-        job = _Job(prepared, state, reporter)
+        job = BlockLoop(prepared, state, reporter)
         job.run_blocks()
-        report = job.check()
+        report = make_report(prepared, job.measure(), job.layer_error, reporter.notes)
         _assemble(prepared, state, report)
     except BaseException:
         state.close()
         raise
     state.finish()
     return _with_measures(report, settings.output, started)
-
-
-class _Job:
-    """The block loop and the final check; holds the chains."""
-
-    def __init__(self, prepared: Prepared, state: JobState, reporter: Reporter) -> None:
-        self.prepared, self.state, self.reporter = prepared, state, reporter
-        self.settings = prepared.settings
-        self.runner = BlockRunner(
-            prepared.source, prepared.model, prepared.discovery, self.settings.seq_len, self.settings.device
-        )
-        self.layer_error: dict[str, dict[str, float]] = {}
-        bits = self.settings.bits
-        # chain name -> hidden states; original, then one a precision, then round-to-nearest at each
-        self.learning: dict[str, Tensor] = {}
-        self.checking: dict[str, Tensor] = {}
-        windows = prepared.windows
-        if windows is not None:
-            names = [ORIGINAL, *map(str, bits)]
-            if len(windows.calibration):
-                self.learning = dict.fromkeys(names, self.runner.embed(windows.calibration))
-            rtn = [] if self.settings.method.name == "rtn" and len(bits) == 1 else [f"rtn {value}" for value in bits]
-            self.checking = dict.fromkeys([*names, *rtn], self.runner.embed(windows.heldout))
-
-    def run_blocks(self) -> None:
-        blocks = self.prepared.discovery.blocks
-        resumed = sum(self.state.has(index) for index in range(len(blocks)))
-        if resumed:
-            self.reporter.say(f"resuming: {resumed} of {len(blocks)} blocks are already done")
-        with self.reporter.track("quantizing", len(blocks), "block") as steps:
-            for index, name in enumerate(blocks):
-                had = self.state.has(index)
-                self._run_block(index)
-                _return_free_memory()
-                steps.step(name, skipped=had)
-
-    def _run_block(self, index: int) -> None:
-        linears = self.prepared.discovery.of_block(index)
-        with self.runner.block(index) as block:
-            prefix = self.prepared.discovery.blocks[index] + "."
-            weights = {linear.name: _weight(block, linear, prefix) for linear in linears}
-            targets = self._run(index, block, self.learning, ORIGINAL)
-            if self.state.has(index):
-                planes = self.state.load(index, list(weights))
-            else:
-                planes = self._solve(index, block, linears, weights, targets)
-                self.state.save(index, planes)
-            self._advance(index, block, linears, weights, planes, targets)
-
-    def _solve(
-        self,
-        index: int,
-        block: nn.Module,
-        linears: Sequence[LinearInfo],
-        weights: dict[str, Tensor],
-        targets: Tensor | None,
-    ) -> dict[str, PlaneWeight]:
-        prefix = self.prepared.discovery.blocks[index] + "."
-        task = BlockTask(
-            block=block,
-            weights={name.removeprefix(prefix): weight for name, weight in weights.items()},
-            transposed=frozenset(linear.name.removeprefix(prefix) for linear in linears if linear.transposed),
-            bits=self.settings.bits,
-            group_size=self.settings.group_size,
-            call=lambda module, hidden: self.runner.call(index, module, hidden),
-            inputs=self.learning.get(ORIGINAL),
-            targets=targets,
-            chains={bits: self.learning[str(bits)] for bits in self.settings.bits} if self.learning else {},
-            generator=torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index),
-            say=lambda message: self.reporter.say(f"  {prefix[:-1]}: {message}"),
-        )
-        solved = self.settings.method.quantize_block(task)
-        return {prefix + name: weight for name, weight in solved.items()}
-
-    def _run(self, index: int, block: nn.Module, chains: dict[str, Tensor], name: str) -> Tensor | None:
-        return self.runner.run(index, block, chains[name]) if name in chains else None
-
-    def _advance(
-        self,
-        index: int,
-        block: nn.Module,
-        linears: Sequence[LinearInfo],
-        weights: dict[str, Tensor],
-        planes: dict[str, PlaneWeight],
-        targets: Tensor | None,
-    ) -> None:
-        """Move every chain past this block, each with its own weights."""
-        if targets is not None:
-            self.learning[ORIGINAL] = targets
-        prefix = self.prepared.discovery.blocks[index] + "."
-        moved = self._run(index, block, self.checking, ORIGINAL)
-        if moved is not None:
-            self.checking[ORIGINAL] = moved
-        for bits in self.settings.bits:
-            for linear in linears:
-                weight = weights[linear.name]
-                dense = decode(planes[linear.name], bits).to(weight.device)
-                error = (dense - weight).square().sum(dtype=torch.float64) / weight.square().sum(
-                    dtype=torch.float64
-                ).clamp_min(1e-300)
-                self.layer_error.setdefault(linear.name, {})[str(bits)] = float(error)
-                _set_weight(block, linear, prefix, dense)
-            for chains in (self.learning, self.checking):
-                moved = self._run(index, block, chains, str(bits))
-                if moved is not None:
-                    chains[str(bits)] = moved
-            if f"rtn {bits}" in self.checking:
-                for linear in linears:
-                    plain = RTN().quantize_layer(weights[linear.name], (bits,), self.settings.group_size)
-                    _set_weight(block, linear, prefix, decode(plain, bits))
-                self.checking[f"rtn {bits}"] = self.runner.run(index, block, self.checking[f"rtn {bits}"])
-
-    def check(self) -> Report:
-        """Measure every chain on the held-out windows and put the report together."""
-        measured: dict[str, Measured] = {}
-        if self.checking:
-            assert self.prepared.windows is not None
-            tallies = {name: Tally() for name in self.checking}
-            for targets, logits in self.runner.logits(self.checking, self.prepared.windows.heldout):
-                for name, tally in tallies.items():
-                    tally.add(logits[name], targets, None if name == ORIGINAL else logits[ORIGINAL])
-            measured = {name: tally.result() for name, tally in tallies.items()}
-            broken = [name for name, result in measured.items() if not result.nll < float("inf")]
-            if broken:
-                raise CheckError(
-                    f"the loss is not finite at {', '.join(broken)}",
-                    hint="the model overflows in fp32, or a weight is damaged; try another method",
-                )
-        count = self.prepared.discovery.weight_count
-        spec = self.prepared.spec()
-        rows = []
-        lower: Measured | None = None
-        for bits in self.settings.bits:
-            size = spec.bytes_read(bits)
-            mine, rtn = measured.get(str(bits)), measured.get(f"rtn {bits}")
-            rows.append(
-                {
-                    "bits": bits,
-                    "bpw_read": 8 * size / count,
-                    "bytes": size,
-                    **_measures(mine),
-                    "rtn": None if rtn is None else _measures(rtn),
-                    "verdict": verdict(bits, mine, rtn, lower),
-                }
-            )
-            lower = mine
-        discovery, original = self.prepared.discovery, measured.get(ORIGINAL)
-        return Report(
-            output=str(self.settings.output),
-            method=self.settings.method.name,
-            group_size=self.settings.group_size,
-            results=tuple(rows),
-            reference=None if original is None else {"nll": original.nll, "perplexity": original.perplexity},
-            heldout_tokens=0 if original is None else original.tokens,
-            layer_error=self.layer_error,
-            left_out=tuple({"name": x.name, "shape": list(x.shape), "reason": x.reason} for x in discovery.left_out),
-            tied=discovery.tied,
-            notes=tuple(self.reporter.notes),
-        )
-
-
-def _return_free_memory() -> None:
-    """Ask the C library to give freed pages back; without it a long job's heap keeps its high-water mark."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it, and only glibc needs it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _measures(measured: Measured | None) -> dict[str, float | None]:
-    if measured is None:
-        return {"nll": None, "kld": None, "top1_agreement": None}
-    return {"nll": measured.nll, "kld": measured.kld, "top1_agreement": measured.top1_agreement}
-
-
-def _weight(block: nn.Module, linear: LinearInfo, prefix: str) -> Tensor:
-    """W [N, K] of a linear in the block, fp32."""
-    parameter = block.get_submodule(linear.name.removeprefix(prefix)).weight
-    assert isinstance(parameter, Tensor)
-    return (parameter.T if linear.transposed else parameter).detach().contiguous()
-
-
-def _set_weight(block: nn.Module, linear: LinearInfo, prefix: str, weight: Tensor) -> None:
-    module = block.get_submodule(linear.name.removeprefix(prefix))
-    assert isinstance(module.weight, Tensor)
-    value = (weight.T if linear.transposed else weight).to(module.weight.device)
-    module.weight = nn.Parameter(value, requires_grad=False)
 
 
 def _assemble(prepared: Prepared, state: JobState, report: Report) -> None:
@@ -391,21 +197,4 @@ def _describe(prepared: Prepared, reporter: Reporter) -> Report:
         f"{megabytes(prepared.disk_bytes)} of disk and {megabytes(prepared.memory_bytes)} of memory; "
         "nothing was written"
     )
-    spec = prepared.spec()
-    rows = []
-    for bits in settings.bits:
-        size = spec.bytes_read(bits)
-        row = {"bits": bits, "bpw_read": 8 * size / discovery.weight_count, "bytes": size, **_measures(None)}
-        rows.append({**row, "rtn": None, "verdict": "dry run"})
-    return Report(
-        output=str(settings.output),
-        method=settings.method.name,
-        group_size=settings.group_size,
-        results=tuple(rows),
-        reference=None,
-        heldout_tokens=0,
-        layer_error={},
-        left_out=tuple({"name": x.name, "shape": list(x.shape), "reason": x.reason} for x in discovery.left_out),
-        tied=discovery.tied,
-        notes=tuple(reporter.notes),
-    )
+    return make_report(prepared, {}, {}, reporter.notes)

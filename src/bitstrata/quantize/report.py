@@ -6,12 +6,15 @@ memory are in the returned object alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..evaluate import Measured
 from ..evaluate.report import optional, percent, render
+from .preflight import Prepared
+
+ORIGINAL = "original"  # the chain of the unquantized model; the others are named "<bits>" and "rtn <bits>"
 
 # A precision whose top token differs from the original's this often is called not worth using.
 USELESS_TOP1 = 0.5
@@ -79,10 +82,56 @@ class Report:
         return "\n".join(lines)
 
 
-def verdict(bits: int, measured: Measured | None, rtn: Measured | None, lower: Measured | None) -> str:
+def make_report(
+    prepared: Prepared,
+    measured: Mapping[str, Measured],
+    layer_error: Mapping[str, Mapping[str, float]],
+    notes: Sequence[str],
+) -> Report:
+    """Put a report together; `measured` has an entry a chain, or none if nothing was measured."""
+    settings, discovery, spec = prepared.settings, prepared.discovery, prepared.spec()
+    rows = []
+    lower: Measured | None = None
+    unmeasured = "not measured" + ("" if prepared.windows is not None else ": no calibration text was given")
+    for bits in settings.bits:
+        size = spec.bytes_read(bits)
+        mine, rtn = measured.get(str(bits)), measured.get(f"rtn {bits}")
+        rows.append(
+            {
+                "bits": bits,
+                "bpw_read": 8 * size / spec.weight_count,
+                "bytes": size,
+                **_measures(mine),
+                "rtn": None if rtn is None else _measures(rtn),
+                "verdict": unmeasured if mine is None else verdict(bits, mine, rtn, lower),
+            }
+        )
+        lower = mine
+    original = measured.get(ORIGINAL)
+    return Report(
+        output=str(settings.output),
+        method=settings.method.name,
+        group_size=settings.group_size,
+        results=tuple(rows),
+        reference=None if original is None else {"nll": original.nll, "perplexity": original.perplexity},
+        heldout_tokens=0 if original is None else original.tokens,
+        layer_error=layer_error,
+        left_out=tuple({"name": x.name, "shape": list(x.shape), "reason": x.reason} for x in discovery.left_out),
+        tied=discovery.tied,
+        notes=tuple(notes),
+    )
+
+
+def _measures(measured: Measured | None) -> dict[str, float | None]:
+    if measured is None:
+        return {"nll": None, "kld": None, "top1_agreement": None}
+    return {"nll": measured.nll, "kld": measured.kld, "top1_agreement": measured.top1_agreement}
+
+
+def verdict(bits: int, measured: Measured, rtn: Measured | None, lower: Measured | None) -> str:
     """One sentence on whether `bits` is worth using; "ok" if nothing is wrong with it."""
-    if measured is None or measured.kld is None or measured.top1_agreement is None:
-        return "not measured: no calibration text was given"
+    assert measured.kld is not None
+    assert measured.top1_agreement is not None
     if measured.top1_agreement < USELESS_TOP1:
         return (
             f"not worth using: the most likely token is the original's in only {percent(measured.top1_agreement)} "

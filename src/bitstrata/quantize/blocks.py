@@ -1,0 +1,179 @@
+"""The block loop of a job: every block solved once, every chain of hidden states moved past it.
+
+A chain is what the model's hidden states are at one precision. There are two sets, over different
+windows: `learning` (what methods train on) and `checking` (held out, for the final check). Chain
+names: the original, each bits, and dedicated round-to-nearest at each bits (checking only).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate import BlockRunner
+from ..errors import CheckError
+from ..evaluate import Measured, Tally
+from ..models import LinearInfo
+from ..planes import PlaneWeight, decode
+from ..progress import Reporter
+from .method import BlockTask
+from .preflight import Prepared
+from .report import ORIGINAL
+from .rtn import RTN
+from .state import JobState
+
+
+class BlockLoop:
+    """The block loop and the final check; holds the chains."""
+
+    def __init__(self, prepared: Prepared, state: JobState, reporter: Reporter) -> None:
+        self.prepared, self.state, self.reporter = prepared, state, reporter
+        self.settings = prepared.settings
+        self.runner = BlockRunner(
+            prepared.source, prepared.model, prepared.discovery, self.settings.seq_len, self.settings.device
+        )
+        self.layer_error: dict[str, dict[str, float]] = {}
+        bits = self.settings.bits
+        # chain name -> hidden states; original, then one a precision, then round-to-nearest at each
+        self.learning: dict[str, Tensor] = {}
+        self.checking: dict[str, Tensor] = {}
+        windows = prepared.windows
+        if windows is not None:
+            names = [ORIGINAL, *map(str, bits)]
+            if len(windows.calibration):
+                self.learning = dict.fromkeys(names, self.runner.embed(windows.calibration))
+            rtn = [] if self.settings.method.name == "rtn" and len(bits) == 1 else [f"rtn {value}" for value in bits]
+            self.checking = dict.fromkeys([*names, *rtn], self.runner.embed(windows.heldout))
+
+    def run_blocks(self) -> None:
+        blocks = self.prepared.discovery.blocks
+        resumed = sum(self.state.has(index) for index in range(len(blocks)))
+        if resumed:
+            self.reporter.say(f"resuming: {resumed} of {len(blocks)} blocks are already done")
+        with self.reporter.track("quantizing", len(blocks), "block") as steps:
+            for index, name in enumerate(blocks):
+                had = self.state.has(index)
+                self._run_block(index)
+                _return_free_memory()
+                steps.step(name, skipped=had)
+
+    def _run_block(self, index: int) -> None:
+        linears = self.prepared.discovery.of_block(index)
+        with self.runner.block(index) as block:
+            prefix = self.prepared.discovery.blocks[index] + "."
+            weights = {linear.name: _weight(block, linear, prefix) for linear in linears}
+            targets = self._run(index, block, self.learning, ORIGINAL)
+            if self.state.has(index):
+                planes = self.state.load(index, list(weights))
+            else:
+                planes = self._solve(index, block, linears, weights, targets)
+                self.state.save(index, planes)
+            self._advance(index, block, linears, weights, planes, targets)
+
+    def _solve(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Sequence[LinearInfo],
+        weights: dict[str, Tensor],
+        targets: Tensor | None,
+    ) -> dict[str, PlaneWeight]:
+        prefix = self.prepared.discovery.blocks[index] + "."
+        task = BlockTask(
+            block=block,
+            weights={name.removeprefix(prefix): weight for name, weight in weights.items()},
+            transposed=frozenset(linear.name.removeprefix(prefix) for linear in linears if linear.transposed),
+            bits=self.settings.bits,
+            group_size=self.settings.group_size,
+            call=lambda module, hidden: self.runner.call(index, module, hidden),
+            inputs=self.learning.get(ORIGINAL),
+            targets=targets,
+            chains={bits: self.learning[str(bits)] for bits in self.settings.bits} if self.learning else {},
+            generator=torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index),
+            say=lambda message: self.reporter.say(f"  {prefix[:-1]}: {message}"),
+        )
+        solved = self.settings.method.quantize_block(task)
+        return {prefix + name: weight for name, weight in solved.items()}
+
+    def _run(self, index: int, block: nn.Module, chains: dict[str, Tensor], name: str) -> Tensor | None:
+        return self.runner.run(index, block, chains[name]) if name in chains else None
+
+    def _advance(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Sequence[LinearInfo],
+        weights: dict[str, Tensor],
+        planes: dict[str, PlaneWeight],
+        targets: Tensor | None,
+    ) -> None:
+        """Move every chain past this block, each with its own weights."""
+        if targets is not None:
+            self.learning[ORIGINAL] = targets
+        prefix = self.prepared.discovery.blocks[index] + "."
+        moved = self._run(index, block, self.checking, ORIGINAL)
+        if moved is not None:
+            self.checking[ORIGINAL] = moved
+        for bits in self.settings.bits:
+            for linear in linears:
+                weight = weights[linear.name]
+                dense = decode(planes[linear.name], bits).to(weight.device)
+                error = (dense - weight).square().sum(dtype=torch.float64) / weight.square().sum(
+                    dtype=torch.float64
+                ).clamp_min(1e-300)
+                self.layer_error.setdefault(linear.name, {})[str(bits)] = float(error)
+                _set_weight(block, linear, prefix, dense)
+            for chains in (self.learning, self.checking):
+                moved = self._run(index, block, chains, str(bits))
+                if moved is not None:
+                    chains[str(bits)] = moved
+            if f"rtn {bits}" in self.checking:
+                for linear in linears:
+                    plain = RTN().quantize_layer(weights[linear.name], (bits,), self.settings.group_size)
+                    _set_weight(block, linear, prefix, decode(plain, bits))
+                self.checking[f"rtn {bits}"] = self.runner.run(index, block, self.checking[f"rtn {bits}"])
+
+    def measure(self) -> dict[str, Measured]:
+        """Every chain on the held-out windows, by chain name; empty if there are none.
+
+        Raises CheckError if a loss is not finite.
+        """
+        if not self.checking:
+            return {}
+        assert self.prepared.windows is not None
+        tallies = {name: Tally() for name in self.checking}
+        for targets, logits in self.runner.logits(self.checking, self.prepared.windows.heldout):
+            for name, tally in tallies.items():
+                tally.add(logits[name], targets, None if name == ORIGINAL else logits[ORIGINAL])
+        measured = {name: tally.result() for name, tally in tallies.items()}
+        broken = [name for name, result in measured.items() if not result.nll < float("inf")]
+        if broken:
+            raise CheckError(
+                f"the loss is not finite at {', '.join(broken)}",
+                hint="the model overflows in fp32, or a weight is damaged; try another method",
+            )
+        return measured
+
+
+def _return_free_memory() -> None:
+    """Ask the C library to give freed pages back; without it a long job's heap keeps its high-water mark."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it, and only glibc needs it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _weight(block: nn.Module, linear: LinearInfo, prefix: str) -> Tensor:
+    """W [N, K] of a linear in the block, fp32."""
+    parameter = block.get_submodule(linear.name.removeprefix(prefix)).weight
+    assert isinstance(parameter, Tensor)
+    return (parameter.T if linear.transposed else parameter).detach().contiguous()
+
+
+def _set_weight(block: nn.Module, linear: LinearInfo, prefix: str, weight: Tensor) -> None:
+    module = block.get_submodule(linear.name.removeprefix(prefix))
+    assert isinstance(module.weight, Tensor)
+    value = (weight.T if linear.transposed else weight).to(module.weight.device)
+    module.weight = nn.Parameter(value, requires_grad=False)
