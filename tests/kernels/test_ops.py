@@ -117,3 +117,13 @@ def test_weights_and_activations_are_left_alone():
 def test_higher_planes_are_not_handed_to_the_op():
     assert len(_arguments(make(), [2])[0]) == 2
     assert len(_arguments(make(), [2, 4])[0]) == 4
+
+
+def test_autocast_does_not_change_the_dtype_of_the_result(seed: int) -> None:
+    weight = random_weight(8, 64, seed=seed)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed))
+    rows = torch.tensor([2, 3, 4])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        uniform, mixed = plane_linear(x, weight, 3), plane_linear_rows(x, weight, rows)
+    assert torch.equal(uniform, plane_linear(x, weight, 3))
+    assert torch.equal(mixed, plane_linear_rows(x, weight, rows))

@@ -58,7 +58,8 @@ def _plane_linear(x: Tensor, *weight_args: object) -> Tensor:
     if bits not in weight.decoders:
         raise UnsupportedBitsError(bits, weight.bits, where="this layer")
     kernel = select(_problem(x, weight))
-    y = kernel.linear(x.reshape(-1, x.shape[-1]), weight, bits)  # type: ignore[arg-type]
+    with torch.autocast(x.device.type, enabled=False):  # the result has x's dtype, as the fake says
+        y = kernel.linear(x.reshape(-1, x.shape[-1]), weight, bits)  # type: ignore[arg-type]
     return y.reshape(*x.shape[:-1], weight.out_features)
 
 
@@ -73,7 +74,9 @@ def _plane_linear_rows(x: Tensor, *weight_args: object) -> Tensor:
     if unknown:
         raise UnsupportedBitsError(sorted(unknown), weight.bits, where="this layer")
     kernel = select(_problem(x, weight))
-    return kernel.linear_rows(rows, weight, row_bits).reshape(*x.shape[:-1], weight.out_features)
+    with torch.autocast(x.device.type, enabled=False):
+        y = kernel.linear_rows(rows, weight, row_bits)
+    return y.reshape(*x.shape[:-1], weight.out_features)
 
 
 def _fake(x: Tensor, planes: Sequence[Tensor], *_: object) -> Tensor:

@@ -61,10 +61,6 @@ class BitstrataQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         return attach(model)
 
-    @property
-    def quantized_element_size(self) -> float:
-        return max(self.quantization_config.spec.bits) / 8
-
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 

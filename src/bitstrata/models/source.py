@@ -80,7 +80,7 @@ class SourceModel:
             config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True)
         except Exception as error:
             raise ModelError(f"{self.folder / 'config.json'} cannot be used: {_first_line(error)}") from error
-        known = type(config) in AutoModelForCausalLM._model_mapping.keys()  # noqa: SIM118  (a lazy mapping)
+        known = type(config) in AutoModelForCausalLM._model_mapping  # not .keys(): that imports every architecture
         if not known:
             raise ModelError(f"{self.folder}: {config.model_type!r} is not a causal language model of transformers")
         if getattr(config, "quantization_config", None):
