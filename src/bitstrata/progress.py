@@ -12,6 +12,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+MAX_LINES = 100  # a step is a line where there is no terminal; longer counts are thinned to this
+
 
 class Reporter:
     """Where a job says what it does. `quiet` silences messages and progress, not errors."""
@@ -75,7 +77,7 @@ class Steps:
         self._measured += not skipped
         if self._bar is not None:
             self._bar.update(self._task, advance=1, detail=detail)
-        else:
+        elif self._total <= MAX_LINES or self._done % -(-self._total // MAX_LINES) == 0 or self._done == self._total:
             self._reporter.say(f"{self._what}: {self._unit} {self._done}/{self._total} {detail} {self._eta()}".rstrip())
 
     def _eta(self) -> str:
