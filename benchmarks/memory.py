@@ -1,10 +1,11 @@
 """How much memory does quantizing a model take, next to the size of the model?
 
 Makes a synthetic Llama of about `--gigabytes` in fp32 (one shard a block), then quantizes it in a
-process of its own whose private memory is limited by the operating system (RLIMIT_DATA), and prints
-the process's peak resident memory as a share of the model.
+process of its own whose private memory the operating system limits to less than the model
+(RLIMIT_DATA; it counts reserved pages too), and prints the process's peak resident memory as a
+share of the model.
 
-    python benchmarks/memory.py [--gigabytes 3] [--limit-gigabytes 1.5] [--method rtn] [--option steps=2]
+    python benchmarks/memory.py [--gigabytes 3] [--limit-gigabytes 2.4] [--method rtn] [--option steps=2]
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def make_model(folder: Path, gigabytes: float) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=3)
-    parser.add_argument("--limit-gigabytes", type=float, default=1.5)
+    parser.add_argument("--limit-gigabytes", type=float, default=2.4)
+    parser.add_argument("--peak-gigabytes", type=float, default=1.5, help="fail if the resident peak is above this")
     parser.add_argument("--method", default="rtn")
     parser.add_argument("--option", action="append", default=[])
     parser.add_argument("--num-samples", type=int, default=8)
@@ -122,8 +124,8 @@ def main() -> None:
         "seconds": round(seconds, 1),
     }
     print(json.dumps(result))
-    if peak > limit:
-        sys.exit(f"peak memory {peak / 1e9:.2f} GB is above the limit of {limit / 1e9:.2f} GB")
+    if peak > arguments.peak_gigabytes * 1e9:
+        sys.exit(f"peak memory {peak / 1e9:.2f} GB is above {arguments.peak_gigabytes:.2f} GB")
 
 
 if __name__ == "__main__":

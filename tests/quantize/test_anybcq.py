@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from blocks import make_task
+from block_task import make_task
 
 from bitstrata.errors import ModelError
 from bitstrata.planes import AffineDecoder, PlaneWeight, decode

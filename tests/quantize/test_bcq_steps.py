@@ -125,7 +125,9 @@ def test_a_weight_made_of_planes_is_recovered(seed: int, count: int) -> None:
     """w = z + sum a_i B_i with every code equally often and scales whose levels are all distinct."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.tensor(list(itertools.product([1.0, -1.0], repeat=count))).T.repeat(1, 3)
-    planes = codes.unsqueeze(1).expand(count, 6, codes.shape[1])[:, :, torch.randperm(codes.shape[1], generator=generator)]
+    planes = codes.unsqueeze(1).expand(count, 6, codes.shape[1])[
+        :, :, torch.randperm(codes.shape[1], generator=generator)
+    ]
     shrink = 0.3 + 0.15 * torch.rand(count, 6, generator=generator)  # each scale is above the sum of those after it
     true_scale = 2 * shrink.cumprod(0)
     true_offset = torch.randn(6, generator=generator)
@@ -207,7 +209,10 @@ def test_what_stands_in_padding_columns_changes_nothing(seed: int, count: int, s
     w, d = draw_groups(seed, 8, size)
     noisy = torch.where(d > 0, w, 1000 * draw_groups(seed + 1, 8, size)[0])
     one, other = (alternating(x, d, count, 4, asymmetric=asymmetric) for x in (w, noisy))
-    grown, grown_other = expand(w, d, *one, 4, asymmetric=asymmetric), expand(noisy, d, *other, 4, asymmetric=asymmetric)
+    grown, grown_other = (
+        expand(w, d, *one, 4, asymmetric=asymmetric),
+        expand(noisy, d, *other, 4, asymmetric=asymmetric),
+    )
     for left, right in ((one, other), (grown, grown_other)):
         assert torch.equal(left[1], right[1]), f"scales depend on padding (seed {seed})"
         assert torch.equal(left[2], right[2]), f"offsets depend on padding (seed {seed})"

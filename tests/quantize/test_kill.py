@@ -33,18 +33,17 @@ def unbroken(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_killed_at_every_file_in_turn(
     model: Path, text: Path, tmp_path: Path, unbroken: tuple[dict[str, str], float]
 ) -> None:
-    """One job, killed just before and just after each rename of a file it makes, started again each time."""
+    """Killed when the n-th file is written but not yet in its place, for every n; and right after the last."""
     log = tmp_path / "log"
-    for file in range(1 + 3 + 6 + 3):  # fingerprint, blocks, shards, and index, report, config
-        for after in (0, 1):
-            output = tmp_path / f"out-{file}-{after}"
-            command = arguments(model, output, text)
-            assert finish(command, log, kill_at=2 * file + after) == KILLED, log.read_text()
-            last = file == 12 and after
-            assert is_checkpoint(output) == bool(last), f"killed at file {file}: is it whole?"
-            if file % 4 == 3 or last:  # the other half-made jobs go on below, each killed once more
-                assert finish(command, log) == 0, log.read_text()
-                assert digests(output) == unbroken[0], f"killed at file {file}, after={after}"
+    files = 1 + 3 + 6 + 3  # fingerprint, blocks, shards, and index, report, config
+    for file in range(files + 1):
+        last = file == files
+        output = tmp_path / f"out-{file}"
+        command = arguments(model, output, text)
+        assert finish(command, log, kill_at=2 * file - last) == KILLED, log.read_text()
+        assert is_checkpoint(output) == last, f"killed at file {file}: is the model whole?"
+        assert finish(command, log) == 0, log.read_text()
+        assert digests(output) == unbroken[0], f"killed at file {file}"
 
 
 @pytest.mark.slow
@@ -67,37 +66,37 @@ def test_killed_at_ten_random_moments(
         assert digests(output) == expected, f"killed after {moment:.3f} of {seconds:.3f} s"
 
 
-@pytest.mark.slow
 def test_one_job_killed_again_and_again(
     model: Path, text: Path, tmp_path: Path, unbroken: tuple[dict[str, str], float]
 ) -> None:
-    """Every run gets as far as one more file, then is killed; nothing that was durable is lost."""
-    log, command = tmp_path / "log", arguments(model, tmp_path / "out", text)
-    kills = 0
-    while finish(command, log, kill_at=1) == KILLED:  # after the first file that this run renames
-        kills += 1
-        assert kills < 40, "the job makes no progress"
-    # fingerprint and three blocks one a run; the checkpoint is assembled anew each time, so it ends only unkilled
-    assert digests(tmp_path / "out") == unbroken[0]
+    log, output = tmp_path / "log", tmp_path / "out"
+    command = arguments(model, output, text)
+    for blocks in range(4):  # each run gets one file further: the fingerprint, then the blocks
+        assert finish(command, log, kill_at=1) == KILLED, log.read_text()
+        assert len(list(output.glob(".job/block-*.safetensors"))) == blocks
+    for moment in (0, 5, 10, 15):  # the checkpoint is put together anew each time
+        assert finish(command, log, kill_at=moment) == KILLED, log.read_text()
+        assert not is_checkpoint(output)
+    assert finish(command, log) == 0, log.read_text()
+    assert digests(output) == unbroken[0]
 
 
 @pytest.mark.slow
 def test_a_process_of_its_own_killed_in_the_middle(model: Path, text: Path, tmp_path: Path) -> None:
-    """The program as a user starts it, on two threads, with nothing shared with this process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    program = [sys.executable, "-m", "bitstrata.cli.main"]
+    """The program as a user starts it, with nothing shared with this process."""
     output, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [*arguments(model, output, text), "--option", "steps=400"]
-    process = subprocess.Popen([*program, *command], env=environment, stderr=subprocess.PIPE)
-    while not list(output.glob(".job/block-*.safetensors")):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == KILLED
+    slower = ["--option", "steps=100"]
+    command = [sys.executable, "-m", "bitstrata.cli.main", *arguments(model, output, text), *slower]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        while not list(output.glob(".job/block-*.safetensors")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == KILLED
     assert not is_checkpoint(output)
-    for folder in (output, whole):
-        command = [*arguments(model, folder, text), "--option", "steps=400"]
-        subprocess.run([*program, *command], env=environment, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True)
+    assert finish([*arguments(model, whole, text), *slower], tmp_path / "log") == 0
     assert digests(output) == digests(whole)
 
 

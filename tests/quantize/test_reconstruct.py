@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import make_task
+from block_task import make_task
 from torch import Tensor
 
 from bitstrata.quantize.bcq import base
@@ -23,7 +23,9 @@ def states(task: BlockTask, bits: int) -> dict[str, LayerState]:
 
 
 def training(**changes: float) -> Training:
-    return Training(**{"steps": 12, "learning_rate": 5e-3, "batch_size": 4, "input_mix": 0.5, "train_offset": True, **changes})  # type: ignore[arg-type]
+    return Training(
+        **{"steps": 12, "learning_rate": 5e-3, "batch_size": 4, "input_mix": 0.5, "train_offset": True, **changes}
+    )  # type: ignore[arg-type]
 
 
 def loss(task: BlockTask, layers: dict[str, LayerState], chain: Tensor) -> float:

@@ -79,10 +79,16 @@ class SourceModel:
         try:
             config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True)
         except Exception as error:
-            raise ModelError(f"{self.folder / 'config.json'} cannot be used: {_first_line(error)}") from error
+            raise ModelError(
+                f"{self.folder / 'config.json'} cannot be used: {_first_line(error)}",
+                hint="is this the folder of a causal language model that this version of transformers knows?",
+            ) from error
         known = type(config) in AutoModelForCausalLM._model_mapping  # not .keys(): that imports every architecture
         if not known:
-            raise ModelError(f"{self.folder}: {config.model_type!r} is not a causal language model of transformers")
+            raise ModelError(
+                f"{self.folder}: {config.model_type!r} is not a causal language model of transformers",
+                hint="bitstrata quantizes decoder-only causal language models",
+            )
         if getattr(config, "quantization_config", None):
             raise ModelError(f"{self.folder} is already quantized", hint="quantize the original model instead")
         return config
@@ -93,7 +99,9 @@ class SourceModel:
             try:
                 files = dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"{self.folder / INDEX} is not a valid index: {error}") from error
+                raise ModelError(
+                    f"{self.folder / INDEX} is not a valid index: {error}", hint="download the model again"
+                ) from error
         elif (self.folder / SINGLE).is_file():
             files = dict.fromkeys(self._keys(SINGLE), SINGLE)
         else:
@@ -107,7 +115,10 @@ class SourceModel:
         for file in sorted(set(files.values())):
             missing = {name for name, home in files.items() if home == file} - self._keys(file)
             if missing:
-                raise ModelError(f"{self.folder / file} lacks {sorted(missing)[0]} that the index promises")
+                raise ModelError(
+                    f"{self.folder / file} lacks {sorted(missing)[0]} that the index promises",
+                    hint="download the model again",
+                )
         return files
 
     def _open(self, file: str) -> safe_open:

@@ -47,7 +47,7 @@ class AnyBCQOptions:
     rounds: int = 20
     asymmetric: bool = True
     steps: int = 200
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     batch_size: int = 8
     input_mix: float = 0.5
     train_offset: bool = True

@@ -1,0 +1,170 @@
+"""`bitstrata.evaluate` against the same measures computed directly, in float64, a window at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from job_helpers import RTN, run
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_llama, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import bitstrata
+from bitstrata.calibrate import evaluation_windows, read_text
+from bitstrata.checkpoint import CheckpointReader
+from bitstrata.errors import ModelError, TextError, UnsupportedBitsError, UsageError
+from bitstrata.evaluate import evaluate, perplexity
+from bitstrata.planes import decode
+
+
+def dense_model(model: Path, quantized: Path, bits: int | None) -> PreTrainedModel:
+    """The original in float64, its linears replaced by the decoded weights at `bits`."""
+    original: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    if bits is not None:
+        reader = CheckpointReader(quantized)
+        for layer in reader.spec.layers:
+            weight = decode(reader.layer(layer), bits, torch.float64)
+            original.get_submodule(layer).weight = torch.nn.Parameter(weight, requires_grad=False)
+    return original
+
+
+@torch.no_grad()
+def direct(model: PreTrainedModel, windows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities float64 [tokens, vocab] and targets [tokens]."""
+    parts = [model(torch.tensor([window])).logits[0, :-1].log_softmax(-1) for window in windows]
+    return torch.cat(parts), torch.tensor([token for window in windows for token in window[1:]])
+
+
+@pytest.mark.parametrize("seq_len", [9, 64])
+def test_measures_are_those_of_the_decoded_model(model: Path, quantized: Path, text: Path, seq_len: int) -> None:
+    found = evaluate(quantized, text, reference=model, seq_len=seq_len, device="cpu")
+    windows = list(evaluation_windows(tiny_tokenizer(), read_text(text), seq_len))
+    log_p, targets = direct(dense_model(model, quantized, None), windows)
+    every = torch.arange(len(targets))
+    count = sum(layer.in_features * layer.out_features for layer in CheckpointReader(quantized).spec.layers.values())
+    assert found.tokens == len(targets)
+    assert found.reference is not None
+    assert found.reference["nll"] == pytest.approx(float(-log_p[every, targets].mean()), rel=1e-5)
+    assert [row.bits for row in found.results] == [2, 3, 4]
+    for row in found.results:
+        log_q, _ = direct(dense_model(model, quantized, int(row.bits)), windows)
+        assert row.nll == pytest.approx(float(-log_q[every, targets].mean()), rel=1e-5)
+        assert row.perplexity == pytest.approx(float((-log_q[every, targets].mean()).exp()), rel=1e-4)
+        assert row.kld == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(1).mean()), rel=1e-4)
+        agreement = float((log_p.argmax(1) == log_q.argmax(1)).double().mean())
+        assert row.top1_agreement == pytest.approx(agreement, abs=2 / len(targets))  # a tie may fall either way
+        assert row.bpw_read == row.bits + 16 / 32 * (row.bits + 1)
+        assert row.bytes * 8 == row.bpw_read * count
+
+
+def test_padding_changes_nothing(model: Path, quantized: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 2 to 64 tokens together in a batch, and each alone."""
+    together = evaluate(quantized, text, reference=model, device="cpu")
+    monkeypatch.setattr(perplexity, "TOKENS_PER_BATCH", 1)
+    alone = evaluate(quantized, text, reference=model, device="cpu")
+    assert together.tokens == alone.tokens
+    for one, other in zip(together.results, alone.results, strict=True):
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+        assert one.kld == pytest.approx(other.kld, rel=1e-4)
+        assert one.top1_agreement == pytest.approx(other.top1_agreement, abs=2 / alone.tokens)
+
+
+def test_batches_hold_every_window_once_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "TOKENS_PER_BATCH", 20)
+    windows = [[index] * (1 + index % 13) for index in range(40)]
+    batches = list(perplexity._batches(iter(windows)))
+    assert sorted(window for batch in batches for window in batch) == sorted(windows)
+    assert all(max(map(len, batch)) * len(batch) <= 20 for batch in batches)
+
+
+def test_a_model_measured_against_itself_is_at_no_distance(quantized: Path, text: Path) -> None:
+    loaded = bitstrata.load(quantized, device="cpu")  # runs at 4 bits unless told otherwise
+    found = evaluate(loaded, text, reference=loaded, device="cpu")
+    assert [row.kld == 0 for row in found.results] == [False, False, True]
+    assert found.results[-1].top1_agreement == 1
+    assert found.reference is not None
+    assert found.reference["nll"] == found.results[-1].nll
+
+
+def test_what_is_asked_for_is_measured(quantized: Path, text: Path) -> None:
+    found = evaluate(quantized, text, bits=3, max_tokens=50, device="cpu")
+    assert found.tokens == 50
+    assert found.reference is None
+    (row,) = found.results
+    assert (row.bits, row.kld, row.top1_agreement) == (3, None, None)
+    assert [row.bits for row in evaluate(quantized, text, bits=[4, 2], max_tokens=5, device="cpu").results] == [4, 2]
+
+
+def test_a_loaded_model_keeps_the_bits_it_had(quantized: Path, text: Path) -> None:
+    loaded = bitstrata.load(quantized, bits=2, device="cpu")
+    by_model = evaluate(loaded, text, max_tokens=40, device="cpu")
+    assert bitstrata.nn.bits_state(loaded).value == 2
+    assert by_model.results == evaluate(quantized, text, max_tokens=40, device="cpu").results
+
+
+def test_a_window_beyond_the_context_is_lowered_with_a_note(quantized: Path, text: Path) -> None:
+    found = evaluate(quantized, text, seq_len=1000, max_tokens=5, device="cpu")
+    assert found.seq_len == 64
+    assert found.notes == ("seq-len lowered from 1000 to 64, the model's context",)
+    assert evaluate(quantized, text, max_tokens=5, device="cpu").notes == (), "nobody asked for 2048"
+
+
+def test_the_json_has_the_keys_of_the_contract(model: Path, quantized: Path, text: Path) -> None:
+    found = json.loads(json.dumps(evaluate(quantized, text, reference=model, max_tokens=30, device="cpu").to_json()))
+    assert {"model", "text", "tokens", "reference", "results"} <= found.keys()
+    assert found["reference"].keys() == {"perplexity", "nll"}
+    for row in found["results"]:
+        assert row.keys() == {"bits", "perplexity", "nll", "kld", "top1_agreement", "bpw_read", "bytes"}
+    assert str(found["tokens"]) in str(evaluate(quantized, text, max_tokens=30, device="cpu"))
+
+
+@pytest.mark.parametrize("bits", [0, 5, [2, 9]])
+def test_bits_that_the_model_lacks_are_refused(bits: int | list[int], quantized: Path, text: Path) -> None:
+    with pytest.raises(UnsupportedBitsError) as caught:
+        evaluate(quantized, text, bits=bits, device="cpu")
+    assert caught.value.hint == "supported bits: 2, 3, 4"
+
+
+def test_limits_that_make_no_sense_are_refused(quantized: Path, text: Path) -> None:
+    with pytest.raises(UsageError, match="max_tokens must be at least 1"):
+        evaluate(quantized, text, max_tokens=0, device="cpu")
+    with pytest.raises(UsageError, match="seq_len must be at least 2"):
+        evaluate(quantized, text, seq_len=1, device="cpu")
+
+
+def test_a_text_without_a_single_prediction_is_refused(model: Path, tmp_path: Path) -> None:
+    """A tokenizer without BOS makes one token of the text, which predicts nothing."""
+    run(model, tmp_path / "out", None, **RTN)
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    (tmp_path / "text").write_text("a")
+    with pytest.raises(TextError, match="no window of two tokens"):
+        evaluate(bitstrata.load(tmp_path / "out"), tmp_path / "text", tokenizer=tokenizer, device="cpu")
+
+
+def test_a_reference_with_another_vocabulary_is_refused(quantized: Path, text: Path, tmp_path: Path) -> None:
+    other = tiny_llama(tmp_path / "other", vocab_size=80)
+    loaded = AutoModelForCausalLM.from_pretrained(other)
+    for reference in (other, loaded):
+        with pytest.raises(ModelError, match="another vocabulary") as caught:
+            evaluate(quantized, text, reference=reference, device="cpu")
+        assert "80" in caught.value.message
+
+
+def test_a_reference_that_is_not_whole_is_refused(model: Path, quantized: Path, text: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"stores no tensor for model\.layers\.1\.mlp\.up_proj\.weight"):
+        evaluate(quantized, text, reference=broken, device="cpu")
+    (broken / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        evaluate(quantized, text, reference=broken, device="cpu")
+    with pytest.raises(ModelError, match="no reference model folder"):
+        evaluate(quantized, text, reference=tmp_path / "nowhere", device="cpu")
