@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -69,7 +71,7 @@ def test_the_error_of_every_group_falls_with_bits_after_rounding(
     stored = BCQ(FAST).quantize_layer(w, (1, 2, 3, 4), group_size)
     grouping = Grouping(4, columns, group_size)
     errors = [grouping.split((decode(stored, bits) - w).square()).sum(1) for bits in (1, 2, 3, 4)]
-    for bits, (lower, higher) in enumerate(zip(errors, errors[1:], strict=False), 1):
+    for bits, (lower, higher) in enumerate(itertools.pairwise(errors), 1):
         # summed in another order here than in the solver
         excess = (higher - lower * (1 + 1e-5)).max()
         assert excess <= 0, f"{bits + 1} bits are worse than {bits} by {excess} (seed {seed})"

@@ -80,7 +80,7 @@ def test_expansion_keeps_the_planes_it_was_given(seed: int, count: int, size: in
     w, d = draw_groups(seed, 8, size)
     lower = alternating(w, d, count, 3)
     before = [part.clone() for part in lower]
-    planes, scale, offset = expand(w, d, *lower, 4)
+    planes, scale, _ = expand(w, d, *lower, 4)
     assert planes.shape == (count + 1, 8, size)
     assert torch.equal(planes[:-1], before[0]), f"a frozen plane changed (seed {seed})"
     assert all(torch.equal(part, old) for part, old in zip(lower, before, strict=True)), "the input was changed"
@@ -110,7 +110,8 @@ def test_one_symmetric_plane_stays_at_its_closed_form_through_the_alternation(se
 def test_scales_are_recovered_exactly_when_the_codes_are_known(seed: int, count: int, asymmetric: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.tensor(list(itertools.product([1.0, -1.0], repeat=count))).T  # every code once: a regular Gram
-    planes = codes.unsqueeze(1).expand(count, 5, 2**count)[:, :, torch.randperm(2**count, generator=generator)]
+    order = torch.randperm(2**count, generator=generator)
+    planes = codes[:, order].unsqueeze(1).expand(-1, 5, -1)
     true_scale = torch.rand(count, 5, generator=generator) + 0.1
     true_offset = torch.randn(5, generator=generator) if asymmetric else torch.zeros(5)
     w = combine(planes, true_scale, true_offset)
@@ -125,9 +126,8 @@ def test_a_weight_made_of_planes_is_recovered(seed: int, count: int) -> None:
     """w = z + sum a_i B_i with every code equally often and scales whose levels are all distinct."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.tensor(list(itertools.product([1.0, -1.0], repeat=count))).T.repeat(1, 3)
-    planes = codes.unsqueeze(1).expand(count, 6, codes.shape[1])[
-        :, :, torch.randperm(codes.shape[1], generator=generator)
-    ]
+    order = torch.randperm(codes.shape[1], generator=generator)
+    planes = codes[:, order].unsqueeze(1).expand(-1, 6, -1)
     shrink = 0.3 + 0.15 * torch.rand(count, 6, generator=generator)  # each scale is above the sum of those after it
     true_scale = 2 * shrink.cumprod(0)
     true_offset = torch.randn(6, generator=generator)
@@ -209,10 +209,8 @@ def test_what_stands_in_padding_columns_changes_nothing(seed: int, count: int, s
     w, d = draw_groups(seed, 8, size)
     noisy = torch.where(d > 0, w, 1000 * draw_groups(seed + 1, 8, size)[0])
     one, other = (alternating(x, d, count, 4, asymmetric=asymmetric) for x in (w, noisy))
-    grown, grown_other = (
-        expand(w, d, *one, 4, asymmetric=asymmetric),
-        expand(noisy, d, *other, 4, asymmetric=asymmetric),
-    )
+    grown = expand(w, d, *one, 4, asymmetric=asymmetric)
+    grown_other = expand(noisy, d, *other, 4, asymmetric=asymmetric)
     for left, right in ((one, other), (grown, grown_other)):
         assert torch.equal(left[1], right[1]), f"scales depend on padding (seed {seed})"
         assert torch.equal(left[2], right[2]), f"offsets depend on padding (seed {seed})"

@@ -135,9 +135,6 @@ def test_anybcq_without_training_needs_no_text() -> None:
 def test_differences_are_told_by_name() -> None:
     found = {"bits": [2, 3], "options": {"steps": 1, "rounds": 20}, "text": None}
     wanted = {"bits": [2, 3], "options": {"steps": 2, "rounds": 20}, "text": "abc", "new": 1}
-    assert differences(found, wanted) == [
-        "new was None, is now 1",
-        "options.steps was 1, is now 2",
-        "text was None, is now abc",
-    ]
+    lines = ["new was None, is now 1", "options.steps was 1, is now 2", "text was None, is now abc"]
+    assert differences(found, wanted) == lines
     assert differences(found, found) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from block_task import make_task
@@ -23,9 +25,8 @@ def states(task: BlockTask, bits: int) -> dict[str, LayerState]:
 
 
 def training(**changes: float) -> Training:
-    return Training(
-        **{"steps": 12, "learning_rate": 5e-3, "batch_size": 4, "input_mix": 0.5, "train_offset": True, **changes}
-    )  # type: ignore[arg-type]
+    usual = Training(12, 5e-3, batch_size=4, input_mix=0.5, train_offset=True)
+    return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
 
 def loss(task: BlockTask, layers: dict[str, LayerState], chain: Tensor) -> float:

@@ -20,7 +20,7 @@ from bitstrata.quantize import job
 from bitstrata.quantize.state import JobState
 
 
-class Interrupted(Exception):
+class InterruptedJobError(Exception):
     """Stands for whatever ends a process early."""
 
 
@@ -38,7 +38,7 @@ def break_after(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def save_and_stop(self: JobState, index: int, weights: Any) -> None:
         save(self, index, weights)
         if index == block:
-            raise Interrupted
+            raise InterruptedJobError
 
     monkeypatch.setattr(JobState, "save", save_and_stop)
 
@@ -47,7 +47,7 @@ def interrupted(model: Path, text: Path, output: Path, block: int = 0) -> None:
     """Leave a job in `output` that has finished `block` and those before it."""
     with pytest.MonkeyPatch.context() as patch:
         break_after(block, patch)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedJobError):
             run(model, output, text)
 
 
@@ -58,7 +58,7 @@ def test_a_job_interrupted_after_a_block_ends_with_the_same_bytes(
     output = tmp_path / "out"
     interrupted(model, text, output, block)
     assert not is_checkpoint(output)
-    finished = [path for path in (output / ".job").glob("block-*")]
+    finished = list((output / ".job").glob("block-*"))
     assert len(finished) == block + 1
     before = [path.stat().st_mtime_ns for path in finished]
     capsys.readouterr()

@@ -7,7 +7,6 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import errno
-import os
 import sys
 import traceback
 
@@ -23,6 +22,9 @@ from . import demo, env, eval, generate, inspect, quantize
 _CommandLineError: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
+
+# what torch says, as a plain RuntimeError, when the system refuses it memory
+_NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory")
 
 app = typer.Typer(
     name="bitstrata",
@@ -68,10 +70,9 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted")
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except SystemExit as leave:
+        if isinstance(leave.__context__, BrokenPipeError):  # the reader has seen enough, as in `| head`
+            return 0
         return leave.code if isinstance(leave.code, int) else 1
     except _CommandLineError as error:
         error.show()  # type: ignore[attr-defined]
@@ -88,7 +89,7 @@ def _explain(error: BaseException) -> int:
         if error.hint:
             _say(f"hint: {error.hint}")
         return error.exit_code
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in _NO_MEMORY):
         _say("error: out of memory")
         _say("hint: lower --num-samples or --seq-len, or use a machine with more memory")
         return 4

@@ -119,14 +119,15 @@ def make_method(name: str, preset: str, overrides: Mapping[str, str | Any]) -> M
     for key, value in overrides.items():
         if key not in fields:
             raise UsageError(f"method {name} has no option {key!r}", hint=f"options: {', '.join(fields) or 'none'}")
-        values[key] = _convert(f"option {key} of {name}", value, type(fields[key].default))
+        values[key] = _convert(f"option {key} of {name}", value, fields[key].default)
     try:
         return method(method.options_type(**values))
     except ValueError as error:
         raise UsageError(f"method {name}: {error}") from error
 
 
-def _convert(what: str, value: Any, wanted: type[Any]) -> Any:
+def _convert(what: str, value: Any, default: Any) -> Any:
+    wanted = type(default)
     if not isinstance(value, str):
         if type(value) is wanted or (wanted is float and type(value) is int):
             return wanted(value)
@@ -137,4 +138,4 @@ def _convert(what: str, value: Any, wanted: type[Any]) -> Any:
             return wanted(value)
         except ValueError:
             pass
-    raise UsageError(f"{what} must be {wanted.__name__}, got {value!r}")
+    raise UsageError(f"{what} must be {wanted.__name__}, got {value!r}", hint=f"the default is {default}")

@@ -75,7 +75,9 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
     if verify:
         problems = validate(folder)
         if problems:
-            raise CheckpointError(f"{folder} has {len(problems)} problems:\n  " + "\n  ".join(problems))
+            raise CheckpointError(
+                f"{folder} is damaged:\n  " + "\n  ".join(problems), hint="copy or download the files named again"
+            )
     reader = CheckpointReader(folder)
     spec = reader.spec
     layers: list[dict[str, Any]] = []
