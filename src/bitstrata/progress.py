@@ -15,13 +15,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 MAX_LINES = 100  # a step is a line where there is no terminal; longer counts are thinned to this
 
 
+class _Console(Console):
+    """A console whose closed pipe silences it; the work it reports on goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Reporter:
     """Where a job says what it does. `quiet` silences messages and progress, not errors."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = _Console(stderr=True, highlight=False, soft_wrap=True)
         self.notes: list[str] = []
+
+    def fresh(self) -> Reporter:
+        """A reporter for another piece of work: the same terminal, no notes yet."""
+        other = Reporter(quiet=self.quiet)
+        other.console = self.console
+        return other
 
     def note(self, message: str) -> None:
         """Say something the user did not ask for but must know; it also goes into the report."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama
 
 import bitstrata
+from bitstrata.cli.output import show
 from bitstrata.errors import CheckError
 
 QUICK = ["--method", "bcq", "--option", "rounds=2", "--group-size", "32", "--bits", "2-3"]
@@ -48,6 +50,17 @@ def test_json_is_the_whole_of_stdout(model: Path, text: Path, quantized: Path, t
         assert plain.code == 0
         assert plain.out.strip()
         assert not plain.out.startswith("{")
+
+
+def test_numbers_that_json_lacks_become_null(capsys: pytest.CaptureFixture[str]) -> None:
+    class Odd:
+        def to_json(self) -> dict[str, object]:
+            return {"perplexity": math.inf, "rows": [{"kld": math.nan, 2: 1.5}], "bits": (2, 3)}
+
+    show(Odd(), as_json=True)
+    assert json.loads(capsys.readouterr().out) == {
+        "perplexity": None, "rows": [{"kld": None, "2": 1.5}], "bits": [2, 3],
+    }  # fmt: skip
 
 
 def test_the_json_of_inspect_and_eval_agree(quantized: Path, text: Path, cli: Command) -> None:

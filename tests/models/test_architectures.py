@@ -6,6 +6,7 @@ import copy
 
 import architectures
 import pytest
+import tiny_models
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -113,3 +114,51 @@ def test_mixture_of_experts_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(PreflightError, match="mixture of experts"):
         bitstrata.quantize(tmp_path / "source", tmp_path / "out", bits=2, method="rtn")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sequences_of_one_batch_may_differ_in_bits(name, quantized):
+    model = bitstrata.load(quantized(name)[2])
+    ids = tokens()
+    with torch.no_grad():
+        mixed = model(ids, bits=torch.tensor([2, 8], dtype=torch.int8)).logits
+        for row, bits in enumerate((2, 8)):
+            torch.testing.assert_close(mixed[row], model(ids, bits=bits).logits[row], rtol=1e-4, atol=1e-4)
+
+
+def test_per_sequence_bits_survive_beams_and_several_returns(quantized):
+    model = bitstrata.load(quantized("opt")[2])
+    ids, bits = tokens(), torch.tensor([2, 8])
+    for settings in ({"num_beams": 2}, {"do_sample": True, "num_return_sequences": 3}):
+        made = model.generate(ids, bits=bits, max_new_tokens=4, **settings)
+        assert len(made) == 2 * settings.get("num_return_sequences", 1)
+    alone = model.generate(ids[1:], bits=8, max_new_tokens=4, do_sample=False)
+    together = model.generate(ids, bits=bits, max_new_tokens=4, do_sample=False)
+    assert torch.equal(together[1:, :28], alone[:, :28])
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gptj"])
+def test_blocks_that_return_tuples_run_with_calibration(model_type, tmp_path):
+    settings = {"hidden_size": 48, "n_embd": 48, "n_layer": 2, "n_head": 4, "num_hidden_layers": 2, "rotary_dim": 8}
+    config = AutoConfig.for_model(model_type, vocab_size=64, n_positions=64, **settings)
+    tiny_models.save(AutoModelForCausalLM.from_config(config), tmp_path / "source")
+    tiny_models.tiny_text(tmp_path / "text.txt")
+    report = bitstrata.quantize(
+        tmp_path / "source", tmp_path / "out", bits="3,8", group_size=16, calibration=tmp_path / "text.txt",
+        num_samples=4, seq_len=32, options={"steps": 2, "rounds": 2},
+    )  # fmt: skip
+    ids = torch.randint(3, 64, (2, 16))
+    with torch.no_grad():
+        original = AutoModelForCausalLM.from_pretrained(tmp_path / "source")(ids).logits
+        assert report.results[1]["kld"] < report.results[0]["kld"]
+        assert (bitstrata.load(tmp_path / "out")(ids).logits - original).abs().max() < 0.2
+
+
+def test_merged_experts_are_refused(tmp_path):
+    config = AutoConfig.for_model(
+        "granitemoe", hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=72, vocab_size=96, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(PreflightError, match="3 dimensions"):
+        bitstrata.quantize(tmp_path / "source", tmp_path / "out", bits=2, method="rtn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -173,3 +174,42 @@ def test_what_is_not_a_checkpoint_is_refused(quantized, tmp_path):
         bitstrata.load(quantized("llama")[1])
     with pytest.raises(UsageError, match="not a device"):
         bitstrata.load(quantized("llama")[2], device="abacus")
+
+
+def edit_json(path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_tensor_that_is_missing_or_unknown_is_named(out, tmp_path):
+    index = "model.safetensors.index.json"
+    copied = shutil.copytree(out, tmp_path / "less")
+    edit_json(copied / index, lambda content: content["weight_map"].pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"stores no tensor for model\.norm\.weight"):
+        bitstrata.load(copied)
+    copied = shutil.copytree(out, tmp_path / "more")
+    edit_json(copied / "config.json", lambda content: content.update(num_hidden_layers=1, layer_types=None))
+    with pytest.raises(CheckpointError, match=r"layers\.1"):
+        bitstrata.load(copied)
+
+
+def test_a_checkpoint_never_runs_code_of_its_own(out, tmp_path, monkeypatch):
+    copied = shutil.copytree(out, tmp_path / "copy")
+    (copied / "conf.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    edit_json(
+        copied / "config.json",
+        lambda content: content.update(model_type="evil", auto_map={"AutoConfig": "conf.Config"}),
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(CheckpointError):
+        bitstrata.load(copied)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickle_keeps_a_model_that_takes_bits(out, ids):
+    model = bitstrata.load(out, bits=3)
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        for bits in (2, 3):
+            assert torch.equal(again(ids, bits=bits).logits, model(ids, bits=bits).logits)

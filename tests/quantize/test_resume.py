@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,7 @@ def test_a_job_interrupted_at_every_block_in_turn_ends_with_the_same_bytes(
 ) -> None:
     for block in range(3):
         interrupted(model, text, tmp_path / "out", block)
+        (tmp_path / "out" / "model-plane-7.safetensors.bitstrata-tmp").write_bytes(b"half a file")
     run(model, tmp_path / "out", text)
     assert digests(tmp_path / "out") == unbroken
 
@@ -238,3 +240,29 @@ def test_the_random_state_of_the_caller_does_not_matter(
     torch.rand(3)
     run(model, tmp_path / "out", text)
     assert digests(tmp_path / "out") == unbroken
+
+
+def test_another_tokenizer_is_refused_on_resume(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = shutil.copytree(model, tmp_path / "source"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        break_after(0, patch)
+        with pytest.raises(InterruptedJobError):
+            run(source, output, text)
+    path = source / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    words["e"], words["t"] = words["t"], words["e"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(JobError, match="windows_sha256"):
+        run(source, output, text)
+
+
+def test_a_foreign_folder_with_a_job_folder_is_left_alone(model: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / ".job").mkdir(parents=True)
+    (output / "thesis.txt").write_text("mine")
+    with pytest.raises(PreflightError, match="left alone"):
+        run(model, output, text)
+    assert sorted(path.name for path in output.rglob("*")) == [".job", "thesis.txt"]

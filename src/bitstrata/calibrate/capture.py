@@ -13,6 +13,7 @@ input on. Hidden states are fp32 [windows, seq_len, hidden].
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,12 +27,13 @@ from ..models.discover import Discovery, find_blocks
 from ..models.source import SourceModel, release
 
 TOKENS_PER_BATCH = 1024
+LOGITS = 1 << 23  # logits held at a time, all chains together
 
 
 class _StandIn(nn.Module):
     """Takes a block's place; hands its call to `visit`, which returns the hidden states to pass on."""
 
-    def __init__(self, block: nn.Module, visit: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> None:
+    def __init__(self, block: nn.Module, visit: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]) -> None:
         super().__init__()
         self.__dict__["_block"] = block
         self.__dict__["_visit"] = visit
@@ -39,8 +41,12 @@ class _StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)  # models ask a block for its attention type and the like
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._visit(hidden_states, args, kwargs)
+
+
+class _Reached(Exception):  # noqa: N818  (not an error: the part of the model that was wanted has run)
+    pass
 
 
 class BlockRunner:
@@ -62,9 +68,11 @@ class BlockRunner:
         self._blocks: list[nn.Module] = list(model.get_submodule(self._list_name).children())
         self._batch = max(1, TOKENS_PER_BATCH // seq_len)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._in_tuple = False
+        self._alone = self._probed = False
 
     @contextmanager
-    def _outside(self, visits: list[Callable[..., Tensor]]) -> Iterator[None]:
+    def _outside(self, visits: list[Callable[..., Any]]) -> Iterator[None]:
         """Everything but the blocks in memory, and stand-ins in the blocks' places."""
         holder = self.model.get_submodule(self._list_name)
         inside = {name for name in self.model.state_dict() if name.startswith(f"{self._list_name}.")}
@@ -84,26 +92,52 @@ class BlockRunner:
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states before the first block: tokens int64 [n, S] -> fp32 [n, S, hidden]."""
         first: list[Tensor] = []
-        self._calls = []
 
-        def keep(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            first.append(hidden.float())
-            return hidden
+        def keep(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            first.append(hidden.float().cpu())
+            raise _Reached
 
-        def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            self._calls.append((args, kwargs))
-            return hidden
-
-        def record_first(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            return record(keep(hidden, args, kwargs), args, kwargs)
-
-        passing: list[Callable[..., Tensor]] = [lambda hidden, args, kwargs: hidden] * (len(self._blocks) - 1)
-        with self._outside([record_first, *[record] * (len(self._blocks) - 1)]):
-            self._run_model(tokens[:1])
-        with self._outside([keep, *passing]):
-            for start in range(1, len(tokens), self._batch):
-                self._run_model(tokens[start : start + self._batch])
+        self._record(tokens[:1])
+        with self._outside([keep] * len(self._blocks)):
+            for start in range(0, len(tokens), self._batch):
+                with contextlib.suppress(_Reached):
+                    self._run_model(tokens[start : start + self._batch])
         return torch.cat(first)
+
+    def _record(self, tokens: Tensor) -> None:
+        """Note what each block is called with. Blocks return hidden states, bare or first in a tuple."""
+        for self._in_tuple in (False, True):
+            try:
+                self._calls = self._recorded(tokens)
+                return
+            except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+                reason = error
+        raise ModelError(
+            f"{type(self.model).__name__} cannot be run block by block: {reason}",
+            hint="this architecture is not supported with calibration text; please report it",
+        ) from reason
+
+    def _recorded(self, tokens: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        shapes: set[torch.Size] = set()
+
+        def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            calls.append((args, kwargs))
+            shapes.add(hidden.shape)
+            if len(shapes) > 1:  # the model took the tensor apart: it expects a tuple
+                raise TypeError(f"hidden states changed their shape from block to block: {shapes}")
+            if len(calls) == len(self._blocks):
+                raise _Reached
+            return self._returned(hidden)
+
+        with self._outside([record] * len(self._blocks)), contextlib.suppress(_Reached):
+            self._run_model(tokens)
+        if len(calls) != len(self._blocks):
+            raise TypeError(f"{len(calls)} of {len(self._blocks)} blocks were called")
+        return calls
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._in_tuple else hidden
 
     def _run_model(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
@@ -121,8 +155,9 @@ class BlockRunner:
             (targets int64 [s], {chain: logits fp32 [s, vocab]}), a stretch of one window at a time.
         """
         current: list[Tensor] = []
-        visits: list[Callable[..., Tensor]] = [lambda h, args, kwargs: current[0]] * len(self._blocks)
-        stretch = 512
+        visits: list[Callable[..., Any]] = [lambda h, args, kwargs: self._returned(current[0])] * len(self._blocks)
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        stretch = max(16, min(512, LOGITS // vocabulary // len(hidden)))
         with self._outside(visits):
             for window in range(len(tokens)):
                 for start in range(0, tokens.shape[1] - 1, stretch):
@@ -146,8 +181,12 @@ class BlockRunner:
 
     def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """One call of block `index` on hidden [b, S, hidden], differentiable."""
+        if self._alone and len(hidden) > 1:
+            return torch.cat([self.call(index, block, window) for window in hidden.split(1)])
         args, kwargs = self._calls[index]
         output = block(hidden, *args, **kwargs)
+        if self._in_tuple and isinstance(output, tuple):
+            output = output[0]
         if not isinstance(output, Tensor) or output.shape != hidden.shape:
             raise ModelError(
                 f"{self.discovery.blocks[index]} returned {type(output).__name__}, not hidden states alone",
@@ -155,9 +194,20 @@ class BlockRunner:
             )
         return output
 
+    def _probe(self, index: int, block: nn.Module, hidden: Tensor) -> None:
+        """Find out once whether what was recorded for one window serves several at a time."""
+        if self._probed or len(hidden) < 2:
+            return
+        self._probed = True
+        try:
+            self.call(index, block, hidden[:2].to(self.device))
+        except (RuntimeError, ValueError):  # masks or biases that are made for one batch size
+            self._alone = True
+
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Block `index` on all windows: [n, S, hidden] -> [n, S, hidden], in batches."""
+        self._probe(index, block, hidden)
         output = torch.empty_like(hidden)
         for start in range(0, len(hidden), self._batch):
             part = hidden[start : start + self._batch].to(self.device)

@@ -132,6 +132,12 @@ class Windows:
     calibration: Tensor
     heldout: Tensor
 
+    def digest(self) -> str:
+        """sha256 of all tokens: another tokenizer gives another digest."""
+        digest = hashlib.sha256(self.calibration.numpy().tobytes())
+        digest.update(self.heldout.numpy().tobytes())
+        return digest.hexdigest()
+
 
 def calibration_windows(
     tokenizer: PreTrainedTokenizerBase,

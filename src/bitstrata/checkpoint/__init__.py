@@ -3,7 +3,15 @@
 from .reader import CheckpointReader, is_checkpoint
 from .schema import FORMAT_VERSION, QUANT_METHOD, LayerSpec, QuantizationSpec
 from .validate import validate
-from .writer import TensorEntry, entries_of, remove_leftovers, write_checkpoint, write_json, write_safetensors
+from .writer import (
+    TensorEntry,
+    copy_file,
+    entries_of,
+    remove_leftovers,
+    write_checkpoint,
+    write_json,
+    write_safetensors,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -12,6 +20,7 @@ __all__ = [
     "LayerSpec",
     "QuantizationSpec",
     "TensorEntry",
+    "copy_file",
     "entries_of",
     "is_checkpoint",
     "remove_leftovers",

@@ -214,6 +214,11 @@ class CheckpointReader:
             for name in self.spec.layer_tensors(layer, self.max_bits):
                 yield name, self.read(name)
 
+    @property
+    def has_digests(self) -> bool:
+        """Whether the index carries digests; `save_pretrained` writes none."""
+        return bool(self._digests)
+
     def missing_guards(self) -> list[str]:
         """Quantized layers without the placeholder that makes foreign loaders fail loudly."""
         return [layer for layer in self.spec.layers if guard_name(layer) not in self.weight_map]

@@ -24,7 +24,7 @@ from ..errors import disk_errors
 from ..planes.weights import PlaneWeight
 from .schema import CONFIG_FILE, INDEX_FILE, REPORT_FILE, shard_of
 
-_TEMPORARY = ".bitstrata-tmp"
+TEMPORARY = ".bitstrata-tmp"
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -69,7 +69,7 @@ def entries_of(layer: str, weight: PlaneWeight) -> list[TensorEntry]:
 
 def _replace_when_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     """Write `chunks` under a temporary name, sync, rename to `path`; returns the sha256 of the bytes."""
-    temporary = path.with_name(path.name + _TEMPORARY)
+    temporary = path.with_name(path.name + TEMPORARY)
     digest = hashlib.sha256()
     try:
         with disk_errors(path):
@@ -94,6 +94,11 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a small file; the copy appears whole or not at all."""
+    _replace_when_whole(target, [source.read_bytes()])
 
 
 def write_json(path: Path, value: object) -> None:
@@ -159,5 +164,5 @@ def write_checkpoint(
 
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files that a killed writer left behind."""
-    for path in folder.glob(f"*{_TEMPORARY}"):
+    for path in folder.glob(f"*{TEMPORARY}"):
         path.unlink(missing_ok=True)

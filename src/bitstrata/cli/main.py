@@ -71,8 +71,6 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         _say("interrupted")
         return 130
     except SystemExit as leave:
-        if isinstance(leave.__context__, BrokenPipeError):  # the reader has seen enough, as in `| head`
-            return 0
         return leave.code if isinstance(leave.code, int) else 1
     except _CommandLineError as error:
         error.show()  # type: ignore[attr-defined]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from typing import Any, Protocol
 
 import typer
@@ -20,7 +22,12 @@ class Result(Protocol):
 
 def show(result: Result, *, as_json: bool) -> None:
     """Print `result` on stdout."""
-    typer.echo(json.dumps(_plain(result.to_json()), indent=2, allow_nan=False) if as_json else str(result))
+    text = json.dumps(_plain(result.to_json()), indent=2, allow_nan=False) if as_json else str(result)
+    try:
+        typer.echo(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`; the work itself is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _plain(value: Any) -> Any:

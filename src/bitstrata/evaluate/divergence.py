@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LOGITS = 1 << 22  # logits worked on at a time; bounds the temporaries
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -41,14 +43,17 @@ class Tally:
 
     def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
         """Add a stretch: logits [s, vocab], targets int64 [s], the reference's logits [s, vocab]."""
-        log_q = torch.log_softmax(logits.float(), dim=-1)
+        self._compared = self._compared or reference is not None
         self.tokens += len(targets)
-        self._nll -= float(log_q.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64))
-        if reference is not None:
-            self._compared = True
-            log_p = torch.log_softmax(reference.float(), dim=-1)
-            self._kld += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-            self._agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        step = max(1, LOGITS // logits.shape[-1])
+        for start in range(0, len(targets), step):
+            rows = slice(start, start + step)
+            log_q = torch.log_softmax(logits[rows].float(), dim=-1)
+            self._nll -= float(log_q.gather(1, targets[rows].unsqueeze(1)).sum(dtype=torch.float64))
+            if reference is not None:
+                log_p = torch.log_softmax(reference[rows].float(), dim=-1)
+                self._kld += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+                self._agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
 
     def result(self) -> Measured:
         tokens = max(1, self.tokens)

@@ -14,7 +14,7 @@ from ..calibrate import evaluation_windows, read_text
 from ..errors import ModelError, TextError, UnsupportedBitsError, UsageError
 from ..models import load, load_tokenizer, resolve
 from ..models.load import pick_device
-from ..nn import PlaneLinear, bits_state, use_bits
+from ..nn import PlaneLinear, bits_state, parse_bits, use_bits
 from ..progress import Reporter
 from .divergence import Measured, Tally
 from .report import BitsResult, Evaluation
@@ -26,7 +26,7 @@ DEFAULT_SEQ_LEN = 2048
 def evaluate(
     model: str | Path | PreTrainedModel,
     text: str | Path,
-    bits: Sequence[int] | int | None = None,
+    bits: str | Sequence[int] | int | None = None,
     reference: str | Path | PreTrainedModel | None = None,
     seq_len: int | None = None,
     max_tokens: int | None = None,
@@ -49,14 +49,18 @@ def evaluate(
     Raises:
         UnsupportedBitsError, TextError, ModelError, CheckpointError: the input named in the message.
     """
-    reporter = reporter or Reporter()
+    reporter = (reporter or Reporter()).fresh()
     documents = read_text(text, part="heldout")
     where = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
+    asked = _asked(bits)
+    highest = None if asked is None else max(asked)
     # float32 on a CPU: exact, and no slower there; elsewhere the dtype the model is stored in
     dtype = torch.float32 if where.type == "cpu" else None
-    quantized = model if isinstance(model, PreTrainedModel) else load(model, device=where, dtype=dtype)
+    quantized = (
+        model if isinstance(model, PreTrainedModel) else load(model, device=where, dtype=dtype, max_bits=highest)
+    )
     state = bits_state(quantized)
-    chosen = state.supported if bits is None else (bits,) if isinstance(bits, int) else tuple(bits)
+    chosen = state.supported if asked is None else asked
     for value in chosen:
         if value not in state.supported:
             raise UnsupportedBitsError(value, state.supported)
@@ -96,6 +100,14 @@ def evaluate(
         results=results,
         notes=tuple(reporter.notes),
     )
+
+
+def _asked(bits: str | Sequence[int] | int | None) -> tuple[int, ...] | None:
+    if bits is None:
+        return None
+    if isinstance(bits, str):
+        return parse_bits(bits)
+    return (bits,) if isinstance(bits, int) else tuple(bits)
 
 
 def bytes_by_bits(model: PreTrainedModel, bits: Sequence[int]) -> dict[int, int]:
@@ -141,7 +153,12 @@ def _load_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedMode
     folder = resolve(reference, kind="reference model")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

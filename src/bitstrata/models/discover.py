@@ -103,6 +103,13 @@ def discover(model: PreTrainedModel, skip: Sequence[str] = ()) -> Discovery:
     skipped: dict[str, str] = {}
     unmatched = set(skip)
     for index, block in enumerate(model.get_submodule(blocks).children()):
+        for name, parameter in block.named_parameters():
+            if parameter.dim() > 2:
+                raise ModelError(
+                    f"{blocks}.{index}.{name} has {parameter.dim()} dimensions: experts merged into one tensor, or a "
+                    "convolution",
+                    hint="such models cannot be quantized yet",
+                )
         for name, module in block.named_modules():
             full = f"{blocks}.{index}.{name}"
             info = linear_info(full, module, index)

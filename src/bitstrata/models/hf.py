@@ -87,9 +87,12 @@ def replace_linears(model: PreTrainedModel, spec: QuantizationSpec) -> BitsState
         except AttributeError:
             raise CheckpointError(f"the checkpoint quantizes {name}, which {type(model).__name__} lacks") from None
         info = linear_info(name, module, 0)
-        if info is None or (info.in_features, info.out_features) != (layer.in_features, layer.out_features):
+        expected = (layer.in_features, layer.out_features, layer.bias)
+        if info is None or (info.in_features, info.out_features, info.bias) != expected:
+            bias = "a" if layer.bias else "no"
             raise CheckpointError(
-                f"{name}: the checkpoint has [{layer.out_features}, {layer.in_features}], the model has {module}"
+                f"{name}: the checkpoint has [{layer.out_features}, {layer.in_features}] and {bias} bias, "
+                f"the model has {module}"
             )
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
@@ -135,7 +138,12 @@ def _class_with_bits(base: Any) -> Any:
     @wraps(base.forward)
     def forward(self: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> Any:
         if bits is None:
-            return base.forward(self, *args, **kwargs)
+            current = bits_state(self).value
+            if not isinstance(current, torch.Tensor):
+                return base.forward(self, *args, **kwargs)
+            bits = current
+        if isinstance(bits, torch.Tensor):
+            bits = _one_a_token(bits, kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds"))
         with use_bits(self, bits):
             return base.forward(self, *args, **kwargs)
 
@@ -146,6 +154,9 @@ def _class_with_bits(base: Any) -> Any:
         with use_bits(self, bits):
             return base.generate(self, *args, **kwargs)
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _blank, (base,), self.__dict__
+
     signature = inspect.signature(base.forward)
     bits_parameter = inspect.Parameter("bits", inspect.Parameter.KEYWORD_ONLY, default=None)
     parameters = list(signature.parameters.values())
@@ -155,9 +166,27 @@ def _class_with_bits(base: Any) -> Any:
     members = {
         "forward": forward,
         "generate": generate,
+        "__reduce_ex__": reduce,  # the class is made here, so pickle and copy cannot look it up by name
         "_takes_bits": True,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (base,), members)
+
+
+def _blank(base: Any) -> Any:
+    made = _class_with_bits(base)
+    return made.__new__(made)
+
+
+def _one_a_token(bits: torch.Tensor, ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor:
+    """Per-sequence bits [batch] as [batch, sequence]: some models flatten tokens before a layer.
+
+    A batch that generation widened (beams, several returns) repeats each sequence in place.
+    Anything else is passed on as it is, and checked where it is used.
+    """
+    given = ids if ids is not None else embeddings
+    if given is None or bits.dim() != 1 or bits.numel() == given.shape[:2].numel() or given.shape[0] % bits.numel():
+        return bits
+    return bits.repeat_interleave(given.shape[0] // bits.numel()).unsqueeze(1).expand(given.shape[:2])

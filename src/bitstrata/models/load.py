@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from ..checkpoint import CheckpointReader
-from ..errors import InputError, UnsupportedBitsError, UsageError
+from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
 from ..nn import Bits, bits_state
-from .source import resolve
+from .source import first_line, resolve
 
 
 def parse_target(target: str) -> tuple[str, int | None]:
@@ -74,20 +74,48 @@ def load(
         raise UnsupportedBitsError(bits, reader.bits, where=str(folder))
     where = pick_device(device)
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    config.quantization_config = _restricted(config.quantization_config, reader)
     # On a CPU the mapped file is the weight; elsewhere transformers copies tensor by tensor.
     placement: dict[str, Any] = {} if where.type == "cpu" else {"device_map": {"": where}}
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    model: PreTrainedModel = model_class.from_pretrained(
-        None, config=config, state_dict=reader.state_dict(), dtype=dtype or config.dtype or torch.float32, **placement
-    )
+    model = _build(folder, reader, dtype, placement)
     model.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     if bits is not None:
         bits_state(model).set(bits)
     return model
+
+
+def _build(
+    folder: Path, reader: CheckpointReader, dtype: torch.dtype | None, placement: dict[str, Any]
+) -> PreTrainedModel:
+    """The model with the reader's tensors in it; CheckpointError unless they fit it one to one."""
+    tensors = reader.state_dict()
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        config.quantization_config = _restricted(config.quantization_config, reader)
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype or config.dtype or torch.float32,
+            output_loading_info=True,
+            **placement,
+        )
+    except (BitstrataError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} does not fit the model that its config.json describes: {first_line(error)}",
+            hint="the folder was changed after it was written; copy or download it again",
+        ) from error
+    for kind, what in (("missing_keys", "stores no tensor for"), ("unexpected_keys", "stores an unknown tensor")):
+        if info[kind]:
+            raise CheckpointError(
+                f"{folder} {what} {min(info[kind])}", hint="config.json and the weights are of different models"
+            )
+    built: PreTrainedModel = model
+    return built
 
 
 def _restricted(raw: dict[str, Any], reader: CheckpointReader) -> dict[str, Any]:
@@ -103,7 +131,9 @@ def _restricted(raw: dict[str, Any], reader: CheckpointReader) -> dict[str, Any]
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. Raises InputError if there is none or it cannot be read."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         raise InputError(
             f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0] if str(error) else error!r}",

@@ -17,8 +17,6 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from ..checkpoint import is_checkpoint
 from ..checkpoint.writer import SAFETENSORS_DTYPES
@@ -45,15 +43,20 @@ def resolve(model: str | Path, *, kind: str = "model") -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(
+            snapshot_download(
+                text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+            )
+        )
     except Exception as error:
         raise ModelError(
-            f"{text!r} is not a local folder, and the hub did not give it: {_first_line(error)}",
+            f"{text!r} is not a local folder, and the hub did not give it: {first_line(error)}",
             hint="check the path or the hub id; HF_TOKEN is needed for gated models",
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -78,10 +81,10 @@ class SourceModel:
                 f"{self.folder} has no config.json", hint="pass the folder of a Hugging Face causal language model"
             )
         try:
-            config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True)
+            config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:
             raise ModelError(
-                f"{self.folder / 'config.json'} cannot be used: {_first_line(error)}",
+                f"{self.folder / 'config.json'} cannot be used: {first_line(error)}",
                 hint="is this the folder of a causal language model that this version of transformers knows?",
             ) from error
         known = type(config) in AutoModelForCausalLM._model_mapping  # not .keys(): that imports every architecture
@@ -173,6 +176,9 @@ class SourceModel:
         """
         expected = set(model.state_dict())
         prefix = f"{model.base_model_prefix}."
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
         transforms = get_model_conversion_mapping(model)
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]

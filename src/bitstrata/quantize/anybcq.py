@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..planes.weights import PlaneWeight
-from .bcq import Solution, base, grow
+from .bcq import BCQ, BCQOptions, Solution, base, grow
 from .grouping import Grouping, affine_weight, check_weight
 from .method import BlockTask, Method
 from .reconstruct import LayerState, Training, reconstruct
@@ -73,6 +73,8 @@ class AnyBCQ(Method):
 
     def quantize_block(self, task: BlockTask) -> dict[str, PlaneWeight]:
         options, bits = self.options, task.bits
+        if not options.steps:
+            return BCQ(BCQOptions(options.rounds, options.asymmetric)).quantize_block(task)
         training = Training(
             options.steps,
             options.learning_rate,
@@ -97,10 +99,9 @@ class AnyBCQ(Method):
                     layers[name] = _state(layer.grouping, grown)
             if count not in bits:
                 continue
-            if options.steps:
-                chain = task.chains[bits[-1] if options.share_chain and count > bits[0] else count]
-                before, after = reconstruct(task, layers, chain, training)
-                task.say(f"bits {count}: block error {before:.3e} -> {after:.3e}")
+            chain = task.chains[bits[-1] if options.share_chain and count > bits[0] else count]
+            before, after = reconstruct(task, layers, chain, training)
+            task.say(f"bits {count}: block error {before:.3e} -> {after:.3e}")
             for name, layer in layers.items():
                 kept[name][count] = (layer.scale, layer.offset)
         return {name: affine_weight(layer.grouping, layer.planes > 0, kept[name]) for name, layer in layers.items()}

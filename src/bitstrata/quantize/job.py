@@ -15,7 +15,6 @@ Peak memory is that of `preflight._memory_bytes`; the measured peak is in the re
 
 from __future__ import annotations
 
-import resource
 import shutil
 import sys
 import time
@@ -25,10 +24,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointReader, TensorEntry, is_checkpoint, write_checkpoint
+from ..checkpoint import CheckpointReader, TensorEntry, copy_file, is_checkpoint, write_checkpoint
 from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, REPORT_FILE, guard_name
-from ..errors import PreflightError, UsageError, disk_errors
+from ..errors import PreflightError, UsageError
 from ..progress import Reporter
 from .blocks import BlockLoop
 from .preflight import Prepared, megabytes, prepare
@@ -88,7 +87,7 @@ def quantize(
         CheckError: the result is not finite.
     """
     started = time.monotonic()
-    reporter = reporter or Reporter()
+    reporter = (reporter or Reporter()).fresh()
     settings = Settings.parse(
         model,
         output,
@@ -138,11 +137,10 @@ def _assemble(prepared: Prepared, state: JobState, report: Report) -> None:
         entries.extend(state.entries(index, layers))
         entries.extend(TensorEntry.of(guard_name(name), torch.empty(0, dtype=source.dtype)) for name in layers)
     output = prepared.settings.output
-    with disk_errors(output):
-        for pattern in COPIED_FILES:
-            for path in sorted(source.folder.glob(pattern)):
-                if path.is_file():
-                    shutil.copyfile(path, output / path.name)
+    for pattern in COPIED_FILES:
+        for path in sorted(source.folder.glob(pattern)):
+            if path.is_file():
+                copy_file(path, output / path.name)
     config = read_json(source.folder / CONFIG_FILE)
     config["quantization_config"] = prepared.spec().model_dump(exclude_none=True)
     write_checkpoint(output, config, entries, report.saved())
@@ -167,22 +165,31 @@ def _already_done(prepared: Prepared, reporter: Reporter) -> Report | None:
         )
     reporter.say(f"{output} already holds the result of this command; nothing to do")
     shutil.rmtree(output / ".job", ignore_errors=True)
+    if not (output / REPORT_FILE).exists():  # a checkpoint may lack it
+        return _with_measures(make_report(prepared, {}, {}, reporter.notes), output, time.monotonic())
     saved = read_json(output / REPORT_FILE)
     return _with_measures(Report(output=str(output), **saved), output, time.monotonic())
 
 
 def _with_measures(report: Report, output: Path, started: float) -> Report:
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
     return Report(
         **{
             **report.to_json(),
             "total_bytes": size,
             "seconds": time.monotonic() - started,
-            "peak_memory_bytes": peak,
+            "peak_memory_bytes": _peak_memory(),
         }
     )
+
+
+def _peak_memory() -> int:
+    """The process's highest resident memory so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _describe(prepared: Prepared, reporter: Reporter) -> Report:

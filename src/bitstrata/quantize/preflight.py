@@ -27,7 +27,7 @@ from ..progress import Reporter
 from ..version import __version__
 from .grouping import check_weight
 from .settings import Settings
-from .state import JOB_FOLDER
+from .state import JOB_FOLDER, is_job
 
 HELDOUT_WINDOWS = 16
 _Value = TypeVar("_Value")
@@ -131,6 +131,7 @@ def prepare(settings: Settings, reporter: Reporter) -> Prepared:
         **settings.fingerprint(),
         "model_sha256": source.digests(),
         "text_sha256": None if documents is None else text_digest(documents),
+        "windows_sha256": None if windows is None else windows.digest(),
         "versions": {"bitstrata": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     return replace(prepared, fingerprint=fingerprint)
@@ -164,7 +165,7 @@ def _check_output(settings: Settings) -> None:
     output = settings.output
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file", hint="give a folder to -o")
-    ours = (output / JOB_FOLDER).is_dir() or is_checkpoint(output)
+    ours = is_job(output) or is_checkpoint(output)
     if output.is_dir() and any(output.iterdir()) and not ours:
         raise UsageError(
             f"{output} exists and was not made by bitstrata; it is left alone", hint="choose another folder for -o"

@@ -92,10 +92,11 @@ def _output(task: BlockTask, weights: dict[str, Tensor], hidden: Tensor) -> Tens
 def block_loss(task: BlockTask, weights: dict[str, Tensor], inputs: Tensor, batch_size: int) -> float:
     """Mean squared error of the block's output against the targets, over all windows."""
     assert task.targets is not None
-    total = 0.0
+    total, device = 0.0, next(iter(weights.values())).device
     for start in range(0, len(inputs), batch_size):
         rows = slice(start, start + batch_size)
-        total += float((_output(task, weights, inputs[rows]) - task.targets[rows]).square().sum(dtype=torch.float64))
+        output = _output(task, weights, inputs[rows].to(device))
+        total += float((output - task.targets[rows].to(device)).square().sum(dtype=torch.float64))
     return total / task.targets.numel()
 
 
@@ -134,7 +135,8 @@ def reconstruct(
         for name, layer in layers.items():
             scale, offset = (base + unit[name] * delta for base, delta in zip(start[name], free[name], strict=True))
             weights[name] = layer.grouping.join(_Affine.apply(scale, offset, layer.planes))
-        loss = (_output(task, weights, mixed) - task.targets[chosen]).square().mean()
+        device = next(iter(weights.values())).device
+        loss = (_output(task, weights, mixed.to(device)) - task.targets[chosen].to(device)).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -17,10 +17,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoint import QuantizationSpec, TensorEntry, entries_of, remove_leftovers, write_json, write_safetensors
+from ..checkpoint.writer import TEMPORARY
 from ..errors import JobError, disk_errors
 from ..planes.weights import PlaneWeight, make_decoder
 
 JOB_FOLDER = ".job"
+
+
+def is_job(output: Path) -> bool:
+    """Whether `output` holds an unfinished job of ours, or only the empty start of one."""
+    folder = output / JOB_FOLDER
+    if not folder.is_dir():
+        return False
+    if (folder / "job.json").exists():
+        return True
+    leftovers = {path.name for path in folder.iterdir()}
+    only_ours = [path.name for path in output.iterdir()] == [JOB_FOLDER]
+    return only_ours and leftovers <= {"lock", f"job.json{TEMPORARY}"}
 
 
 class JobState:
@@ -70,8 +83,11 @@ class JobState:
 
     def finish(self) -> None:
         """The checkpoint is written: the job folder is no longer needed."""
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                path.unlink(missing_ok=True)
         self.close()
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"

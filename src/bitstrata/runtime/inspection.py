@@ -22,7 +22,8 @@ class Inspection:
     bpw_read and bytes: bits -> bits per weight, bytes that one pass over the quantized layers reads.
     total_bytes: size of all weight files; common_bytes: of the unquantized tensors among them.
     kernel: the one that will run each layer on this machine's default device, and why.
-    verified: True if every byte was checked and is right; None if that was not asked for.
+    verified: True if every byte was checked and is right, False if the files carry no digests to check
+        them with; None if that was not asked for.
     """
 
     path: str
@@ -49,8 +50,9 @@ class Inspection:
             f"files {self.total_bytes / 1e6:.2f} MB, of which {self.common_bytes / 1e6:.2f} MB are not quantized",
             f"kernel {self.kernel}",
         ]
-        if self.verified:
-            lines.append("every byte checked: ok")
+        if self.verified is not None:
+            no_digests = "structure checked: ok; this folder carries no digests, so bytes cannot be checked"
+            lines.append("every byte checked: ok" if self.verified else no_digests)
         rows = [[str(b), f"{self.bpw_read[str(b)]:.3f}", f"{self.bytes[str(b)] / 1e6:.2f}"] for b in self.bits]
         table = render("what each precision reads", ["bits", "bpw read", "MB read"], rows)
         layer_rows = [
@@ -111,6 +113,6 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
         total_bytes=total,
         common_bytes=total - sum(map(spec.layer_bytes, spec.layers)),
         kernel=f"{', '.join(sorted(chosen))} on {device}: the highest priority that can run there",
-        verified=True if verify else None,
+        verified=reader.has_digests if verify else None,
         layers=tuple(layers),
     )
