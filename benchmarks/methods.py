@@ -49,7 +49,7 @@ def measure(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, ob
     """Quantize by one recipe and evaluate every precision."""
     method, preset, nested, options = recipe(text)
     quiet = Reporter(quiet=True)
-    rows, seconds, peak, reference = [], 0.0, 0, None
+    rows, seconds, reference = [], 0.0, None
     with tempfile.TemporaryDirectory() as workspace:
         for bits in [BITS] if nested else [(value,) for value in BITS]:
             folder = Path(workspace) / "-".join(map(str, bits))
@@ -68,7 +68,6 @@ def measure(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, ob
                 reporter=quiet,
             )
             seconds += report.seconds
-            peak = max(peak, report.peak_memory_bytes)
             evaluation = bitstrata.evaluate(
                 folder,
                 arguments.text,
@@ -79,7 +78,7 @@ def measure(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, ob
             )
             reference = evaluation.reference
             rows.extend(result.__dict__ for result in evaluation.results)
-    return {"recipe": text, "seed": seed, "rows": rows, "seconds": seconds, "peak_bytes": peak, "reference": reference}
+    return {"recipe": text, "seed": seed, "rows": rows, "seconds": seconds, "reference": reference}
 
 
 def main() -> None:
