@@ -116,6 +116,9 @@ class SourceModel:
                 else "is the download complete?"
             )
             raise ModelError(f"{self.folder} has no {SINGLE} and no {INDEX}", hint=hint)
+        for file in files.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ModelError(f"{self.folder / INDEX}: {file!r} is not a file name", hint="download the model again")
         for file in sorted(set(files.values())):
             missing = {name for name, home in files.items() if home == file} - self._keys(file)
             if missing:

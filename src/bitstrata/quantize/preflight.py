@@ -277,6 +277,9 @@ def _memory_bytes(settings: Settings, model: PreTrainedModel, discovery: Discove
 
     max(weights outside the blocks in fp32, largest block in fp32 x 4)
     + hidden states: windows x seq_len x hidden x 4 bytes x (2 + 2 x bits)
+    + a training step's activations: batch x seq_len x (inputs and outputs of a block's linears) x 8 bytes
+
+    The interpreter and its libraries, about 0.4 GB, come on top.
     """
     inside: dict[str, int] = dict.fromkeys(discovery.blocks, 0)
     outside = 0
@@ -291,7 +294,13 @@ def _memory_bytes(settings: Settings, model: PreTrainedModel, discovery: Discove
         tokens = windows.calibration.numel() + windows.heldout.numel()
         width = model.config.get_text_config(decoder=True).hidden_size
         hidden = tokens * width * 4 * (2 + 2 * len(settings.bits))
-    return max(outside, 4 * max(inside.values())) + hidden
+    batch = getattr(settings.method.options, "batch_size", 0) if settings.method.needs_calibration else 0
+    widths = [
+        sum(linear.in_features + linear.out_features for linear in discovery.of_block(index))
+        for index in range(len(discovery.blocks))
+    ]
+    training = batch * settings.seq_len * max(widths) * 8
+    return max(outside, 4 * max(inside.values())) + hidden + training
 
 
 def _check_resources(prepared: Prepared) -> list[BitstrataError]:
