@@ -37,6 +37,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"{device!r} is not a device", hint="use auto, cpu, cuda or cuda:1") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {device} is not supported", hint="use auto, cpu, cuda or cuda:1")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device} was asked for, but this torch sees no GPU", hint="use --device cpu")
     return chosen
