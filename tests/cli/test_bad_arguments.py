@@ -101,7 +101,7 @@ def test_an_unusable_text_is_bad_input(
 
 
 def test_every_problem_is_listed_at_once(tmp_path: Path, cli: Command) -> None:
-    """Wrong in the files: a NaN, a shape, a text, a pattern, an output; and in the flags, which come first."""
+    """Wrong in the files: a NaN, a shape, a text, a pattern, an output; and in the flags."""
     source = tiny_llama(tmp_path / "model")
     weights = load_file(source / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
@@ -113,7 +113,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path, cli: Command) -> None:
     outcome.refused(3, "5 problems found before starting; nothing was written", "up_proj.weight holds NaN")
     outcome.refused(3, "model.norm.weight", "none.txt", "nothing.*", "out is a file", "  5. ")
     outcome = cli("quantize", source, "-o", tmp_path / "out", "--bits", "9", "--group-size", "0", "--method", "x")
-    outcome.refused(2, "3 problems found", "'9'", "--group-size", "'x'")
+    outcome.refused(3, "6 problems found", "'9'", "--group-size", "'x'", "out is a file", "NaN", "model.norm.weight")
     assert (tmp_path / "out").read_text() == "a file"
 
 

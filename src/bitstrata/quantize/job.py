@@ -27,7 +27,7 @@ import torch
 from ..checkpoint import CheckpointReader, TensorEntry, copy_file, is_checkpoint, write_checkpoint
 from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, REPORT_FILE, guard_name
-from ..errors import PreflightError, UsageError
+from ..errors import BitstrataError, PreflightError, UsageError
 from ..progress import Reporter
 from .blocks import BlockLoop
 from .preflight import Prepared, megabytes, prepare
@@ -88,6 +88,7 @@ def quantize(
     """
     started = time.monotonic()
     reporter = (reporter or Reporter()).fresh()
+    problems: list[BitstrataError] = []
     settings = Settings.parse(
         model,
         output,
@@ -102,8 +103,9 @@ def quantize(
         skip=skip,
         seed=seed,
         device=device,
+        problems=problems,
     )
-    prepared = prepare(settings, reporter)
+    prepared = prepare(settings, reporter, problems)
     settings = prepared.settings
     if dry_run:
         return _describe(prepared, reporter)

@@ -86,9 +86,10 @@ class _Problems:
             return None
 
 
-def prepare(settings: Settings, reporter: Reporter) -> Prepared:
-    """Check everything and gather what the job needs. Raises PreflightError."""
+def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataError] = ()) -> Prepared:
+    """Check everything and gather what the job needs. Raises PreflightError, `earlier` problems first."""
     problems = _Problems()
+    problems.found.extend(earlier)
     problems.attempt(lambda: _check_output(settings))
     documents = None
     if settings.calibration is not None:

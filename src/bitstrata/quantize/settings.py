@@ -52,9 +52,14 @@ class Settings:
         skip: Sequence[str],
         seed: int,
         device: str,
+        problems: list[BitstrataError] | None = None,
     ) -> Settings:
-        """Raises PreflightError with everything that is wrong."""
-        problems: list[BitstrataError] = []
+        """Check the arguments; what is wrong is appended to `problems`, and a usual value stands in for it.
+
+        Without `problems`, raises PreflightError with everything that is wrong.
+        """
+        raising = problems is None
+        problems = [] if problems is None else problems
 
         def attempt(make: Any, fallback: Any) -> Any:
             try:
@@ -66,16 +71,20 @@ class Settings:
         parsed_bits = attempt(lambda: parse_bits(bits), (4,))
         parsed_method = attempt(lambda: make_method(method, preset, options), RTN())
         parsed_device = attempt(lambda: pick_device(device), torch.device("cpu"))
-        for name, value, least, usual in (
-            ("group-size", group_size, 1, 128),
-            ("num-samples", num_samples, 1, 128),
-            ("seq-len", seq_len, 2, 2048),
-            ("seed", seed, 0, 0),
-        ):
-            if value < least:
-                message = f"--{name} must be at least {least}, got {value}"
-                problems.append(UsageError(message, hint=f"the default is {usual}"))
-        problems.extend(_bad_patterns(skip))
+
+        def number(name: str, value: int, least: int, usual: int) -> int:
+            if least <= value < 2**63:
+                return value
+            problems.append(
+                UsageError(f"--{name} must be at least {least}, got {value}", hint=f"the default is {usual}")
+            )
+            return usual
+
+        group_size, num_samples = number("group-size", group_size, 1, 128), number("num-samples", num_samples, 1, 128)
+        seq_len, seed = number("seq-len", seq_len, 2, 2048), number("seed", seed, 0, 0)
+        bad = dict(_bad_patterns(skip))
+        problems.extend(bad.values())
+        skip = [pattern for pattern in skip if pattern not in bad]
         if parsed_method.needs_calibration and calibration is None:
             problems.append(
                 UsageError(
@@ -83,7 +92,7 @@ class Settings:
                     hint="give --calibration FILE (or the built-in text `stdlib`), or use --preset fast",
                 )
             )
-        if problems:
+        if problems and raising:
             raise PreflightError(problems)
         text = None if calibration is None else str(calibration)
         return cls(
@@ -117,12 +126,11 @@ class Settings:
         }
 
 
-def _bad_patterns(skip: Sequence[str]) -> Iterator[UsageError]:
+def _bad_patterns(skip: Sequence[str]) -> Iterator[tuple[str, UsageError]]:
     for pattern in skip:
         if pattern.startswith("re:"):
             try:
                 re.compile(pattern[3:])
             except re.error as error:
-                yield UsageError(
-                    f"--skip {pattern} is not a regular expression: {error}", hint="or use a glob: *.down_proj"
-                )
+                message = f"--skip {pattern} is not a regular expression: {error}"
+                yield pattern, UsageError(message, hint="or use a glob: *.down_proj")
