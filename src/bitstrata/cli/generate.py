@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from transformers import TextStreamer
 
-from ..errors import UsageError
-from ..models import load, load_tokenizer, parse_target, resolve
+from ..models import choose_bits, load, load_tokenizer, resolve
 from ..runtime import generate
 from .output import DEVICE_OPTION, JSON_OPTION, show
 
@@ -26,10 +24,7 @@ def command(
     json: bool = JSON_OPTION,
 ) -> None:
     """Continue PROMPT at the chosen bits, streaming to the terminal."""
-    target, named = (model, None) if Path(model).is_dir() else parse_target(model)
-    if named is not None and bits is not None and named != bits:
-        raise UsageError(f"bits given twice: {named} in {model} and {bits} in --bits", hint="give one of them")
-    chosen = bits if bits is not None else named
+    target, chosen = choose_bits(model, bits)
     loaded = load(target, bits=chosen, device=device, max_bits=chosen)
     tokenizer = load_tokenizer(resolve(target))
     streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)

@@ -82,7 +82,7 @@ def demo(output: str | Path | None = None, *, reporter: Reporter | None = None) 
             calibration="stdlib",
             num_samples=64,
             seq_len=256,
-            options={"steps": 60, "batch_size": 4},
+            options={"steps": 40, "batch_size": 4},
             reporter=reporter,
         )
         rows, texts = _measure(folder, reporter)

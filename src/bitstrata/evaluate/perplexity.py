@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ..calibrate import evaluation_windows, read_text
 from ..errors import ModelError, TextError, UnsupportedBitsError, UsageError
-from ..models import load, load_tokenizer, resolve
+from ..models import context_limit, load, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..nn import PlaneLinear, bits_state, parse_bits, use_bits
 from ..progress import Reporter
@@ -124,7 +124,7 @@ def _row(bits: int, measured: Measured, size: int, count: int) -> BitsResult:
 
 def context_length(model: PreTrainedModel, seq_len: int | None, reporter: Reporter) -> int:
     """`seq_len` (default 2048), lowered to the model's context with a note."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context_limit(model.config)
     wanted = DEFAULT_SEQ_LEN if seq_len is None else seq_len
     if limit is None or wanted <= limit:
         return wanted

@@ -2,8 +2,8 @@
 
 from .discover import Discovery, LeftOut, LinearInfo, discover
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
-from .load import load, load_tokenizer, parse_target
-from .source import SourceModel, all_finite, resolve
+from .load import choose_bits, load, load_tokenizer, parse_target
+from .source import SourceModel, all_finite, context_limit, resolve
 
 __all__ = [
     "BitstrataConfig",
@@ -14,6 +14,8 @@ __all__ = [
     "SourceModel",
     "all_finite",
     "attach",
+    "choose_bits",
+    "context_limit",
     "discover",
     "load",
     "load_tokenizer",

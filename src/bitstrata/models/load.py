@@ -29,6 +29,18 @@ def parse_target(target: str) -> tuple[str, int | None]:
     return target, None
 
 
+def choose_bits(target: str, bits: int | None) -> tuple[str, int | None]:
+    """The folder or hub id, and the bits, from `OUT[:BITS]` and a separate `bits`.
+
+    A folder that exists under the whole name is taken as it is. Raises UsageError if both name bits
+    and differ.
+    """
+    name, named = (target, None) if Path(target).is_dir() else parse_target(target)
+    if named is not None and bits is not None and named != bits:
+        raise UsageError(f"bits given twice: {named} in {target} and {bits} in --bits", hint="give one of them")
+    return name, bits if bits is not None else named
+
+
 def pick_device(device: str | torch.device) -> torch.device:
     """`auto` is the first GPU if there is one, else the CPU. Raises UsageError for an unusable device."""
     if device == "auto":

@@ -260,6 +260,12 @@ class SourceModel:
                 owner._buffers[leaf] = value
 
 
+def context_limit(config: PreTrainedConfig) -> int | None:
+    """The longest sequence, in tokens, that a model of this config was made for; None if it does not say."""
+    limit: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a floating-point tensor holds neither NaN nor infinity; makes no temporary of its size."""
     return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibrate import Windows, calibration_windows, read_text, text_digest
 from ..checkpoint import LayerSpec, QuantizationSpec, is_checkpoint
 from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
-from ..models import Discovery, SourceModel, all_finite, discover, load_tokenizer, resolve
+from ..models import Discovery, SourceModel, all_finite, context_limit, discover, load_tokenizer, resolve
 from ..progress import Reporter
 from ..version import __version__
 from .grouping import check_weight
@@ -139,7 +139,7 @@ def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataE
 
 
 def _within_context(settings: Settings, source: SourceModel, reporter: Reporter) -> Settings:
-    limit = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context_limit(source.config)
     if settings.calibration is None or limit is None or settings.seq_len <= limit:
         return settings
     reporter.note(f"seq-len lowered from {settings.seq_len} to {limit}, the model's context")

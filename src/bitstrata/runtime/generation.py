@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError, UsageError
-from ..models import load, load_tokenizer, parse_target, resolve
+from ..models import choose_bits, context_limit, load, load_tokenizer, resolve
 from ..nn import bits_state
 from ..progress import Reporter
 
@@ -85,10 +85,7 @@ def generate(
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max_new_tokens be at least 1")
     if not isinstance(model, PreTrainedModel):
-        target, named = parse_target(str(model)) if not Path(model).is_dir() else (str(model), None)
-        if named is not None and bits is not None and named != bits:
-            raise UsageError(f"bits given twice: {named} in {model} and {bits} in --bits", hint="give one of them")
-        bits = bits if bits is not None else named
+        target, bits = choose_bits(str(model), bits)
         model = load(target, bits=bits, device=device, max_bits=bits)
     tokenizer = tokenizer or load_tokenizer(resolve(str(model.name_or_path)))
     state = bits_state(model)
@@ -125,7 +122,7 @@ def continue_prompt(
         ids = [tokenizer.bos_token_id, *ids]
     if not ids:
         raise InputError("the prompt is empty", hint="give at least one word")
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context_limit(model.config)
     if limit is not None and len(ids) + max_new_tokens > limit:
         if len(ids) >= limit:
             raise InputError(f"the prompt has {len(ids)} tokens, the model's context is {limit}", hint="shorten it")
