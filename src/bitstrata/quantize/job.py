@@ -10,7 +10,7 @@ for the final check, next to dedicated round-to-nearest at the same bits, withou
 model. An interrupted job recomputes the chains from its finished blocks, so a resumed job sees
 exactly the numbers the first run saw.
 
-Peak memory is that of `preflight._memory_bytes`; the measured peak is in the report.
+`preflight._memory_bytes` estimates the peak memory; the measured peak is in the report.
 """
 
 from __future__ import annotations
