@@ -3,8 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NATIVE := CMakeLists.txt $(shell find src/bitstrata/kernels/cpu/native -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test check lint types format wheel clean
+# The packages of the build are pinned as well. pip reads the first of these for them up to version 25.2, the second from then on.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+# A user's `pip install` goes on without the kernels when they cannot be built; here that is an error, unless there is no compiler at all.
+export BITSTRATA_REQUIRE_NATIVE ?= $(if $(shell command -v $(CXX)),1,0)
+
+.PHONY: demo test check lint types format wheel sanitize cross clean
 
 demo: $(READY)  ## the main job on the bundled model, offline
 	$(BIN)/bitstrata demo
@@ -29,10 +36,37 @@ wheel: $(READY)  ## build dist/bitstrata-*.whl
 	rm -rf dist
 	$(BIN)/python -m build --wheel --outdir dist .
 
-$(READY): pyproject.toml constraints.txt
+sanitize: $(READY)  ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+	rm -rf build/sanitize
+	CXX="$(CXX)" $(BIN)/python -m pip install --quiet --no-deps --target build/sanitize \
+	  --config-settings cmake.define.BITSTRATA_SANITIZE=ON --config-settings install.strip=false .
+	$(SANITIZED) -c "from bitstrata.kernels.cpu import _native; print(_native.__file__)" | grep /build/sanitize/
+	$(SANITIZED) -m pytest -q --capture=sys tests/kernels
+
+# PYTHONPATH comes before the editable install. The sanitizers must be the first libraries of the process, and need the C++ library there to
+# follow exceptions. Python never frees everything, hence no leak reports; --capture=sys lets a report out of the dying process.
+SANITIZED = PYTHONPATH="$(CURDIR)/build/sanitize" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  LD_PRELOAD="$(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))" $(BIN)/python
+
+# -I: the build's environment hides this one's packages from its own Python.
+cross: $(READY)  ## compile and link the extension for 64-bit Arm, to see that it builds
+	$(BIN)/python -c "import ziglang" 2> /dev/null || $(BIN)/python -m pip install --quiet --editable ".[cross]"
+	rm -rf build/cross
+	mkdir -p build/cross
+	CXX="$(abspath $(BIN))/python -I -m ziglang c++ -target aarch64-linux-gnu" BITSTRATA_REQUIRE_NATIVE=1 \
+	  ZIG_GLOBAL_CACHE_DIR="$(CURDIR)/build/zig" ZIG_LOCAL_CACHE_DIR="$(CURDIR)/build/zig" \
+	  $(BIN)/python -m pip install --verbose --no-deps --target build/cross \
+	  --config-settings cmake.define.CMAKE_SYSTEM_NAME=Linux --config-settings cmake.define.CMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  --config-settings cmake.define.BITSTRATA_NEON_FLAGS=-mcpu=generic+v8_2a+dotprod+fullfp16 \
+	  . > build/cross/log.txt 2>&1 || (tail -n 60 build/cross/log.txt; exit 1)
+	grep -E "warning:|bitstrata: .* kernels" build/cross/log.txt
+	grep -q "bitstrata: neon kernels" build/cross/log.txt
+
+$(READY): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $(READY)
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f src/bitstrata/kernels/cpu/_native.*.so

@@ -112,7 +112,7 @@ def _asked(bits: str | Sequence[int] | int | None) -> tuple[int, ...] | None:
 
 def bytes_by_bits(model: PreTrainedModel, bits: Sequence[int]) -> dict[int, int]:
     """Bytes that one pass over the quantized layers of `model` reads at each bits."""
-    layers = [module.plane_weight() for module in model.modules() if isinstance(module, PlaneLinear)]
+    layers = [module for module in model.modules() if isinstance(module, PlaneLinear)]
     return {value: sum(layer.bytes_read(value) for layer in layers) for value in bits}
 
 

@@ -1,30 +1,45 @@
 """The operation as `torch.library` ops, so that compilers see one opaque node.
 
-    bitstrata::plane_linear       every row at the same bits
-    bitstrata::plane_linear_rows  one bits value a row
+    bitstrata::plane_linear          every row at the same bits
+    bitstrata::plane_linear_rows     one bits value a row
+    bitstrata::prepared_linear       the same two from a weight in a kernel's own layout
+    bitstrata::prepared_linear_rows
 
-Both take the layer's tensors as lists, because a dispatcher schema has no structures: planes;
-then either scales and offsets, or tables, one entry for each value of `decoder_bits`. They are
-defined through `torch.library.Library` rather than `custom_op`, which costs several times more
-per call.
+They take the layer's tensors as lists, because a dispatcher schema has no structures: planes; then
+either scales and offsets, or tables, one entry for each value of `decoder_bits`; or the tensors and
+the shape of a prepared weight. They are defined through `torch.library.Library` rather than
+`custom_op`, which costs several times more per call.
+
+`prepared_linear` here, the function, goes straight to the kernel when nothing but an ordinary eager
+call is going on: a model's decoding step calls it hundreds of times.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedBitsError
 from ..planes.weights import AffineDecoder, CodebookDecoder, PlaneWeight
-from . import reference as _reference  # noqa: F401  (registers itself)
-from .registry import Problem, select
+from . import cpu, reference  # noqa: F401  (they register themselves)
+from .registry import PreparedWeight, Problem, select
+
+# layout name -> class of the prepared weights in it
+LAYOUTS: dict[str, Any] = {cpu.BlockedWeight.layout: cpu.BlockedWeight}
 
 _LIBRARY = torch.library.Library("bitstrata", "DEF")
 _WEIGHT = "Tensor[] planes, Tensor[] scales, Tensor[] offsets, Tensor[] tables, int[] decoder_bits, int group_size"
 _LIBRARY.define(f"plane_linear(Tensor x, {_WEIGHT}, int bits) -> Tensor")
 _LIBRARY.define(f"plane_linear_rows(Tensor x, {_WEIGHT}, Tensor row_bits) -> Tensor")
+_PREPARED = (
+    "Tensor[] planes, Tensor[] decoders, int[] decoder_bits, str layout, int out_features, int group_size, str kind"
+)
+_LIBRARY.define(f"prepared_linear(Tensor x, {_PREPARED}, int bits) -> Tensor")
+_LIBRARY.define(f"prepared_linear_rows(Tensor x, {_PREPARED}, Tensor row_bits) -> Tensor")
 
 
 def _weight(
@@ -68,24 +83,73 @@ def _plane_linear_rows(x: Tensor, *weight_args: object) -> Tensor:
     assert isinstance(row_bits, Tensor)
     weight = _weight(x, *parts)  # type: ignore[arg-type]
     rows = x.reshape(-1, x.shape[-1])
-    if row_bits.shape != rows.shape[:1]:
-        raise ValueError(f"row_bits must have shape {[rows.shape[0]]}, one entry a row, got {list(row_bits.shape)}")
-    unknown = set(torch.unique(row_bits).tolist()) - set(weight.bits)
-    if unknown:
-        raise UnsupportedBitsError(sorted(unknown), weight.bits, where="this layer")
+    _check_row_bits(row_bits, rows.shape[0], weight.bits)
     kernel = select(_problem(x, weight))
     with torch.autocast(x.device.type, enabled=False):
         y = kernel.linear_rows(rows, weight, row_bits)
     return y.reshape(*x.shape[:-1], weight.out_features)
 
 
+def _check_row_bits(row_bits: Tensor, rows: int, supported: tuple[int, ...]) -> None:
+    if row_bits.dim() != 1 or row_bits.shape[0] != rows:
+        raise ValueError(f"row_bits must have shape {[rows]}, one entry a row, got {list(row_bits.shape)}")
+    unknown = set(row_bits.tolist()) - set(supported)
+    if unknown:
+        raise UnsupportedBitsError(sorted(unknown), supported, where="this layer")
+
+
+def _run_prepared(x: Tensor, weights: Sequence[PreparedWeight], bits: int | Tensor) -> list[Tensor]:
+    first = weights[0]
+    leading = x.shape[:-1]
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if isinstance(bits, Tensor):
+        for weight in weights:
+            _check_row_bits(bits, flat.shape[0], weight.bits)
+    elif any(bits not in weight.decoders for weight in weights):
+        raise UnsupportedBitsError(bits, first.bits, where="this layer")
+    kernel = select(Problem(x.device.type, x.dtype, flat.shape[0], first.kind))
+    with torch.autocast(x.device.type, enabled=False):  # the result has x's dtype, as the fake says
+        if kernel.layout == first.layout:
+            ys = kernel.linear_many(flat, weights, bits)
+        elif isinstance(bits, Tensor):  # another kernel is forced
+            ys = [kernel.linear_rows(flat, weight.unpack(), bits) for weight in weights]
+        else:
+            ys = [kernel.linear(flat, weight.unpack(), bits) for weight in weights]
+    return [y.view(*leading, y.shape[1]) for y in ys]
+
+
+def _prepared_linear(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    decoders: Sequence[Tensor],
+    decoder_bits: Sequence[int],
+    layout: str,
+    out_features: int,
+    group_size: int,
+    kind: str,
+    bits: int | Tensor,
+) -> Tensor:
+    by_bits = dict(zip(decoder_bits, decoders, strict=True))
+    weight = LAYOUTS[layout](tuple(planes), by_bits, out_features, x.shape[-1], group_size, kind)
+    return _run_prepared(x, [weight], bits)[0]
+
+
 def _fake(x: Tensor, planes: Sequence[Tensor], *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], planes[0].shape[0])
 
 
-for _name, _function in (("plane_linear", _plane_linear), ("plane_linear_rows", _plane_linear_rows)):
+def _fake_prepared(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], arguments[4])
+
+
+for _name, _function, _shape in (
+    ("plane_linear", _plane_linear, _fake),
+    ("plane_linear_rows", _plane_linear_rows, _fake),
+    ("prepared_linear", _prepared_linear, _fake_prepared),
+    ("prepared_linear_rows", _prepared_linear, _fake_prepared),
+):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bitstrata::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_fake(f"bitstrata::{_name}", _shape, lib=_LIBRARY)
 
 
 def _arguments(weight: PlaneWeight, decoder_bits: Sequence[int]) -> tuple[list[Tensor], ...]:
@@ -98,7 +162,7 @@ def _arguments(weight: PlaneWeight, decoder_bits: Sequence[int]) -> tuple[list[T
     )
 
 
-def _check_columns(x: Tensor, weight: PlaneWeight) -> None:
+def _check_columns(x: Tensor, weight: PlaneWeight | PreparedWeight) -> None:
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"expected x [..., {weight.in_features}], got {list(x.shape)}")
 
@@ -125,3 +189,50 @@ def plane_linear_rows(x: Tensor, weight: PlaneWeight, row_bits: Tensor) -> Tenso
     arguments = _arguments(weight, weight.bits)
     y: Tensor = torch.ops.bitstrata.plane_linear_rows(x, *arguments, list(weight.bits), weight.group_size, row_bits)
     return y
+
+
+def prepare(weight: PlaneWeight, dtype: torch.dtype) -> PreparedWeight | None:
+    """`weight` in the layout of the kernel that runs one row of `dtype` on its device; None to keep it as it is."""
+    device = weight.planes[0].device.type
+    if device == "cpu" and cpu.missing:
+        warnings.warn(
+            f"CPU kernels cannot be used: {cpu.missing}. The reference kernel is many times slower; install "
+            "bitstrata again where there is a C++17 compiler (GCC or Clang).",
+            stacklevel=2,
+        )
+    return select(Problem(device, dtype, 1, weight.decoder_kind(weight.bits[0]))).prepare(weight)
+
+
+def prepared_linear(x: Tensor, weights: Sequence[PreparedWeight], bits: int | Tensor) -> list[Tensor]:
+    """y_i = x @ W_i^T at `bits`, or row r at bits[r]: x [..., K] -> [..., N_i] each, in x's dtype.
+
+    The weights share K and groups. Raises as `plane_linear` and `plane_linear_rows` do.
+    """
+    for weight in weights:
+        _check_columns(x, weight)
+    if type(x) is Tensor and not torch.compiler.is_compiling() and x.device == weights[0].planes[0].device:
+        return _run_prepared(x, weights, bits)
+    ys = []
+    for weight in weights:
+        op = (
+            torch.ops.bitstrata.prepared_linear_rows
+            if isinstance(bits, Tensor)
+            else torch.ops.bitstrata.prepared_linear
+        )
+        chosen = weight.bits if isinstance(bits, Tensor) else (bits,)
+        if any(value not in weight.decoders for value in chosen):
+            raise UnsupportedBitsError(bits, weight.bits, where="this layer")
+        ys.append(
+            op(
+                x,
+                list(weight.planes[: max(chosen)]),
+                [weight.decoders[value] for value in chosen],
+                list(chosen),
+                weight.layout,
+                weight.out_features,
+                weight.group_size,
+                weight.kind,
+                bits,
+            )
+        )
+    return ys

@@ -6,6 +6,9 @@ kernel is compared with it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,9 +22,14 @@ class ReferenceKernel:
 
     name = "reference"
     priority = 0
+    layout = None
+    activations = "exact"
 
     def can_run(self, problem: Problem) -> str | None:
         return None if problem.dtype.is_floating_point else f"activations are {problem.dtype}, not floating point"
+
+    def prepare(self, weight: PlaneWeight) -> None:
+        return None
 
     def linear(self, x: Tensor, weight: PlaneWeight, bits: int) -> Tensor:
         return torch.nn.functional.linear(x, decode(weight, bits, x.dtype))
@@ -32,6 +40,9 @@ class ReferenceKernel:
             chosen = row_bits == bits
             y[chosen] = self.linear(x[chosen], weight, bits)
         return y
+
+    def linear_many(self, x: Tensor, weights: Sequence[Any], bits: int | Tensor) -> list[Tensor]:
+        raise TypeError("the reference kernel has no layout of its own")
 
 
 register(ReferenceKernel())

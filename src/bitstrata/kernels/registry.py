@@ -1,16 +1,21 @@
 """Which kernel runs, and why.
 
 A kernel declares a name, a priority and `can_run(problem)`, which returns None or the reason why
-not. The one with the highest priority that can run is taken. `BITSTRATA_KERNEL=<name>` forces one
-and is an error if that one cannot run: a forced kernel is never replaced silently.
+not. The one with the highest priority that can run is taken; those with a negative priority only
+run when they are forced. `BITSTRATA_KERNEL=<name>` forces one and is an error if that one cannot
+run: a forced kernel is never replaced silently.
+
+A kernel may want weights in a layout of its own. `prepare` makes it from the stored one, once, when
+a model is loaded; the kernel then gets that instead of the PlaneWeight.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,14 +36,45 @@ class Problem:
     decoder: str
 
 
+class PreparedWeight(Protocol):
+    """A weight in a kernel's own layout: the same bits and numbers as a PlaneWeight in another order."""
+
+    layout: str  # the layout's name
+    planes: tuple[Tensor, ...]
+    decoders: Mapping[int, Tensor]
+    out_features: int
+    in_features: int
+    group_size: int
+    kind: str  # of the decoders
+
+    @property
+    def bits(self) -> tuple[int, ...]: ...
+
+    def unpack(self) -> PlaneWeight:
+        """The stored layout again, bit for bit."""
+        ...
+
+
 class Kernel(Protocol):
-    """A machine's implementation of the operation."""
+    """A machine's implementation of the operation.
+
+    layout: of prepared weights it can take; None if it has no layout of its own.
+    activations: "exact", or "int8" if they are quantized; the kernel then states its own error bound.
+    """
 
     name: str
     priority: int
+    activations: str
+
+    @property
+    def layout(self) -> str | None: ...
 
     def can_run(self, problem: Problem) -> str | None:
         """None if it can run `problem`, else the reason in one clause."""
+        ...
+
+    def prepare(self, weight: PlaneWeight) -> PreparedWeight | None:
+        """`weight`, left alone, in the kernel's layout; None if it has none."""
         ...
 
     def linear(self, x: Tensor, weight: PlaneWeight, bits: int) -> Tensor:
@@ -46,7 +82,11 @@ class Kernel(Protocol):
         ...
 
     def linear_rows(self, x: Tensor, weight: PlaneWeight, row_bits: Tensor) -> Tensor:
-        """x [rows, K] -> [rows, N], row r at row_bits[r] (int8 [rows], all of them supported)."""
+        """x [rows, K] -> [rows, N], row r at row_bits[r] (integers [rows], all of them supported)."""
+        ...
+
+    def linear_many(self, x: Tensor, weights: Sequence[Any], bits: int | Tensor) -> list[Tensor]:
+        """x [rows, K] times prepared weights of equal K and groups, [rows, N_i] each; bits as above."""
         ...
 
 
@@ -77,17 +117,23 @@ def describe(problem: Problem) -> Sequence[KernelReport]:
 
 def select(problem: Problem) -> Kernel:
     """The kernel for `problem`. Raises KernelError if none, or not the forced one, can run it."""
-    forced = os.environ.get(ENVIRONMENT)
+    return _select(problem, os.environ.get(ENVIRONMENT) or None, tuple(_KERNELS.values()))
+
+
+@lru_cache(maxsize=256)
+def _select(problem: Problem, forced: str | None, kernels: tuple[Kernel, ...]) -> Kernel:
+    """`select` is asked at every call of every layer; what a kernel can run does not change."""
     if forced:
-        if forced not in _KERNELS:
-            raise KernelError(f"{ENVIRONMENT}={forced} is not a kernel", hint=f"kernels: {', '.join(sorted(_KERNELS))}")
-        reason = _KERNELS[forced].can_run(problem)
+        named = {kernel.name: kernel for kernel in kernels}
+        if forced not in named:
+            raise KernelError(f"{ENVIRONMENT}={forced} is not a kernel", hint=f"kernels: {', '.join(sorted(named))}")
+        reason = named[forced].can_run(problem)
         if reason is not None:
             raise KernelError(
                 f"{ENVIRONMENT}={forced} cannot run here: {reason}", hint=f"unset {ENVIRONMENT} to let bitstrata choose"
             )
-        return _KERNELS[forced]
-    for report in describe(problem):
-        if report.reason is None:
-            return _KERNELS[report.name]
+        return named[forced]
+    for kernel in sorted(kernels, key=lambda kernel: -kernel.priority):
+        if kernel.priority >= 0 and kernel.can_run(problem) is None:
+            return kernel
     raise KernelError(f"no kernel can run {problem}")

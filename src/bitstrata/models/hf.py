@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import QUANT_METHOD, CheckpointReader, LayerSpec, QuantizationSpec
 from ..errors import CheckpointError
-from ..nn import Bits, BitsState, PlaneLinear, bits_state, use_bits
+from ..nn import Bits, BitsState, PlaneLinear, bits_state, fuse, use_bits
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -124,8 +124,12 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Give `model`'s `forward` and `generate` a `bits` argument. Returns the same object."""
+    """Give `model`'s `forward` and `generate` a `bits` argument and its layers the kernels' layout; the same object."""
     bits_state(model)  # raises if nothing is quantized
+    for module in model.modules():
+        if isinstance(module, PlaneLinear):
+            module.prepare()
+    fuse(model)
     if not getattr(type(model), "_takes_bits", False):
         model.__class__ = _class_with_bits(type(model))  # type: ignore[arg-type]
     return model

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import plane_linear, plane_linear_rows
+from ..kernels import PreparedWeight, plane_linear, plane_linear_rows, prepare, prepared_linear
 from ..planes.pack import words_per_row
 from ..planes.weights import SCALE_DTYPE, Decoder, PlaneWeight, decoder_shapes, make_decoder
 from .bits import BitsState, expand_rows
+from .fused import FusedGroup
 
 
 class PlaneLinear(nn.Module):
@@ -20,6 +22,10 @@ class PlaneLinear(nn.Module):
     supported bits p `scale_<p>` fp16 [p, N, J] and `offset_<p>` fp16 [N, J], or `table_<p>` fp16
     [N, 2**p]. `weight` is an empty placeholder: it tells code that asks a linear layer's dtype, and
     makes loaders that do not know the format fail on its shape.
+
+    `prepare` puts the weight into the layout of the kernel that will run here; the tensors then
+    live in buffers `prepared_<i>` that no checkpoint sees. `state_dict` gives the stored ones all
+    the same, and loading, moving or `plane_weight` bring them back.
 
     Args:
         name: the layer's name in the model; plans look it up.
@@ -46,6 +52,8 @@ class PlaneLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.name, self.bits_state = name, state
         self.bits, self.group_size, self.decoder = bits, group_size, decoder
+        self.prepared: PreparedWeight | None = None
+        self.fused: FusedGroup | None = None
         words = words_per_row(in_features)
         for index in range(max(bits)):
             self.register_buffer(f"plane_{index}", torch.zeros(out_features, words, dtype=torch.int32, device=device))
@@ -84,8 +92,19 @@ class PlaneLinear(nn.Module):
         return layer
 
     def plane_weight(self, bits: tuple[int, ...] | None = None) -> PlaneWeight:
-        """The layer's tensors, not copied, with the decoders for `bits` (all of them by default)."""
+        """The layer's weight as stored, with the decoders for `bits` (all of them by default).
+
+        The tensors are the layer's own, or copies if the weight is prepared for a kernel.
+        """
         chosen = bits if bits is not None else self.bits
+        if self.prepared is not None:
+            stored = self.prepared.unpack()
+            return PlaneWeight(
+                stored.planes[: max(chosen)],
+                {value: stored.decoders[value] for value in chosen},
+                self.in_features,
+                self.group_size,
+            )
         decoders: dict[int, Decoder] = {}
         for value in chosen:
             tensors = {key: getattr(self, key) for key in self._decoder_keys[value]}
@@ -93,22 +112,77 @@ class PlaneLinear(nn.Module):
         planes = tuple(getattr(self, f"plane_{index}") for index in range(max(chosen)))
         return PlaneWeight(planes, decoders, self.in_features, self.group_size)
 
+    def bytes_read(self, bits: int) -> int:
+        """Bytes of the stored tensors that a product at `bits` needs: planes 0..bits-1 and that decoder."""
+        shapes = decoder_shapes(self.decoder, bits, self.out_features, self.in_features, self.group_size)
+        entries = sum(torch.Size(shape).numel() for shape in shapes.values())
+        return 4 * bits * self.out_features * words_per_row(self.in_features) + SCALE_DTYPE.itemsize * entries
+
+    def prepare(self) -> None:
+        """Re-lay the weight for the kernel that runs here, if it wants a layout of its own."""
+        placeholder = self._buffers["weight"]
+        if self.prepared is not None or placeholder is None or placeholder.is_meta:
+            return
+        prepared = prepare(self.plane_weight(), placeholder.dtype)
+        if prepared is None:
+            return
+        self._forget_weight()
+        self.prepared = prepared
+        for index, tensor in enumerate([*prepared.planes, *prepared.decoders.values()]):
+            self.register_buffer(f"prepared_{index}", tensor, persistent=False)
+
+    def restore(self) -> None:
+        """Bring the stored tensors back into the layer; the opposite of `prepare`."""
+        if self.prepared is None:
+            return
+        stored = self.plane_weight()
+        self._forget_weight()
+        self.prepared = None
+        for key, tensor in stored.tensors().items():
+            self.register_buffer(key, tensor)
+
+    def _forget_weight(self) -> None:
+        for key in [key for key in self._buffers if key != "weight"]:
+            del self._buffers[key]
+            self._non_persistent_buffers_set.discard(key)
+
     def forward(self, x: Tensor) -> Tensor:
         bits = self.bits_state.of(self.name)
-        if isinstance(bits, Tensor):
-            y = plane_linear_rows(x, self.plane_weight(), expand_rows(bits.to(x.device), x.shape[:-1]))
+        if self.prepared is None:
+            if isinstance(bits, Tensor):
+                y = plane_linear_rows(x, self.plane_weight(), expand_rows(bits.to(x.device), x.shape[:-1]))
+            else:
+                y = plane_linear(x, self.plane_weight((bits,)), bits)
+        elif isinstance(bits, Tensor):
+            (y,) = prepared_linear(x, [self.prepared], expand_rows(bits.to(x.device), x.shape[:-1]))
+        elif self.fused is not None and self.fused.can_share(x):
+            y = self.fused.output(self, x, bits)
         else:
-            y = plane_linear(x, self.plane_weight((bits,)), bits)
+            (y,) = prepared_linear(x, [self.prepared], bits)
         return y if self.bias is None else y + self.bias
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.prepared is not None:
+            for key, tensor in self.plane_weight().tensors().items():
+                destination[prefix + key] = tensor
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*arguments, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneLinear:
         """Move, but never convert: `model.half()` or `.to(bfloat16)` must not round stored scales."""
+        was_prepared = self.prepared is not None
+        self.restore()
         kept = {key: buffer for key, buffer in self._buffers.items() if buffer is not None and key != "weight"}
         super()._apply(fn, recurse)
         for key, before in kept.items():
             after = self._buffers[key]
             if after is not None and after.dtype != before.dtype:
                 self._buffers[key] = before.to(after.device)
+        if was_prepared:
+            self.prepare()
         return self
 
     def extra_repr(self) -> str:

@@ -1,0 +1,91 @@
+// AVX2: two lanes of 16 bytes. With AVX-VNNI the byte products are summed in one instruction; without it pairs of
+// products are summed into signed 16 bits first, so levels stay below 128.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace bitstrata {
+namespace {  // every instruction set has its own Simd, and its own copies of what is built on it
+
+struct Simd {
+  static constexpr int lanes = 2;
+  static constexpr int level_bias = 0;
+#ifdef __AVXVNNI__
+  static constexpr int level_most = 255;
+  static constexpr int level_max(int planes) { return planes == 3 ? 252 : 255; }
+#else
+  static constexpr int level_most = 127;
+  static constexpr int level_max(int planes) { return planes == 4 ? 120 : 126; }
+#endif
+
+  using V = __m256i;
+  using F = __m256;
+
+  static V load(const void* p) { return _mm256_loadu_si256(static_cast<const V*>(p)); }
+  static void store(void* p, V v) { _mm256_storeu_si256(static_cast<V*>(p), v); }
+  static V repeat(const void* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+  static V bytes(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
+  static V upper_bytes() { return _mm256_set1_epi16(static_cast<short>(0xFF00)); }
+  static V zero() { return _mm256_setzero_si256(); }
+  static V flip(V v) { return v; }
+
+  static V both(V a, V b) { return _mm256_and_si256(a, b); }
+  static V select(V mask, V yes, V no) {
+    return _mm256_or_si256(_mm256_and_si256(mask, yes), _mm256_andnot_si256(mask, no));
+  }
+  static V twice(V a) { return _mm256_add_epi8(a, a); }
+  template <int n>
+  static V right(V a) {
+    return _mm256_srli_epi16(a, n);
+  }
+  template <int n>
+  static V left(V a) {
+    return _mm256_slli_epi16(a, n);
+  }
+  static V lookup(V table, V index) { return _mm256_shuffle_epi8(table, index); }
+  template <int bit>
+  static V choose(V bits, V yes, V no) {
+    return _mm256_blendv_epi8(no, yes, _mm256_slli_epi16(bits, 7 - bit));
+  }
+
+  static V dot(V sum, V levels, V x) {
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(sum, levels, x);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(levels, x), _mm256_set1_epi16(1)));
+#endif
+  }
+  static V sum4(V a, V b, V c, V d) { return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d)); }
+
+  static V add16(V a, V b) { return _mm256_add_epi16(a, b); }
+  static V to_upper_half(V a) { return _mm256_slli_epi32(a, 16); }
+  static V unpack_low32(V a, V b) { return _mm256_unpacklo_epi32(a, b); }
+  static V unpack_high32(V a, V b) { return _mm256_unpackhi_epi32(a, b); }
+  static V unpack_low64(V a, V b) { return _mm256_unpacklo_epi64(a, b); }
+  static V unpack_high64(V a, V b) { return _mm256_unpackhi_epi64(a, b); }
+
+  static F to_float(V v) { return _mm256_cvtepi32_ps(v); }
+  static V to_int(F v) { return _mm256_cvtps_epi32(v); }
+  static F floats(float v) { return _mm256_set1_ps(v); }
+  static F load_float(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_float(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store_half(uint16_t* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static F ratio(F a, F b) {
+    return _mm256_and_ps(_mm256_div_ps(a, b), _mm256_cmp_ps(b, _mm256_setzero_ps(), _CMP_GT_OQ));
+  }
+  static void gather16(const float* table, const uint8_t* index, float* out) {
+    for (int i = 0; i < 16; ++i) out[i] = table[index[i]];
+  }
+};
+
+}  // namespace
+}  // namespace bitstrata

@@ -1,0 +1,55 @@
+// What the bindings and the kernels of an instruction set say to each other.
+#pragma once
+#include "layout.h"
+
+namespace bitstrata {
+
+enum class Type { f32, f16, bf16 };
+
+// A weight in the blocked layout; the memory belongs to the caller.
+struct Weight {
+  Layout layout;
+  bool codebook;
+  const uint8_t* planes[kMaxBits] = {};
+  const uint16_t* decoders[kMaxBits + 1] = {};  // by bits; null where there is none
+};
+
+// Rows begin..end-1 of x at `bits`, with the decoder of these bits.
+struct Segment {
+  int bits, begin, end;
+  const uint16_t* decoder;  // scales or table of the blocked layout
+};
+
+struct FewRows {
+  const Layout* layout;
+  const uint8_t* planes[kMaxBits];  // as many as `bits`; 4 or 8 if there are several segments
+  int bits;                         // the highest bits among the segments
+  bool codebook;
+  const Segment* segments;
+  int segment_count;
+  int rows;              // 1..kMaxRows
+  const int8_t* x;       // [rows][units][128]
+  const float* x_scale;  // [rows][chunks]
+  const float* x_sum;    // [rows][chunks]: x_scale * sum of the chunk's x
+  const float* x_exact;  // [rows][units][128]; set if activations are not quantized
+};
+
+// Rows 16 * block .. + 15 of y for all rows of x: out [rows][16].
+using BlockFunction = void (*)(const FewRows& call, int block, float* out);
+
+// The functions of one instruction set.
+struct Kernels {
+  const char* name;
+  BlockFunction (*few_rows)(const FewRows& call);
+  // The same from float activations and weights, from `call.x_exact`.
+  void (*exact)(const FewRows& call, const Weight& weight, int block, float* out);
+  // A row of x, padded with zeros to the layout: x [columns] of `type` -> out [units][128].
+  void (*stage)(const Layout& layout, const void* x, Type type, float* out);
+  // A staged row to int8 by chunks; x_sum = x_scale * sum of the chunk's x.
+  void (*quantize)(const Layout& layout, const float* staged, int8_t* x, float* x_scale, float* x_sum);
+  // A block of weight rows at `bits` -> out [rows of the block][columns] of `type`; stride between rows in elements.
+  void (*decode)(const Weight& weight, int bits, int block, void* out, Type type, ptrdiff_t stride);
+  void (*convert)(const float* values, int count, void* out, Type type);
+};
+
+}  // namespace bitstrata

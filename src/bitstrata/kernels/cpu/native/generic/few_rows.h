@@ -1,0 +1,203 @@
+// y = x W^T for a few rows of x, straight from the planes.
+//
+// x is int8 with a scale for each row and chunk (a group, or a unit if groups are wider); weights are looked up
+// as byte levels (tables.h). For each unit of 128 columns and block of 16 weight rows the plane words are read
+// once and turned into indices (index.h); every row of x then takes its dot products from the same levels.
+// Rows may differ in bits: rows of equal bits form a segment with tables of its own over the same indices.
+//
+//   y[r, n] = sum over chunks of x_scale[r] * (step[n] * sum level * x_int + low[n] * sum x_int)
+#pragma once
+#include <type_traits>
+
+#include "call.h"
+#include "tables.h"
+
+namespace bitstrata {
+namespace {
+
+// Ahead of the word being read, in each plane: with several rows the hardware's own prefetching falls behind.
+constexpr int kPrefetchBytes = 2048;
+
+// Levels of one word's slots from its indices.
+template <class S, int Sets, int Count, int Set, bool Codebook, int Planes, bool Nibble, class T>
+inline void look_up(const T& tables, const typename S::V* high, const typename S::V* low, int q, int at, int bits,
+                    typename S::V* level) {
+  using V = typename S::V;
+  constexpr int groups = sizeof(tables.level) / sizeof(tables.level[0]);
+  using Form = IndexForm<Planes, Nibble>;
+  auto table = [&](int g, int set, int t) { return S::load(&tables.level[g][set][t][q][at]); };
+  if constexpr (Codebook && Planes > 4) {
+    if (Nibble && bits <= 4) {
+      for (int s = 0; s < kSlots; ++s) level[s] = S::lookup(table(0, 0, 0), high[s]);
+      return;
+    }
+    for (int s = 0; s < kSlots; ++s) {
+      V found[Count];
+      for (int t = 0; t < Count; ++t) found[t] = S::lookup(table(0, 0, t), high[s]);
+      // the tables' number ends with the last plane, which is the lowest bit in use
+      if constexpr (Planes > 7) for (int t = 0; t < Count / 2; ++t) found[t] = S::template choose<0>(low[s], found[2 * t + 1], found[2 * t]);
+      if constexpr (Planes > 6) for (int t = 0; t < (Planes > 7 ? 4 : Count / 2); ++t) found[t] = S::template choose<1>(low[s], found[2 * t + 1], found[2 * t]);
+      if constexpr (Planes > 5) for (int t = 0; t < 2; ++t) found[t] = S::template choose<2>(low[s], found[2 * t + 1], found[2 * t]);
+      level[s] = S::template choose<3>(low[s], found[1], found[0]);
+    }
+  } else {
+    for (int s = 0; s < kSlots; ++s)
+      level[s] = S::lookup(table(s * groups / kSlots, Set, Set ? 0 : Form::table_of(s)), Set ? low[s] : high[s]);
+  }
+}
+
+// Block `block` of y into `out` [rows][16].
+template <class S, int Planes, int Groups, bool Codebook, bool Mixed, bool One>
+void few_rows_block(const FewRows& call, int block, float* out) {
+  using V = typename S::V;
+  using F = typename S::F;
+  constexpr int halves = 4 / S::lanes, half_rows = 4 * S::lanes, half_bytes = 16 * S::lanes;
+  constexpr int sets = !Codebook && Planes > 4 ? 2 : 1;
+  constexpr bool nibble = Mixed || Planes > 4;
+  using Form = IndexForm<(Planes > 4 ? 4 : Planes), nibble>;
+  constexpr int count = Codebook && Planes > 4 ? 1 << (Planes - 4) : Form::tables;
+  constexpr int together = One ? 1 : 2;  // words whose levels stay in registers while rows pass by
+  constexpr int max_segments = Mixed ? kMaxBits : 1;
+  const Layout& layout = *call.layout;
+  const int rows = One ? 1 : call.rows, segments = Mixed ? call.segment_count : 1;
+  const size_t plane_offset = size_t(block) * layout.units * kQuads * kWordBytes;
+
+  static_assert(!Codebook || Groups == 1, "a codebook's table serves the whole row");
+  // Tables of this unit and of the next: built a unit ahead, so that their latency hides behind the products.
+  constexpr int ahead = Codebook ? 1 : 2;
+  Tables<S, Groups, sets, count> buffers[ahead][max_segments];
+  alignas(64) float total[One ? 1 : kMaxRows][kBlockRows] = {};
+  V sum[One ? 1 : kMaxRows][sets][Groups][halves][kQuads];
+
+  auto segment_bits = [&](int i) { return Mixed ? call.segments[i].bits : Planes; };
+  if constexpr (Codebook) {
+    for (int i = 0; i < segments; ++i) {
+      const Segment& segment = call.segments[i];
+      codebook_tables<S, Planes, nibble>(buffers[0][i], segment.decoder + (size_t(block) * kBlockRows << segment_bits(i)),
+                                 segment_bits(i), Mixed && segment_bits(i) <= 4 ? 1 : count);
+    }
+  }
+
+  F one_total[halves];
+  if constexpr (One)
+    for (int h = 0; h < halves; ++h) one_total[h] = S::floats(0);
+
+  // one step of scales: a group, or all groups of a unit
+  auto group_of = [&](int unit) { return Groups > 1 ? unit : unit / layout.units_per_group; };
+  auto starts_group = [&](int unit) { return layout.units_per_group == 1 || unit % layout.units_per_group == 0; };
+  auto build = [&](int unit) {
+    const int step = group_of(unit);
+    for (int i = 0; i < segments; ++i) {
+      const int bits = segment_bits(i), stride = (bits + 1) * kBlockRows;
+      const uint16_t* scales = call.segments[i].decoder + (size_t(block) * layout.groups + size_t(step) * Groups) * stride;
+      for (int g = 0; g < Groups; ++g)
+        affine_tables<S, nibble>(buffers[step % ahead][i], g, scales + g * stride, bits);
+    }
+  };
+  if constexpr (!Codebook) build(0);
+  for (int unit = 0; unit < layout.units; ++unit) {
+    if (!Codebook && unit + 1 < layout.units && starts_group(unit + 1)) build(unit + 1);
+    const auto& tables = buffers[Codebook ? 0 : group_of(unit) % 2];
+    const size_t word_offset = plane_offset + size_t(unit) * kQuads * kWordBytes;
+    const int8_t* x_unit = call.x + size_t(unit) * kUnitColumns;
+    const size_t x_stride = size_t(layout.units) * kUnitColumns;
+    for (int q = 0; q < kQuads; q += together)
+      for (int h = 0; h < halves; ++h) {
+        V high[together][kSlots], low[together][kSlots];
+        for (int t = 0; t < together; ++t) {
+          V plane[Planes];
+          for (int i = 0; i < Planes; ++i) {
+            const uint8_t* word = call.planes[i] + word_offset + (q + t) * kWordBytes;
+            plane[i] = S::load(word + h * half_bytes);
+            if (h == 0) __builtin_prefetch(word + kPrefetchBytes);
+          }
+          form_indices<S, (Planes > 4 ? 4 : Planes), nibble>(plane, high[t]);
+          if constexpr (Planes > 4) form_indices<S, Planes - 4, true>(plane + 4, low[t]);
+        }
+        for (int i = 0; i < segments; ++i) {
+          auto take = [&](auto set) {
+            V level[together][kSlots];
+            for (int t = 0; t < together; ++t)
+              look_up<S, sets, count, set.value, Codebook, Planes, nibble>(tables[i], high[t], low[t], q + t,
+                                                                           h * half_bytes, segment_bits(i), level[t]);
+            const int begin = Mixed ? call.segments[i].begin : 0, end = Mixed ? call.segments[i].end : rows;
+            for (int r = begin; r < end; ++r) {
+              const int8_t* x = x_unit + r * x_stride;
+              for (int g = 0; g < Groups; ++g) {
+                V products[together];
+                for (int t = 0; t < together; ++t) products[t] = S::zero();
+                for (int s = g * kSlots / Groups; s < (g + 1) * kSlots / Groups; ++s) {
+                  const V columns = S::repeat(x + 16 * s);
+                  for (int t = 0; t < together; ++t) products[t] = S::dot(products[t], level[t][s], columns);
+                }
+                for (int t = 0; t < together; ++t) sum[r][set.value][g][h][q + t] = products[t];
+              }
+            }
+          };
+          take(std::integral_constant<int, 0>{});
+          if constexpr (sets > 1)
+            if (!Mixed || segment_bits(i) > 4) take(std::integral_constant<int, 1>{});
+        }
+      }
+    for (int i = 0; i < segments; ++i) {
+      const int begin = Mixed ? call.segments[i].begin : 0, end = Mixed ? call.segments[i].end : rows;
+      const int used = Mixed && segment_bits(i) <= 4 ? 1 : sets;
+      for (int r = begin; r < end; ++r) {
+        const float* x_scale = call.x_scale + size_t(r) * layout.chunks + unit * Groups;
+        const float* x_sum = call.x_sum + size_t(r) * layout.chunks + unit * Groups;
+        for (int h = 0; h < halves; ++h) {
+          F y = One ? one_total[h] : S::load_float(&total[r][h * half_rows]);
+          for (int g = 0; g < Groups; ++g) {
+            for (int set = 0; set < used; ++set) {
+              const V* part = sum[r][set][g][h];
+              F scale = S::mul(S::load_float(&tables[i].step[g][set][h * half_rows]), S::floats(x_scale[g]));
+              y = S::fma(S::to_float(S::sum4(part[0], part[1], part[2], part[3])), scale, y);
+            }
+            y = S::fma(S::load_float(&tables[i].low[g][h * half_rows]), S::floats(x_sum[g]), y);
+          }
+          if constexpr (One) one_total[h] = y;
+          else S::store_float(&total[r][h * half_rows], y);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int h = 0; h < halves; ++h)
+      S::store_float(out + r * kBlockRows + h * half_rows,
+                     One ? one_total[h] : S::load_float(&total[r][h * half_rows]));
+}
+
+template <class S, int Planes, int Groups, bool Codebook>
+BlockFunction few_rows_pick(bool mixed, bool one) {
+  // rows of different bits use indices of four or eight planes; planes that are absent are garbage to every table
+  constexpr int wide = Planes > 4 ? 8 : 4;
+  if (mixed) return few_rows_block<S, wide, Groups, Codebook, true, false>;
+  if (one) return few_rows_block<S, Planes, Groups, Codebook, false, true>;
+  return few_rows_block<S, Planes, Groups, Codebook, false, false>;
+}
+
+template <class S>
+BlockFunction few_rows_function(const FewRows& call) {
+  const bool mixed = call.segment_count > 1, one = call.rows == 1;
+#define BITSTRATA_CASE(planes)                                                                     \
+  case planes:                                                                                     \
+    if (call.codebook) return few_rows_pick<S, planes, 1, true>(mixed, one);                       \
+    if (call.layout->groups_per_unit == 1) return few_rows_pick<S, planes, 1, false>(mixed, one);  \
+    if (call.layout->groups_per_unit == 2) return few_rows_pick<S, planes, 2, false>(mixed, one);  \
+    return few_rows_pick<S, planes, 4, false>(mixed, one);
+  switch (call.bits) {
+    BITSTRATA_CASE(1)
+    BITSTRATA_CASE(2)
+    BITSTRATA_CASE(3)
+    BITSTRATA_CASE(4)
+    BITSTRATA_CASE(5)
+    BITSTRATA_CASE(6)
+    BITSTRATA_CASE(7)
+    default:
+    BITSTRATA_CASE(8)
+  }
+#undef BITSTRATA_CASE
+}
+
+}  // namespace
+}  // namespace bitstrata

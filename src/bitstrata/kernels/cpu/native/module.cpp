@@ -1,0 +1,154 @@
+// Bindings. Tensors come as addresses: their shapes and dtypes are checked in Python, their memory is kept alive there.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+#include "layout.h"
+#include "linear.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+
+namespace bitstrata {
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const Kernels& named(const std::string& name) {
+  for (const Choice& choice : choices())
+    if (name == choice.kernels->name) {
+      if (!choice.runs) throw std::invalid_argument("this processor lacks " + std::string(choice.needs));
+      return *choice.kernels;
+    }
+  throw std::invalid_argument("no kernels for " + name + " in this build");
+}
+
+Type type_of(int number) {
+  if (number < 0 || number > 2) throw std::invalid_argument("unknown type");
+  return static_cast<Type>(number);
+}
+
+void check_plane(int index) {
+  if (index < 0 || index >= kMaxBits) throw std::out_of_range("planes are numbered 0 to 7");
+}
+
+void check_bits(int bits) {
+  if (bits < 1 || bits > kMaxBits) throw std::out_of_range("bits must lie in 1..8");
+}
+
+void pack_plane(const Weight& weight, uintptr_t words, uintptr_t plane, int threads) {
+  nb::gil_scoped_release release;
+  const Layout& layout = weight.layout;
+  const int stride = (layout.columns + 31) / 32;
+  parallel_for(threads, layout.blocks, [&](int begin, int end) {
+    std::vector<uint32_t> scratch(size_t(layout.units) * 4);
+    for (int row = begin * kBlockRows; row < end * kBlockRows; ++row)
+      pack_plane_row(layout, at<const uint32_t>(words) + size_t(row) * stride, at<uint8_t>(plane), row, scratch.data());
+  });
+}
+
+void unpack_plane(const Weight& weight, uintptr_t plane, uintptr_t words, int threads) {
+  nb::gil_scoped_release release;
+  const Layout& layout = weight.layout;
+  const int stride = (layout.columns + 31) / 32;
+  parallel_for(threads, layout.rows, [&](int begin, int end) {
+    std::vector<uint32_t> scratch(size_t(layout.units) * 4);
+    for (int row = begin; row < end; ++row)
+      unpack_plane_row(layout, at<const uint8_t>(plane), at<uint32_t>(words) + size_t(row) * stride, row, scratch.data());
+  });
+}
+
+void run_linear(const std::string& isa, const std::vector<const Weight*>& weights, uintptr_t x, int type, int64_t stride,
+                int rows, int bits, uintptr_t row_bits, const std::vector<uintptr_t>& y, int threads, bool exact) {
+  if (weights.empty() || weights.size() != y.size()) throw std::invalid_argument("one output for each weight");
+  const Kernels& kernels = named(isa);
+  const Activations activations{at<const void>(x), type_of(type), ptrdiff_t(stride), rows};
+  std::vector<void*> outputs;
+  for (uintptr_t address : y) outputs.push_back(at<void>(address));
+  nb::gil_scoped_release release;
+  linear(kernels, weights, activations, bits, at<const int8_t>(row_bits), outputs, threads, exact);
+}
+
+void run_decode(const Weight& weight, const std::string& isa, int bits, int first, int last, uintptr_t out, int type,
+                int threads) {
+  if (first < 0 || first % kBlockRows || last > weight.layout.rows || first > last)
+    throw std::out_of_range("rows to decode must start at a block and lie in the weight");
+  const Kernels& kernels = named(isa);
+  nb::gil_scoped_release release;
+  decode(kernels, weight, bits, first, last, at<void>(out), type_of(type), threads);
+}
+
+// Reads every byte once; the sum keeps the compiler from leaving it out.
+uint64_t read_all(uintptr_t address, size_t bytes, int threads) {
+  nb::gil_scoped_release release;
+  constexpr size_t piece = size_t(1) << 16;
+  const auto* words = at<const uint64_t>(address);
+  std::atomic<uint64_t> total{0};
+  parallel_for(threads, int(bytes / piece), [&](int begin, int end) {
+    uint64_t sum[16] = {};
+    const size_t last = size_t(end) * (piece / 8);
+    for (size_t i = size_t(begin) * (piece / 8); i < last; i += 16)
+      for (int j = 0; j < 16; ++j) sum[j] += words[i + j];
+    for (uint64_t part : sum) total += part;
+  });
+  return total;
+}
+
+}  // namespace
+}  // namespace bitstrata
+
+NB_MODULE(_native, m) {
+  using namespace bitstrata;
+  m.doc() = "Native CPU kernels: weights in the blocked layout, and products with them.";
+  m.def("instruction_sets", [] {
+    nb::list all;
+    for (const Choice& choice : choices()) all.append(nb::make_tuple(choice.kernels->name, choice.runs, choice.needs));
+    return nb::tuple(all);
+  });
+  m.def("read_all", &read_all);
+  m.def("linear", &run_linear);
+
+  nb::class_<Weight>(m, "Weight")
+      .def("__init__",
+           [](Weight* self, int rows, int columns, int group_size, bool codebook) {
+             if (rows < 1 || columns < 1 || group_size < 1) throw std::invalid_argument("a weight cannot be empty");
+             new (self) Weight{Layout(rows, columns, codebook ? columns : group_size), codebook};
+           })
+      .def_prop_ro("plane_bytes", [](const Weight& self) { return self.layout.plane_bytes; })
+      .def("decoder_count",
+           [](const Weight& self, int bits) {
+             check_bits(bits);
+             const Layout& layout = self.layout;
+             const size_t rows = size_t(layout.blocks) * kBlockRows;
+             return self.codebook ? rows << bits : rows * layout.groups * (bits + 1);
+           })
+      .def("set_plane",
+           [](Weight& self, int index, uintptr_t plane) {
+             check_plane(index);
+             self.planes[index] = at<const uint8_t>(plane);
+           })
+      .def("set_decoder",
+           [](Weight& self, int bits, uintptr_t decoder) {
+             check_bits(bits);
+             self.decoders[bits] = at<const uint16_t>(decoder);
+           })
+      .def("pack_plane", &pack_plane)
+      .def("unpack_plane", &unpack_plane)
+      .def("pack_scales",
+           [](const Weight& self, uintptr_t scale, uintptr_t offset, int bits, uintptr_t out) {
+             pack_scales(self.layout, at<const uint16_t>(scale), at<const uint16_t>(offset), bits, at<uint16_t>(out));
+           })
+      .def("unpack_scales",
+           [](const Weight& self, uintptr_t packed, int bits, uintptr_t scale, uintptr_t offset) {
+             unpack_scales(self.layout, at<const uint16_t>(packed), bits, at<uint16_t>(scale), at<uint16_t>(offset));
+           })
+      .def("decode", &run_decode);
+}

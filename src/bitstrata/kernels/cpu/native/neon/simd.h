@@ -1,0 +1,93 @@
+// Arm NEON with the signed byte dot product (Armv8.2): one lane of 16 bytes. The product takes signed bytes on both
+// sides, so tables hold level - 128, and `low` makes up for it.
+#pragma once
+#include <arm_neon.h>
+
+#include <cstdint>
+
+namespace bitstrata {
+namespace {  // every instruction set has its own Simd, and its own copies of what is built on it
+
+struct Simd {
+  static constexpr int lanes = 1;
+  static constexpr int level_bias = 128;
+  static constexpr int level_most = 255;
+  static constexpr int level_max(int planes) { return planes == 3 ? 252 : 255; }
+
+  using V = uint8x16_t;
+  using F = float32x4_t;
+
+  static V load(const void* p) { return vld1q_u8(static_cast<const uint8_t*>(p)); }
+  static void store(void* p, V v) { vst1q_u8(static_cast<uint8_t*>(p), v); }
+  static V repeat(const void* p) { return load(p); }
+  static V bytes(int value) { return vdupq_n_u8(static_cast<uint8_t>(value)); }
+  static V upper_bytes() { return vreinterpretq_u8_u16(vdupq_n_u16(0xFF00)); }
+  static V zero() { return vdupq_n_u8(0); }
+  static V flip(V v) { return veorq_u8(v, vdupq_n_u8(128)); }
+
+  static V both(V a, V b) { return vandq_u8(a, b); }
+  static V select(V mask, V yes, V no) { return vbslq_u8(mask, yes, no); }
+  static V twice(V a) { return vaddq_u8(a, a); }
+  template <int n>
+  static V right(V a) {
+    return vreinterpretq_u8_u16(vshrq_n_u16(vreinterpretq_u16_u8(a), n));
+  }
+  template <int n>
+  static V left(V a) {
+    return vreinterpretq_u8_u16(vshlq_n_u16(vreinterpretq_u16_u8(a), n));
+  }
+  static V lookup(V table, V index) { return vqtbl1q_u8(table, index); }
+  template <int bit>
+  static V choose(V bits, V yes, V no) {
+    return vbslq_u8(vtstq_u8(bits, vdupq_n_u8(1 << bit)), yes, no);
+  }
+
+  static V dot(V sum, V levels, V x) {
+    return vreinterpretq_u8_s32(
+        vdotq_s32(vreinterpretq_s32_u8(sum), vreinterpretq_s8_u8(levels), vreinterpretq_s8_u8(x)));
+  }
+  static V sum4(V a, V b, V c, V d) {
+    const int32x4_t ab = vpaddq_s32(vreinterpretq_s32_u8(a), vreinterpretq_s32_u8(b));
+    const int32x4_t cd = vpaddq_s32(vreinterpretq_s32_u8(c), vreinterpretq_s32_u8(d));
+    return vreinterpretq_u8_s32(vpaddq_s32(ab, cd));
+  }
+
+  static V add16(V a, V b) {
+    return vreinterpretq_u8_u16(vaddq_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)));
+  }
+  static V to_upper_half(V a) { return vreinterpretq_u8_u32(vshlq_n_u32(vreinterpretq_u32_u8(a), 16)); }
+  static V unpack_low32(V a, V b) {
+    return vreinterpretq_u8_u32(vzip1q_u32(vreinterpretq_u32_u8(a), vreinterpretq_u32_u8(b)));
+  }
+  static V unpack_high32(V a, V b) {
+    return vreinterpretq_u8_u32(vzip2q_u32(vreinterpretq_u32_u8(a), vreinterpretq_u32_u8(b)));
+  }
+  static V unpack_low64(V a, V b) {
+    return vreinterpretq_u8_u64(vzip1q_u64(vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b)));
+  }
+  static V unpack_high64(V a, V b) {
+    return vreinterpretq_u8_u64(vzip2q_u64(vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b)));
+  }
+
+  static F to_float(V v) { return vcvtq_f32_s32(vreinterpretq_s32_u8(v)); }
+  static V to_int(F v) { return vreinterpretq_u8_s32(vcvtnq_s32_f32(v)); }
+  static F floats(float v) { return vdupq_n_f32(v); }
+  static F load_float(const float* p) { return vld1q_f32(p); }
+  static void store_float(float* p, F v) { vst1q_f32(p, v); }
+  static F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static void store_half(uint16_t* p, F v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+  static F add(F a, F b) { return vaddq_f32(a, b); }
+  static F sub(F a, F b) { return vsubq_f32(a, b); }
+  static F mul(F a, F b) { return vmulq_f32(a, b); }
+  static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F abs(F a) { return vabsq_f32(a); }
+  static F ratio(F a, F b) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(vdivq_f32(a, b)), vcgtq_f32(b, vdupq_n_f32(0))));
+  }
+  static void gather16(const float* table, const uint8_t* index, float* out) {
+    for (int i = 0; i < 16; ++i) out[i] = table[index[i]];
+  }
+};
+
+}  // namespace
+}  // namespace bitstrata
