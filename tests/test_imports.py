@@ -26,6 +26,7 @@ ROOMS = [
     "evaluate",
     "quantize",
     "runtime",
+    "bench",
     "demo",
     "cli",
 ]
@@ -33,6 +34,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 PUBLIC = {
     "BitstrataError",
     "__version__",
+    "bench",
     "demo",
     "env",
     "eval",

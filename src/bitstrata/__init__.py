@@ -8,6 +8,7 @@ Importing bitstrata registers its checkpoints with transformers, so
 `AutoModelForCausalLM.from_pretrained("out")` works too.
 """
 
+from .bench import bench
 from .demo import demo
 from .errors import BitstrataError
 from .evaluate import evaluate
@@ -22,6 +23,7 @@ eval = evaluate  # the verb's own name
 __all__ = [
     "BitstrataError",
     "__version__",
+    "bench",
     "demo",
     "env",
     "eval",

@@ -1,4 +1,4 @@
-"""Both operations against float64, with shapes that hurt."""
+"""Both operations against float64, with shapes that hurt; how near they must be is the kernel's own promise."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from bitstrata.kernels import plane_linear, plane_linear_rows
 from bitstrata.planes import decode
 
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65)
+SOME_ROWS = (1, 9, 17)  # for dtypes that differ in how activations are read and results written
 ALL_BITS = tuple(range(1, 9))
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 N, K = 37, 301
 
-LAYOUTS = [*(("affine", size) for size in (32, 43, 64, 128, K)), ("codebook", K)]
+LAYOUTS = [*(("affine", size) for size in (12, 32, 43, 64, 100, 128, 200, K)), ("codebook", K)]
 
 layouts = pytest.mark.parametrize(
-    ("decoder", "group_size"), LAYOUTS, ids=["group-32", "group-43", "group-64", "group-128", "group-K", "codebook"]
+    ("decoder", "group_size"),
+    LAYOUTS,
+    ids=[decoder if decoder == "codebook" else f"group-{'K' if size == K else size}" for decoder, size in LAYOUTS],
 )
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+decoders = pytest.mark.parametrize("decoder", ["affine", "codebook"])
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -38,64 +42,68 @@ def row_bits_for(rows, seed, bits=ALL_BITS):
     return torch.tensor(bits, dtype=torch.int8)[chosen]
 
 
-def check_rows(y, x, row_bits, weight, label):
+@pytest.fixture
+def check_rows(promise):
     """Per-row results, checked together for each bits value that occurs."""
-    for bits in row_bits.unique().tolist():
-        chosen = row_bits == bits
-        assert_linear_close(y[chosen], x[chosen], decode(weight, bits, torch.float64), f"{label} bits={bits}")
+
+    def check(y, x, row_bits, weight, label):
+        for bits in row_bits.unique().tolist():
+            chosen = row_bits == bits
+            promise(weight, bits)(y[chosen], x[chosen], label)
+
+    return check
 
 
 @dtypes
 @layouts
-def test_all_bits_and_rows(runs, decoder, group_size, dtype, seed):
+def test_all_bits_and_rows(runs, promise, decoder, group_size, dtype, seed):
     weight = make(decoder, group_size, seed)
     for bits in ALL_BITS:
-        W = decode(weight, bits, torch.float64)
-        for rows in ROWS:
+        check = promise(weight, bits)
+        for rows in ROWS if dtype == torch.float32 else SOME_ROWS:
             runs(dtype, decoder, rows)
             x = activations(rows, dtype, seed + rows)
-            assert_linear_close(plane_linear(x, weight, bits), x, W, f"bits={bits} rows={rows}")
+            check(plane_linear(x, weight, bits), x, "uniform")
 
 
 @dtypes
 @layouts
-def test_each_row_at_its_own_bits(runs, decoder, group_size, dtype, seed):
+def test_each_row_at_its_own_bits(runs, check_rows, decoder, group_size, dtype, seed):
     weight = make(decoder, group_size, seed)
-    for rows in ROWS:
+    for rows in ROWS if dtype == torch.float32 else SOME_ROWS:
         runs(dtype, decoder, rows)
         x, row_bits = activations(rows, dtype, seed + rows), row_bits_for(rows, seed + rows)
-        check_rows(plane_linear_rows(x, weight, row_bits), x, row_bits, weight, f"rows={rows}")
+        check_rows(plane_linear_rows(x, weight, row_bits), x, row_bits, weight, f"of {rows} mixed rows")
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 32), (3, 31), (8, 33), (65, 64), (129, 257)], ids=str)
-@pytest.mark.parametrize("decoder", ["affine", "codebook"])
-def test_widths_around_words_and_tiles(runs, decoder, shape, seed):
+@pytest.mark.parametrize("shape", [(1, 1), (1, 32), (3, 31), (8, 33), (16, 128), (65, 64), (129, 257)], ids=str)
+@decoders
+def test_widths_around_words_and_tiles(runs, promise, decoder, shape, seed):
     runs(torch.float32, decoder, 5)
     n, k = shape
     weight = make(decoder, 32, seed, n, k)
     x = activations(5, torch.float32, seed, k)
     for bits in ALL_BITS:
-        W = decode(weight, bits, torch.float64)
-        assert_linear_close(plane_linear(x, weight, bits), x, W, f"bits={bits}")
+        promise(weight, bits)(plane_linear(x, weight, bits), x, "shape")
 
 
 @dtypes
-@pytest.mark.parametrize("decoder", ["affine", "codebook"])
-def test_a_row_of_a_batch_equals_that_row_alone(runs, decoder, dtype, seed):
+@decoders
+def test_a_row_of_a_batch_is_as_near_as_that_row_alone(runs, promise, decoder, dtype, seed):
     runs(dtype, decoder, 17)
     weight = make(decoder, 43, seed)
     x, row_bits = activations(17, dtype, seed), row_bits_for(17, seed, (2, 3, 4))
     together = plane_linear_rows(x, weight, row_bits)
     for row, bits in enumerate(row_bits.tolist()):
         one = slice(row, row + 1)
-        W = decode(weight, bits, torch.float64)
+        check = promise(weight, bits)
         for label, y in {
             "rows op, alone": plane_linear_rows(x[one], weight, row_bits[one]),
             "plain op, alone": plane_linear(x[one], weight, bits),
             "plain op, batch": plane_linear(x, weight, bits)[one],
             "rows op, batch": together[one],
         }.items():
-            assert_linear_close(y, x[one], W, f"row {row} bits={bits}: {label}")
+            check(y, x[one], f"row {row}: {label}")
 
 
 def non_contiguous(kind, seed):
@@ -103,46 +111,48 @@ def non_contiguous(kind, seed):
     return {
         "columns": lambda: x[:, ::2],
         "rows": lambda: x[::2, :K],
+        "overlapping": lambda: x.flatten()[1:].as_strided((9, K), (K - 2, 1)),
         "transposed": lambda: activations(K, torch.float32, seed, 9).T,
         "expanded": lambda: x[:1, :K].expand(9, K),
         "middle-of-three": lambda: x[:, :K].reshape(2, 9, K).transpose(0, 1),
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["columns", "rows", "transposed", "expanded", "middle-of-three"])
-def test_non_contiguous_activations(runs, kind, seed):
+@pytest.mark.parametrize("kind", ["columns", "rows", "overlapping", "transposed", "expanded", "middle-of-three"])
+def test_non_contiguous_activations(runs, promise, check_rows, kind, seed):
     x, weight = non_contiguous(kind, seed), make("affine", 43, seed)
     assert not x.is_contiguous()
     rows = x.shape[:-1].numel()
     runs(torch.float32, "affine", rows)
-    assert_linear_close(plane_linear(x, weight, 3), x, decode(weight, 3, torch.float64), kind)
+    promise(weight, 3)(plane_linear(x, weight, 3), x, kind)
     row_bits = row_bits_for(rows, seed)
     y = plane_linear_rows(x, weight, row_bits)
     check_rows(y.reshape(rows, N), x.reshape(rows, K), row_bits, weight, kind)
 
 
-def test_row_bits_may_be_a_strided_view_of_any_integer_type(runs, seed):
+def test_row_bits_may_be_a_strided_view_of_any_integer_type(runs, check_rows, seed):
     runs(torch.float32, "affine", 9)
     x, weight = activations(9, torch.float32, seed), make("affine", 43, seed)
-    row_bits = row_bits_for(18, seed).long()[::2]
-    check_rows(plane_linear_rows(x, weight, row_bits), x, row_bits, weight, "strided int64")
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        row_bits = row_bits_for(18, seed).to(dtype)[::2]
+        check_rows(plane_linear_rows(x, weight, row_bits), x, row_bits, weight, f"strided {dtype}")
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 1, 3), (0,), (0, 4), (4, 0)], ids=str)
-def test_any_leading_dimensions(runs, leading, seed):
+def test_any_leading_dimensions(runs, promise, leading, seed):
     runs(torch.float32, "affine", 6)
     weight = make("affine", 43, seed)
     x = torch.randn(*leading, K, generator=torch.Generator().manual_seed(seed))
-    assert_linear_close(plane_linear(x, weight, 3), x, decode(weight, 3, torch.float64), "plane_linear")
+    promise(weight, 3)(plane_linear(x, weight, 3), x, "plane_linear")
     rows = x.shape[:-1].numel()
-    y = plane_linear_rows(x, weight, torch.full((rows,), 3))
-    assert_linear_close(y, x, decode(weight, 3, torch.float64), "plane_linear_rows")
+    promise(weight, 3)(plane_linear_rows(x, weight, torch.full((rows,), 3)), x, "plane_linear_rows")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@dtypes
 @pytest.mark.parametrize("plane", [0, 1])
-def test_the_bound_notices_one_wrong_sign(dtype, plane, seed):
+def test_the_bound_notices_one_wrong_sign(dtype, plane, seed, monkeypatch):
     """The check of the checks: a single flipped plane bit of one weight is an error."""
+    monkeypatch.setenv("BITSTRATA_KERNEL", "reference")
     weight = make("affine", 32, seed, 9, 33)
     x = activations(33, dtype, seed, 33)
     wrong = [p.clone() for p in weight.planes]

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..errors import UnsupportedBitsError
 from ..planes.weights import AffineDecoder, CodebookDecoder, PlaneWeight
 from . import cpu, reference  # noqa: F401  (they register themselves)
-from .registry import PreparedWeight, Problem, select
+from .registry import Kernel, PreparedWeight, Problem, select
 
 # layout name -> class of the prepared weights in it
 LAYOUTS: dict[str, Any] = {cpu.BlockedWeight.layout: cpu.BlockedWeight}
@@ -107,15 +107,22 @@ def _run_prepared(x: Tensor, weights: Sequence[PreparedWeight], bits: int | Tens
             _check_row_bits(bits, flat.shape[0], weight.bits)
     elif any(bits not in weight.decoders for weight in weights):
         raise UnsupportedBitsError(bits, first.bits, where="this layer")
-    kernel = select(Problem(x.device.type, x.dtype, flat.shape[0], first.kind))
-    with torch.autocast(x.device.type, enabled=False):  # the result has x's dtype, as the fake says
-        if kernel.layout == first.layout:
-            ys = kernel.linear_many(flat, weights, bits)
-        elif isinstance(bits, Tensor):  # another kernel is forced
-            ys = [kernel.linear_rows(flat, weight.unpack(), bits) for weight in weights]
-        else:
-            ys = [kernel.linear(flat, weight.unpack(), bits) for weight in weights]
-    return [y.view(*leading, y.shape[1]) for y in ys]
+    device = x.device.type
+    kernel = select(Problem(device, x.dtype, flat.shape[0], first.kind))
+    if torch.is_autocast_enabled(device):  # entering the context costs as much as the rest of this function
+        with torch.autocast(device, enabled=False):  # the result has x's dtype, as the fake says
+            ys = _with(kernel, flat, weights, bits)
+    else:
+        ys = _with(kernel, flat, weights, bits)
+    return ys if x is flat else [y.view(*leading, y.shape[1]) for y in ys]
+
+
+def _with(kernel: Kernel, x: Tensor, weights: Sequence[PreparedWeight], bits: int | Tensor) -> list[Tensor]:
+    if kernel.layout == weights[0].layout:
+        return kernel.linear_many(x, weights, bits)
+    if isinstance(bits, Tensor):  # another kernel is forced
+        return [kernel.linear_rows(x, weight.unpack(), bits) for weight in weights]
+    return [kernel.linear(x, weight.unpack(), bits) for weight in weights]
 
 
 def _prepared_linear(

@@ -39,14 +39,20 @@ class Problem:
 class PreparedWeight(Protocol):
     """A weight in a kernel's own layout: the same bits and numbers as a PlaneWeight in another order."""
 
-    layout: str  # the layout's name
-    planes: tuple[Tensor, ...]
-    decoders: Mapping[int, Tensor]
-    out_features: int
-    in_features: int
-    group_size: int
-    kind: str  # of the decoders
-
+    @property
+    def layout(self) -> str: ...  # its name
+    @property
+    def planes(self) -> tuple[Tensor, ...]: ...
+    @property
+    def decoders(self) -> Mapping[int, Tensor]: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def kind(self) -> str: ...  # of the decoders, "affine" or "codebook"
     @property
     def bits(self) -> tuple[int, ...]: ...
 

@@ -70,9 +70,15 @@ class PlaneLinear(nn.Module):
 
     @classmethod
     def from_weight(
-        cls, weight: PlaneWeight, bias: Tensor | None = None, *, name: str = "", state: BitsState | None = None
+        cls,
+        weight: PlaneWeight,
+        bias: Tensor | None = None,
+        *,
+        name: str = "",
+        state: BitsState | None = None,
+        dtype: torch.dtype | None = None,
     ) -> PlaneLinear:
-        """A layer that holds `weight`; without `state` it gets one of its own."""
+        """A layer that holds `weight`; without `state` it gets one of its own. `dtype` is the bias's by default."""
         layer = cls(
             weight.in_features,
             weight.out_features,
@@ -83,7 +89,7 @@ class PlaneLinear(nn.Module):
             decoder=weight.decoder_kind(weight.bits[0]),
             bias=bias is not None,
             device=weight.planes[0].device,
-            dtype=bias.dtype if bias is not None else None,
+            dtype=dtype if dtype is not None or bias is None else bias.dtype,
         )
         for key, tensor in weight.tensors().items():
             setattr(layer, key, tensor)

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from ..kernels import Problem, describe
+from ..kernels import Problem, cpu, describe
 from ..version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface-hub", "numpy")
@@ -31,6 +31,7 @@ class Environment:
     memory_bytes: int
     gpus: tuple[str, ...]
     kernels: tuple[dict[str, Any], ...]
+    native: str  # why the native CPU kernels are missing; empty if they are not
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,7 +48,13 @@ class Environment:
             f"gpu        {', '.join(self.gpus) or 'none'}",
         ]
         for kernel in self.kernels:
-            lines.append(f"kernel     {kernel['name']} ({kernel['device']}): {kernel['reason'] or 'can run'}")
+            if kernel["priority"] >= 0:
+                lines.append(f"kernel     {kernel['name']} ({kernel['device']}): {kernel['reason'] or 'can run'}")
+        variants = [kernel["name"] for kernel in self.kernels if kernel["priority"] < 0 and kernel["reason"] is None]
+        if variants:
+            lines.append(f"           when forced by BITSTRATA_KERNEL also {', '.join(variants)}")
+        if self.native:
+            lines.append(f"kernel     {self.native}; install again where there is a C++17 compiler (GCC or Clang)")
         return "\n".join(lines)
 
 
@@ -71,6 +78,7 @@ def env() -> Environment:
         memory_bytes=psutil.virtual_memory().total,
         gpus=gpus,
         kernels=tuple(kernels),
+        native=cpu.missing,
     )
 
 

@@ -86,18 +86,16 @@ void run_decode(const Weight& weight, const std::string& isa, int bits, int firs
   decode(kernels, weight, bits, first, last, at<void>(out), type_of(type), threads);
 }
 
-// Reads every byte once; the sum keeps the compiler from leaving it out.
-uint64_t read_all(uintptr_t address, size_t bytes, int threads) {
+// Reads every byte once, with the loads of the best instruction set; the sum keeps the compiler from leaving it out.
+uint32_t read_all(uintptr_t address, size_t bytes, int threads) {
   nb::gil_scoped_release release;
-  constexpr size_t piece = size_t(1) << 16;
-  const auto* words = at<const uint64_t>(address);
-  std::atomic<uint64_t> total{0};
+  constexpr size_t piece = size_t(1) << 18;
+  const Kernels* kernels = nullptr;
+  for (const Choice& choice : choices())
+    if (choice.runs && !kernels) kernels = choice.kernels;
+  std::atomic<uint32_t> total{0};
   parallel_for(threads, int(bytes / piece), [&](int begin, int end) {
-    uint64_t sum[16] = {};
-    const size_t last = size_t(end) * (piece / 8);
-    for (size_t i = size_t(begin) * (piece / 8); i < last; i += 16)
-      for (int j = 0; j < 16; ++j) sum[j] += words[i + j];
-    for (uint64_t part : sum) total += part;
+    total += kernels->read(at<const uint8_t>(address) + size_t(begin) * piece, size_t(end - begin) * piece);
   });
   return total;
 }
@@ -107,6 +105,7 @@ uint64_t read_all(uintptr_t address, size_t bytes, int threads) {
 
 NB_MODULE(_native, m) {
   using namespace bitstrata;
+  nb::set_leak_warnings(false);  // weights that live until the interpreter ends are no leak
   m.doc() = "Native CPU kernels: weights in the blocked layout, and products with them.";
   m.def("instruction_sets", [] {
     nb::list all;

@@ -50,6 +50,8 @@ struct Kernels {
   // A block of weight rows at `bits` -> out [rows of the block][columns] of `type`; stride between rows in elements.
   void (*decode)(const Weight& weight, int bits, int block, void* out, Type type, ptrdiff_t stride);
   void (*convert)(const float* values, int count, void* out, Type type);
+  // The yardstick of memory: reads every byte, see generic/kernels.h.
+  uint32_t (*read)(const uint8_t* bytes, size_t count);
 };
 
 }  // namespace bitstrata

@@ -15,8 +15,8 @@
 namespace bitstrata {
 namespace {
 
-// Ahead of the word being read, in each plane: with several rows the hardware's own prefetching falls behind.
-constexpr int kPrefetchBytes = 2048;
+// Ahead of what is being read: with several rows the hardware's own prefetching falls behind.
+inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 2048); }
 
 // Levels of one word's slots from its indices.
 template <class S, int Sets, int Count, int Set, bool Codebook, int Planes, bool Nibble, class T>
@@ -82,22 +82,24 @@ void few_rows_block(const FewRows& call, int block, float* out) {
   if constexpr (One)
     for (int h = 0; h < halves; ++h) one_total[h] = S::floats(0);
 
-  // one step of scales: a group, or all groups of a unit
-  auto group_of = [&](int unit) { return Groups > 1 ? unit : unit / layout.units_per_group; };
-  auto starts_group = [&](int unit) { return layout.units_per_group == 1 || unit % layout.units_per_group == 0; };
-  auto build = [&](int unit) {
-    const int step = group_of(unit);
+  // A step: the units of a group, or one unit and its groups.
+  auto build = [&](int step) {
     for (int i = 0; i < segments; ++i) {
       const int bits = segment_bits(i), stride = (bits + 1) * kBlockRows;
       const uint16_t* scales = call.segments[i].decoder + (size_t(block) * layout.groups + size_t(step) * Groups) * stride;
+      prefetch(scales);
       for (int g = 0; g < Groups; ++g)
         affine_tables<S, nibble>(buffers[step % ahead][i], g, scales + g * stride, bits);
     }
   };
   if constexpr (!Codebook) build(0);
+  int step = 0, units_left = layout.units_per_group;
   for (int unit = 0; unit < layout.units; ++unit) {
-    if (!Codebook && unit + 1 < layout.units && starts_group(unit + 1)) build(unit + 1);
-    const auto& tables = buffers[Codebook ? 0 : group_of(unit) % 2];
+    const auto& tables = buffers[Codebook ? 0 : step % 2];
+    if (!Codebook && --units_left == 0) {
+      ++step, units_left = layout.units_per_group;
+      if (unit + 1 < layout.units) build(step);
+    }
     const size_t word_offset = plane_offset + size_t(unit) * kQuads * kWordBytes;
     const int8_t* x_unit = call.x + size_t(unit) * kUnitColumns;
     const size_t x_stride = size_t(layout.units) * kUnitColumns;
@@ -109,7 +111,7 @@ void few_rows_block(const FewRows& call, int block, float* out) {
           for (int i = 0; i < Planes; ++i) {
             const uint8_t* word = call.planes[i] + word_offset + (q + t) * kWordBytes;
             plane[i] = S::load(word + h * half_bytes);
-            if (h == 0) __builtin_prefetch(word + kPrefetchBytes);
+            if (h == 0) prefetch(word);
           }
           form_indices<S, (Planes > 4 ? 4 : Planes), nibble>(plane, high[t]);
           if constexpr (Planes > 4) form_indices<S, Planes - 4, true>(plane + 4, low[t]);

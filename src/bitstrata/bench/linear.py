@@ -1,0 +1,180 @@
+"""Single layers: time against the bytes that must be read, and against torch's dense product.
+
+All contenders of a shape take turns: a round times each of them once, so that a change in the
+machine's speed meets all alike; ratios are taken within a round, and medians over rounds.
+
+Two regimes. `cache`: one matrix again and again, as large as it is. `memory`: a set of copies that
+is larger than the cache takes turns, as the layers of a model do.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import PreparedWeight, prepare
+from ..planes import PlaneWeight
+from .machine import Bandwidth
+from .random_model import random_weight
+from .verify import run, verify
+
+REGIMES = ("cache", "memory")
+MEMORY_BYTES = 1 << 28  # of the copies at the lowest bits, together
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """One shape at one number of rows and bits. Times in seconds; `bits` None for a dense torch product.
+
+    floor: bytes over the measured streaming bandwidth; share: floor / time, None in the cache regime,
+    where the bandwidth of memory is no bound. ratio_bf16, ratio_fp32: torch's time over this one's.
+    """
+
+    out_features: int
+    in_features: int
+    rows: int
+    bits: int | None
+    name: str
+    regime: str
+    bytes: int
+    floor: float
+    time: float
+    share: float | None
+    ratio_bf16: float
+    ratio_fp32: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time: `call(i)` makes one product with copy i of its matrix."""
+
+    name: str
+    bits: int | None
+    bytes: int
+    copies: int
+    call: Callable[[int], object]
+    error: float | None = None
+
+
+def bench_linear(
+    out_features: int,
+    in_features: int,
+    *,
+    bits: Sequence[int],
+    rows: Sequence[int],
+    bandwidth: Bandwidth,
+    group_size: int = 128,
+    regimes: Sequence[str] = REGIMES,
+    rounds: int = 7,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> list[LinearResult]:
+    """Time y = x @ W^T for W [out_features, in_features] at each of `bits` and of `rows`.
+
+    Raises CheckError before anything is timed if a kernel is wrong on this shape.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    stored = random_weight(out_features, in_features, tuple(bits), group_size, generator)
+    first = prepare(stored, dtype) or stored
+    inputs = {count: torch.randn(count, in_features, generator=generator).to(dtype) for count in rows}
+    errors = {(count, value): verify(inputs[count], stored, first, value) for count in rows for value in bits}
+    per_copy = min(stored.bytes_read(value) for value in bits)
+    results = []
+    for regime in regimes:
+        copies = 1 if regime == "cache" else max(2, -(-MEMORY_BYTES // per_copy))
+        weights = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+        dense = {kind: _dense(out_features, in_features, kind, regime, generator) for kind in DENSE}
+        for count in rows:
+            contenders = [
+                Contender(f"{value} bits", value, stored.bytes_read(value), copies, call, errors[count, value])
+                for value in bits
+                for call in [_planes_call(inputs[count], weights, value)]
+            ]
+            contenders += [
+                Contender(kind, None, matrices[0].nbytes, len(matrices), _dense_call(inputs[count], matrices))
+                for kind, matrices in dense.items()
+            ]
+            results += _race(contenders, out_features, in_features, count, regime, rounds, bandwidth)
+    return results
+
+
+DENSE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _dense(out_features: int, in_features: int, kind: str, regime: str, generator: torch.Generator) -> list[Tensor]:
+    matrix = torch.randn(out_features, in_features, generator=generator).to(DENSE[kind])
+    copies = 1 if regime == "cache" else max(2, -(-MEMORY_BYTES // matrix.nbytes))
+    return [matrix, *(matrix.clone() for _ in range(copies - 1))]
+
+
+def _planes_call(x: Tensor, weights: Sequence[PlaneWeight | PreparedWeight], bits: int) -> Callable[[int], object]:
+    return lambda index: run(x, weights[index], bits)
+
+
+def _dense_call(x: Tensor, matrices: Sequence[Tensor]) -> Callable[[int], object]:
+    x = x.to(matrices[0].dtype)
+    return lambda index: torch.nn.functional.linear(x, matrices[index])
+
+
+def _race(
+    contenders: Sequence[Contender],
+    out_features: int,
+    in_features: int,
+    rows: int,
+    regime: str,
+    rounds: int,
+    bandwidth: Bandwidth,
+) -> list[LinearResult]:
+    positions = [0] * len(contenders)
+    calls = []
+    for contender in contenders:  # once around to warm up, and to choose how many calls a round
+        started = time.perf_counter()
+        around = max(3, contender.copies)
+        for turn in range(around):
+            contender.call(turn % contender.copies)
+        each = (time.perf_counter() - started) / around
+        calls.append(max(3, min(1000, int(0.01 / max(each, 1e-7)))))
+    times: list[list[float]] = [[] for _ in contenders]
+    for _ in range(rounds):
+        bandwidth.sample()
+        for index, contender in enumerate(contenders):
+            started = time.perf_counter()
+            for _ in range(calls[index]):
+                contender.call(positions[index])
+                positions[index] = (positions[index] + 1) % contender.copies
+            times[index].append((time.perf_counter() - started) / calls[index])
+    by_name = {contender.name: times[index] for index, contender in enumerate(contenders)}
+    results = []
+    for contender in contenders:
+        mine = by_name[contender.name]
+        median, floor = statistics.median(mine), contender.bytes / bandwidth.bytes_per_second
+        results.append(
+            LinearResult(
+                out_features,
+                in_features,
+                rows,
+                contender.bits,
+                contender.name,
+                regime,
+                contender.bytes,
+                floor,
+                median,
+                floor / median if regime == "memory" else None,
+                _ratio(by_name["bf16"], mine),
+                _ratio(by_name["fp32"], mine),
+                contender.error,
+            )
+        )
+    return results
+
+
+def _ratio(other: Sequence[float], mine: Sequence[float]) -> float:
+    """How many times faster `mine` is, round by round."""
+    return statistics.median(a / b for a, b in zip(other, mine, strict=True))

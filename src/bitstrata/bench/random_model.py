@@ -1,0 +1,150 @@
+"""A model of a given shape with random planes: as fast as a real one, built without downloading or solving anything.
+
+Layers are made one at a time in the kernels' own layout, so memory is the model's and no more.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from ..models import attach, discover
+from ..models.hf import set_submodule
+from ..nn import BitsState, PlaneLinear
+from ..planes import AffineDecoder, PlaneWeight, group_count, words_per_row
+
+# name -> config of a well-known model's shape
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+
+
+def shape_config(name: str) -> PreTrainedConfig:
+    """The config of SHAPES[name]."""
+    return LlamaConfig(max_position_embeddings=8192, rope_parameters=ROPE, **SHAPES[name])
+
+
+def random_weight(
+    out_features: int, in_features: int, bits: tuple[int, ...], group_size: int, generator: torch.Generator
+) -> PlaneWeight:
+    """Planes of coin tosses, and scales that fall by half from plane to plane as in a trained weight."""
+    words = words_per_row(in_features)
+    last = in_features % 32
+    planes = []
+    for _ in range(max(bits)):
+        plane = torch.randint(-(2**31), 2**31, (out_features, words), dtype=torch.int32, generator=generator)
+        if last:
+            plane[:, -1] &= (1 << last) - 1  # padding bits are 0
+        planes.append(plane)
+    groups = group_count(in_features, group_size)
+    decoders = {}
+    for value in bits:
+        size = in_features**-0.5 * torch.exp2(-torch.arange(value, dtype=torch.float32)).view(-1, 1, 1)
+        scale = size * (0.75 + 0.5 * torch.rand(value, out_features, groups, generator=generator))
+        offset = 0.1 * size[0] * torch.randn(out_features, groups, generator=generator)
+        decoders[value] = AffineDecoder(scale.half(), offset.half())
+    return PlaneWeight(tuple(planes), decoders, in_features, group_size)
+
+
+def random_model(
+    config: PreTrainedConfig,
+    bits: tuple[int, ...],
+    *,
+    group_size: int = 128,
+    head_bits: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    blocks: int | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A causal model of this shape whose linears in the decoder blocks run from random planes at any of `bits`.
+
+    Args:
+        head_bits: planes for the output head as well, at this precision; else it stays in `dtype`.
+        blocks: build only as many decoder blocks.
+    """
+    config = copy.deepcopy(config)
+    if blocks is not None:
+        config.num_hidden_layers = blocks
+    generator = torch.Generator().manual_seed(seed)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    linears = discover(model).linears
+    state = BitsState(bits, {linear.name: bits for linear in linears})
+    for linear in linears:
+        weight = random_weight(linear.out_features, linear.in_features, bits, group_size, generator)
+        layer = PlaneLinear.from_weight(weight, name=linear.name, state=state, dtype=dtype)
+        layer.prepare()
+        set_submodule(model, linear.name, layer)
+    _fill(model, dtype, generator)
+    if head_bits is not None:
+        rows, columns = config.vocab_size, config.hidden_size
+        weight = random_weight(rows, columns, (head_bits,), group_size, generator)
+        head_state = BitsState((head_bits,), {"lm_head": (head_bits,)})
+        model.lm_head = PlaneLinear.from_weight(weight, name="lm_head", state=head_state, dtype=dtype)
+    return attach(model.eval())
+
+
+def dense_model(
+    config: PreTrainedConfig, *, dtype: torch.dtype = torch.bfloat16, blocks: int | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """The same model with ordinary random weights."""
+    config = copy.deepcopy(config)
+    if blocks is not None:
+        config.num_hidden_layers = blocks
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _fill(model, dtype, torch.Generator().manual_seed(seed))
+    return model.eval().requires_grad_(False)
+
+
+def _fill(model: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> None:
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                value = torch.empty(parameter.shape, dtype=dtype)
+                if parameter.dim() == 1:
+                    value.fill_(1)
+                else:
+                    value.normal_(0, 0.02, generator=generator)
+                made[id(parameter)] = nn.Parameter(value, requires_grad=False)
+            module._parameters[key] = made[id(parameter)]

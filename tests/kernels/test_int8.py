@@ -1,0 +1,129 @@
+"""What int8 activations cost: no more than roundings must, and checks that notice when it is more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import random_weight
+from kernel_errors import assert_int8_close, assert_int8_typical, fewest_levels
+
+from bitstrata.kernels import registry
+from bitstrata.planes import AffineDecoder, CodebookDecoder
+
+ALL_BITS = tuple(range(1, 9))
+INT8 = {name: kernel for name, kernel in registry._KERNELS.items() if name.endswith("-int8")}
+N, K = 96, 1100  # eight units and a part of one
+
+pytestmark = pytest.mark.skipif(not INT8, reason="the native kernels are not built")
+
+
+@pytest.fixture(params=INT8)
+def int8(request):
+    """A kernel that quantizes activations whatever the number of rows."""
+    reason = INT8[request.param].can_run(registry.Problem("cpu", torch.float32, 1, "affine"))
+    if reason is not None:
+        pytest.skip(reason)
+    return INT8[request.param]
+
+
+def gaussian(rows, columns, seed):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 200, "codebook"], ids=lambda size: f"group-{size}")
+def test_the_error_is_that_of_rounding(int8, group_size, seed):
+    codebook = group_size == "codebook"
+    # a codebook of two entries makes results that differ by little more than a factor: too few for a statistic
+    bits_values = ALL_BITS[1:] if codebook else ALL_BITS
+    kind = ("codebook", K) if codebook else ("affine", group_size)
+    weight = random_weight(N, K, bits_values, kind[1], kind[0], seed)
+    x, packed = gaussian(16, K, seed), int8.prepare(weight)
+    for bits in bits_values:
+        y = int8.linear(x, packed, bits)
+        assert_int8_typical(y, x, weight, bits, fewest_levels(int8), f"bits={bits}")
+
+
+@pytest.mark.parametrize("decoder", ["affine", "codebook"])
+def test_the_error_is_about_one_percent(int8, decoder, seed):
+    """Of the results' own RMS: 0.6 % from activations alone, the rest from levels."""
+    weight = random_weight(N, K, ALL_BITS[1:], 128, decoder, seed)
+    x = gaussian(64, K, seed)
+    exact = registry._KERNELS[int8.name.replace("-int8", "-exact")]
+    # levels cost more where a table of 256 random entries is made of 128 levels
+    limit = 0.017 if (decoder, int8.isa) == ("codebook", "avx2") else 0.012
+    for bits in weight.bits:
+        y, true = int8.linear(x, weight, bits), exact.linear(x, weight, bits)
+        assert 0.001 < (y - true).norm() / true.norm() < limit, f"bits={bits}"
+
+
+def without_plane(weight, bits, plane):
+    planes = [p.clone() for p in weight.planes]
+    planes[plane].zero_()
+    return replace(weight, planes=tuple(planes))
+
+
+def with_decoder(weight, bits, **change):
+    return replace(weight, decoders={**weight.decoders, bits: replace(weight.decoders[bits], **change)})
+
+
+def scaled(factor, part=slice(None)):
+    def change(weight, bits):
+        decoder = weight.decoders[bits]
+        if isinstance(decoder, CodebookDecoder):
+            return with_decoder(weight, bits, table=(decoder.table.float() * factor).half())
+        scale = decoder.scale.float()
+        scale[part] *= factor
+        return with_decoder(weight, bits, scale=scale.half())
+
+    return change
+
+
+TYPICAL_FAULTS = {
+    "all-scales-1%": (scaled(1.01), "affine"),
+    "all-scales-1%-less": (scaled(0.99), "affine"),
+    "all-entries-1%": (scaled(1.01), "codebook"),
+    "first-plane-2%": (scaled(1.02, 0), "affine"),
+    "last-group-10%": (scaled(1.1, (slice(None), slice(None), -1)), "affine"),
+    "one-row-10%": (scaled(1.1, (slice(None), 5)), "affine"),
+    "no-offset": (lambda w, bits: with_decoder(w, bits, offset=torch.zeros_like(w.decoders[bits].offset)), "affine"),
+    "groups-swapped": (lambda w, bits: with_decoder(w, bits, scale=w.decoders[bits].scale.flip(-1)), "affine"),
+    "last-plane-lost": (lambda w, bits: without_plane(w, bits, bits - 1), "affine"),
+}
+
+
+@pytest.mark.parametrize("fault", TYPICAL_FAULTS)
+def test_the_statistic_notices(int8, fault, seed):
+    change, decoder = TYPICAL_FAULTS[fault]
+    weight = random_weight(N, K, (4,), 128, decoder, seed)
+    x = gaussian(16, K, seed)
+    y = int8.linear(x, change(weight, 4), 4)
+    with pytest.raises(AssertionError, match="faulty: (RMS error|off by a factor)"):
+        assert_int8_typical(y, x, weight, 4, fewest_levels(int8), "faulty")
+
+
+def flipped(weight, x, plane):
+    """The bit of row 3's weight that the largest activation meets is the other one."""
+    column = int(x.abs().amax(0).argmax())
+    planes = [p.clone() for p in weight.planes]
+    planes[plane][3, column // 32] ^= -(2**31) if column % 32 == 31 else 1 << column % 32
+    return replace(weight, planes=tuple(planes))
+
+
+WORST_FAULTS = {
+    "bit-of-plane-0": lambda w, x: flipped(w, x, 0),
+    "bit-of-plane-1": lambda w, x: flipped(w, x, 1),
+    "no-offset": lambda w, x: with_decoder(w, 3, offset=torch.zeros_like(w.decoders[3].offset)),
+    "scales-8%": lambda w, x: scaled(1.08)(w, 3),
+    "other-decoder": lambda w, x: replace(w, decoders={3: AffineDecoder(w.decoders[3].scale.roll(1, 1), w.decoders[3].offset)}),
+}
+
+
+@pytest.mark.parametrize("fault", WORST_FAULTS)
+def test_the_bound_notices(int8, fault, seed):
+    weight = random_weight(9, 33, (3,), 32, "affine", seed)
+    x = gaussian(33, 33, seed)
+    y = int8.linear(x, WORST_FAULTS[fault](weight, x), 3)
+    with pytest.raises(AssertionError, match="faulty: error"):
+        assert_int8_close(y, x, weight, 3, fewest_levels(int8), "faulty")
