@@ -50,7 +50,7 @@ void stage_rows(const Kernels& kernels, const Layout& layout, const Activations&
   staged.exact.resize(padded * rows);
   if (!exact) {
     staged.x.resize(padded * rows);
-    staged.scale.resize(size_t(layout.chunks) * rows);
+    staged.scale.resize(size_t(layout.chunks) * kQuarters * rows);
     staged.sum.resize(size_t(layout.chunks) * rows);
   }
   parallel_for(rows * padded < 32768 ? 1 : threads, rows, [&](int begin, int end) {
@@ -59,7 +59,7 @@ void stage_rows(const Kernels& kernels, const Layout& layout, const Activations&
       kernels.stage(layout, row, x.type, &staged.exact[padded * r]);
       if (!exact)
         kernels.quantize(layout, &staged.exact[padded * r], &staged.x[padded * r],
-                         &staged.scale[size_t(layout.chunks) * r], &staged.sum[size_t(layout.chunks) * r]);
+                         &staged.scale[size_t(layout.chunks) * kQuarters * r], &staged.sum[size_t(layout.chunks) * r]);
     }
   });
 }

@@ -56,7 +56,8 @@ struct Simd {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(levels, x), _mm256_set1_epi16(1)));
 #endif
   }
-  static V sum4(V a, V b, V c, V d) { return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d)); }
+  static F sum4(F a, F b, F c, F d) { return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); }
+  static F repeat4(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
 
   static V add16(V a, V b) { return _mm256_add_epi16(a, b); }
   static V to_upper_half(V a) { return _mm256_slli_epi32(a, 16); }

@@ -44,12 +44,15 @@ struct Simd {
   }
 
   static V dot(V sum, V levels, V x) { return _mm512_dpbusd_epi32(sum, levels, x); }
-  // Element 4 * lane + q of the result is the sum of the four 32-bit elements of that lane of the q-th argument.
-  static V sum4(V a, V b, V c, V d) {
-    V ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    V cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  // Element 4 * lane + q of the result is the sum of the four elements of that lane of the q-th argument.
+  static F sum4(F a, F b, F c, F d) {
+    F ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    F cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512d even = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    __m512d odd = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    return _mm512_add_ps(_mm512_castpd_ps(even), _mm512_castpd_ps(odd));
   }
+  static F repeat4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 
   static V add16(V a, V b) { return _mm512_add_epi16(a, b); }
   static V to_upper_half(V a) { return _mm512_slli_epi32(a, 16); }

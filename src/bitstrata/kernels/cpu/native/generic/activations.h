@@ -1,7 +1,9 @@
-// Activations: padded to the layout as float32, then to int8 by chunks.
+// Activations: padded to the layout as float32, then to int8.
 //
-// A chunk (a group, or 128 columns of a wider one) has the scale max|x| / 127. A chunk whose largest magnitude is
-// below 1e-30 counts as zero; one that holds infinity or NaN makes the row's result NaN.
+// A chunk is a group of columns, or 128 of a wider group. It has four scales, for the columns whose number modulo 16 is
+// 0-3, 4-7, 8-11 and 12-15: max|x| / 127 of them. (A quarter of the columns; which ones is of no matter, so they are
+// those that the kernels sum up together.) A quarter whose largest magnitude is below 1e-30 counts as zero; one that
+// holds infinity or NaN makes the row's result NaN.
 #pragma once
 #include "call.h"
 #include "half.h"
@@ -43,30 +45,37 @@ void quantize(const Layout& layout, const float* staged, int8_t* x, float* x_sca
   constexpr int width = 16;  // a chunk is a multiple of it
   constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const int columns = kUnitColumns / layout.groups_per_unit;
-  for (int chunk = 0; chunk < layout.chunks; ++chunk, staged += columns, x += columns) {
-    float most[width] = {};
-    bool finite = true;
-    for (int k = 0; k < columns; k += width) {
-      int odd = 0;
+  for (int chunk = 0; chunk < layout.chunks; ++chunk, staged += columns, x += columns, x_scale += kQuarters) {
+    float most[width] = {}, inverse[width];
+    uint32_t odd[width] = {};
+    for (int k = 0; k < columns; k += width)
       for (int j = 0; j < width; ++j) {
-        const float magnitude = float_of(bits_of(staged[k + j]) & 0x7FFFFFFF);
-        most[j] = most[j] < magnitude ? magnitude : most[j];
-        odd |= (bits_of(staged[k + j]) & 0x7F800000) == 0x7F800000;
+        const uint32_t magnitude = bits_of(staged[k + j]) & 0x7FFFFFFF;
+        most[j] = most[j] < float_of(magnitude) ? float_of(magnitude) : most[j];
+        odd[j] |= magnitude >= 0x7F800000;
       }
-      finite &= !odd;
+    for (int quarter = 0; quarter < kQuarters; ++quarter) {
+      float largest = 0;
+      bool finite = true;
+      for (int j = 4 * quarter; j < 4 * quarter + 4; ++j) {
+        largest = largest < most[j] ? most[j] : largest;
+        finite &= !odd[j];
+      }
+      const bool used = finite && largest > 1e-30f;
+      x_scale[quarter] = !finite ? float_of(0x7FC00000) : used ? largest / 127 : 0;
+      for (int j = 4 * quarter; j < 4 * quarter + 4; ++j) inverse[j] = used ? 127 / largest : 0;
     }
-    float largest = 0;
-    for (int j = 0; j < width; ++j) largest = largest < most[j] ? most[j] : largest;
-    const float inverse = finite && largest > 1e-30f ? 127 / largest : 0;
-    int total = 0;
-    for (int k = 0; k < columns; ++k) {
-      const int value = finite ? int(bits_of(staged[k] * inverse + round) - bits_of(round)) : 0;
-      x[k] = int8_t(value);
-      total += value;
-    }
-    const float scale = finite ? (inverse > 0 ? largest / 127 : 0) : float_of(0x7FC00000);
-    x_scale[chunk] = scale;
-    x_sum[chunk] = scale * float(total);
+    int total[width] = {};
+    for (int k = 0; k < columns; k += width)
+      for (int j = 0; j < width; ++j) {
+        const float scaled = odd[j] ? 0 : staged[k + j] * inverse[j];
+        const int value = int(bits_of(scaled + round)) - int(bits_of(round));
+        x[k + j] = int8_t(value);
+        total[j] += value;
+      }
+    float sum = 0;
+    for (int j = 0; j < width; ++j) sum += x_scale[j / 4] * float(total[j]);
+    x_sum[chunk] = sum;
   }
 }
 

@@ -29,8 +29,8 @@ struct FewRows {
   int segment_count;
   int rows;              // 1..kMaxRows
   const int8_t* x;       // [rows][units][128]
-  const float* x_scale;  // [rows][chunks]
-  const float* x_sum;    // [rows][chunks]: x_scale * sum of the chunk's x
+  const float* x_scale;  // [rows][chunks][4]
+  const float* x_sum;    // [rows][chunks]: sum of the chunk's x, as quantized
   const float* x_exact;  // [rows][units][128]; set if activations are not quantized
 };
 
@@ -45,7 +45,7 @@ struct Kernels {
   void (*exact)(const FewRows& call, const Weight& weight, int block, float* out);
   // A row of x, padded with zeros to the layout: x [columns] of `type` -> out [units][128].
   void (*stage)(const Layout& layout, const void* x, Type type, float* out);
-  // A staged row to int8 by chunks; x_sum = x_scale * sum of the chunk's x.
+  // A staged row to int8, see activations.h.
   void (*quantize)(const Layout& layout, const float* staged, int8_t* x, float* x_scale, float* x_sum);
   // A block of weight rows at `bits` -> out [rows of the block][columns] of `type`; stride between rows in elements.
   void (*decode)(const Weight& weight, int bits, int block, void* out, Type type, ptrdiff_t stride);

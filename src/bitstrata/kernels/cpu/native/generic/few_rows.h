@@ -1,11 +1,14 @@
 // y = x W^T for a few rows of x, straight from the planes.
 //
-// x is int8 with a scale for each row and chunk (a group, or a unit if groups are wider); weights are looked up
-// as byte levels (tables.h). For each unit of 128 columns and block of 16 weight rows the plane words are read
+// x is int8 with four scales for each row and group (or unit, if groups are wider): one for each quarter of the columns,
+// activations.h. Weights are looked up as byte levels (tables.h). For each unit of 128 columns and block of 16 weight rows the plane words are read
 // once and turned into indices (index.h); every row of x then takes its dot products from the same levels.
 // Rows may differ in bits: rows of equal bits form a segment with tables of its own over the same indices.
 //
-//   y[r, n] = sum over chunks of x_scale[r] * (step[n] * sum level * x_int + low[n] * sum x_int)
+//   y[r, n] = sum over groups of step[n] * (sum over quarters of x_scale[r] * sum level * x_int) + low[n] * x_sum[r]
+//
+// A byte dot product leaves four sums a lane, one for each four neighbouring bytes: the quarters of a group are just
+// these, so finer scales of x cost a multiplication and no further sums.
 #pragma once
 #include <type_traits>
 
@@ -145,15 +148,17 @@ void few_rows_block(const FewRows& call, int block, float* out) {
       const int begin = Mixed ? call.segments[i].begin : 0, end = Mixed ? call.segments[i].end : rows;
       const int used = Mixed && segment_bits(i) <= 4 ? 1 : sets;
       for (int r = begin; r < end; ++r) {
-        const float* x_scale = call.x_scale + size_t(r) * layout.chunks + unit * Groups;
+        const float* x_scale = call.x_scale + (size_t(r) * layout.chunks + unit * Groups) * kQuarters;
         const float* x_sum = call.x_sum + size_t(r) * layout.chunks + unit * Groups;
         for (int h = 0; h < halves; ++h) {
           F y = One ? one_total[h] : S::load_float(&total[r][h * half_rows]);
           for (int g = 0; g < Groups; ++g) {
             for (int set = 0; set < used; ++set) {
               const V* part = sum[r][set][g][h];
-              F scale = S::mul(S::load_float(&tables[i].step[g][set][h * half_rows]), S::floats(x_scale[g]));
-              y = S::fma(S::to_float(S::sum4(part[0], part[1], part[2], part[3])), scale, y);
+              const F scale = S::repeat4(x_scale + g * kQuarters);
+              auto scaled = [&](int q) { return S::mul(S::to_float(part[q]), scale); };
+              const F products = S::sum4(scaled(0), scaled(1), scaled(2), scaled(3));
+              y = S::fma(products, S::load_float(&tables[i].step[g][set][h * half_rows]), y);
             }
             y = S::fma(S::load_float(&tables[i].low[g][h * half_rows]), S::floats(x_sum[g]), y);
           }

@@ -22,6 +22,7 @@ constexpr int kUnitColumns = 128;
 constexpr int kSlots = 8;  // of 16 columns in a unit
 constexpr int kWordBytes = 64;
 constexpr int kQuads = 4;  // words of a plane in a (block, unit)
+constexpr int kQuarters = 4;  // of a chunk of activations, each with a scale of its own
 constexpr int kMaxBits = 8;
 constexpr int kMaxRows = 16;  // activation rows in one pass over the weight
 
@@ -33,7 +34,7 @@ struct Layout {
   int groups;            // groups of a row with padding
   int groups_per_unit;   // > 1: several groups in a unit; their width is 128 / groups_per_unit
   int units_per_group;   // > 1: a group spans several units
-  int chunks;            // of activations, each with a scale of its own: units * groups_per_unit
+  int chunks;            // of activations: units * groups_per_unit, each with kQuarters scales
   size_t plane_bytes;
 
   // Defined once, for the plain processor: this file is compiled for every instruction set.

@@ -46,11 +46,8 @@ struct Simd {
     return vreinterpretq_u8_s32(
         vdotq_s32(vreinterpretq_s32_u8(sum), vreinterpretq_s8_u8(levels), vreinterpretq_s8_u8(x)));
   }
-  static V sum4(V a, V b, V c, V d) {
-    const int32x4_t ab = vpaddq_s32(vreinterpretq_s32_u8(a), vreinterpretq_s32_u8(b));
-    const int32x4_t cd = vpaddq_s32(vreinterpretq_s32_u8(c), vreinterpretq_s32_u8(d));
-    return vreinterpretq_u8_s32(vpaddq_s32(ab, cd));
-  }
+  static F sum4(F a, F b, F c, F d) { return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)); }
+  static F repeat4(const float* p) { return vld1q_f32(p); }
 
   static V add16(V a, V b) {
     return vreinterpretq_u8_u16(vaddq_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)));

@@ -94,14 +94,11 @@ struct Simd {
       return total;
     });
   }
-  static V sum4(const V& a, const V& b, const V& c, const V& d) {
-    const V* part[4] = {&a, &b, &c, &d};
-    return make<int32_t>([&](int i) {
-      int32_t total = 0;
-      for (int k = 0; k < 4; ++k) total += word<int32_t>(*part[i], k);
-      return total;
-    });
+  static F sum4(const F& a, const F& b, const F& c, const F& d) {
+    const F* part[4] = {&a, &b, &c, &d};
+    return each([&](int i) { return (part[i]->at[0] + part[i]->at[1]) + (part[i]->at[2] + part[i]->at[3]); });
   }
+  static F repeat4(const float* p) { return load_float(p); }
 
   static V add16(const V& a, const V& b) {
     return make<uint16_t>([&](int i) { return word<uint16_t>(a, i) + word<uint16_t>(b, i); });

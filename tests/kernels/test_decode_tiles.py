@@ -1,0 +1,101 @@
+"""Decoded tiles are those of planes.decode, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import random_weight
+
+from bitstrata.kernels.cpu import BlockedWeight
+from bitstrata.kernels.cpu import kernel as module
+from bitstrata.planes import AffineDecoder, CodebookDecoder, decode
+
+ALL_BITS = tuple(range(1, 9))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ISAS = [name for name, runs, _ in module.native.instruction_sets() if runs] if module.native else []
+N, K = 53, 301
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
+isas = pytest.mark.parametrize("isa", ISAS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+
+
+def tile(isa, packed, bits, first, last, dtype, threads=1):
+    """Rows first..last-1 as `isa` decodes them; nothing is written beyond."""
+    guard, columns = 64, packed.in_features
+    flat = torch.full(((last - first) * columns + guard,), float("nan"), dtype=dtype)
+    packed.handle.decode(isa, bits, first, last, flat.data_ptr(), module.TYPES[dtype], threads)
+    assert flat[-guard:].isnan().all(), "written beyond the tile"
+    return flat[:-guard].view(last - first, columns)
+
+
+def assert_same_bits(found, expected, message):
+    integers = torch.int32 if expected.dtype == torch.float32 else torch.int16
+    assert torch.equal(found.contiguous().view(integers), expected.contiguous().view(integers)), message
+
+
+@isas
+@dtypes
+@pytest.mark.parametrize("group_size", [1, 12, 32, 43, 64, 100, 128, 200, K, "codebook"], ids=lambda size: f"group-{size}")
+def test_all_bits_and_groups(isa, dtype, group_size, seed):
+    codebook = group_size == "codebook"
+    weight = random_weight(N, K, ALL_BITS, K if codebook else group_size, "codebook" if codebook else "affine", seed)
+    packed = BlockedWeight.pack(weight)
+    for bits in ALL_BITS:
+        expected = decode(weight, bits, dtype)
+        for first, last in ((0, N), (0, 16), (16, 48), (32, 37), (48, N), (16, 16)):
+            found = tile(isa, packed, bits, first, last, dtype)
+            assert_same_bits(found, expected[first:last], f"bits={bits} rows {first}..{last}")
+
+
+@isas
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1), (1, 129), (16, 128), (17, 31), (33, 256)], ids=str)
+def test_shapes(isa, dtype, shape, seed):
+    for decoder in ("affine", "codebook"):
+        weight = random_weight(*shape, ALL_BITS, 32, decoder, seed)
+        packed = BlockedWeight.pack(weight)
+        for bits in ALL_BITS:
+            found = tile(isa, packed, bits, 0, shape[0], dtype, threads=2)
+            assert_same_bits(found, decode(weight, bits, dtype), f"{decoder} bits={bits}")
+
+
+@isas
+@dtypes
+@pytest.mark.parametrize("factor", [2.0**-22, 2.0**-14, 30000.0], ids=["denormal", "edge-of-normal", "overflow"])
+def test_rounding_at_the_ends_of_the_range(isa, dtype, factor, seed):
+    """Scales that are fp16 denormals; weights that are; weights beyond what fp16 holds, which become infinite."""
+    affine, codebook = random_weight(N, K, ALL_BITS, 43, seed=seed), random_weight(N, K, ALL_BITS, K, "codebook", seed)
+
+    def large(tensor):
+        return (tensor.float() * factor).clamp(-60000, 60000).half()
+
+    affine = replace(
+        affine, decoders={b: AffineDecoder(large(d.scale), large(d.offset)) for b, d in affine.decoders.items()}
+    )
+    codebook = replace(codebook, decoders={b: CodebookDecoder(large(d.table)) for b, d in codebook.decoders.items()})
+    for weight in (affine, codebook):
+        packed = BlockedWeight.pack(weight)
+        for bits in ALL_BITS:
+            assert_same_bits(tile(isa, packed, bits, 0, N, dtype), decode(weight, bits, dtype), f"bits={bits}")
+
+
+@isas
+def test_what_cannot_be_decoded_is_refused(isa):
+    packed = BlockedWeight.pack(random_weight(N, K))
+    out = torch.empty(N, K)
+
+    def call(bits=2, first=0, last=N, kind=0):
+        packed.handle.decode(isa, bits, first, last, out.data_ptr(), kind, 1)
+
+    call()
+    for rows in ({"first": 8}, {"last": N + 1}, {"first": -16}, {"first": 32, "last": 16}):
+        with pytest.raises(IndexError, match="rows to decode must start at a block"):
+            call(**rows)
+    for bits in (-1, 0, 1, 5, 9):
+        with pytest.raises(ValueError, match="no decoder for these bits"):
+            call(bits=bits)
+    with pytest.raises(ValueError, match="unknown type"):
+        call(kind=3)

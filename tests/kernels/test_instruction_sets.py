@@ -1,0 +1,165 @@
+"""Every instruction set of this build: against the scalar kernels, and against arithmetic without rounding."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import random_weight
+from kernel_errors import chunks_of, fewest_levels, int8_errors
+
+from bitstrata.kernels import plane_linear, plane_linear_rows, registry
+from bitstrata.kernels.cpu import BlockedWeight
+from bitstrata.kernels.cpu import kernel as module
+from bitstrata.planes import AffineDecoder, CodebookDecoder, PlaneWeight, decode, group_count, pack_bits
+
+ALL_BITS = tuple(range(1, 9))
+ISAS = [name for name, runs, _ in module.native.instruction_sets() if runs] if module.native else []
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
+isas = pytest.mark.parametrize("isa", ISAS)
+
+
+def variant(isa, name):
+    return registry._KERNELS[f"{isa}-{name}" if name else isa]
+
+
+def on_the_grid(rows, weight, bits, generator):
+    """Activations [rows, K] that int8 holds exactly: whole multiples of 2**-6, and a 127th of each chunk's largest."""
+    chunk = chunks_of(weight, bits)
+    x = torch.randint(-127, 128, (rows, len(chunk)), generator=generator)
+    x[:, torch.cat([torch.tensor([True]), chunk[1:] != chunk[:-1]])] = 127
+    return x * 2.0**-6
+
+
+def random_problem(seed):
+    """A weight of random shape with all bits."""
+    draw = random.Random(seed)
+    shape = draw.randint(1, 70), draw.randint(1, 400)
+    decoder = draw.choice(["affine", "affine", "codebook"])
+    return random_weight(*shape, ALL_BITS, draw.randint(1, 300), decoder, seed), draw.randint(1, 20)
+
+
+@isas
+def test_int8_results_equal_the_scalar_ones(isa, seed):
+    kernel, scalar = variant(isa, "int8"), variant("scalar", "int8")
+    for case in range(seed, seed + 12):
+        weight, rows = random_problem(case)
+        packed = BlockedWeight.pack(weight)
+        row_bits = torch.randint(1, 9, (rows,), generator=torch.Generator().manual_seed(case))
+        for bits in ALL_BITS:
+            x = on_the_grid(rows, weight, bits, torch.Generator().manual_seed(case))
+            expected = scalar.linear(x, packed, bits)
+            if isa == "avx512":  # its reciprocal has 14 bits, so that a level may fall the other way
+                limit = int8_errors(x, weight, bits, 255)[0]
+            elif fewest_levels(kernel) != fewest_levels(scalar):
+                limit = int8_errors(x, weight, bits, fewest_levels(kernel))[0] * 2
+            else:  # the same numbers, added up in another order
+                limit = 1e-5 * expected.abs().max()
+            message = f"case={case} bits={bits} of {weight.out_features} x {weight.in_features}"
+            assert ((kernel.linear(x, packed, bits) - expected).abs() <= limit).all(), message
+            mixed = (kernel.linear_rows(x, packed, row_bits) - expected).abs() <= limit
+            assert mixed[row_bits == bits].all(), f"mixed, {message}"
+
+
+def evenly_spaced(bits, N, groups, generator):
+    """A decoder whose weights fall on whole levels: scales that halve from plane to plane, with signs of their own."""
+
+    def whole(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    sizes = whole(16, 32, 2, N, groups) * 2.0**-5  # of planes 0-3 and 4-7
+    halves = torch.exp2(torch.arange(bits) % 4).view(-1, 1, 1)
+    signs = whole(0, 2, bits, N, groups) * 2 - 1
+    return AffineDecoder((sizes[torch.arange(bits) // 4] / halves * signs).half(), whole(-50, 50, N, groups).half() / 64)
+
+
+def whole_entries(bits, N, most, generator):
+    """A table of whole numbers that span 0..most, moved."""
+    table = torch.randint(0, most + 1, (N, 2**bits), generator=generator)
+    table[:, 0], table[:, -1] = most, 0
+    return CodebookDecoder((table - 100).half())
+
+
+@isas
+@pytest.mark.parametrize("group_size", [12, 32, 43, 64, 100, 128, 200, "codebook"], ids=lambda size: f"group-{size}")
+@pytest.mark.parametrize("rows", [1, 7, 18])
+def test_what_int8_and_levels_can_hold_is_computed_exactly(isa, group_size, rows, seed):
+    """No error of rounding is left to hide behind."""
+    N, K = 35, 301
+    generator = torch.Generator().manual_seed(seed)
+    codebook = group_size == "codebook"
+    size = K if codebook else group_size
+    most = 127 if isa == "avx2" else 255
+    weight = PlaneWeight(
+        tuple(pack_bits(torch.rand(N, K, generator=generator) < 0.5) for _ in ALL_BITS),
+        {
+            bits: whole_entries(bits, N, most, generator)
+            if codebook
+            else evenly_spaced(bits, N, group_count(K, size), generator)
+            for bits in ALL_BITS
+        },
+        K,
+        size,
+    )
+    kernel, packed = variant(isa, "int8"), BlockedWeight.pack(weight)
+    row_bits = torch.randint(1, 9, (rows,), generator=generator)
+    x = on_the_grid(rows, weight, 8, generator)
+    together = kernel.linear_rows(x, packed, row_bits)
+    for bits in ALL_BITS:
+        W = decode(weight, bits, torch.float64)
+        exact = x.double() @ W.T
+        limit = 2e-6 * (x.double().abs() @ W.abs().T)  # float32 sums of a few dozen terms
+        error = (kernel.linear(x, packed, bits) - exact).abs()
+        assert (error <= limit).all(), f"bits={bits}: {(error / limit).max():.1f} times the limit"
+        assert ((together - exact).abs() <= limit)[row_bits == bits].all(), f"mixed, bits={bits}"
+
+
+@isas
+@pytest.mark.parametrize("name", ["", "int8", "exact"], ids=["plain", "int8", "exact"])
+def test_a_forced_kernel_really_runs(isa, name, monkeypatch):
+    """Every call into the extension names that instruction set."""
+    called = []
+
+    def spy(function):
+        def call(*arguments):
+            called.append((arguments[0], arguments[-1]))
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(module, "native", SimpleNamespace(linear=spy(module.native.linear)))
+    monkeypatch.setenv(registry.ENVIRONMENT, variant(isa, name).name)
+    weight = random_weight(5, 70)
+    plane_linear(torch.randn(3, 70), weight, 2)
+    plane_linear_rows(torch.randn(3, 70), weight, torch.tensor([2, 3, 4]))
+    assert called == [(isa, name == "exact")] * 2
+
+
+@isas
+def test_many_rows_are_decoded_by_the_forced_instruction_set(isa):
+    packed = BlockedWeight.pack(random_weight(5, 70))
+    handle, called = packed.handle, []
+    spy = SimpleNamespace(decode=lambda *arguments: (called.append(arguments[0]), handle.decode(*arguments)))
+    object.__setattr__(packed, "handle", spy)
+    variant(isa, "").linear(torch.randn(17, 70), packed, 2)
+    assert called == [isa]
+
+
+def test_an_instruction_set_that_is_not_built_is_refused():
+    packed = BlockedWeight.pack(random_weight(5, 70))
+    out = torch.empty(5, 70)
+    with pytest.raises(ValueError, match="no kernels for sse9 in this build"):
+        packed.handle.decode("sse9", 2, 0, 5, out.data_ptr(), 0, 1)
+
+
+def test_the_best_instruction_set_has_the_highest_priority(monkeypatch):
+    monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
+    chosen = registry.select(registry.Problem("cpu", torch.float32, 1, "affine"))
+    assert chosen.name == ISAS[0]
+    priorities = [variant(isa, "").priority for isa in ISAS]
+    assert priorities == sorted(priorities, reverse=True)
+    assert len(set(priorities)) == len(priorities)
+    assert all(variant(isa, name).priority < 0 for isa in ISAS for name in ("int8", "exact")), "only when forced"
