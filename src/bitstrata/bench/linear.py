@@ -1,7 +1,8 @@
 """Single layers: time against the bytes that must be read, and against torch's dense product.
 
 All contenders of a shape take turns: a round times each of them once, so that a change in the
-machine's speed meets all alike; ratios are taken within a round, and medians over rounds.
+machine's speed meets all alike. The time of a round is the median of its calls; ratios are taken
+within a round, and medians over rounds.
 
 Two regimes. `cache`: one matrix again and again, as large as it is. `memory`: a set of copies that
 is larger than the cache takes turns, as the layers of a model do.
@@ -145,11 +146,13 @@ def _race(
     for _ in range(rounds):
         bandwidth.sample()
         for index, contender in enumerate(contenders):
-            started = time.perf_counter()
+            each_call = []
             for _ in range(calls[index]):
+                started = time.perf_counter()
                 contender.call(positions[index])
+                each_call.append(time.perf_counter() - started)
                 positions[index] = (positions[index] + 1) % contender.copies
-            times[index].append((time.perf_counter() - started) / calls[index])
+            times[index].append(statistics.median(each_call))
     by_name = {contender.name: times[index] for index, contender in enumerate(contenders)}
     results = []
     for contender in contenders:

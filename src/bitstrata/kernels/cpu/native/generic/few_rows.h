@@ -61,6 +61,9 @@ void few_rows_block(const FewRows& call, int block, float* out) {
   constexpr int count = Codebook && Planes > 4 ? 1 << (Planes - 4) : Form::tables;
   constexpr int together = One ? 1 : 2;  // words whose levels stay in registers while rows pass by
   constexpr int max_segments = Mixed ? kMaxBits : 1;
+  // With one row a unit's sums may be finished while the next unit runs: right after its products, everything behind
+  // would wait for them. Measured to pay at 3 and 4 planes.
+  constexpr bool late = One && !Codebook && (Planes == 3 || Planes == 4);
   const Layout& layout = *call.layout;
   const int rows = One ? 1 : call.rows, segments = Mixed ? call.segment_count : 1;
   const size_t plane_offset = size_t(block) * layout.units * kQuads * kWordBytes;
@@ -71,6 +74,7 @@ void few_rows_block(const FewRows& call, int block, float* out) {
   Tables<S, Groups, sets, count> buffers[ahead][max_segments];
   alignas(64) float total[One ? 1 : kMaxRows][kBlockRows] = {};
   V sum[One ? 1 : kMaxRows][sets][Groups][halves][kQuads];
+  V sum_before[Groups][halves][kQuads];
 
   auto segment_bits = [&](int i) { return Mixed ? call.segments[i].bits : Planes; };
   if constexpr (Codebook) {
@@ -96,17 +100,50 @@ void few_rows_block(const FewRows& call, int block, float* out) {
     }
   };
   if constexpr (!Codebook) build(0);
-  int step = 0, units_left = layout.units_per_group;
-  for (int unit = 0; unit < layout.units; ++unit) {
-    const auto& tables = buffers[Codebook ? 0 : step % 2];
-    if (!Codebook && --units_left == 0) {
-      ++step, units_left = layout.units_per_group;
-      if (unit + 1 < layout.units) build(step);
+  // Sums of a unit, scaled and added up.
+  auto finish = [&](int unit, const auto& tables) {
+    for (int i = 0; i < segments; ++i) {
+      const int begin = Mixed ? call.segments[i].begin : 0, end = Mixed ? call.segments[i].end : rows;
+      const int used = Mixed && segment_bits(i) <= 4 ? 1 : sets;
+      for (int r = begin; r < end; ++r) {
+        const float* x_scale = call.x_scale + (size_t(r) * layout.chunks + unit * Groups) * kQuarters;
+        const float* x_sum = call.x_sum + size_t(r) * layout.chunks + unit * Groups;
+        for (int h = 0; h < halves; ++h) {
+          F y = One ? one_total[h] : S::load_float(&total[r][h * half_rows]);
+          for (int g = 0; g < Groups; ++g) {
+            for (int set = 0; set < used; ++set) {
+              const V* part = late ? sum_before[g][h] : sum[r][set][g][h];
+              const F scale = S::repeat4(x_scale + g * kQuarters);
+              auto scaled = [&](int q) { return S::mul(S::to_float(part[q]), scale); };
+              const F products = S::sum4(scaled(0), scaled(1), scaled(2), scaled(3));
+              y = S::fma(products, S::load_float(&tables[i].step[g][set][h * half_rows]), y);
+            }
+            y = S::fma(S::load_float(&tables[i].low[g][h * half_rows]), S::floats(x_sum[g]), y);
+          }
+          if constexpr (One) one_total[h] = y;
+          else S::store_float(&total[r][h * half_rows], y);
+        }
+      }
     }
+  };
+  const size_t x_stride = size_t(layout.units) * kUnitColumns;
+  int step = 0, units_left = layout.units_per_group;
+  const auto* tables = &buffers[0];
+  for (int unit = 0; unit < layout.units; ++unit) {
+    const auto* tables_before = tables;
+    tables = &buffers[Codebook ? 0 : step % 2];
+    auto between = [&] {
+      if (late && unit > 0) finish(unit - 1, *tables_before);
+      if (!Codebook && --units_left == 0) {
+        ++step, units_left = layout.units_per_group;
+        if (unit + 1 < layout.units) build(step);
+      }
+    };
     const size_t word_offset = plane_offset + size_t(unit) * kQuads * kWordBytes;
     const int8_t* x_unit = call.x + size_t(unit) * kUnitColumns;
-    const size_t x_stride = size_t(layout.units) * kUnitColumns;
-    for (int q = 0; q < kQuads; q += together)
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuads; q += together) {
+      if (q == (late ? kQuads / 2 : 0)) between();
       for (int h = 0; h < halves; ++h) {
         V high[together][kSlots], low[together][kSlots];
         for (int t = 0; t < together; ++t) {
@@ -123,7 +160,7 @@ void few_rows_block(const FewRows& call, int block, float* out) {
           auto take = [&](auto set) {
             V level[together][kSlots];
             for (int t = 0; t < together; ++t)
-              look_up<S, sets, count, set.value, Codebook, Planes, nibble>(tables[i], high[t], low[t], q + t,
+              look_up<S, sets, count, set.value, Codebook, Planes, nibble>((*tables)[i], high[t], low[t], q + t,
                                                                            h * half_bytes, segment_bits(i), level[t]);
             const int begin = Mixed ? call.segments[i].begin : 0, end = Mixed ? call.segments[i].end : rows;
             for (int r = begin; r < end; ++r) {
@@ -144,30 +181,16 @@ void few_rows_block(const FewRows& call, int block, float* out) {
             if (!Mixed || segment_bits(i) > 4) take(std::integral_constant<int, 1>{});
         }
       }
-    for (int i = 0; i < segments; ++i) {
-      const int begin = Mixed ? call.segments[i].begin : 0, end = Mixed ? call.segments[i].end : rows;
-      const int used = Mixed && segment_bits(i) <= 4 ? 1 : sets;
-      for (int r = begin; r < end; ++r) {
-        const float* x_scale = call.x_scale + (size_t(r) * layout.chunks + unit * Groups) * kQuarters;
-        const float* x_sum = call.x_sum + size_t(r) * layout.chunks + unit * Groups;
-        for (int h = 0; h < halves; ++h) {
-          F y = One ? one_total[h] : S::load_float(&total[r][h * half_rows]);
-          for (int g = 0; g < Groups; ++g) {
-            for (int set = 0; set < used; ++set) {
-              const V* part = sum[r][set][g][h];
-              const F scale = S::repeat4(x_scale + g * kQuarters);
-              auto scaled = [&](int q) { return S::mul(S::to_float(part[q]), scale); };
-              const F products = S::sum4(scaled(0), scaled(1), scaled(2), scaled(3));
-              y = S::fma(products, S::load_float(&tables[i].step[g][set][h * half_rows]), y);
-            }
-            y = S::fma(S::load_float(&tables[i].low[g][h * half_rows]), S::floats(x_sum[g]), y);
-          }
-          if constexpr (One) one_total[h] = y;
-          else S::store_float(&total[r][h * half_rows], y);
-        }
-      }
+    }
+    if constexpr (late) {
+      for (int g = 0; g < Groups; ++g)
+        for (int h = 0; h < halves; ++h)
+          for (int q = 0; q < kQuads; ++q) sum_before[g][h][q] = sum[0][0][g][h][q];
+    } else {
+      finish(unit, *tables);
     }
   }
+  if (late) finish(layout.units - 1, *tables);
   for (int r = 0; r < rows; ++r)
     for (int h = 0; h < halves; ++h)
       S::store_float(out + r * kBlockRows + h * half_rows,
