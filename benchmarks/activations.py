@@ -45,7 +45,8 @@ def main() -> None:
     if arguments.json:
         settings = {"model": Path(arguments.model).name, "text": Path(arguments.text).name, "tokens": result.tokens}
         arguments.json.write_text(
-            json.dumps({"machine": describe(torch.get_num_threads()), "settings": settings, "nll": nll}, indent=1) + "\n"
+            json.dumps({"machine": describe(torch.get_num_threads()), "settings": settings, "nll": nll}, indent=1)
+            + "\n"
         )
 
 

@@ -90,7 +90,7 @@ def bench_linear(
     results = []
     for regime in regimes:
         copies = 1 if regime == "cache" else max(2, -(-MEMORY_BYTES // per_copy))
-        weights = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+        weights = [first, *(prepare(stored, dtype) or copy.deepcopy(stored) for _ in range(copies - 1))]
         dense = {kind: _dense(out_features, in_features, kind, regime, generator) for kind in DENSE}
         for count in rows:
             contenders = [

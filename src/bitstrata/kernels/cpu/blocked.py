@@ -7,7 +7,7 @@ The same bits and the same fp16 numbers in another order, padded to blocks of 16
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,9 @@ from .extension import native
 
 BLOCK_ROWS = 16
 LAYOUT = "blocked"
+HUGE_PAGE = 1 << 21
+ALIGNMENT = 64  # a vector
+SKEW = 4096 + 320  # planes are read side by side: at a distance of a power of two they would meet in the same banks
 
 
 @dataclass(frozen=True)
@@ -99,19 +102,20 @@ class BlockedWeight:
         threads = torch.get_num_threads()
         shape = (weight.out_features, weight.in_features, weight.group_size, kind == "codebook")
         layout = native.Weight(*shape)
-        planes = []
-        for plane in weight.planes:
-            packed = torch.empty(layout.plane_bytes, dtype=torch.uint8)
+        sizes = [layout.plane_bytes] * len(weight.planes)
+        sizes += [SCALE_DTYPE.itemsize * layout.decoder_count(bits) for bits in weight.decoders]
+        room = _allocate(sizes)
+        planes = room[: len(weight.planes)]
+        for plane, packed in zip(weight.planes, planes, strict=True):
             layout.pack_plane(plane.contiguous().data_ptr(), packed.data_ptr(), threads)
-            planes.append(packed)
         decoders = {}
-        for bits, decoder in weight.decoders.items():
-            packed = torch.zeros(layout.decoder_count(bits), dtype=SCALE_DTYPE)
+        for (bits, decoder), packed in zip(weight.decoders.items(), room[len(planes) :], strict=True):
+            packed = packed.view(SCALE_DTYPE)
             if isinstance(decoder, AffineDecoder):
                 scale, offset = decoder.scale.contiguous(), decoder.offset.contiguous()
                 layout.pack_scales(scale.data_ptr(), offset.data_ptr(), bits, packed.data_ptr())
             else:
-                packed[: decoder.table.numel()] = decoder.table.flatten()
+                packed.zero_()[: decoder.table.numel()] = decoder.table.flatten()
             decoders[bits] = packed
         return cls(tuple(planes), decoders, weight.out_features, weight.in_features, weight.group_size, kind)
 
@@ -138,6 +142,21 @@ class BlockedWeight:
         offset = torch.empty(self.out_features, groups, dtype=SCALE_DTYPE)
         self.handle.unpack_scales(packed.data_ptr(), bits, scale.data_ptr(), offset.data_ptr())
         return AffineDecoder(scale, offset)
+
+
+def _allocate(sizes: Sequence[int]) -> list[Tensor]:
+    """Uninitialised uint8 tensors of `sizes` bytes in one piece of memory, in large pages where the system has them."""
+    assert native is not None
+    starts, end = [], 0
+    for size in sizes:
+        starts.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT + (SKEW if size >= HUGE_PAGE // 4 else 0)
+    whole = torch.empty(end + (HUGE_PAGE if end >= HUGE_PAGE else ALIGNMENT), dtype=torch.uint8)
+    skip = -whole.data_ptr() % (HUGE_PAGE if end >= HUGE_PAGE else ALIGNMENT)
+    huge = end // HUGE_PAGE * HUGE_PAGE
+    if huge:
+        native.advise_huge(whole.data_ptr() + skip, huge)
+    return [whole[skip + start : skip + start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
 def _expect(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:

@@ -3,6 +3,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -100,6 +104,15 @@ uint32_t read_all(uintptr_t address, size_t bytes, int threads) {
   return total;
 }
 
+// Asks for large pages: streaming through small ones costs a tenth of the speed. Without effect where there are none.
+void advise_huge(uintptr_t address, size_t bytes) {
+#if defined(__linux__)
+  madvise(at<void>(address), bytes, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 }  // namespace
 }  // namespace bitstrata
 
@@ -113,6 +126,7 @@ NB_MODULE(_native, m) {
     return nb::tuple(all);
   });
   m.def("read_all", &read_all);
+  m.def("advise_huge", &advise_huge);
   m.def("linear", &run_linear);
 
   nb::class_<Weight>(m, "Weight")
