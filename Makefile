@@ -49,8 +49,8 @@ SANITIZED = PYTHONPATH="$(CURDIR)/build/sanitize" ASAN_OPTIONS=detect_leaks=0 UB
   LD_PRELOAD="$(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))" $(BIN)/python
 
 # -I: the build's environment hides this one's packages from its own Python.
-cross: $(READY)  ## compile and link the extension for 64-bit Arm, to see that it builds
-	$(BIN)/python -c "import ziglang" 2> /dev/null || $(BIN)/python -m pip install --quiet --editable ".[cross]"
+cross: $(READY)  ## build the extension for 64-bit Arm, and run its kernels in an emulated processor
+	$(BIN)/python -c "import ziglang, unicorn" 2> /dev/null || $(BIN)/python -m pip install --quiet --editable ".[cross]"
 	rm -rf build/cross
 	mkdir -p build/cross
 	CXX="$(abspath $(BIN))/python -I -m ziglang c++ -target aarch64-linux-gnu" BITSTRATA_REQUIRE_NATIVE=1 \
@@ -61,6 +61,7 @@ cross: $(READY)  ## compile and link the extension for 64-bit Arm, to see that i
 	  . > build/cross/log.txt 2>&1 || (tail -n 60 build/cross/log.txt; exit 1)
 	grep -E "warning:|bitstrata: .* kernels" build/cross/log.txt
 	grep -q "bitstrata: neon kernels" build/cross/log.txt
+	$(BIN)/python tools/neon/emulate.py
 
 $(READY): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)

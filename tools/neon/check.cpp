@@ -1,0 +1,95 @@
+// The neon kernels against the scalar ones, in one program for 64-bit Arm. `check` uses neither heap nor system
+// calls, so that an emulator of the processor alone can run it (emulate.py).
+#include <cstdint>
+#include <cstring>
+
+#include "generic/call.h"
+
+namespace bitstrata {
+extern const Kernels kNeon, kScalar;
+}
+
+namespace {
+
+using namespace bitstrata;
+
+constexpr int kN = 29, kK = 301, kUnits = 12, kBlocks = 2;  // as many units as any group size below asks for
+uint8_t planes[kMaxBits][kBlocks * kUnits * kQuads * kWordBytes];
+uint16_t decoder[kBlocks * kBlockRows << kMaxBits];
+float source[kMaxRows * kK], staged[kMaxRows * kUnits * kUnitColumns];
+int8_t x[kMaxRows * kUnits * kUnitColumns];
+float x_scale[kMaxRows * kUnits * 4 * kQuarters], x_sum[kMaxRows * kUnits * 4];
+float tile[2][kBlockRows * kK], out[2][kMaxRows * kBlockRows];
+uint32_t state = 1;
+
+uint32_t random_bits() {
+  state = state * 1664525u + 1013904223u;
+  return state >> 8;
+}
+
+uint16_t half_of(float value) {  // normal numbers only
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return uint16_t((bits >> 16 & 0x8000) | ((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 0x3FF));
+}
+
+}  // namespace
+
+// The largest difference over all outputs; what: 0 few rows, 1 decoded tiles (any difference counts), 2 exact rows.
+extern "C" float check(int bits, int group_size, int rows, int codebook, int low_bits, int what) {
+  Layout layout(kN, kK, codebook ? kK : group_size);
+  for (auto& plane : planes)
+    for (auto& byte : plane) byte = uint8_t(random_bits());
+  for (auto& value : decoder) value = half_of((int(random_bits() % 2001) - 700) / 1000.f + 0.0001f);
+  for (auto& value : source) value = (int(random_bits() % 2001) - 1000) / 300.f;
+  Weight weight{layout, codebook != 0};
+  for (int i = 0; i < kMaxBits; ++i) weight.planes[i] = planes[i];
+  for (int i = 1; i <= kMaxBits; ++i) weight.decoders[i] = decoder;
+
+  float worst = 0;
+  if (what == 1) {
+    for (int block = 0; block < layout.blocks; ++block)
+      for (int type = 0; type < 3; ++type) {
+        std::memset(tile, 0, sizeof tile);
+        kNeon.decode(weight, bits, block, tile[0], Type(type), kK);
+        kScalar.decode(weight, bits, block, tile[1], Type(type), kK);
+        if (std::memcmp(tile[0], tile[1], sizeof tile[0])) worst = 1e9f;
+      }
+    return worst;
+  }
+  const int padded = layout.units * kUnitColumns;
+  for (int r = 0; r < rows; ++r) {
+    kNeon.stage(layout, source + r * kK, Type::f32, staged + r * padded);
+    kNeon.quantize(layout, staged + r * padded, x + r * padded, x_scale + r * layout.chunks * kQuarters,
+                   x_sum + r * layout.chunks);
+  }
+  const Segment mixed[] = {{low_bits, 0, 1, decoder}, {bits, 1, rows, decoder}}, uniform[] = {{bits, 0, rows, decoder}};
+  FewRows call{};
+  call.layout = &layout;
+  for (int i = 0; i < kMaxBits; ++i) call.planes[i] = planes[i];
+  call.bits = bits;
+  call.codebook = codebook != 0;
+  call.segments = low_bits ? mixed : uniform;
+  call.segment_count = low_bits ? 2 : 1;
+  call.rows = rows;
+  call.x = x;
+  call.x_scale = x_scale;
+  call.x_sum = x_sum;
+  call.x_exact = staged;
+  for (int block = 0; block < layout.blocks; ++block) {
+    if (what == 0) {
+      kNeon.few_rows(call)(call, block, out[0]);
+      kScalar.few_rows(call)(call, block, out[1]);
+    } else {
+      kNeon.exact(call, weight, block, out[0]);
+      kScalar.exact(call, weight, block, out[1]);
+    }
+    for (int i = 0; i < rows * kBlockRows; ++i) {
+      const float difference = out[0][i] < out[1][i] ? out[1][i] - out[0][i] : out[0][i] - out[1][i];
+      if (!(difference <= worst)) worst = difference;
+    }
+  }
+  return worst;
+}
+
+int main() { return 0; }
