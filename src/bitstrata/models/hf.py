@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint import QUANT_METHOD, CheckpointReader, LayerSpec, QuantizationSpec
 from ..errors import CheckpointError
 from ..nn import Bits, BitsState, PlaneLinear, bits_state, fuse, use_bits
+from .attention import use_grouped_sdpa
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -130,6 +131,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, PlaneLinear):
             module.prepare()
     fuse(model)
+    use_grouped_sdpa(model)
     if not getattr(type(model), "_takes_bits", False):
         model.__class__ = _class_with_bits(type(model))  # type: ignore[arg-type]
     return model
