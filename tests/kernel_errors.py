@@ -47,15 +47,15 @@ def promise_of(kernel: Any, weight: PlaneWeight, bits: int) -> Check:
 
 
 def chunks_of(weight: PlaneWeight, bits: int) -> Tensor:
-    """For each column the chunk of activations it belongs to: a group, or 128 columns of a wider one. int64 [K]
+    """For each column the chunk of activations, of one scale, that it belongs to: int64 [K]
 
-    A codebook has no groups: its chunks are 128 columns of the whole row.
+    A chunk is a quarter of a group, or of 128 columns of a wider one: four of every sixteen columns. A codebook has
+    no groups, so that the whole row is one.
     """
     K = weight.in_features
-    size = weight.group_size if weight.decoder_kind(bits) == "affine" else K
-    column = torch.arange(K)
-    pieces = group_count(min(size, K), 128)
-    return torch.div(column, size, rounding_mode="floor") * pieces + torch.div(column % size, 128, rounding_mode="floor")
+    size = min(weight.group_size, K) if weight.decoder_kind(bits) == "affine" else K
+    group, within = torch.arange(K) // size, torch.arange(K) % size
+    return (group * group_count(size, 128) + within // 128) * 4 + within % 16 // 4
 
 
 def level_steps(weight: PlaneWeight, bits: int, level_max: int) -> Tensor:
@@ -64,7 +64,7 @@ def level_steps(weight: PlaneWeight, bits: int, level_max: int) -> Tensor:
     if isinstance(decoder, CodebookDecoder):
         low, high = decoder.table.double().aminmax(dim=1, keepdim=True)
         return ((high - low) / level_max).expand(-1, weight.in_features)
-    group = torch.div(torch.arange(weight.in_features), weight.group_size, rounding_mode="floor")
+    group = torch.arange(weight.in_features) // weight.group_size
     tables = [decoder.scale[first : min(bits, first + 4)].double().abs() for first in range(0, bits, 4)]
     # the two values of a table of one plane fall on levels, whatever they are
     spans = [2 * scales.sum(0) for scales in tables if len(scales) > 1]  # [N, J] each
@@ -83,13 +83,14 @@ def int8_errors(x: Tensor, weight: PlaneWeight, bits: int, level_max: int) -> tu
     of sums and results to float. The other takes every rounding for an independent uniform one.
     """
     W, chunk, a = decode(weight, bits, torch.float64).abs(), chunks_of(weight, bits), x.double().abs()
-    largest = torch.zeros(len(x), int(chunk[-1]) + 1).double()
+    count = int(chunk.max()) + 1
+    largest = torch.zeros(len(x), count).double()
     largest = largest.scatter_reduce(1, chunk.expand(len(x), -1), a, "amax")[:, chunk]  # [rows, K]
     off = torch.where(largest > 1e-30, largest / 254 * (1 + 1e-4), largest)  # of an activation, at most
     step = level_steps(weight, bits, level_max)
     level_off = LEVEL_ERROR * step
     worst = off @ W.T + a @ level_off.T + off @ level_off.T
-    terms = 2 * (int(chunk[-1]) + 1) + 8  # that a result adds up in float32
+    terms = 2 * count + 8  # that a result adds up in float32
     worst += terms * torch.finfo(torch.float32).eps * 3 * a.sum(1, keepdim=True) * W.amax(1)
     kind = torch.finfo(x.dtype)
     worst += kind.eps / 2 * (a @ W.T + worst) + kind.smallest_normal * kind.eps

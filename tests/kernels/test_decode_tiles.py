@@ -38,14 +38,16 @@ def assert_same_bits(found, expected, message):
 
 @isas
 @dtypes
-@pytest.mark.parametrize("group_size", [1, 12, 32, 43, 64, 100, 128, 200, K, "codebook"], ids=lambda size: f"group-{size}")
+@pytest.mark.parametrize(
+    "group_size", [1, 12, 32, 43, 64, 100, 128, 200, K, "codebook"], ids=lambda size: f"group-{size}"
+)
 def test_all_bits_and_groups(isa, dtype, group_size, seed):
     codebook = group_size == "codebook"
     weight = random_weight(N, K, ALL_BITS, K if codebook else group_size, "codebook" if codebook else "affine", seed)
     packed = BlockedWeight.pack(weight)
     for bits in ALL_BITS:
         expected = decode(weight, bits, dtype)
-        for first, last in ((0, N), (0, 16), (16, 48), (32, 37), (48, N), (16, 16)):
+        for first, last in ((0, N), (0, 16), (16, 48), (48, N), (16, 16)):
             found = tile(isa, packed, bits, first, last, dtype)
             assert_same_bits(found, expected[first:last], f"bits={bits} rows {first}..{last}")
 
@@ -91,8 +93,8 @@ def test_what_cannot_be_decoded_is_refused(isa):
         packed.handle.decode(isa, bits, first, last, out.data_ptr(), kind, 1)
 
     call()
-    for rows in ({"first": 8}, {"last": N + 1}, {"first": -16}, {"first": 32, "last": 16}):
-        with pytest.raises(IndexError, match="rows to decode must start at a block"):
+    for rows in ({"first": 8}, {"last": N + 1}, {"first": -16}, {"first": 32, "last": 16}, {"last": 37}):
+        with pytest.raises(IndexError, match="rows to decode"):
             call(**rows)
     for bits in (-1, 0, 1, 5, 9):
         with pytest.raises(ValueError, match="no decoder for these bits"):

@@ -30,7 +30,8 @@ def on_the_grid(rows, weight, bits, generator):
     """Activations [rows, K] that int8 holds exactly: whole multiples of 2**-6, and a 127th of each chunk's largest."""
     chunk = chunks_of(weight, bits)
     x = torch.randint(-127, 128, (rows, len(chunk)), generator=generator)
-    x[:, torch.cat([torch.tensor([True]), chunk[1:] != chunk[:-1]])] = 127
+    first = (chunk.unsqueeze(1) == chunk.unique()).int().argmax(0)  # column of each chunk
+    x[:, first] = 127
     return x * 2.0**-6
 
 
@@ -73,7 +74,9 @@ def evenly_spaced(bits, N, groups, generator):
     sizes = whole(16, 32, 2, N, groups) * 2.0**-5  # of planes 0-3 and 4-7
     halves = torch.exp2(torch.arange(bits) % 4).view(-1, 1, 1)
     signs = whole(0, 2, bits, N, groups) * 2 - 1
-    return AffineDecoder((sizes[torch.arange(bits) // 4] / halves * signs).half(), whole(-50, 50, N, groups).half() / 64)
+    return AffineDecoder(
+        (sizes[torch.arange(bits) // 4] / halves * signs).half(), whole(-50, 50, N, groups).half() / 64
+    )
 
 
 def whole_entries(bits, N, most, generator):

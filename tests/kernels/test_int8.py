@@ -45,14 +45,21 @@ def test_the_error_is_that_of_rounding(int8, group_size, seed):
         assert_int8_typical(y, x, weight, bits, fewest_levels(int8), f"bits={bits}")
 
 
+# of the results' own RMS: 0.3 % from activations, the rest from levels, of which avx2 has half as many
+RELATIVE_ERROR = {
+    ("affine", False): 0.006,
+    ("affine", True): 0.009,
+    ("codebook", False): 0.012,
+    ("codebook", True): 0.018,
+}
+
+
 @pytest.mark.parametrize("decoder", ["affine", "codebook"])
-def test_the_error_is_about_one_percent(int8, decoder, seed):
-    """Of the results' own RMS: 0.6 % from activations alone, the rest from levels."""
+def test_the_error_is_below_about_one_percent(int8, decoder, seed):
     weight = random_weight(N, K, ALL_BITS[1:], 128, decoder, seed)
     x = gaussian(64, K, seed)
     exact = registry._KERNELS[int8.name.replace("-int8", "-exact")]
-    # levels cost more where a table of 256 random entries is made of 128 levels
-    limit = 0.017 if (decoder, int8.isa) == ("codebook", "avx2") else 0.012
+    limit = RELATIVE_ERROR[decoder, int8.isa == "avx2"]
     for bits in weight.bits:
         y, true = int8.linear(x, weight, bits), exact.linear(x, weight, bits)
         assert 0.001 < (y - true).norm() / true.norm() < limit, f"bits={bits}"
@@ -99,7 +106,7 @@ def test_the_statistic_notices(int8, fault, seed):
     weight = random_weight(N, K, (4,), 128, decoder, seed)
     x = gaussian(16, K, seed)
     y = int8.linear(x, change(weight, 4), 4)
-    with pytest.raises(AssertionError, match="faulty: (RMS error|off by a factor)"):
+    with pytest.raises(AssertionError, match=r"faulty: (RMS error|off by a factor)"):
         assert_int8_typical(y, x, weight, 4, fewest_levels(int8), "faulty")
 
 
@@ -116,7 +123,9 @@ WORST_FAULTS = {
     "bit-of-plane-1": lambda w, x: flipped(w, x, 1),
     "no-offset": lambda w, x: with_decoder(w, 3, offset=torch.zeros_like(w.decoders[3].offset)),
     "scales-8%": lambda w, x: scaled(1.08)(w, 3),
-    "other-decoder": lambda w, x: replace(w, decoders={3: AffineDecoder(w.decoders[3].scale.roll(1, 1), w.decoders[3].offset)}),
+    "other-decoder": lambda w, x: replace(
+        w, decoders={3: AffineDecoder(w.decoders[3].scale.roll(1, 1), w.decoders[3].offset)}
+    ),
 }
 
 

@@ -1,0 +1,236 @@
+"""BlockedWeight: the stored weight in another order, never anything else."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import assert_same_weight, random_weight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitstrata.kernels import registry
+from bitstrata.kernels.cpu import BlockedWeight, missing
+from bitstrata.planes import AffineDecoder, CodebookDecoder, PlaneWeight
+from bitstrata.planes.weights import decoder_shapes
+
+pytestmark = pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
+decoders = pytest.mark.parametrize("decoder", ["affine", "codebook"])
+
+
+def any_bits(shape, dtype, generator):
+    """A tensor whose memory holds every pattern, NaN with payloads included."""
+    count = torch.Size(shape).numel() * dtype.itemsize
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
+
+
+@st.composite
+def weights(draw):
+    """Any weight, its fp16 numbers of any bits; the bits beyond K in a plane's last word are 0."""
+    N, K, group_size = draw(st.integers(1, 50)), draw(st.integers(1, 300)), draw(st.integers(1, 320))
+    bits = sorted(draw(st.sets(st.integers(1, 8), min_size=1)))
+    kind = draw(st.sampled_from(["affine", "codebook"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    weight = random_weight(N, K, bits, group_size, kind, draw(st.integers(0, 2**31)))
+    made = {}
+    for value in bits:
+        shapes = decoder_shapes(kind, value, N, K, group_size).values()
+        tensors = [any_bits(shape, torch.float16, generator) for shape in shapes]
+        made[value] = AffineDecoder(*tensors) if kind == "affine" else CodebookDecoder(*tensors)
+    return replace(weight, decoders=made)
+
+
+def as_integers(weight):
+    return {name: tensor.view(torch.int16) for name, tensor in weight.tensors().items() if "plane" not in name}
+
+
+@settings(max_examples=200)
+@given(weight=weights(), threads=st.sampled_from([1, 3]))
+def test_unpack_gives_back_what_was_packed_bit_for_bit(weight, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        packed = BlockedWeight.pack(weight)
+        found = packed.unpack()
+    finally:
+        torch.set_num_threads(before)
+    assert (found.in_features, found.group_size, found.bits) == (weight.in_features, weight.group_size, weight.bits)
+    assert (packed.out_features, packed.bits, packed.kind) == (
+        weight.out_features,
+        weight.bits,
+        weight.decoder_kind(weight.bits[0]),
+    )
+    for name, tensor in as_integers(weight).items():
+        assert torch.equal(as_integers(found)[name], tensor), name
+    for plane, expected in zip(found.planes, weight.planes, strict=True):
+        assert torch.equal(plane, expected)
+
+
+@decoders
+def test_packing_leaves_the_weight_alone_and_shares_nothing_with_it(decoder, seed):
+    weight = random_weight(19, 70, decoder=decoder, seed=seed)
+    packed = BlockedWeight.pack(weight)
+    unpacked = packed.unpack()
+    assert_same_weight(weight, random_weight(19, 70, decoder=decoder, seed=seed))
+    for tensor in unpacked.tensors().values():
+        tensor.zero_()
+    for tensor in weight.tensors().values():
+        tensor.zero_()
+    assert_same_weight(packed.unpack(), random_weight(19, 70, decoder=decoder, seed=seed))
+
+
+@decoders
+def test_packing_takes_views(decoder, seed):
+    """Rows of a larger weight, and tensors that are not contiguous."""
+    whole = random_weight(40, 70, decoder=decoder, seed=seed)
+    part = whole.rows(3, 22)
+    assert_same_weight(BlockedWeight.pack(part).unpack(), part)
+    strided = replace(
+        part,
+        planes=tuple(plane.t().contiguous().t() for plane in part.planes),
+        decoders={
+            bits: type(d)(*(t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in d.tensors(bits).values()))
+            for bits, d in part.decoders.items()
+        },
+    )
+    assert not strided.planes[0].is_contiguous()
+    assert_same_weight(BlockedWeight.pack(strided).unpack(), part)
+
+
+@decoders
+def test_padding_is_zero(decoder, seed):
+    """Else two copies of one weight would differ."""
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        first = BlockedWeight.pack(random_weight(19, 70, decoder=decoder, seed=seed))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    second = BlockedWeight.pack(first.unpack())
+    for a, b in zip(tensors_of(first), tensors_of(second), strict=True):
+        assert torch.equal(a, b)
+        assert not (a.float() if a.dtype == torch.float16 else a).isnan().any()
+
+
+def tensors_of(packed):
+    return [*packed.planes, *packed.decoders.values()]
+
+
+def test_decoders_of_both_kinds_are_refused():
+    affine, codebook = random_weight(5, 70), random_weight(5, 70, decoder="codebook")
+    mixed = PlaneWeight(affine.planes, {2: affine.decoders[2], 3: codebook.decoders[3]}, 70, 32)
+    with pytest.raises(ValueError, match="affine and codebook decoders cannot be packed"):
+        BlockedWeight.pack(mixed)
+
+
+def halved(tensor):
+    return torch.cat([tensor, tensor])[::2]
+
+
+FAULTS = {
+    "dtype": (lambda t: t.view(torch.int16), "contiguous entries of"),
+    "size": (lambda t: t[:-1], "expected [0-9]+ contiguous entries"),
+    "empty": (lambda t: t[:0], "expected [0-9]+ contiguous entries"),
+    "larger": (lambda t: torch.cat([t, t]), "expected [0-9]+ contiguous entries"),
+    "not-contiguous": (halved, "contiguous entries"),
+    "device": (lambda t: t.to("meta"), "on the CPU, got .* on meta"),
+}
+
+
+@decoders
+@pytest.mark.parametrize("part", ["plane", "decoder"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_tensors_that_do_not_fit_are_refused(decoder, part, fault):
+    """The native code gets addresses only, and could not notice."""
+    packed = BlockedWeight.pack(random_weight(19, 70, decoder=decoder))
+    change, message = FAULTS[fault]
+    planes, made = packed.planes, dict(packed.decoders)
+    if part == "plane":
+        planes = (planes[0], change(planes[1]), *planes[2:])
+    else:
+        made[3] = change(made[3])
+    with pytest.raises(ValueError, match=f"{'plane 1' if part == 'plane' else 'decoder for 3 bits'}: .*{message}"):
+        BlockedWeight(planes, made, 19, 70, 32, decoder)
+
+
+def test_a_weight_is_refused_whose_shape_is_not_that_of_its_tensors():
+    packed = BlockedWeight.pack(random_weight(19, 70))
+    for shape in ((70, 70, 32), (19, 300, 32), (19, 70, 8)):
+        with pytest.raises(ValueError, match="contiguous entries"):
+            BlockedWeight(packed.planes, packed.decoders, *shape, "affine")
+    for shape in ((0, 70, 32), (19, 0, 32), (19, 70, 0)):
+        with pytest.raises(ValueError, match="cannot be empty"):
+            BlockedWeight(packed.planes, packed.decoders, *shape, "affine")
+    with pytest.raises(ValueError, match="needs as many planes"):
+        BlockedWeight(packed.planes[:3], packed.decoders, 19, 70, 32, "affine")
+    with pytest.raises(IndexError, match="planes are numbered 0 to 7"):
+        BlockedWeight(packed.planes[:1] * 9, packed.decoders, 19, 70, 32, "affine")
+
+
+def through_pickle(packed):
+    return pickle.loads(pickle.dumps(packed))
+
+
+def through_torch(packed):
+    file = io.BytesIO()
+    torch.save(packed, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def result(packed, x):
+    return registry._KERNELS["scalar-exact"].linear(x, packed, 3)
+
+
+@decoders
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle, through_torch], ids=lambda f: f.__name__)
+def test_copies_work_and_outlive_the_original(decoder, copied, seed):
+    weight = random_weight(19, 70, decoder=decoder, seed=seed)
+    packed, x = BlockedWeight.pack(weight), torch.randn(2, 70)
+    expected = result(packed, x)
+    twin = copied(packed)
+    if copied is not copy.copy:
+        assert not {t.data_ptr() for t in tensors_of(packed)} & {t.data_ptr() for t in tensors_of(twin)}
+        for tensor in tensors_of(packed):
+            tensor.zero_()
+    del packed
+    assert torch.equal(result(twin, x), expected)
+    assert_same_weight(twin.unpack(), weight)
+
+
+def test_a_memo_that_holds_the_tensors_gives_a_twin_without_copies():
+    """What loaders do that keep one copy of the weights for several models."""
+    packed = BlockedWeight.pack(random_weight(19, 70))
+    twin = copy.deepcopy(packed, {id(tensor): tensor for tensor in tensors_of(packed)})
+    assert twin is not packed
+    assert [t.data_ptr() for t in tensors_of(twin)] == [t.data_ptr() for t in tensors_of(packed)]
+    x = torch.randn(2, 70)
+    assert torch.equal(result(twin, x), result(packed, x))
+
+
+def test_a_pickle_holds_every_tensor_once():
+    packed = BlockedWeight.pack(random_weight(64, 512))
+    size = sum(tensor.nbytes for tensor in tensors_of(packed))
+    assert len(pickle.dumps(packed)) < 1.2 * size + 4096
+
+
+@decoders
+def test_bytes_read_counts_the_planes_of_the_prefix_and_one_decoder(decoder):
+    weight = random_weight(32, 256, decoder=decoder)
+    packed = BlockedWeight.pack(weight)
+    for bits in weight.bits:  # nothing is padded at this shape
+        assert packed.bytes_read(bits) == weight.bytes_read(bits)
+    odd = random_weight(19, 70, decoder=decoder)
+    padded = BlockedWeight.pack(odd)
+    for bits in odd.bits:
+        used = [*padded.planes[:bits], padded.decoders[bits]]
+        assert padded.bytes_read(bits) == sum(tensor.nbytes for tensor in used) > odd.bytes_read(bits)
+
+
+def test_padding_stays_small_for_the_shapes_of_models():
+    for shape, group_size in (((64, 1024), 128), ((48, 1024), 64), ((64, 960), 32)):
+        weight = random_weight(*shape, group_size=group_size)
+        assert BlockedWeight.pack(weight).bytes_read(4) <= 1.07 * weight.bytes_read(4)

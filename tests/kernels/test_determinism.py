@@ -1,0 +1,88 @@
+"""A row's result depends on that row alone: not on its neighbours, the number of threads, or the run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import random_weight
+
+from bitstrata.kernels import registry
+from bitstrata.kernels.cpu import FEW_ROWS, BlockedWeight
+
+ALL_BITS = tuple(range(1, 9))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+N, K = 37, 301
+ROWS = 2 * FEW_ROWS + 5  # two passes over the weight and a part of one
+LAYOUTS = {f"group-{size}": ("affine", size) for size in (12, 32, 64, 128, 200)} | {"codebook": ("codebook", K)}
+# the plain kernels are the int8 ones for few rows, and torch's own product for many
+KERNELS = [name for name, kernel in registry._KERNELS.items() if getattr(kernel, "variant", "")]
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(not KERNELS, reason="the native kernels are not built"),
+]
+layouts = pytest.mark.parametrize(("decoder", "group_size"), LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+@pytest.fixture(params=KERNELS)
+def native(request):
+    kernel = registry._KERNELS[request.param]
+    reason = kernel.can_run(registry.Problem("cpu", torch.float32, 1, "affine"))
+    if reason is not None:
+        pytest.skip(reason)
+    return kernel
+
+
+def packed(decoder, group_size, seed):
+    return BlockedWeight.pack(random_weight(N, K, ALL_BITS, group_size, decoder, seed))
+
+
+def activations(seed, dtype=torch.float32):
+    return torch.randn(ROWS, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@layouts
+def test_a_row_of_a_batch_equals_that_row_alone(native, decoder, group_size, seed):
+    weight = packed(decoder, group_size, seed)
+    for dtype in DTYPES.values():
+        x = activations(seed, dtype)
+        for bits in ALL_BITS:
+            together = native.linear(x, weight, bits)
+            for row in (0, FEW_ROWS - 1, FEW_ROWS, ROWS - 1):
+                assert torch.equal(native.linear(x[row : row + 1], weight, bits)[0], together[row]), f"bits={bits}"
+            assert torch.equal(native.linear(x[3:11], weight, bits), together[3:11]), f"bits={bits}"
+
+
+@layouts
+@pytest.mark.parametrize("bits", [(2, 3, 4), (1, 5), ALL_BITS, (8,)], ids=str)
+def test_rows_at_their_own_bits_equal_all_rows_at_these(native, decoder, group_size, bits, seed):
+    weight, x = packed(decoder, group_size, seed), activations(seed)
+    row_bits = torch.tensor(bits)[torch.randint(len(bits), (ROWS,), generator=torch.Generator().manual_seed(seed))]
+    y = native.linear_rows(x, weight, row_bits)
+    for value in row_bits.unique().tolist():
+        assert torch.equal(y[row_bits == value], native.linear(x, weight, value)[row_bits == value]), f"bits={value}"
+
+
+@layouts
+def test_weights_in_one_call_equal_weights_one_by_one(native, decoder, group_size, seed):
+    weights = [
+        BlockedWeight.pack(random_weight(rows, K, ALL_BITS, group_size, decoder, seed + rows)) for rows in (37, 1, 16)
+    ]
+    x = activations(seed)[: FEW_ROWS + 1]
+    row_bits = torch.tensor([2, 5, 3])[torch.arange(len(x)) % 3]
+    for bits in (1, 3, 4, 8, row_bits):
+        for weight, y in zip(weights, native.linear_many(x, weights, bits), strict=True):
+            alone = native.linear_many(x, [weight], bits)[0]
+            assert torch.equal(y, alone), f"N={weight.out_features} bits={bits}"
+
+
+@layouts
+def test_neither_threads_nor_repetition_change_anything(native, threads, decoder, group_size, seed):
+    weight, x = packed(decoder, group_size, seed), activations(seed)
+    row_bits = torch.arange(ROWS) % 8 + 1
+    threads(1)
+    first = [native.linear(x, weight, bits) for bits in (1, 3, 8)] + [native.linear_rows(x, weight, row_bits)]
+    for count in (1, 2, 5, 2):
+        threads(count)
+        again = [native.linear(x, weight, bits) for bits in (1, 3, 8)] + [native.linear_rows(x, weight, row_bits)]
+        assert all(map(torch.equal, again, first)), f"{count} threads"
