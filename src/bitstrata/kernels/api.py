@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..errors import UnsupportedBitsError
 from ..planes.weights import AffineDecoder, CodebookDecoder, PlaneWeight
@@ -210,6 +211,16 @@ def prepare(weight: PlaneWeight, dtype: torch.dtype) -> PreparedWeight | None:
     return select(Problem(device, dtype, 1, weight.decoder_kind(weight.bits[0]))).prepare(weight)
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing but the call itself is going on: no subclass, compiler, tracer or gradient that wants to see the op."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
 def prepared_linear(x: Tensor, weights: Sequence[PreparedWeight], bits: int | Tensor) -> list[Tensor]:
     """y_i = x @ W_i^T at `bits`, or row r at bits[r]: x [..., K] -> [..., N_i] each, in x's dtype.
 
@@ -217,7 +228,7 @@ def prepared_linear(x: Tensor, weights: Sequence[PreparedWeight], bits: int | Te
     """
     for weight in weights:
         _check_columns(x, weight)
-    if type(x) is Tensor and not torch.compiler.is_compiling() and x.device == weights[0].planes[0].device:
+    if _is_plain(x) and x.device == weights[0].planes[0].device:
         return _run_prepared(x, weights, bits)
     ys = []
     for weight in weights:

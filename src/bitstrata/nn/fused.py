@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import prepared_linear
+from ..kernels import PreparedWeight, prepared_linear
 
 if TYPE_CHECKING:
     from .linear import PlaneLinear
@@ -25,21 +25,33 @@ if TYPE_CHECKING:
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
+WASTED = 2  # rounds without a taker for some result, after which a group stops sharing
+
+
+class _Round:
+    """What one input gave: the results that siblings have not taken yet."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.input, self.version = x, x._version
+        self.results: dict[int, tuple[PreparedWeight, int, Tensor]] = {}
+
+    def take(self, layer: PlaneLinear, bits: int) -> Tensor | None:
+        prepared, at, y = self.results.pop(id(layer))
+        return y if prepared is layer.prepared and at == bits else None
+
+
 class FusedGroup:
     """Sibling layers of equal in_features and groups."""
 
     def __init__(self, members: list[PlaneLinear]) -> None:
         self.members = members
-        self._waiting: dict[int, Tensor] = {}
-        self._input: Tensor | None = None
-        self._version = 0
-        self._bits = 0
+        self._rounds: list[_Round] = []  # at most one; a list, because its pop and its replacement are atomic
         self._wasted = 0
 
     def can_share(self, x: Tensor) -> bool:
         """Whether sharing is safe for `x`: an ordinary eager tensor whose changes can be noticed."""
         return (
-            self._wasted < 2
+            self._wasted < WASTED
             and type(x) is Tensor
             and not torch.compiler.is_compiling()
             and not x.is_inference()
@@ -47,20 +59,36 @@ class FusedGroup:
         )
 
     def output(self, layer: PlaneLinear, x: Tensor, bits: int) -> Tensor:
-        """What `layer` makes of x at `bits`, and of its siblings for when they ask."""
-        waiting = self._waiting
-        if waiting:
-            if x is self._input and x._version == self._version and bits == self._bits and id(layer) in waiting:
-                y = waiting.pop(id(layer))
-                if not waiting:
-                    self._input, self._wasted = None, 0
-                return y
-            self._wasted += 1
-        together = [member for member in self.members if member.bits_state.of(member.name) == bits]
-        results = prepared_linear(x, [member.prepared for member in together if member.prepared is not None], bits)
-        self._waiting = {id(member): y for member, y in zip(together, results, strict=True)}
-        self._input, self._version, self._bits = x, x._version, bits
-        return self._waiting.pop(id(layer))
+        """What `layer` makes of x at `bits`, and of its siblings at these bits for when they ask."""
+        try:
+            current: _Round | None = self._rounds.pop()
+        except IndexError:
+            current = None
+        if current is not None and (x is not current.input or x._version != current.version):
+            current, self._wasted = None, self._wasted + 1
+        y = None
+        if current is not None and id(layer) in current.results:
+            y = current.take(layer, bits)
+            if not current.results:
+                current, self._wasted = None, 0
+        if y is None:
+            if current is None:
+                current = _Round(x)
+            y = self._compute(current, layer, bits)
+        if current is not None and current.results:
+            self._rounds = [current]
+        return y
+
+    def _compute(self, current: _Round, layer: PlaneLinear, bits: int) -> Tensor:
+        together = [layer]
+        if self._wasted < WASTED:
+            others = [m for m in self.members if m is not layer and id(m) not in current.results]
+            together += [member for member in others if member.bits_state.of(member.name) == bits]
+        weights = [member.prepared for member in together if member.prepared is not None]
+        y, *more = prepared_linear(current.input, weights, bits)
+        for member, weight, result in zip(together[1:], weights[1:], more, strict=True):
+            current.results[id(member)] = (weight, bits, result)
+        return y
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members}  # a copy starts with nothing waiting

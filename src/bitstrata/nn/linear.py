@@ -15,6 +15,9 @@ from .bits import BitsState, expand_rows
 from .fused import FusedGroup
 
 
+_PREPARED = "prepared_"
+
+
 class PlaneLinear(nn.Module):
     """y = x @ W_bits^T + bias, bits taken from the shared BitsState.
 
@@ -135,7 +138,7 @@ class PlaneLinear(nn.Module):
         self._forget_weight()
         self.prepared = prepared
         for index, tensor in enumerate([*prepared.planes, *prepared.decoders.values()]):
-            self.register_buffer(f"prepared_{index}", tensor, persistent=False)
+            self.register_buffer(f"{_PREPARED}{index}", tensor, persistent=False)
 
     def restore(self) -> None:
         """Bring the stored tensors back into the layer; the opposite of `prepare`."""
@@ -190,6 +193,22 @@ class PlaneLinear(nn.Module):
         if was_prepared:
             self.prepare()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the stored tensors: the prepared ones belong to this machine's kernel."""
+        state = self.__dict__.copy()
+        if self.prepared is not None:
+            kept = {key: buffer for key, buffer in self._buffers.items() if not key.startswith(_PREPARED)}
+            state["_buffers"] = kept | self.plane_weight().tensors()
+            state["_non_persistent_buffers_set"] = set()
+            state["prepared"] = True
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        was_prepared = state["prepared"] is not None
+        super().__setstate__(state | {"prepared": None})
+        if was_prepared:
+            self.prepare()
 
     def extra_repr(self) -> str:
         bits = ",".join(map(str, self.bits))

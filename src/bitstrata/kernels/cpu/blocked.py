@@ -67,14 +67,9 @@ class BlockedWeight:
         return self._with(copy.deepcopy(self.planes, memo), copy.deepcopy(dict(self.decoders), memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BlockedWeight, (
-            self.planes,
-            dict(self.decoders),
-            self.out_features,
-            self.in_features,
-            self.group_size,
-            self.kind,
-        )
+        return BlockedWeight.pack, (
+            self.unpack(),
+        )  # the tensors share one piece of memory, which pickle knows not to split
 
     def _with(self, planes: tuple[Tensor, ...], decoders: Mapping[int, Tensor]) -> BlockedWeight:
         return BlockedWeight(planes, decoders, self.out_features, self.in_features, self.group_size, self.kind)
@@ -107,7 +102,8 @@ class BlockedWeight:
         room = _allocate(sizes)
         planes = room[: len(weight.planes)]
         for plane, packed in zip(weight.planes, planes, strict=True):
-            layout.pack_plane(plane.contiguous().data_ptr(), packed.data_ptr(), threads)
+            plane = plane.contiguous()  # kept until it is read
+            layout.pack_plane(plane.data_ptr(), packed.data_ptr(), threads)
         decoders = {}
         for (bits, decoder), packed in zip(weight.decoders.items(), room[len(planes) :], strict=True):
             packed = packed.view(SCALE_DTYPE)

@@ -83,8 +83,9 @@ void run_linear(const std::string& isa, const std::vector<const Weight*>& weight
 
 void run_decode(const Weight& weight, const std::string& isa, int bits, int first, int last, uintptr_t out, int type,
                 int threads) {
-  if (first < 0 || first % kBlockRows || last > weight.layout.rows || first > last)
-    throw std::out_of_range("rows to decode must start at a block and lie in the weight");
+  const int rows = weight.layout.rows;
+  if (first < 0 || first % kBlockRows || last > rows || first > last || (last % kBlockRows && last != rows))
+    throw std::out_of_range("rows to decode must be whole blocks of the weight");
   const Kernels& kernels = named(isa);
   nb::gil_scoped_release release;
   decode(kernels, weight, bits, first, last, at<void>(out), type_of(type), threads);
