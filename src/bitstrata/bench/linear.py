@@ -14,7 +14,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .verify import run, verify
 
 REGIMES = ("cache", "memory")
 MEMORY_BYTES = 1 << 28  # of the copies at the lowest bits, together
+MOST_COPIES = 4096  # a smaller matrix is never read from memory in a model either
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class LinearResult:
     ratio_bf16: float
     ratio_fp32: float
     error: float | None
+
+    def beside(self, bytes_per_second: float) -> LinearResult:
+        """The same result, with floor and share by this bandwidth."""
+        floor = self.bytes / bytes_per_second
+        return replace(self, floor=floor, share=None if self.share is None else floor / self.time)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ def bench_linear(
 ) -> list[LinearResult]:
     """Time y = x @ W^T for W [out_features, in_features] at each of `bits` and of `rows`.
 
-    Raises CheckError before anything is timed if a kernel is wrong on this shape.
+    A matrix of which MOST_COPIES do not exceed the cache is measured from cache only. Raises CheckError before
+    anything is timed if a kernel is wrong on this shape.
     """
     generator = torch.Generator().manual_seed(seed)
     stored = random_weight(out_features, in_features, tuple(bits), group_size, generator)
@@ -90,6 +97,8 @@ def bench_linear(
     results = []
     for regime in regimes:
         copies = 1 if regime == "cache" else max(2, -(-MEMORY_BYTES // per_copy))
+        if copies > MOST_COPIES:
+            continue
         weights = [first, *(prepare(stored, dtype) or copy.deepcopy(stored) for _ in range(copies - 1))]
         dense = {kind: _dense(out_features, in_features, kind, regime, generator) for kind in DENSE}
         for count in rows:

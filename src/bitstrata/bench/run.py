@@ -12,11 +12,12 @@ import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import ResourceError, UsageError
+from ..errors import ResourceError, UnsupportedBitsError, UsageError
 from ..evaluate.report import render
 from ..kernels import Problem, select
 from ..models import choose_bits, load
 from ..nn import PlaneLinear, bits_state, parse_bits
+from ..planes.weights import MAX_BITS
 from ..progress import Reporter
 from .linear import REGIMES, LinearResult, bench_linear
 from .machine import Bandwidth, describe
@@ -120,12 +121,21 @@ def bench(
     if model is not None and shapes is not None:
         raise UsageError("give either a model or --shapes", hint="`bitstrata bench OUT`, or `bench --shapes 4096x4096`")
     if threads is not None and threads < 1:
-        raise UsageError(f"threads must be at least 1, got {threads}")
+        raise UsageError(
+            f"threads must be at least 1, got {threads}", hint="leave --threads out for torch's own choice"
+        )
     if whole and shapes not in SHAPES:
         raise UsageError("--whole needs a known model's name in --shapes", hint=f"known: {', '.join(SHAPES)}")
-    unknown = set(regimes) - set(REGIMES)
-    if unknown or rounds < 1:
-        raise UsageError(f"regimes must be among {', '.join(REGIMES)}, and rounds at least 1")
+    if not whole and (head_bits is not None or blocks is not None):
+        raise UsageError("--head-bits and --blocks describe a whole model", hint="add --whole")
+    if head_bits is not None and not 1 <= head_bits <= MAX_BITS:
+        raise UsageError(f"head bits must be in 1..{MAX_BITS}, got {head_bits}", hint="leave --head-bits out for bf16")
+    if blocks is not None and blocks < 1:
+        raise UsageError(f"blocks must be at least 1, got {blocks}", hint="leave --blocks out for the whole depth")
+    if unknown := set(regimes) - set(REGIMES):
+        raise UsageError(f"unknown regime {', '.join(unknown)}", hint=f"give {', '.join(REGIMES)} or both")
+    if rounds < 1:
+        raise UsageError(f"rounds must be at least 1, got {rounds}", hint="give an odd number, such as 7")
     counts = _counts(rows)
     before = torch.get_num_threads()
     if threads is not None:
@@ -155,6 +165,9 @@ def _bench(
         target, named = choose_bits(str(model), None)
         loaded = load(target, device="cpu")
         chosen = parse_bits(bits) if bits is not None else (named,) if named else bits_state(loaded).supported
+        for value in chosen:
+            if value not in bits_state(loaded).supported:
+                raise UnsupportedBitsError(value, bits_state(loaded).supported)
         layers = [module for module in loaded.modules() if isinstance(module, PlaneLinear)]
         sizes = sorted({(layer.out_features, layer.in_features) for layer in layers})
         group_size = layers[0].group_size
@@ -167,7 +180,7 @@ def _bench(
     results: list[LinearResult] = []
     for out_features, in_features in sizes:
         reporter.say(f"layer {out_features}x{in_features}")
-        results += bench_linear(
+        measured = bench_linear(
             out_features,
             in_features,
             bits=chosen,
@@ -177,6 +190,9 @@ def _bench(
             regimes=regimes,
             rounds=rounds,
         )
+        if "memory" in regimes and all(result.regime != "memory" for result in measured):
+            notes.append(f"{out_features}x{in_features} is too small to be read from memory")
+        results += measured
     if not bandwidth.samples:
         bandwidth.sample()
     models: list[ModelResult] = []
@@ -198,7 +214,7 @@ def _bench(
         describe(torch.get_num_threads()),
         kernel,
         bandwidth.bytes_per_second,
-        tuple(results),
+        tuple(result.beside(bandwidth.bytes_per_second) for result in results),
         tuple(models),
         tuple(notes),
     )

@@ -212,7 +212,7 @@ def prepare(weight: PlaneWeight, dtype: torch.dtype) -> PreparedWeight | None:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether nothing but the call itself is going on: no subclass, compiler, tracer or gradient that wants to see the op."""
+    """Whether nobody wants to see the op: no subclass of Tensor, compiler, tracer or gradient."""
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()

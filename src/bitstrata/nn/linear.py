@@ -14,7 +14,6 @@ from ..planes.weights import SCALE_DTYPE, Decoder, PlaneWeight, decoder_shapes, 
 from .bits import BitsState, expand_rows
 from .fused import FusedGroup
 
-
 _PREPARED = "prepared_"
 
 
