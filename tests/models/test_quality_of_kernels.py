@@ -50,5 +50,5 @@ def test_int8_activations_on_a_trained_model(trained, windows, monkeypatch):
                 found[kernel] = model(windows, bits=bits).logits.log_softmax(-1)
             exact = found[f"{isa}-exact"]
             cost, quantization = divergence(exact, found[f"{isa}-int8"]), divergence(true, exact)
-            assert 0 < cost < min(0.001, 0.03 * quantization), f"{bits} bits: {cost:.2g}, quantization {quantization:.2g}"
+            assert 0 < cost < min(0.001, 0.03 * quantization), f"{bits} bits: {cost:.2g} of {quantization:.2g}"
             assert divergence(exact, found["reference"]) < 1e-7, bits
