@@ -7,7 +7,7 @@ comes from cache, all of them in turn come from memory if they are together larg
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ ROWS_AT_ONCE = 1024  # of a weight decoded to float64
 
 @dataclass(frozen=True)
 class Problem:
-    """x [rows, K], W [N, K] float32; memory_bytes: how much the matrices of a contender hold together, at least."""
+    """x [rows, K], W [N, K] float32.
+
+    memory_bytes: how much the matrices of a contender hold together, at least; 0 for a single matrix. skipped: where
+    peers say which of their products they leave out, and why.
+    """
 
     x: Tensor
     weight: Tensor
@@ -29,6 +33,7 @@ class Problem:
     memory_bytes: int
     threads: int
     seed: int = 0
+    skipped: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -43,7 +48,7 @@ class Problem:
         return self.weight.shape[1]
 
     def copies(self, matrix_bytes: int) -> int:
-        """How many matrices a contender needs; 1 where only the cache is asked for."""
+        """How many matrices a contender needs."""
         return max(2, -(-self.memory_bytes // matrix_bytes)) if self.memory_bytes else 1
 
 

@@ -49,12 +49,17 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+_LOG = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+_SILENT = _LOG(lambda level, text, data: None)  # kept here: the library calls it as long as it is loaded
+_SIGNATURES["ggml_log_set"] = (None, [_LOG, c_void_p])
+
+
 class _InitParams(ctypes.Structure):
-    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]  # noqa: RUF012
+    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
 class _Feature(ctypes.Structure):
-    _fields_ = [("name", c_char_p), ("value", c_char_p)]  # noqa: RUF012
+    _fields_ = [("name", c_char_p), ("value", c_char_p)]
 
 
 def folder() -> Path | None:
@@ -78,8 +83,14 @@ def library() -> Any:
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
     loaded.ggml_init.restype, loaded.ggml_init.argtypes = c_void_p, [_InitParams]
+    loaded.ggml_log_set(_SILENT, None)
     loaded.ggml_backend_load_all_from_path(str(place).encode())
     return loaded
+
+
+def silent_log() -> Any:
+    """A log callback that says nothing."""
+    return _SILENT
 
 
 def context(tensors: int, graphs: int = 0, nodes: int = 8) -> int:
@@ -145,5 +156,3 @@ class Cpu:
             feature = listed[len(found)]
             found[feature.name.decode()] = feature.value.decode()
         return found
-
-

@@ -47,7 +47,7 @@ def contenders(problem: Problem) -> list[Contender]:
         try:
             found.append(_contender(problem, bits, lut, name))
         except Exception as error:  # the library raises its own classes, with nothing but Exception in common
-            print(f"{name} is skipped: {str(error).splitlines()[0]}")
+            problem.skipped.append(f"{name}: {str(error).splitlines()[0]}")
     return found
 
 

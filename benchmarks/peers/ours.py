@@ -9,9 +9,8 @@ from torch import Tensor
 
 from bitstrata.bench.random_model import random_weight
 from bitstrata.bench.verify import run
-from bitstrata.kernels import PreparedWeight
+from bitstrata.kernels import PreparedWeight, cpu, prepare, select
 from bitstrata.kernels import Problem as KernelProblem
-from bitstrata.kernels import cpu, prepare, select
 from bitstrata.planes import PlaneWeight, decode
 from bitstrata.version import __version__
 

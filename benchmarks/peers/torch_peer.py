@@ -25,12 +25,12 @@ def versions() -> dict[str, str]:
 def contenders(problem: Problem) -> list[Contender]:
     found = [_dense(problem, name, dtype) for name, dtype in DENSE.items()]
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        print("torch int4 is skipped: this torch has no aten::_weight_int4pack_mm_for_cpu")
+        problem.skipped.append("torch int4: this torch has no aten::_weight_int4pack_mm_for_cpu")
         return found
     try:
         found.append(_int4(problem))
     except (RuntimeError, NotImplementedError) as error:
-        print(f"torch int4 is skipped: {str(error).splitlines()[0]}")
+        problem.skipped.append(f"torch int4: {str(error).splitlines()[0]}")
     return found
 
 
