@@ -88,6 +88,17 @@ class BlockRunner:
                 holder._modules[str(index)] = block
             release(self.model)
 
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The whole model in memory, fp32."""
+        try:
+            self.source.materialise(self.model, "")
+            self.model.tie_weights()
+            nn.Module.to(self.model, self.device)
+            yield self.model
+        finally:
+            release(self.model)
+
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states before the first block: tokens int64 [n, S] -> fp32 [n, S, hidden]."""

@@ -22,6 +22,7 @@ from ..planes import PlaneWeight, decode
 from ..progress import Reporter
 from .method import BlockTask
 from .preflight import Prepared
+from .refine import refine
 from .report import ORIGINAL
 from .rtn import RTN
 from .state import JobState
@@ -60,6 +61,66 @@ class BlockLoop:
                 self._run_block(index)
                 _return_free_memory()
                 steps.step(name, skipped=had)
+
+    def refine(self) -> None:
+        """Tune the decoders of all blocks together, if the method wants that."""
+        tuning, windows = self.settings.method.tuning, self.prepared.windows
+        if tuning is None or windows is None:
+            return
+        blocks = [self.prepared.discovery.of_block(index) for index in range(len(self.prepared.discovery.blocks))]
+        if not self.state.refined:
+            self.learning.clear()  # nothing reads it any more, and the whole model needs the room
+            layers = {
+                name: weight
+                for index, linears in enumerate(blocks)
+                for name, weight in self.state.load(index, [linear.name for linear in linears]).items()
+            }
+            transposed = frozenset(linear.name for linears in blocks for linear in linears if linear.transposed)
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            with self.reporter.track("tuning", tuning.steps, "step") as steps, self.runner.whole() as model:
+                refined = refine(
+                    model, layers, transposed, windows.calibration, tuning, generator, lambda: steps.step("")
+                )
+            for bits, (before, after) in refined.divergence.items():
+                self.reporter.say(f"  {bits} bits: divergence on held-out windows {before:.4f} -> {after:.4f}")
+            for index, linears in enumerate(blocks):
+                chosen = {linear.name: refined.layers[linear.name] for linear in linears}
+                self.state.save(index, chosen, refined=True)
+        else:
+            self.reporter.say("resuming: the decoders are already tuned")
+        self._replay()
+
+    def _replay(self) -> None:
+        """Run the held-out windows through the blocks as they are now."""
+        assert self.prepared.windows is not None
+        self.layer_error.clear()
+        embedded = self.runner.embed(self.prepared.windows.heldout)
+        self.checking.update({str(bits): embedded for bits in self.settings.bits})
+        for index, name in enumerate(self.prepared.discovery.blocks):
+            linears = self.prepared.discovery.of_block(index)
+            with self.runner.block(index) as block:
+                weights = {linear.name: _weight(block, linear, name + ".") for linear in linears}
+                planes = self.state.load(index, list(weights))
+                for bits in self.settings.bits:
+                    self._quantize(block, linears, weights, planes, bits, name + ".")
+                    self.checking[str(bits)] = self.runner.run(index, block, self.checking[str(bits)])
+
+    def _quantize(
+        self,
+        block: nn.Module,
+        linears: Sequence[LinearInfo],
+        weights: dict[str, Tensor],
+        planes: dict[str, PlaneWeight],
+        bits: int,
+        prefix: str,
+    ) -> None:
+        """Put the weights at `bits` into the block, and note how far they are from the original's."""
+        for linear in linears:
+            weight = weights[linear.name]
+            dense = decode(planes[linear.name], bits).to(weight.device)
+            error = torch.dist(dense, weight).square() / weight.norm().square().clamp_min(1e-30)
+            self.layer_error.setdefault(linear.name, {})[str(bits)] = float(error)
+            _set_weight(block, linear, prefix, dense)
 
     def _run_block(self, index: int) -> None:
         linears = self.prepared.discovery.of_block(index)
@@ -119,12 +180,7 @@ class BlockLoop:
         if moved is not None:
             self.checking[ORIGINAL] = moved
         for bits in self.settings.bits:
-            for linear in linears:
-                weight = weights[linear.name]
-                dense = decode(planes[linear.name], bits).to(weight.device)
-                error = torch.dist(dense, weight).square() / weight.norm().square().clamp_min(1e-30)
-                self.layer_error.setdefault(linear.name, {})[str(bits)] = float(error)
-                _set_weight(block, linear, prefix, dense)
+            self._quantize(block, linears, weights, planes, bits, prefix)
             for chains in (self.learning, self.checking):
                 moved = self._run(index, block, chains, str(bits))
                 if moved is not None:

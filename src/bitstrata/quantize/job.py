@@ -118,6 +118,7 @@ def quantize(
     try:
         job = BlockLoop(prepared, state, reporter)
         job.run_blocks()
+        job.refine()
         report = make_report(prepared, job.measure(), job.layer_error, reporter.notes)
         _assemble(prepared, state, report)
     except BaseException:

@@ -22,6 +22,15 @@ from .grouping import check_weight, join_rows, row_chunks
 PRESETS = ("fast", "default", "best")
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """steps: of Adam; learning_rate: in units of a layer's last scale; batch_tokens: tokens a step."""
+
+    steps: int
+    learning_rate: float
+    batch_tokens: int
+
+
 @dataclass
 class BlockTask:
     """One decoder block, ready to be quantized.
@@ -60,11 +69,13 @@ class Method(ABC):
         name: as in `--method`.
         options_type: its frozen dataclass of options.
         presets: preset name -> options that differ from the defaults.
+        nests: whether one file can hold several precisions.
     """
 
     name: ClassVar[str]
     options_type: ClassVar[type]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    nests: ClassVar[bool] = True
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.options_type()
@@ -73,6 +84,11 @@ class Method(ABC):
     def needs_calibration(self) -> bool:
         """Whether these options need calibration text."""
         return False
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """How decoders are tuned once every block is solved; None to leave them."""
+        return None
 
     def quantize_layer(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         """W [N, K] -> planes and an affine decoder for each of `bits`.
@@ -97,9 +113,12 @@ def methods() -> dict[str, type[Method]]:
     """Every method by name."""
     from .anybcq import AnyBCQ
     from .bcq import BCQ
+    from .bpdq import BPDQ
+    from .gptq import GPTQ
+    from .nested import Nested
     from .rtn import RTN
 
-    return {method.name: method for method in (AnyBCQ, BCQ, RTN)}
+    return {method.name: method for method in (AnyBCQ, BCQ, BPDQ, GPTQ, Nested, RTN)}
 
 
 def make_method(name: str, preset: str, overrides: Mapping[str, str | Any]) -> Method:

@@ -1,104 +1,135 @@
-"""`nested`: every precision's loss in the Hessian metric, minimised jointly over one nested code."""
+"""`nested`: one code for all precisions, every precision's loss in the Hessian metric minimised jointly.
+
+    fast      no calibration: plain squared error of the weights
+    default   each precision's own Hessian and target (moments.py), joint solver (tracks.py)
+    best      and then the decoders of the whole model tuned end to end (refine.py)
+
+The weights lambda of the precisions' losses grow geometrically with the bits. Equal weights favour
+the lowest bits, whose loss is largest; what was measured for others is in docs/log.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..planes import PlaneWeight, decode
-from .grouping import Grouping, affine_weight, check_weight, join_rows, row_chunks
-from .method import BlockTask, Method
-from .moments import Moments, moments, stages
+from ..planes import PlaneWeight
+from .grouping import Grouping, affine_weight, join_rows, row_chunks
+from .hessian import HessianMethod, pack
+from .method import BlockTask, Method, Tuning
+from .moments import Moments
 from .tracks import JointSolver, Track, column_order
+
+ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class NestedOptions:
     """
+    hessian: false for plain squared error, without calibration.
     iterations: of codes and coefficients in each group of the compensated pass.
     sweeps: of coordinate descent over all columns.
     growth: lambda of p bits over that of p - 1 bits.
     damping: added to the Hessian's diagonal, as a share of its mean.
     correction: how far targets follow what quantized inputs ask for, 0..1.
+    tune_steps: of tuning all decoders end to end; tune_rate, tune_tokens: its learning rate and tokens a step.
     """
 
+    hessian: bool = True
     iterations: int = 4
     sweeps: int = 2
     growth: float = 2.5
     damping: float = 0.01
-    correction: float = 0.5
+    correction: float = 1.0
+    tune_steps: int = 0
+    tune_rate: float = 0.03
+    tune_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.sweeps < 0:
-            raise ValueError("iterations must be at least 1, sweeps at least 0")
-        if not (self.growth > 0 and self.damping > 0 and 0 <= self.correction <= 1):
-            raise ValueError("growth and damping must be above 0, correction must lie in 0..1")
+        if self.iterations < 1 or self.sweeps < 0 or self.tune_steps < 0 or self.tune_tokens < 1:
+            raise ValueError("iterations and tune_tokens must be at least 1, sweeps and tune_steps at least 0")
+        if not (self.growth > 0 and self.damping > 0 and self.tune_rate > 0 and 0 <= self.correction <= 1):
+            raise ValueError("growth, damping and tune_rate must be above 0, correction must lie in 0..1")
+        if self.tune_steps and not self.hessian:
+            raise ValueError("tune_steps needs hessian=true: both need calibration text")
 
 
-class Nested(Method):
-    """Joint multi-track solver in the Hessian metric."""
+class Nested(HessianMethod):
+    """Joint multi-track solver, one Hessian and target a precision."""
 
     name = "nested"
     options_type = NestedOptions
-    presets: ClassVar = {}
+    presets: ClassVar = {"fast": {"hessian": False}, "best": {"tune_steps": 400}}
 
     @property
     def needs_calibration(self) -> bool:
-        return True
+        return bool(self.options.hessian)
+
+    @property
+    def tuning(self) -> Tuning | None:
+        options = self.options
+        return Tuning(options.tune_steps, options.tune_rate, options.tune_tokens) if options.tune_steps else None
 
     def quantize_block(self, task: BlockTask) -> dict[str, PlaneWeight]:
-        solved: dict[int, dict[str, Tensor]] = {bits: {} for bits in task.bits}
-        result = {}
-        for stage in stages(task):
-            found = moments(task, stage, solved)
-            for name in stage:
-                check_weight(name, task.weights[name])
-                result[name] = self.solve(task.weights[name].float(), found, task.group_size)
-                for bits in task.bits:
-                    solved[bits][name] = decode(result[name], bits).to(task.weights[name].device)
-        return {name: result[name] for name in task.weights}
+        return super().quantize_block(task) if self.options.hessian else Method.quantize_block(self, task)
 
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
-        """W fp32 [N, K] and the moments at each bits -> planes and decoders."""
         options = self.options
-        highest = found[max(found)]
-        groups = column_order(highest.hessian.diagonal(), group_size)
+        groups = column_order(found[max(found)].hessian.diagonal(), group_size)
         order = torch.cat(groups).to(weight.device)
-        back = order.argsort()
-        hessians = {b: m.damped(options.damping)[order][:, order] for b, m in found.items()}
-        targets = {b: m.target(weight, options.damping, options.correction)[:, order] for b, m in found.items()}
+        hessians = {bits: m.damped(options.damping)[order][:, order] for bits, m in found.items()}
+        targets = {bits: m.target(weight, options.damping, options.correction)[:, order].T for bits, m in found.items()}
         parts = []
-        for rows in row_chunks(len(weight), 1, budget=1024):
-            tracks = [
-                Track(
-                    bits,
-                    options.growth ** (bits - min(found)),
-                    targets[bits][rows].T.contiguous(),
-                    hessians[bits],
-                    torch.zeros(len(groups), bits + 1, rows.stop - rows.start, device=weight.device),
-                )
-                for bits in sorted(found)
-            ]
-            solver = JointSolver(tracks, [len(group) for group in groups])
-            solver.compensate(options.iterations)
-            solver.polish(options.sweeps)
-            parts.append(self._pack(solver, groups, back, weight.shape[1], group_size))
+        for rows in row_chunks(len(weight), 1, budget=ROWS_AT_ONCE):
+            mine = {bits: target[:, rows].contiguous() for bits, target in targets.items()}
+            solver = self._solver(mine, hessians, [len(group) for group in groups])
+            parts.append(pack(solver, groups, weight.shape[1], group_size))
         return join_rows(parts)
 
-    def _pack(
-        self, solver: JointSolver, groups: list[Tensor], back: Tensor, columns: int, group_size: int
-    ) -> PlaneWeight:
-        code = solver.code[back].T.cpu()  # [N, K]
-        planes = torch.stack([(code >> (solver.top - 1 - plane)) & 1 for plane in range(solver.top)]).bool()
-        place = torch.tensor([int(group.min()) // group_size for group in groups]).argsort()
-        grouping = Grouping(len(code), columns, group_size)
-        coefficients = {}
-        for track in solver.tracks:
-            stored = track.coefficients[place.to(track.coefficients.device)].cpu()  # [J, p + 1, N]
-            scale = stored[:, :-1].permute(1, 2, 0).reshape(track.bits, -1)
-            coefficients[track.bits] = scale, stored[:, -1].T.reshape(-1)
-        return affine_weight(grouping, torch.stack([grouping.split(plane) for plane in planes]), coefficients)
+    def quantize_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
+        """Without a Hessian every group is a problem of its own: groups become rows."""
+        grouping = Grouping.of(weight, group_size)
+        whole = weight.shape[1] // group_size * group_size
+        parts = [weight[:, :whole].reshape(-1, group_size), weight[:, whole:]]
+        planes = torch.zeros(max(bits), grouping.rows, grouping.groups * group_size, dtype=torch.bool)
+        coefficients = {value: torch.zeros(value + 1, grouping.rows, grouping.groups) for value in bits}
+        for part, first in zip(parts, (0, whole), strict=True):
+            if not part.numel():
+                continue
+            target, eye = part.T.contiguous(), torch.eye(part.shape[1], device=weight.device)
+            solver = self._solver(dict.fromkeys(bits, target), dict.fromkeys(bits, eye), [part.shape[1]])
+            code = solver.code.T.reshape(grouping.rows, -1).cpu()
+            for plane in range(solver.top):
+                planes[plane, :, first : first + code.shape[1]] = ((code >> (solver.top - 1 - plane)) & 1).bool()
+            for track in solver.tracks:
+                found = track.coefficients[0].reshape(track.bits + 1, grouping.rows, -1).cpu()
+                place = first // group_size
+                coefficients[track.bits][:, :, place : place + found.shape[2]] = found
+        split = planes.reshape(max(bits), -1, group_size)
+        flat = {value: (c[:-1].reshape(value, -1), c[-1].reshape(-1)) for value, c in coefficients.items()}
+        return affine_weight(grouping, split, flat)
+
+    def _solver(
+        self, targets: Mapping[int, Tensor], hessians: Mapping[int, Tensor], groups: Sequence[int]
+    ) -> JointSolver:
+        """Solved: targets [K, N] and damped Hessians [K, K] at each bits."""
+        options = self.options
+        tracks = [
+            Track(
+                bits,
+                options.growth ** (bits - min(targets)),
+                targets[bits],
+                hessians[bits],
+                torch.zeros(len(groups), bits + 1, targets[bits].shape[1], device=targets[bits].device),
+            )
+            for bits in sorted(targets)
+        ]
+        solver = JointSolver(tracks, groups)
+        solver.compensate(options.iterations)
+        solver.polish(options.sweeps)
+        solver.secure()
+        return solver

@@ -56,6 +56,11 @@ class LayerState:
         weight: Tensor = _Affine.apply(scale, offset, self.planes)
         return self.grouping.join(weight)
 
+    def trained(self) -> Tensor:
+        """The dense weight [N, K] with coefficients as they are, differentiable in them."""
+        weight: Tensor = _Affine.apply(self.scale, self.offset, self.planes)
+        return self.grouping.join(weight)
+
 
 @dataclass(frozen=True)
 class Training:

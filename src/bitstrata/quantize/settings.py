@@ -85,6 +85,13 @@ class Settings:
         bad = dict(_bad_patterns(skip))
         problems.extend(bad.values())
         skip = [pattern for pattern in skip if pattern not in bad]
+        if not parsed_method.nests and len(parsed_bits) > 1:
+            problems.append(
+                UsageError(
+                    f"method {parsed_method.name} makes one precision a file, got {len(parsed_bits)} bits values",
+                    hint=f"give one of them, such as --bits {parsed_bits[-1]}, or use --method nested",
+                )
+            )
         if parsed_method.needs_calibration and calibration is None:
             problems.append(
                 UsageError(

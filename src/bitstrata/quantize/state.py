@@ -89,16 +89,28 @@ class JobState:
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, block: int) -> Path:
+    def _solved(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"
 
-    def has(self, block: int) -> bool:
-        return self._path(block).exists()
+    def _refined(self, block: int) -> Path:
+        return self.folder / f"refined-{block:04d}.safetensors"
 
-    def save(self, block: int, weights: dict[str, PlaneWeight]) -> None:
+    def _path(self, block: int) -> Path:
+        return self._refined(block) if self.refined else self._solved(block)
+
+    @property
+    def refined(self) -> bool:
+        """Whether every finished block has a refined result, which then stands for it."""
+        solved = sum(1 for _ in self.folder.glob("block-*.safetensors"))
+        return 0 < solved == sum(1 for _ in self.folder.glob("refined-*.safetensors"))
+
+    def has(self, block: int) -> bool:
+        return self._solved(block).exists()
+
+    def save(self, block: int, weights: dict[str, PlaneWeight], *, refined: bool = False) -> None:
         """Make a block's result durable; `weights` by full layer name."""
         entries = [entry for name, weight in weights.items() for entry in entries_of(name, weight)]
-        write_safetensors(self._path(block), entries)
+        write_safetensors(self._refined(block) if refined else self._solved(block), entries)
 
     def load(self, block: int, layers: list[str]) -> dict[str, PlaneWeight]:
         """The finished block's layers. Raises JobError if the file does not hold them."""

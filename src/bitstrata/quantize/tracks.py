@@ -21,7 +21,8 @@ operations over vectors of rows, on any device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,9 @@ RIDGE = 1e-6  # of the mean diagonal of a group's normal matrix
 STARTS = (1.0, 0.85, 0.7, 0.55)  # shares of the range from minimum to maximum that the first grid covers
 
 
+Start = Callable[[Tensor, int, Tensor], Tensor]  # (weights [g, N], bits, metric [g, g]) -> coefficients [bits + 1, N]
+
+
 @dataclass
 class Track:
     """One precision: target [K, N], hessian [K, K] damped, weight lambda; coefficients [J, p + 1, N], offset last."""
@@ -42,6 +46,11 @@ class Track:
     target: Tensor
     hessian: Tensor
     coefficients: Tensor
+
+    def loss(self, decoded: Tensor) -> Tensor:
+        """L_p of every row for weights [K, N]: [N]."""
+        error = self.target - decoded
+        return (error * (self.hessian @ error)).sum(0)
 
 
 def signs(bits: int, device: torch.device) -> Tensor:
@@ -72,7 +81,9 @@ def column_order(diagonal: Tensor, group_size: int) -> list[Tensor]:
 
     Groups stay whole, so the order leaves no trace in the result (BPDQ's group-aware reordering).
     """
-    groups = [torch.arange(start, min(start + group_size, len(diagonal))) for start in range(0, len(diagonal), group_size)]
+    groups = [
+        torch.arange(start, min(start + group_size, len(diagonal))) for start in range(0, len(diagonal), group_size)
+    ]
     diagonal = diagonal.cpu()
     inside = [group[diagonal[group].argsort(descending=True, stable=True)] for group in groups]
     return sorted(inside, key=lambda group: -float(diagonal[group[0]]))
@@ -84,13 +95,15 @@ class JointSolver:
     Args:
         tracks: ascending in bits; targets and Hessians in the same column order; coefficients are filled in.
         groups: lengths of the groups, in order; they add up to K.
+        start: the coefficients that a group begins with; `first_grid` by default.
     """
 
-    def __init__(self, tracks: Sequence[Track], groups: Sequence[int]) -> None:
+    def __init__(self, tracks: Sequence[Track], groups: Sequence[int], start: Start | None = None) -> None:
         self.tracks = list(tracks)
+        self.start = start or first_grid
         self.top = tracks[-1].bits
         ends = torch.tensor([0, *groups]).cumsum(0).tolist()
-        self.spans = list(zip(ends[:-1], ends[1:], strict=True))
+        self.spans = list(itertools.pairwise(ends))
         self.device = tracks[0].target.device
         columns, rows = tracks[0].target.shape
         self.code = torch.zeros(columns, rows, dtype=torch.int64, device=self.device)
@@ -107,15 +120,18 @@ class JointSolver:
 
     # ---- compensated pass
 
-    def compensate(self, iterations: int) -> None:
-        """Solve all groups from left to right."""
+    def compensate(self, iterations: int) -> list[Tensor]:
+        """Solve all groups from left to right; returns L_p of every row by the errors passed on, [N] a track."""
+        totals = [torch.zeros(self.code.shape[1], device=self.device) for _ in self.tracks]
         factors = [upper_factor(track.hessian) for track in self.tracks]
         free = [track.target.clone() for track in self.tracks]
         for group, (start, end) in enumerate(self.spans):
             local = [factor[start:end, start:end] for factor in factors]
             errors = self._compensate_group(group, [y[start:end] for y in free], local, iterations)
-            for y, factor, error in zip(free, factors, errors, strict=True):
+            for y, factor, error, total in zip(free, factors, errors, totals, strict=True):
                 y[end:] -= factor[start:end, end:].T @ error
+                total += error.square().sum(0)
+        return totals
 
     def _compensate_group(
         self, group: int, targets: list[Tensor], factors: list[Tensor], iterations: int
@@ -130,8 +146,7 @@ class JointSolver:
             for track, factor in zip(self.tracks, factors, strict=True)
         ]
         tables = [
-            first_grid(y, track.bits, metric.diagonal())
-            for y, track, metric in zip(targets, self.tracks, metrics, strict=True)
+            self.start(y, track.bits, metric) for y, track, metric in zip(targets, self.tracks, metrics, strict=True)
         ]
         best: list[Tensor] = []
         for turn in range(iterations):
@@ -179,8 +194,7 @@ class JointSolver:
         """Coordinate descent in the full metric."""
         residual = []  # (W* - Q) H, as [K, N]
         for track in self.tracks:
-            decoded = torch.cat([self.values(group, track) for group in range(len(self.spans))])
-            residual.append(track.hessian @ (track.target - decoded))
+            residual.append(track.hessian @ (track.target - self.decoded(track)))
         for _ in range(sweeps):
             for group, (start, end) in enumerate(self.spans):
                 before = [self.values(group, track) for track in self.tracks]
@@ -220,14 +234,27 @@ class JointSolver:
         track.coefficients[group, :] = torch.where(better, new, old)
         return moved * better
 
-    def losses(self) -> list[Tensor]:
-        """L_p of every row: [N] a track."""
-        result = []
-        for track in self.tracks:
-            decoded = torch.cat([self.values(group, track) for group in range(len(self.spans))])
-            error = track.target - decoded
-            result.append((error * (track.hessian @ error)).sum(0))
-        return result
+    # ---- what came out
+
+    def decoded(self, track: Track) -> Tensor:
+        """The weights of a track: [K, N]."""
+        return torch.cat([self.values(group, track) for group in range(len(self.spans))])
+
+    def secure(self) -> int:
+        """Let no row lose by more bits: where L_p of its own weights exceeds that of p - 1's, take over those.
+
+        The lower track's coefficients with 0 for the further planes decode to the same weights. Returns how many
+        (row, precision) this changed.
+        """
+        changed = 0
+        for lower, track in itertools.pairwise(self.tracks):
+            worse = track.loss(self.decoded(track)) > track.loss(self.decoded(lower))
+            changed += int(worse.sum())
+            same = torch.zeros_like(track.coefficients)
+            same[:, : lower.bits] = lower.coefficients[:, :-1]
+            same[:, -1] = lower.coefficients[:, -1]
+            track.coefficients = torch.where(worse, same, track.coefficients)
+        return changed
 
 
 class Chooser:
@@ -239,12 +266,15 @@ class Chooser:
         self.shifts = [top - (len(table) - 1) for table in tables]
         self.wide = [v.repeat_interleave(1 << shift, 0) for v, shift in zip(self.values, self.shifts, strict=True)]
         self.squares = [v.square() for v in self.wide]
-        self.constant = sum(w * s for w, s in zip(self.weights, self.squares, strict=True))
+        self.constant = torch.stack([w * s for w, s in zip(self.weights, self.squares, strict=True)]).sum(0)
 
     def __call__(self, wanted: Sequence[Tensor], scale: Sequence[float] | None = None) -> tuple[Tensor, list[Tensor]]:
         """wanted: z_p [N] each -> code int64 [N], and v_p(code) [N] each."""
         if scale is None:
-            weights, cost = self.weights, torch.addcmul(self.constant, self.wide[0], wanted[0], value=-2 * self.weights[0])
+            weights, cost = (
+                self.weights,
+                torch.addcmul(self.constant, self.wide[0], wanted[0], value=-2 * self.weights[0]),
+            )
         else:
             weights = list(scale)
             cost = self.squares[0] * weights[0]
@@ -254,15 +284,18 @@ class Chooser:
         for wide, z, weight in zip(self.wide[1:], wanted[1:], weights[1:], strict=True):
             cost.addcmul_(wide, z, value=-2 * weight)
         code = cost.argmin(0)
-        chosen = [v.gather(0, (code >> shift).unsqueeze(0))[0] for v, shift in zip(self.values, self.shifts, strict=True)]
+        chosen = [
+            v.gather(0, (code >> shift).unsqueeze(0))[0] for v, shift in zip(self.values, self.shifts, strict=True)
+        ]
         return code, chosen
 
 
-def first_grid(y: Tensor, bits: int, importance: Tensor) -> Tensor:
-    """Coefficients of an even grid for each row: the share of the range with the least weighted rounding error.
+def first_grid(y: Tensor, bits: int, metric: Tensor) -> Tensor:
+    """Coefficients of an even grid for each row: the share of the range with the least rounding error.
 
-    y [g, N], importance [g] -> [bits + 1, N].
+    y [g, N], metric [g, g], of which the diagonal weighs the errors -> [bits + 1, N].
     """
+    importance = metric.diagonal()
     low, high = y.amin(0), y.amax(0)
     middle, count = (low + high) / 2, 2**bits - 1
     best_error = torch.full_like(middle, torch.inf)
@@ -302,7 +335,7 @@ def step(code: Tensor, coefficients: Tensor, metric: Tensor, residual: Tensor) -
 
 
 def solve_small(normal: Tensor, right: Tensor) -> Tensor:
-    """x with normal x = right for many small positive definite systems: [m, m, N], [m, N] -> [m, N]. Overwrites both."""
+    """x with normal x = right for many small positive definite systems [m, m, N], [m, N]. Overwrites both."""
     size = len(right)
     for pivot in range(size):
         factor = normal[pivot + 1 :, pivot] / normal[pivot, pivot]

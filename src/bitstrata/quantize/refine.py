@@ -1,0 +1,188 @@
+"""End-to-end tuning of scales and offsets, planes frozen: the whole model at p bits imitates the original.
+
+    minimise over a^p, z^p   mean over tokens  KL( original(x) || model_p(x) )      for each p on its own
+
+No precision touches another's coefficients, so nesting stays exact (the idea of EfficientQAT's
+second stage, arXiv 2407.11062, with the original's distribution as the target). Adam, a short warm-up,
+cosine to 0. A coefficient moves in units of its layer's last scale, the distance between
+neighbouring weights, so one learning rate serves all layers and all bits.
+
+Masters are fp32; the coefficients that count are rounded as they are stored. Some calibration windows are
+held out: the coefficients with the least divergence there are kept, the start among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..planes import PlaneWeight
+from ..planes.pack import unpack_bits
+from ..planes.weights import AffineDecoder
+from .grouping import Grouping, to_scale
+from .method import Tuning
+from .reconstruct import LayerState
+
+TOKENS_AT_ONCE = 2048  # of logits held
+LOOKS = 8  # how often the held-out windows are measured
+
+
+class _Student:
+    """One precision's coefficients: what they are, what is trained, and the best so far."""
+
+    def __init__(
+        self, layers: Mapping[str, PlaneWeight], bits: int, planes: Mapping[str, tuple[Grouping, Tensor]]
+    ) -> None:
+        self.bits = bits
+        self.start: dict[str, tuple[Tensor, Tensor]] = {}
+        self.delta: dict[str, tuple[Tensor, Tensor]] = {}
+        self.unit: dict[str, Tensor] = {}
+        self.planes = planes
+        for name, weight in layers.items():
+            decoder = weight.decoders[bits]
+            assert isinstance(decoder, AffineDecoder)
+            device = planes[name][1].device
+            scale = decoder.scale.to(device).float().reshape(bits, -1)
+            offset = decoder.offset.to(device).float().reshape(-1)
+            self.start[name] = scale, offset
+            self.unit[name] = scale[-1].square().mean().sqrt().clamp_min(1e-12)
+            self.delta[name] = torch.zeros_like(scale).requires_grad_(), torch.zeros_like(offset).requires_grad_()
+        self.best_loss = math.inf
+        self.first_loss = math.inf
+        self.best: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def parameters(self) -> list[Tensor]:
+        return [part for parts in self.delta.values() for part in parts]
+
+    def coefficients(self, name: str) -> tuple[Tensor, Tensor]:
+        (scale, offset), (by_scale, by_offset), unit = self.start[name], self.delta[name], self.unit[name]
+        return scale + unit * by_scale, offset + unit * by_offset
+
+    def weights(self, *, stored: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Dense weights [N, K]; `stored`: from coefficients rounded as they are stored."""
+        for name, (grouping, planes) in self.planes.items():
+            scale, offset = self.coefficients(name)
+            layer = LayerState(grouping, planes[: self.bits], scale, offset)
+            yield name, layer.weight() if stored else layer.trained()
+
+    def keep(self, loss: float) -> None:
+        """Note the held-out loss of the current coefficients, and the coefficients if there are none better."""
+        if not self.best:
+            self.first_loss = loss
+        if not self.best or loss < self.best_loss:
+            self.best_loss = loss
+            self.best = {name: tuple(v.detach().clone() for v in self.coefficients(name)) for name in self.planes}  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Refined:
+    """layers: with tuned coefficients; divergence: bits -> held-out KL before and after."""
+
+    layers: dict[str, PlaneWeight]
+    divergence: dict[int, tuple[float, float]]
+
+
+def refine(
+    model: nn.Module,
+    layers: Mapping[str, PlaneWeight],
+    transposed: frozenset[str],
+    windows: Tensor,
+    tuning: Tuning,
+    generator: torch.Generator,
+    step_done: Callable[[], None] = lambda: None,
+) -> Refined:
+    """Tune the decoders of `layers` at every bits.
+
+    Args:
+        model: the original, whole, fp32, in memory.
+        layers: name -> what was found for it; affine decoders.
+        transposed: names whose parameter holds W^T.
+        windows: int64 [n, S], at least two; the last ones are held out.
+        step_done: called after every step.
+    """
+    device = next(model.parameters()).device
+    planes = {name: _unpacked(weight, device) for name, weight in layers.items()}
+    bits = sorted({value for weight in layers.values() for value in weight.bits})
+    students = [_Student(layers, value, planes) for value in bits]
+    held = max(1, min(16, len(windows) // 8))
+    training, checking = windows[:-held], windows[-held:]
+    batch = max(1, tuning.batch_tokens // windows.shape[1])
+
+    def outputs(student: _Student, tokens: Tensor, *, stored: bool = False) -> Tensor:
+        replaced = {
+            f"{name}.weight": (weight.T if name in transposed else weight)
+            for name, weight in student.weights(stored=stored)
+        }
+        return _logits(functional_call(model, replaced, (), {"input_ids": tokens, "use_cache": False}))
+
+    def divergence(student: _Student) -> float:
+        total = 0.0
+        with torch.no_grad():
+            for part in checking.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
+                tokens = part.to(device)
+                total += float(
+                    _kl(_logits(model(input_ids=tokens, use_cache=False)), outputs(student, tokens, stored=True))
+                )
+        return total / checking.numel()
+
+    optimizer = torch.optim.Adam(
+        [p for s in students for p in s.parameters()], lr=tuning.learning_rate, betas=(0.9, 0.99)
+    )
+    for student in students:
+        student.keep(divergence(student))
+    order = torch.empty(0, dtype=torch.int64)
+    for step in range(tuning.steps):
+        warm = min(1.0, (step + 1) / max(1.0, 0.05 * tuning.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = tuning.learning_rate * warm * (1 + math.cos(math.pi * step / tuning.steps)) / 2
+        if not len(order):
+            order = torch.randperm(len(training), generator=generator)
+        chosen, order = order[:batch], order[batch:]
+        tokens = training[chosen].to(device)
+        with torch.no_grad():
+            target = _logits(model(input_ids=tokens, use_cache=False))
+        optimizer.zero_grad(set_to_none=True)
+        for student in students:  # one after the other, so that one graph is in memory at a time
+            (_kl(target, outputs(student, tokens)) / tokens.numel()).backward()
+        optimizer.step()
+        if (step + 1) % max(1, tuning.steps // LOOKS) == 0 or step + 1 == tuning.steps:
+            for student in students:
+                student.keep(divergence(student))
+        step_done()
+    return Refined(
+        {name: _with(weight, students, name) for name, weight in layers.items()},
+        {student.bits: (student.first_loss, student.best_loss) for student in students},
+    )
+
+
+def _unpacked(weight: PlaneWeight, device: torch.device) -> tuple[Grouping, Tensor]:
+    grouping = Grouping(weight.out_features, weight.in_features, weight.group_size)
+    planes = [grouping.split(unpack_bits(plane, weight.in_features).to(torch.int8) * 2 - 1) for plane in weight.planes]
+    return grouping, torch.stack(planes).to(device)
+
+
+def _with(weight: PlaneWeight, students: list[_Student], name: str) -> PlaneWeight:
+    decoders = dict(weight.decoders)
+    for student in students:
+        old = decoders[student.bits]
+        assert isinstance(old, AffineDecoder)
+        scale, offset = (to_scale(value).cpu() for value in student.best[name])
+        decoders[student.bits] = AffineDecoder(scale.reshape(old.scale.shape), offset.reshape(old.offset.shape))
+    return PlaneWeight(weight.planes, decoders, weight.in_features, weight.group_size)
+
+
+def _logits(output: object) -> Tensor:
+    logits = output.logits  # type: ignore[attr-defined]
+    assert isinstance(logits, Tensor)
+    return logits.float()
+
+
+def _kl(target: Tensor, found: Tensor) -> Tensor:
+    """KL(target || found) summed over tokens; logits [b, S, vocabulary]."""
+    reference = target.log_softmax(-1)
+    return (reference.exp() * (reference - found.log_softmax(-1))).sum()
