@@ -66,7 +66,8 @@ def test_weights_are_put_back_after_an_error():
             assert not task.block.up.weight.any()
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError):
+        fail()
     with torch.no_grad():
         assert torch.equal(task.block(task.inputs), task.targets)
 
