@@ -2,7 +2,8 @@
 
 A chain is what the model's hidden states are at one precision. There are two sets, over different
 windows: `learning` (what methods train on) and `checking` (held out, for the final check). Chain
-names: the original, each bits, and dedicated round-to-nearest at each bits (checking only).
+names: the original, each bits, and dedicated round-to-nearest at each bits (checking only). All but the
+original begin and end in the quantized embedding and head, where these are quantized.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import BlockRunner
+from ..calibrate import BlockRunner, fisher_diagonal
 from ..errors import CheckError
 from ..evaluate import Measured, Tally
 from ..models import LinearInfo
 from ..planes import PlaneWeight, decode
 from ..progress import Reporter
+from .head import HeadPlanes
 from .method import BlockTask
 from .preflight import Prepared
 from .report import ORIGINAL
 from .rtn import RTN
 from .state import JobState
 
+FISHER = "fisher"  # the durable part that holds the sensitivities of all layers
+
 
 class BlockLoop:
     """The block loop and the final check; holds the chains."""
 
-    def __init__(self, prepared: Prepared, state: JobState, reporter: Reporter) -> None:
-        self.prepared, self.state, self.reporter = prepared, state, reporter
+    def __init__(self, prepared: Prepared, state: JobState, reporter: Reporter, head: HeadPlanes) -> None:
+        self.prepared, self.state, self.reporter, self.head = prepared, state, reporter, head
         self.settings = prepared.settings
         self.runner = BlockRunner(
             prepared.source, prepared.model, prepared.discovery, self.settings.seq_len, self.settings.device
@@ -44,13 +48,22 @@ class BlockLoop:
         windows = prepared.windows
         if windows is not None:
             names = [ORIGINAL, *map(str, bits)]
-            if len(windows.calibration):
-                self.learning = dict.fromkeys(names, self.runner.embed(windows.calibration))
+            if len(windows.calibration) and self.settings.method.needs_chains:
+                self.learning = self._started(names, windows.calibration)
             rtn = [] if self.settings.method.name == "rtn" and len(bits) == 1 else [f"rtn {value}" for value in bits]
-            self.checking = dict.fromkeys([*names, *rtn], self.runner.embed(windows.heldout))
+            self.checking = self._started([*names, *rtn], windows.heldout)
+
+    def _started(self, names: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:
+        """The chains before the first block: the original's, and the others' from the embedding they will have."""
+        original = quantized = self.runner.embed(tokens)
+        replaced = self.head.embedding()
+        if replaced:
+            quantized = self.runner.embed(tokens, replaced)
+        return {name: original if name == ORIGINAL else quantized for name in names}
 
     def run_blocks(self) -> None:
         blocks = self.prepared.discovery.blocks
+        self._find_fisher()
         resumed = sum(self.state.has(index) for index in range(len(blocks)))
         if resumed:
             self.reporter.say(f"resuming: {resumed} of {len(blocks)} blocks are already done")
@@ -60,6 +73,18 @@ class BlockLoop:
                 self._run_block(index)
                 _return_free_memory()
                 steps.step(name, skipped=had)
+
+    def _find_fisher(self) -> None:
+        """Compute the sensitivities, unless an earlier run left them or all blocks are done."""
+        done = all(self.state.has(index) for index in range(len(self.prepared.discovery.blocks)))
+        if not self.settings.method.needs_fisher or self.state.has(FISHER) or done:
+            return
+        assert self.prepared.windows is not None
+        windows = self.prepared.windows.calibration
+        with self.reporter.track("gradients", len(windows), "window") as steps:
+            source, model, discovery = self.prepared.source, self.prepared.model, self.prepared.discovery
+            fisher = fisher_diagonal(source, model, discovery, windows, self.settings.device, steps.step)
+        self.state.save_tensors(FISHER, fisher)
 
     def _run_block(self, index: int) -> None:
         linears = self.prepared.discovery.of_block(index)
@@ -83,6 +108,7 @@ class BlockLoop:
         targets: Tensor | None,
     ) -> dict[str, PlaneWeight]:
         prefix = self.prepared.discovery.blocks[index] + "."
+        fisher = self.state.load_tensors(FISHER, list(weights)) if self.settings.method.needs_fisher else None
         task = BlockTask(
             block=block,
             weights={name.removeprefix(prefix): weight for name, weight in weights.items()},
@@ -95,6 +121,7 @@ class BlockLoop:
             chains={bits: self.learning[str(bits)] for bits in self.settings.bits} if self.learning else {},
             generator=torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index),
             say=lambda message: self.reporter.say(f"  {prefix[:-1]}: {message}"),
+            fisher=None if fisher is None else {name.removeprefix(prefix): value for name, value in fisher.items()},
         )
         solved = self.settings.method.quantize_block(task)
         return {prefix + name: weight for name, weight in solved.items()}
@@ -145,7 +172,8 @@ class BlockLoop:
             return {}
         assert self.prepared.windows is not None
         tallies = {name: Tally() for name in self.checking}
-        for targets, logits in self.runner.logits(self.checking, self.prepared.windows.heldout):
+        heldout, heads = self.prepared.windows.heldout, self.head.output()
+        for targets, logits in self.runner.logits(self.checking, heldout, heads, original=ORIGINAL):
             for name, tally in tallies.items():
                 tally.add(logits[name], targets, None if name == ORIGINAL else logits[ORIGINAL])
         measured = {name: tally.result() for name, tally in tallies.items()}

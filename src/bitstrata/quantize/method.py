@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class BlockTask:
         chains: bits -> the hidden states that the model quantized so far has at these bits.
         generator: the block's own source of randomness.
         say: where to report.
+        fisher: linear's name -> sensitivity of the loss to each weight, fp32 [N, K]; None if the method needs none.
     """
 
     block: nn.Module
@@ -51,6 +52,7 @@ class BlockTask:
     chains: Mapping[int, Tensor]
     generator: torch.Generator
     say: Callable[[str], None]
+    fisher: Mapping[str, Tensor] | None = None
 
 
 class Method(ABC):
@@ -60,11 +62,13 @@ class Method(ABC):
         name: as in `--method`.
         options_type: its frozen dataclass of options.
         presets: preset name -> options that differ from the defaults.
+        decoder: what its weights are decoded with, "affine" or "codebook".
     """
 
     name: ClassVar[str]
     options_type: ClassVar[type]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    decoder: ClassVar[Literal["affine", "codebook"]] = "affine"
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.options_type()
@@ -72,6 +76,16 @@ class Method(ABC):
     @property
     def needs_calibration(self) -> bool:
         """Whether these options need calibration text."""
+        return False
+
+    @property
+    def needs_chains(self) -> bool:
+        """Whether these options learn from the blocks' inputs: `inputs`, `targets`, `chains` of a task."""
+        return self.needs_calibration
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether these options need the loss's gradients: `fisher` of a task. They take the whole model in memory."""
         return False
 
     def quantize_layer(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
@@ -96,10 +110,12 @@ class Method(ABC):
 def methods() -> dict[str, type[Method]]:
     """Every method by name."""
     from .anybcq import AnyBCQ
+    from .anyprecision import AnyPrecision
     from .bcq import BCQ
+    from .nested import Nested
     from .rtn import RTN
 
-    return {method.name: method for method in (AnyBCQ, BCQ, RTN)}
+    return {method.name: method for method in (AnyBCQ, AnyPrecision, BCQ, Nested, RTN)}
 
 
 def make_method(name: str, preset: str, overrides: Mapping[str, str | Any]) -> Method:
