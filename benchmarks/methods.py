@@ -8,8 +8,8 @@ machine, versions and settings.
     python benchmarks/methods.py MODEL --calibration TEXT --text TEXT [--recipes rtn,bcq,anybcq] [--seeds 0,1,2]
 
 Recipes: rtn (nested, one file), bcq (dedicated, one file a precision), planes (AnyBCQ's planes
-without training, one file), anybcq (in full, one file), anybcq-best (preset best); or a method with
-options, for example `anybcq:steps=500:share_chain=true`.
+without training, one file), anybcq (in full, one file), anybcq-best (preset best), anyprecision (one
+file), anyprecision-fast (without gradients); or a method with options, for example `anybcq:steps=500:share_chain=true`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ NAMED = {
     "bcq": ("bcq", "default", False, {}),
     "planes": ("anybcq", "fast", True, {}),
     "anybcq": ("anybcq", "default", True, {}),
+    "anyprecision": ("anyprecision", "default", True, {}),
+    "anyprecision-fast": ("anyprecision", "fast", True, {}),
     "anybcq-best": ("anybcq", "best", True, {}),
 }
 

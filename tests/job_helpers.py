@@ -11,6 +11,7 @@ from bitstrata.quantize import Report, quantize
 
 # a job of a fraction of a second that still trains every block
 ANYBCQ = {"method": "anybcq", "options": {"steps": 6, "rounds": 3, "batch_size": 4}}
+ANYPRECISION = {"method": "anyprecision", "options": {}}
 BCQ = {"method": "bcq", "options": {"rounds": 3}}
 RTN = {"method": "rtn", "options": {}}
 

@@ -27,6 +27,8 @@ QUICK = ("--method", "bcq", "--option", "rounds=2", "--group-size", "32")
         (["--num-samples", "0"], "--num-samples must be at least 1"),
         (["--seq-len", "1"], "--seq-len must be at least 2"),
         (["--seed", "-1"], "--seed must be at least 0"),
+        (["--head-bits", "0"], "--head-bits must be a whole number from 1 to 8, got 0"),
+        (["--head-bits", "9"], "--head-bits must be a whole number from 1 to 8, got 9"),
         (["--method", "magic"], "unknown method 'magic'"),
         (["--preset", "slow"], "unknown preset 'slow'"),
         (["--option", "rounds"], "'rounds' must look like NAME=VALUE"),
@@ -50,6 +52,7 @@ def test_a_wrong_argument_is_a_usage_error(
     [
         (["quantize", "MODEL", "-o", "OUT", "--colour", "blue"], "No such option: --colour"),
         (["quantize", "MODEL", "-o", "OUT", "--group-size", "many"], "--group-size"),
+        (["quantize", "MODEL", "-o", "OUT", "--head-bits", "4-6"], "--head-bits"),
         (["quantize", "MODEL"], "Missing option '-o'"),
         (["quantize"], "Missing argument"),
         (["eval", "MODEL"], "Missing option '--text'"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from job_helpers import ANYBCQ, BCQ, RTN, digests, run
+from job_helpers import ANYBCQ, ANYPRECISION, BCQ, RTN, digests, run
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -20,10 +20,13 @@ from bitstrata.evaluate import Tally
 from bitstrata.planes import decode
 from bitstrata.quantize.preflight import HELDOUT_WINDOWS
 
+# of the tiny Llama's quantized layers: query and output, key and value, gate and up, down
+BLOCK_ROWS = 2 * 64 + 2 * 32 + 2 * 96 + 64
+BLOCK_WEIGHTS = 64 * (2 * 64 + 2 * 32 + 2 * 96) + 96 * 64
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@pytest.mark.parametrize("method", [RTN, BCQ, ANYBCQ], ids=lambda method: method["method"])
+@pytest.mark.parametrize("method", [RTN, BCQ, ANYBCQ, ANYPRECISION], ids=lambda method: method["method"])
 def test_every_method_end_to_end(method: dict[str, Any], model: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     report = run(model, output, text, **method)
@@ -31,7 +34,10 @@ def test_every_method_end_to_end(method: dict[str, Any], model: Path, text: Path
     assert report.method == method["method"]
     assert [row["bits"] for row in report.results] == [2, 3, 4]
     for row in report.results:
-        assert row["bpw_read"] == row["bits"] + 16 / 32 * (row["bits"] + 1)
+        if method is ANYPRECISION:  # a table a row
+            assert row["bpw_read"] == pytest.approx(row["bits"] + 16 * 2 ** row["bits"] * BLOCK_ROWS / BLOCK_WEIGHTS)
+        else:
+            assert row["bpw_read"] == row["bits"] + 16 / 32 * (row["bits"] + 1)
         assert row["rtn"]["kld"] > 0
         assert row["verdict"]
     klds = [row["kld"] for row in report.results]
@@ -172,7 +178,7 @@ def test_all_zero_and_constant_layers_come_out_finite(text: Path, tmp_path: Path
     weights["model.layers.1.self_attn.v_proj.weight"].fill_(0.01)
     weights["model.layers.1.mlp.up_proj.weight"][::2] = 0
     save_file(weights, source / "model.safetensors", {"format": "pt"})
-    for method in (RTN, BCQ, ANYBCQ):
+    for method in (RTN, BCQ, ANYBCQ, ANYPRECISION):
         output = tmp_path / str(method["method"])
         report = run(source, output, text, **method)
         assert report.layer_error["model.layers.0.mlp.down_proj"] == {"2": 0.0, "3": 0.0, "4": 0.0}

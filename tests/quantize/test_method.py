@@ -16,7 +16,7 @@ from bitstrata.quantize.state import differences
 
 
 def test_every_method_can_be_made_at_every_preset() -> None:
-    assert set(methods()) == {"rtn", "bcq", "anybcq"}
+    assert set(methods()) >= {"rtn", "bcq", "anybcq", "anyprecision"}
     for name in methods():
         for preset in PRESETS:
             assert make_method(name, preset, {}).name == name
@@ -42,7 +42,7 @@ def test_options_from_a_command_line_are_converted() -> None:
 @pytest.mark.parametrize(
     ("name", "preset", "overrides", "names"),
     [
-        ("awq", "default", {}, ["'awq'", "anybcq, bcq, rtn"]),
+        ("awq", "default", {}, ["'awq'", "anybcq, anyprecision, bcq", "rtn"]),
         ("bcq", "slow", {}, ["'slow'", "fast, default, best"]),
         ("bcq", "default", {"steps": 1}, ["'steps'", "rounds, asymmetric"]),
         ("rtn", "default", {"rounds": 1}, ["'rounds'", "none"]),
@@ -58,6 +58,8 @@ def test_options_from_a_command_line_are_converted() -> None:
         ("anybcq", "default", {"input_mix": 1.5}, ["input_mix"]),
         ("anybcq", "default", {"learning_rate": -1.0}, ["learning_rate"]),
         ("anybcq", "default", {"learning_rate": "nan"}, ["learning_rate"]),
+        ("anyprecision", "default", {"kmeans_bits": 0}, ["kmeans_bits must lie in 1..8"]),
+        ("anyprecision", "default", {"steps": 1}, ["'steps'", "fisher, kmeans_bits"]),
     ],
 )
 def test_wrong_choices_are_named(name: str, preset: str, overrides: dict[str, Any], names: list[str]) -> None:
@@ -80,7 +82,7 @@ def test_a_weight_that_cannot_be_stored_is_refused_by_name(value: float) -> None
     weight[1, 2] = value
     with pytest.raises(ModelError, match="layer seven"):
         check_weight("layer seven", weight)
-    for method in ("rtn", "bcq"):
+    for method in ("rtn", "bcq", "anyprecision"):
         with pytest.raises(ModelError):
             make_method(method, "default", {}).quantize_layer(weight, (2,), 2)
 

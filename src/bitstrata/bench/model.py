@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..nn import PlaneLinear, bits_state
+from ..nn import PlaneLinear, TiedHead, bits_state
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ def bytes_per_token(model: PreTrainedModel, bits: int | None) -> int:
     total = 0
     embedding = model.get_input_embeddings()
     for module in model.modules():
-        if isinstance(module, PlaneLinear):
-            total += module.bytes_read(bits if bits in module.bits else max(module.bits))
+        if isinstance(module, (PlaneLinear, TiedHead)):
+            assert bits is not None
+            total += module.bytes_read(bits)
         elif module is not embedding:  # a tied head is a module of its own
             total += sum(parameter.nbytes for parameter in module._parameters.values() if parameter is not None)
     return total

@@ -13,9 +13,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from ..models import attach, discover
-from ..models.hf import set_submodule
-from ..nn import BitsState, PlaneLinear
+from ..models import attach, discover, find_head
+from ..models.modules import set_submodule
+from ..nn import BitsState, FixedBits, PlaneEmbedding, PlaneLinear, TiedHead
 from ..planes import AffineDecoder, PlaneWeight, group_count, words_per_row
 
 # name -> config of a well-known model's shape
@@ -96,7 +96,7 @@ def random_model(
     """A causal model of this shape whose linears in the decoder blocks run from random planes at any of `bits`.
 
     Args:
-        head_bits: planes for the output head as well, at this precision; else it stays in `dtype`.
+        head_bits: planes for the output head and the embedding as well, at this precision; else they stay in `dtype`.
         blocks: build only as many decoder blocks.
     """
     config = copy.deepcopy(config)
@@ -112,13 +112,26 @@ def random_model(
         layer = PlaneLinear.from_weight(weight, name=linear.name, state=state, dtype=dtype)
         layer.prepare()
         set_submodule(model, linear.name, layer)
-    _fill(model, dtype, generator)
     if head_bits is not None:
-        rows, columns = config.vocab_size, config.hidden_size
-        weight = random_weight(rows, columns, (head_bits,), group_size, generator)
-        head_state = BitsState((head_bits,), {"lm_head": (head_bits,)})
-        model.lm_head = PlaneLinear.from_weight(weight, name="lm_head", state=head_state, dtype=dtype)
+        _put_head(model, head_bits, group_size, dtype, generator)
+    _fill(model, dtype, generator)
     return attach(model.eval())
+
+
+def _put_head(
+    model: PreTrainedModel, bits: int, group_size: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Random planes for the embedding, and for the head unless it is tied and shares them."""
+    for layer in find_head(model):
+        weight = random_weight(layer.out_features, layer.in_features, (bits,), group_size, generator)
+        if layer.role == "embedding":
+            embedding = PlaneEmbedding.from_weight(weight, dtype=dtype)
+            set_submodule(model, layer.name, embedding)
+            if layer.tied is not None:
+                set_submodule(model, layer.tied, TiedHead(embedding))
+        else:
+            linear = PlaneLinear.from_weight(weight, name=layer.name, state=FixedBits(bits), dtype=dtype)
+            set_submodule(model, layer.name, linear)
 
 
 def dense_model(

@@ -16,7 +16,7 @@ from ..errors import ResourceError, UnsupportedBitsError, UsageError
 from ..evaluate.report import render
 from ..kernels import Problem, select
 from ..models import choose_bits, load
-from ..nn import PlaneLinear, bits_state, parse_bits
+from ..nn import BitsState, PlaneLinear, bits_state, parse_bits
 from ..planes.weights import MAX_BITS
 from ..progress import Reporter
 from .linear import REGIMES, LinearResult, bench_linear
@@ -168,7 +168,11 @@ def _bench(
         for value in chosen:
             if value not in bits_state(loaded).supported:
                 raise UnsupportedBitsError(value, bits_state(loaded).supported)
-        layers = [module for module in loaded.modules() if isinstance(module, PlaneLinear)]
+        layers = [
+            module
+            for module in loaded.modules()
+            if isinstance(module, PlaneLinear) and isinstance(module.bits_state, BitsState)
+        ]
         sizes = sorted({(layer.out_features, layer.in_features) for layer in layers})
         group_size = layers[0].group_size
     else:

@@ -2,5 +2,15 @@
 
 from .capture import BlockRunner
 from .data import Windows, calibration_windows, evaluation_windows, read_text, text_digest
+from .fisher import fisher_bytes, fisher_diagonal
 
-__all__ = ["BlockRunner", "Windows", "calibration_windows", "evaluation_windows", "read_text", "text_digest"]
+__all__ = [
+    "BlockRunner",
+    "Windows",
+    "calibration_windows",
+    "evaluation_windows",
+    "fisher_bytes",
+    "fisher_diagonal",
+    "read_text",
+    "text_digest",
+]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,19 @@ from ..models.source import SourceModel, release
 
 TOKENS_PER_BATCH = 1024
 LOGITS = 1 << 23  # logits held at a time, all chains together
+
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def _set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> nn.Parameter:
+    """Put `value` in the place of the parameter called `name`, which is returned."""
+    parent, _, leaf = name.rpartition(".")
+    parameters = model.get_submodule(parent)._parameters
+    before = parameters[leaf]
+    assert before is not None
+    parameters[leaf] = value
+    return before
 
 
 class _StandIn(nn.Module):
@@ -72,14 +86,19 @@ class BlockRunner:
         self._alone = self._probed = False
 
     @contextmanager
-    def _outside(self, visits: list[Callable[..., Any]]) -> Iterator[None]:
-        """Everything but the blocks in memory, and stand-ins in the blocks' places."""
+    def _outside(self, visits: list[Callable[..., Any]], replaced: Mapping[str, Tensor] = NOTHING) -> Iterator[None]:
+        """Everything but the blocks in memory, and stand-ins in the blocks' places.
+
+        `replaced`: parameter name -> what takes the place of the source's.
+        """
         holder = self.model.get_submodule(self._list_name)
         inside = {name for name in self.model.state_dict() if name.startswith(f"{self._list_name}.")}
         for index, visit in enumerate(visits):
             holder._modules[str(index)] = _StandIn(self._blocks[index], visit)
         try:
-            self.source.materialise(self.model, "", skip=inside)
+            self.source.materialise(self.model, "", skip=inside | replaced.keys())
+            for name, value in replaced.items():
+                _set_parameter(self.model, name, nn.Parameter(value, requires_grad=False))
             self.model.tie_weights()
             nn.Module.to(self.model, self.device)
             yield
@@ -100,8 +119,11 @@ class BlockRunner:
             release(self.model)
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Hidden states before the first block: tokens int64 [n, S] -> fp32 [n, S, hidden]."""
+    def embed(self, tokens: Tensor, replaced: Mapping[str, Tensor] = NOTHING) -> Tensor:
+        """Hidden states before the first block: tokens int64 [n, S] -> fp32 [n, S, hidden].
+
+        `replaced`: parameter name -> fp32 weight in the place of the source's.
+        """
         first: list[Tensor] = []
 
         def keep(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -109,7 +131,7 @@ class BlockRunner:
             raise _Reached
 
         self._record(tokens[:1])
-        with self._outside([keep] * len(self._blocks)):
+        with self._outside([keep] * len(self._blocks), replaced):
             for start in range(0, len(tokens), self._batch):
                 with contextlib.suppress(_Reached):
                     self._run_model(tokens[start : start + self._batch])
@@ -155,12 +177,19 @@ class BlockRunner:
         return logits
 
     @torch.no_grad()
-    def logits(self, hidden: Mapping[str, Tensor], tokens: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def logits(
+        self,
+        hidden: Mapping[str, Tensor],
+        tokens: Tensor,
+        replaced: Mapping[str, Tensor] = NOTHING,
+        original: str | None = None,
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Logits after the last block for several chains side by side.
 
         Args:
             hidden: for each chain its final hidden states [n, S, hidden].
             tokens: int64 [n, S].
+            replaced: parameter name -> fp32 weight that the chains other than `original` end in.
 
         Yields:
             (targets int64 [s], {chain: logits fp32 [s, vocab]}), a stretch of one window at a time.
@@ -169,6 +198,7 @@ class BlockRunner:
         visits: list[Callable[..., Any]] = [lambda h, args, kwargs: self._returned(current[0])] * len(self._blocks)
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         stretch = max(16, min(512, LOGITS // vocabulary // len(hidden)))
+        others = {name: nn.Parameter(value.to(self.device), requires_grad=False) for name, value in replaced.items()}
         with self._outside(visits):
             for window in range(len(tokens)):
                 for start in range(0, tokens.shape[1] - 1, stretch):
@@ -176,8 +206,19 @@ class BlockRunner:
                     result = {}
                     for chain, states in hidden.items():
                         current[:] = [states[window : window + 1, start:end].to(self.device)]
-                        result[chain] = self._run_model(tokens[window : window + 1, start:end])[0].float()
+                        with self._swapped({} if chain == original else others):
+                            result[chain] = self._run_model(tokens[window : window + 1, start:end])[0].float()
                     yield tokens[window, start + 1 : end + 1].to(self.device), result
+
+    @contextmanager
+    def _swapped(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Other parameters in the model, by name, inside the block."""
+        before = {name: _set_parameter(self.model, name, value) for name, value in parameters.items()}
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                _set_parameter(self.model, name, value)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:

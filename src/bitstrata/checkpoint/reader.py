@@ -92,7 +92,7 @@ class CheckpointReader:
     Args:
         folder: the checkpoint.
         max_bits: only planes 0..max_bits-1 and decoders up to it are looked at; files that hold
-            nothing else need not exist.
+            nothing else need not exist. Layers with a role are read whole.
         verify: compare the sha256 of every file that is opened with the one in the index.
 
     Raises:
@@ -188,7 +188,7 @@ class CheckpointReader:
         tensors = {
             full.removeprefix(f"{name}."): self.read(full) for full in self.spec.layer_tensors(name, self.max_bits)
         }
-        supported = [bits for bits in self.spec.layer_bits(name) if bits <= self.max_bits]
+        supported = self.spec.layer_bits(name, self.max_bits)
         return PlaneWeight(
             planes=tuple(tensors[f"plane_{index}"] for index in range(max(supported))),
             decoders={bits: make_decoder(layer.decoder, bits, tensors) for bits in supported},

@@ -8,7 +8,7 @@ field, a missing one or a value of the wrong type is an error that names it, and
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -19,9 +19,11 @@ from ..planes.pack import words_per_row
 from ..planes.weights import MAX_BITS, decoder_shapes
 
 QUANT_METHOD = "bitstrata"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the highest that is read
+HEAD_VERSION = 2  # the first with an output head or an embedding in planes; others are still written as 1
 
 COMMON_SHARD = "model-common.safetensors"
+HEAD_SHARD = "model-head.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -41,9 +43,14 @@ class _Strict(BaseModel):
 
 
 class LayerSpec(_Strict):
-    """One quantized linear layer. `bits` and `group_size` are given only where they differ from the model's.
+    """One quantized layer. `bits` and `group_size` are given only where they differ from the model's.
 
     A layer may have more bits than the model, never fewer: the model runs uniformly at each of its own.
+    One with a `role` has exactly one bits value of its own and keeps it whatever the model runs at:
+
+        head        the output head
+        embedding   the token embedding; its rows are looked up. `tied` names the output head that
+                    multiplies by the same planes, if there is one
     """
 
     in_features: _Size
@@ -52,13 +59,20 @@ class LayerSpec(_Strict):
     bias: bool = False
     bits: list[int] | None = None
     group_size: _Size | None = None
+    role: Literal["head", "embedding"] | None = None
+    tied: str | None = None
+
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether a token reads the whole layer; of an embedding that serves no head it reads one row."""
+        return self.role != "embedding" or self.tied is not None
 
 
 class QuantizationSpec(_Strict):
     """`quantization_config` of a bitstrata checkpoint (FORMAT.md)."""
 
     quant_method: Literal["bitstrata"] = "bitstrata"
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     method: str
     method_options: dict[str, Any] = Field(default_factory=dict)
     bits: list[int]
@@ -73,8 +87,27 @@ class QuantizationSpec(_Strict):
         for where, bits in [("bits", self.bits), *exceptions]:
             if not bits or bits != sorted(set(bits)) or not (bits[0] >= 1 and bits[-1] <= MAX_BITS):
                 raise ValueError(f"{where}: bits must be ascending, distinct and within 1..{MAX_BITS}, got {bits}")
+            if where in self.layers and self.layers[where].role is not None:
+                continue
             if not set(self.bits) <= set(bits):
                 raise ValueError(f"{where}: bits {bits} lack some of the model's bits {self.bits}")
+        return self
+
+    @model_validator(mode="after")
+    def _roles_are_valid(self) -> QuantizationSpec:
+        for name, layer in self.layers.items():
+            if layer.tied is not None and layer.role != "embedding":
+                raise ValueError(f"{name}: only an embedding can be tied to an output head")
+            if layer.role is None:
+                continue
+            if self.format_version < HEAD_VERSION:
+                raise ValueError(f"{name}: role {layer.role!r} needs format_version {HEAD_VERSION}")
+            if layer.bits is None or len(layer.bits) != 1:
+                raise ValueError(f"{name}: role {layer.role!r} needs exactly one bits value, got {layer.bits}")
+            if layer.role == "embedding" and layer.bias:
+                raise ValueError(f"{name}: an embedding has no bias")
+            if layer.tied in self.layers:
+                raise ValueError(f"{name}: {layer.tied} reads its planes and must not have planes of its own")
         return self
 
     @classmethod
@@ -100,9 +133,16 @@ class QuantizationSpec(_Strict):
             field = ".".join(str(part) for part in first["loc"]) or "quantization_config"
             raise CheckpointError(f"{where}: quantization_config.{field}: {first['msg']}") from error
 
-    def layer_bits(self, name: str) -> tuple[int, ...]:
-        """Supported bits of layer `name`, ascending."""
-        return tuple(self.layers[name].bits or self.bits)
+    def layer_bits(self, name: str, max_bits: int = MAX_BITS) -> tuple[int, ...]:
+        """Supported bits of layer `name` up to `max_bits`, ascending; a layer with a role keeps its own."""
+        layer = self.layers[name]
+        limit = MAX_BITS if layer.role is not None else max_bits
+        return tuple(bits for bits in layer.bits or self.bits if bits <= limit)
+
+    @property
+    def whole_layers(self) -> frozenset[str]:
+        """The layers with a role: whoever loads the model needs all of their planes, at any of its bits."""
+        return frozenset(name for name, layer in self.layers.items() if layer.role is not None)
 
     def layer_group_size(self, name: str) -> int:
         return self.layers[name].group_size or self.group_size
@@ -110,7 +150,7 @@ class QuantizationSpec(_Strict):
     def layer_tensors(self, name: str, max_bits: int = MAX_BITS) -> dict[str, TensorSpec]:
         """Full names, dtypes and shapes of the planes and decoders of layer `name` up to `max_bits`."""
         layer = self.layers[name]
-        supported = [bits for bits in self.layer_bits(name) if bits <= max_bits]
+        supported = self.layer_bits(name, max_bits)
         plane_shape = (layer.out_features, words_per_row(layer.in_features))
         tensors: dict[str, TensorSpec] = {
             f"{name}.plane_{index}": ("I32", plane_shape) for index in range(max(supported, default=0))
@@ -127,9 +167,15 @@ class QuantizationSpec(_Strict):
         return sum(map(tensor_bytes, self.layer_tensors(name).values()))
 
     def bytes_read(self, bits: int) -> int:
-        """Bytes that one pass over the quantized layers reads at `bits`: the prefix and its decoders."""
+        """Bytes that one token reads of the quantized layers at `bits`: the prefix and its decoders.
+
+        An output head counts with all its planes, the one row of an embedding with nothing.
+        """
         total = 0
-        for layer in self.layers:
+        for layer, described in self.layers.items():
+            if described.role is not None:
+                total += self.layer_bytes(layer) if described.is_multiplied else 0
+                continue
             for name, spec in self.layer_tensors(layer).items():
                 kind, _, index = name.rpartition(".")[2].partition("_")
                 if int(index) < bits if kind == "plane" else int(index) == bits:
@@ -138,8 +184,8 @@ class QuantizationSpec(_Strict):
 
     @property
     def weight_count(self) -> int:
-        """Weights in the quantized layers."""
-        return sum(layer.in_features * layer.out_features for layer in self.layers.values())
+        """Weights that `bytes_read` is about."""
+        return sum(layer.in_features * layer.out_features for layer in self.layers.values() if layer.is_multiplied)
 
 
 def tensor_bytes(spec: TensorSpec) -> int:
@@ -157,8 +203,14 @@ def guard_name(layer: str) -> str:
     return f"{layer}.weight"
 
 
-def shard_of(tensor: str) -> str:
-    """The shard file that holds tensor `tensor` in a checkpoint written by bitstrata."""
+def shard_of(tensor: str, whole_layers: Container[str] = ()) -> str:
+    """The shard file that holds tensor `tensor` in a checkpoint written by bitstrata.
+
+    `whole_layers` are those of the spec: they are in a file of their own, because a reader that wants
+    few bits of the others needs all of these.
+    """
+    if tensor.rpartition(".")[0] in whole_layers and (_PLANE.search(tensor) or _DECODER.search(tensor)):
+        return HEAD_SHARD
     if plane := _PLANE.search(tensor):
         return f"model-plane-{int(plane[1])}.safetensors"
     if decoder := _DECODER.search(tensor):

@@ -147,14 +147,17 @@ def write_checkpoint(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).unlink(missing_ok=True)
+    layers = config.get("quantization_config", {}).get("layers", {})
+    whole = frozenset(name for name, layer in layers.items() if layer.get("role") is not None)
+    homes = {entry.name: shard_of(entry.name, whole) for entry in entries}
     shards: dict[str, list[TensorEntry]] = {}
     for entry in entries:
-        shards.setdefault(shard_of(entry.name), []).append(entry)
+        shards.setdefault(homes[entry.name], []).append(entry)
 
     digests = {name: write_safetensors(folder / name, shards[name]) for name in sorted(shards)}
     index = {
         "metadata": {"total_size": sum(entry.nbytes for entry in entries), "sha256": digests},
-        "weight_map": {entry.name: shard_of(entry.name) for entry in sorted(entries, key=lambda e: e.name)},
+        "weight_map": {name: homes[name] for name in sorted(homes)},
     }
     write_json(folder / INDEX_FILE, index)
     if report is not None:

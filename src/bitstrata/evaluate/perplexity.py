@@ -14,7 +14,7 @@ from ..calibrate import evaluation_windows, read_text
 from ..errors import ModelError, TextError, UnsupportedBitsError, UsageError
 from ..models import context_limit, load, load_tokenizer, resolve
 from ..models.load import pick_device
-from ..nn import PlaneLinear, bits_state, parse_bits, use_bits
+from ..nn import bits_state, multiplied_layers, parse_bits, use_bits
 from ..progress import Reporter
 from .divergence import Measured, Tally
 from .report import BitsResult, Evaluation
@@ -88,7 +88,7 @@ def evaluate(
             steps.step()
 
     weights = bytes_by_bits(quantized, chosen)
-    count = sum(m.in_features * m.out_features for m in quantized.modules() if isinstance(m, PlaneLinear))
+    count = sum(layer.in_features * layer.out_features for layer in multiplied_layers(quantized))
     results = tuple(_row(value, tally.result(), weights[value], count) for value, tally in tallies.items())
     base = baseline.result() if original is not None else None
     return Evaluation(
@@ -111,8 +111,8 @@ def _asked(bits: str | Sequence[int] | int | None) -> tuple[int, ...] | None:
 
 
 def bytes_by_bits(model: PreTrainedModel, bits: Sequence[int]) -> dict[int, int]:
-    """Bytes that one pass over the quantized layers of `model` reads at each bits."""
-    layers = [module for module in model.modules() if isinstance(module, PlaneLinear)]
+    """Bytes that one token reads of the quantized layers of `model` at each bits, an output head included."""
+    layers = multiplied_layers(model)
     return {value: sum(layer.bytes_read(value) for layer in layers) for value in bits}
 
 

@@ -1,6 +1,6 @@
 """One operation on many machines: y = x @ W_bits^T, bits an int or one per row."""
 
-from .api import plane_linear, plane_linear_rows, prepare, prepared_linear
+from .api import plane_linear, plane_linear_rows, plane_lookup, prepare, prepared_linear, prepared_lookup
 from .registry import KernelReport, PreparedWeight, Problem, describe, select
 
 __all__ = [
@@ -10,7 +10,9 @@ __all__ = [
     "describe",
     "plane_linear",
     "plane_linear_rows",
+    "plane_lookup",
     "prepare",
     "prepared_linear",
+    "prepared_lookup",
     "select",
 ]

@@ -4,6 +4,8 @@
     bitstrata::plane_linear_rows     one bits value a row
     bitstrata::prepared_linear       the same two from a weight in a kernel's own layout
     bitstrata::prepared_linear_rows
+    bitstrata::plane_lookup          rows of the weight, chosen by index
+    bitstrata::prepared_lookup       the same from a prepared weight
 
 They take the layer's tensors as lists, because a dispatcher schema has no structures: planes; then
 either scales and offsets, or tables, one entry for each value of `decoder_bits`; or the tensors and
@@ -27,6 +29,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from ..errors import UnsupportedBitsError
 from ..planes.weights import AffineDecoder, CodebookDecoder, PlaneWeight
 from . import cpu, reference  # noqa: F401  (they register themselves)
+from .reference import REFERENCE
 from .registry import Kernel, PreparedWeight, Problem, select
 
 # layout name -> class of the prepared weights in it
@@ -41,10 +44,13 @@ _PREPARED = (
 )
 _LIBRARY.define(f"prepared_linear(Tensor x, {_PREPARED}, int bits) -> Tensor")
 _LIBRARY.define(f"prepared_linear_rows(Tensor x, {_PREPARED}, Tensor row_bits) -> Tensor")
+_ROWS = "int bits, int columns, ScalarType dtype"
+_LIBRARY.define(f"plane_lookup(Tensor index, {_WEIGHT}, {_ROWS}) -> Tensor")
+_LIBRARY.define(f"prepared_lookup(Tensor index, {_PREPARED}, {_ROWS}) -> Tensor")
 
 
 def _weight(
-    x: Tensor,
+    columns: int,
     planes: Sequence[Tensor],
     scales: Sequence[Tensor],
     offsets: Sequence[Tensor],
@@ -60,7 +66,7 @@ def _weight(
             for bits, scale, offset in zip(decoder_bits, scales, offsets, strict=True)
         }
     )
-    return PlaneWeight(tuple(planes), decoders, x.shape[-1], group_size)
+    return PlaneWeight(tuple(planes), decoders, columns, group_size)
 
 
 def _problem(x: Tensor, weight: PlaneWeight) -> Problem:
@@ -70,7 +76,7 @@ def _problem(x: Tensor, weight: PlaneWeight) -> Problem:
 
 def _plane_linear(x: Tensor, *weight_args: object) -> Tensor:
     *parts, bits = weight_args
-    weight = _weight(x, *parts)  # type: ignore[arg-type]
+    weight = _weight(x.shape[-1], *parts)  # type: ignore[arg-type]
     if bits not in weight.decoders:
         raise UnsupportedBitsError(bits, weight.bits, where="this layer")
     kernel = select(_problem(x, weight))
@@ -82,7 +88,7 @@ def _plane_linear(x: Tensor, *weight_args: object) -> Tensor:
 def _plane_linear_rows(x: Tensor, *weight_args: object) -> Tensor:
     *parts, row_bits = weight_args
     assert isinstance(row_bits, Tensor)
-    weight = _weight(x, *parts)  # type: ignore[arg-type]
+    weight = _weight(x.shape[-1], *parts)  # type: ignore[arg-type]
     rows = x.reshape(-1, x.shape[-1])
     _check_row_bits(row_bits, rows.shape[0], weight.bits)
     kernel = select(_problem(x, weight))
@@ -142,6 +148,39 @@ def _prepared_linear(
     return _run_prepared(x, [weight], bits)[0]
 
 
+def _run_lookup(index: Tensor, weight: PlaneWeight | PreparedWeight, bits: int, dtype: torch.dtype) -> Tensor:
+    flat = index.reshape(-1).long()
+    if flat.numel() and flat.device.type == "cpu":
+        low, high = (int(bound) for bound in flat.aminmax())
+        if low < 0 or high >= weight.out_features:
+            wrong = low if low < 0 else high
+            raise IndexError(f"token {wrong} is out of range: the embedding has {weight.out_features} rows")
+    if isinstance(weight, PlaneWeight):
+        rows = REFERENCE.lookup(flat, weight, bits, dtype)
+    else:
+        kernel = select(Problem(index.device.type, dtype, flat.numel(), weight.kind))
+        own = kernel.layout == weight.layout
+        rows = kernel.lookup(flat, weight if own else weight.unpack(), bits, dtype)
+    return rows.view(*index.shape, weight.in_features)
+
+
+def _plane_lookup(index: Tensor, *arguments: Any) -> Tensor:
+    *parts, bits, columns, dtype = arguments
+    return _run_lookup(index, _weight(columns, *parts), bits, dtype)
+
+
+def _prepared_lookup(index: Tensor, *arguments: Any) -> Tensor:
+    planes, decoders, decoder_bits, layout, out_features, group_size, kind, bits, columns, dtype = arguments
+    by_bits = dict(zip(decoder_bits, decoders, strict=True))
+    weight = LAYOUTS[layout](tuple(planes), by_bits, out_features, columns, group_size, kind)
+    return _run_lookup(index, weight, bits, dtype)
+
+
+def _fake_lookup(index: Tensor, *arguments: Any) -> Tensor:
+    *_, columns, dtype = arguments
+    return index.new_empty(*index.shape, columns, dtype=dtype)
+
+
 def _fake(x: Tensor, planes: Sequence[Tensor], *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], planes[0].shape[0])
 
@@ -155,6 +194,8 @@ for _name, _function, _shape in (
     ("plane_linear_rows", _plane_linear_rows, _fake),
     ("prepared_linear", _prepared_linear, _fake_prepared),
     ("prepared_linear_rows", _prepared_linear, _fake_prepared),
+    ("plane_lookup", _plane_lookup, _fake_lookup),
+    ("prepared_lookup", _prepared_lookup, _fake_lookup),
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bitstrata::{_name}", _shape, lib=_LIBRARY)
@@ -196,6 +237,40 @@ def plane_linear_rows(x: Tensor, weight: PlaneWeight, row_bits: Tensor) -> Tenso
     _check_columns(x, weight)
     arguments = _arguments(weight, weight.bits)
     y: Tensor = torch.ops.bitstrata.plane_linear_rows(x, *arguments, list(weight.bits), weight.group_size, row_bits)
+    return y
+
+
+def plane_lookup(index: Tensor, weight: PlaneWeight, bits: int, dtype: torch.dtype) -> Tensor:
+    """Rows `index` (integers [...]) of the weight at `bits`: [..., K] in `dtype`, exactly as the reference decodes.
+
+    Raises IndexError for an index that is not a row.
+    """
+    if _is_plain(index):
+        return _run_lookup(index, weight, bits, dtype)
+    arguments = _arguments(weight, [bits])
+    y: Tensor = torch.ops.bitstrata.plane_lookup(
+        index, *arguments, [bits], weight.group_size, bits, weight.in_features, dtype
+    )
+    return y
+
+
+def prepared_lookup(index: Tensor, weight: PreparedWeight, bits: int, dtype: torch.dtype) -> Tensor:
+    """`plane_lookup` from a prepared weight."""
+    if _is_plain(index) and index.device == weight.planes[0].device:
+        return _run_lookup(index, weight, bits, dtype)
+    y: Tensor = torch.ops.bitstrata.prepared_lookup(
+        index,
+        list(weight.planes[:bits]),
+        [weight.decoders[bits]],
+        [bits],
+        weight.layout,
+        weight.out_features,
+        weight.group_size,
+        weight.kind,
+        bits,
+        weight.in_features,
+        dtype,
+    )
     return y
 
 

@@ -44,5 +44,9 @@ class ReferenceKernel:
     def linear_many(self, x: Tensor, weights: Sequence[Any], bits: int | Tensor) -> list[Tensor]:
         raise TypeError("the reference kernel has no layout of its own")
 
+    def lookup(self, index: Tensor, weight: PlaneWeight, bits: int, dtype: torch.dtype) -> Tensor:
+        return decode(weight.take(index), bits, dtype)
 
-register(ReferenceKernel())
+
+REFERENCE = ReferenceKernel()
+register(REFERENCE)

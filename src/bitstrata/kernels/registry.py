@@ -95,6 +95,13 @@ class Kernel(Protocol):
         """x [rows, K] times prepared weights of equal K and groups, [rows, N_i] each; bits as above."""
         ...
 
+    def lookup(self, index: Tensor, weight: Any, bits: int, dtype: torch.dtype) -> Tensor:
+        """Rows `index` (int64 [n], all of them in 0..N-1) of the weight at `bits`: [n, K], as the reference decodes.
+
+        `weight` is a PlaneWeight, or a prepared one in the kernel's own layout.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class KernelReport:

@@ -1,6 +1,7 @@
 """Joining to transformers: which linears, loading and saving, source models."""
 
 from .discover import Discovery, LeftOut, LinearInfo, discover
+from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .load import choose_bits, load, load_tokenizer, parse_target
 from .source import SourceModel, all_finite, context_limit, resolve
@@ -9,6 +10,7 @@ __all__ = [
     "BitstrataConfig",
     "BitstrataQuantizer",
     "Discovery",
+    "HeadLayer",
     "LeftOut",
     "LinearInfo",
     "SourceModel",
@@ -17,6 +19,7 @@ __all__ = [
     "choose_bits",
     "context_limit",
     "discover",
+    "find_head",
     "load",
     "load_tokenizer",
     "parse_target",

@@ -1,7 +1,7 @@
 """The way into transformers: a quantization config, a quantizer, and models that take `bits`.
 
 Importing this module registers quant_method "bitstrata", after which plain
-`AutoModelForCausalLM.from_pretrained(OUT)` builds PlaneLinear layers and loads planes into them.
+`AutoModelForCausalLM.from_pretrained(OUT)` builds layers that run from planes and loads planes into them.
 A loaded model's class is a subclass, with the same name, whose `forward` and `generate` take
 `bits=`; the outermost call sets the shared BitsState and restores it on the way out.
 """
@@ -14,16 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import QUANT_METHOD, CheckpointReader, LayerSpec, QuantizationSpec
-from ..errors import CheckpointError
-from ..nn import Bits, BitsState, PlaneLinear, bits_state, fuse, use_bits
+from ..checkpoint import QUANT_METHOD, CheckpointReader, QuantizationSpec
+from ..errors import UsageError
+from ..nn import (
+    Bits,
+    BitsState,
+    FixedBits,
+    PlaneEmbedding,
+    PlaneLinear,
+    bits_state,
+    fuse,
+    prepare_layers,
+    use_bits,
+)
 from .attention import use_grouped_sdpa
+from .head import check_untied, put_embedding
+from .modules import linear_of, set_submodule, submodule
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -46,7 +57,7 @@ class BitstrataConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class BitstrataQuantizer(HfQuantizer):
-    """Replaces quantized linears by PlaneLinear before transformers loads the weights."""
+    """Puts planes in the place of quantized layers before transformers loads the weights."""
 
     requires_calibration = True
     quantization_config: BitstrataConfig
@@ -56,7 +67,7 @@ class BitstrataQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if checkpoint_files:
             CheckpointReader(Path(checkpoint_files[0]).parent)  # names whatever is missing or malformed
-        replace_linears(model, self.quantization_config.spec)
+        replace_layers(model, self.quantization_config.spec)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -74,62 +85,46 @@ class BitstrataQuantizer(HfQuantizer):
         return True
 
 
-def replace_linears(model: PreTrainedModel, spec: QuantizationSpec) -> BitsState:
-    """Put a PlaneLinear in the place of every layer that `spec` names, all sharing one BitsState.
+def replace_layers(model: PreTrainedModel, spec: QuantizationSpec) -> BitsState:
+    """Put planes in the place of every layer that `spec` names; those without a role share one BitsState.
 
-    Raises CheckpointError if a layer is not in the model or is not a linear of that size.
+    Raises CheckpointError if a layer is not in the model or has another size there.
     """
-    from .discover import linear_info
-
-    state = BitsState(tuple(spec.bits), {name: spec.layer_bits(name) for name in spec.layers})
-    for name, layer in spec.layers.items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise CheckpointError(f"the checkpoint quantizes {name}, which {type(model).__name__} lacks") from None
-        info = linear_info(name, module, 0)
-        expected = (layer.in_features, layer.out_features, layer.bias)
-        if info is None or (info.in_features, info.out_features, info.bias) != expected:
-            bias = "a" if layer.bias else "no"
-            raise CheckpointError(
-                f"{name}: the checkpoint has [{layer.out_features}, {layer.in_features}] and {bias} bias, "
-                f"the model has {module}"
-            )
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        set_submodule(model, name, _empty_layer(name, layer, spec, state, weight))
-    return state
-
-
-def _empty_layer(
-    name: str, layer: LayerSpec, spec: QuantizationSpec, state: BitsState, like: torch.Tensor
-) -> PlaneLinear:
-    return PlaneLinear(
-        layer.in_features,
-        layer.out_features,
-        name=name,
-        state=state,
-        bits=spec.layer_bits(name),
-        group_size=spec.layer_group_size(name),
-        decoder=layer.decoder,
-        bias=layer.bias,
-        device=like.device,
-        dtype=like.dtype,
+    state = BitsState(
+        tuple(spec.bits), {name: spec.layer_bits(name) for name, layer in spec.layers.items() if layer.role is None}
     )
-
-
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule called `name`."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    for name, layer in spec.layers.items():
+        place = linear_of(model, name, layer) if layer.role != "embedding" else submodule(model, name)
+        weight = place.weight
+        shared: dict[str, Any] = {
+            "group_size": spec.layer_group_size(name),
+            "decoder": layer.decoder,
+            "device": weight.device,
+            "dtype": weight.dtype,
+        }
+        if layer.role == "embedding":
+            put_embedding(model, name, layer, shared)
+            continue
+        if layer.role == "head":
+            check_untied(model, name)
+        bits = spec.layer_bits(name)
+        linear = PlaneLinear(
+            layer.in_features,
+            layer.out_features,
+            name=name,
+            state=state if layer.role is None else FixedBits(bits[0]),
+            bits=bits,
+            bias=layer.bias,
+            **shared,
+        )
+        set_submodule(model, name, linear)
+    return state
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Give `model`'s `forward` and `generate` a `bits` argument and its layers the kernels' layout; the same object."""
     bits_state(model)  # raises if nothing is quantized
-    for module in model.modules():
-        if isinstance(module, PlaneLinear):
-            module.prepare()
+    prepare_layers(model)
     fuse(model)
     use_grouped_sdpa(model)
     if not getattr(type(model), "_takes_bits", False):
@@ -160,6 +155,15 @@ def _class_with_bits(base: Any) -> Any:
         with use_bits(self, bits):
             return base.generate(self, *args, **kwargs)
 
+    @wraps(base.resize_token_embeddings)
+    def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (args or kwargs) and isinstance(self.get_input_embeddings(), PlaneEmbedding):
+            raise UsageError(
+                f"the vocabulary of this {base.__name__} cannot be resized: its embedding is stored as planes",
+                hint="resize the original model and quantize that, or quantize without --head-bits",
+            )
+        return base.resize_token_embeddings(self, *args, **kwargs)
+
     def reduce(self: Any, protocol: Any) -> Any:
         return _blank, (base,), self.__dict__
 
@@ -172,6 +176,7 @@ def _class_with_bits(base: Any) -> Any:
     members = {
         "forward": forward,
         "generate": generate,
+        "resize_token_embeddings": resize_token_embeddings,
         "__reduce_ex__": reduce,  # the class is made here, so pickle and copy cannot look it up by name
         "_takes_bits": True,
         "__module__": base.__module__,

@@ -136,7 +136,7 @@ def _restricted(raw: dict[str, Any], reader: CheckpointReader) -> dict[str, Any]
     """The quantization config without the bits above the reader's max_bits."""
     spec = dict(raw, bits=list(reader.bits))
     spec["layers"] = {
-        name: {**layer, "bits": [b for b in layer["bits"] if b <= reader.max_bits]} if layer.get("bits") else layer
+        name: {**layer, "bits": list(reader.spec.layer_bits(name, reader.max_bits))} if layer.get("bits") else layer
         for name, layer in raw["layers"].items()
     }
     return spec

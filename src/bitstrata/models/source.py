@@ -216,6 +216,12 @@ class SourceModel:
         tensor: Tensor = self._open(self.files[stored]).get_tensor(stored)
         return tensor
 
+    def rows(self, stored: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop-1 of a stored tensor, copied out of the file."""
+        with self._open(self.files[stored]) as file:
+            part: Tensor = file.get_slice(stored)[start:stop]
+            return part.clone()
+
     def read(self, stored: str) -> Tensor:
         """A stored tensor, copied out of the file so that nothing stays mapped."""
         dtype, shape = self.spec(stored)

@@ -1,7 +1,22 @@
 """The layer that runs from planes, and the state that tells it at how many bits."""
 
-from .bits import Bits, BitsState, bits_state, parse_bits, use_bits
+from .bits import Bits, BitsState, FixedBits, bits_state, parse_bits, use_bits
+from .embedding import PlaneEmbedding, TiedHead
 from .fused import fuse
+from .layers import multiplied_layers, prepare_layers
 from .linear import PlaneLinear
 
-__all__ = ["Bits", "BitsState", "PlaneLinear", "bits_state", "fuse", "parse_bits", "use_bits"]
+__all__ = [
+    "Bits",
+    "BitsState",
+    "FixedBits",
+    "PlaneEmbedding",
+    "PlaneLinear",
+    "TiedHead",
+    "bits_state",
+    "fuse",
+    "multiplied_layers",
+    "parse_bits",
+    "prepare_layers",
+    "use_bits",
+]

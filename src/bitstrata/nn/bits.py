@@ -87,6 +87,16 @@ class BitsState:
         return self.value[layer]
 
 
+class FixedBits:
+    """In the place of a BitsState: a layer that always runs at `bits`, whatever its model is asked for."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def of(self, layer: str) -> int:
+        return self.bits
+
+
 def parse_bits(text: str | int | Iterable[int]) -> tuple[int, ...]:
     """Bits from what a user types: `3`, `2,4`, `2-4` or a mix; ascending, distinct, within 1..8.
 

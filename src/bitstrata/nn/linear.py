@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..kernels import PreparedWeight, plane_linear, plane_linear_rows, prepare, prepared_linear
-from ..planes.pack import words_per_row
-from ..planes.weights import SCALE_DTYPE, Decoder, PlaneWeight, decoder_shapes, make_decoder
-from .bits import BitsState, expand_rows
+from ..kernels import plane_linear, plane_linear_rows, prepared_linear
+from ..planes.weights import PlaneWeight
+from .bits import BitsState, FixedBits, expand_rows
 from .fused import FusedGroup
+from .stored import PlaneModule
 
-_PREPARED = "prepared_"
 
-
-class PlaneLinear(nn.Module):
-    """y = x @ W_bits^T + bias, bits taken from the shared BitsState.
-
-    Buffers carry the names of the checkpoint: `plane_<i>` int32 [N, ceil(K/32)] and for each
-    supported bits p `scale_<p>` fp16 [p, N, J] and `offset_<p>` fp16 [N, J], or `table_<p>` fp16
-    [N, 2**p]. `weight` is an empty placeholder: it tells code that asks a linear layer's dtype, and
-    makes loaders that do not know the format fail on its shape.
-
-    `prepare` puts the weight into the layout of the kernel that will run here; the tensors then
-    live in buffers `prepared_<i>` that no checkpoint sees. `state_dict` gives the stored ones all
-    the same, and loading, moving or `plane_weight` bring them back.
+class PlaneLinear(PlaneModule):
+    """y = x @ W_bits^T + bias, bits taken from the model's BitsState, or fixed. PlaneModule says how W is held.
 
     Args:
         name: the layer's name in the model; plans look it up.
-        state: the model's BitsState.
+        state: the model's BitsState; FixedBits for a layer that always runs at one precision.
         decoder: "affine" or "codebook".
         dtype: of the bias and the placeholder.
     """
@@ -42,7 +28,7 @@ class PlaneLinear(nn.Module):
         out_features: int,
         *,
         name: str,
-        state: BitsState,
+        state: BitsState | FixedBits,
         bits: tuple[int, ...],
         group_size: int,
         decoder: str = "affine",
@@ -50,22 +36,11 @@ class PlaneLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(
+            in_features, out_features, bits=bits, group_size=group_size, decoder=decoder, device=device, dtype=dtype
+        )
         self.name, self.bits_state = name, state
-        self.bits, self.group_size, self.decoder = bits, group_size, decoder
-        self.prepared: PreparedWeight | None = None
         self.fused: FusedGroup | None = None
-        words = words_per_row(in_features)
-        for index in range(max(bits)):
-            self.register_buffer(f"plane_{index}", torch.zeros(out_features, words, dtype=torch.int32, device=device))
-        self._decoder_keys: dict[int, tuple[str, ...]] = {}
-        for value in bits:
-            shapes = decoder_shapes(decoder, value, out_features, in_features, group_size)
-            self._decoder_keys[value] = tuple(shapes)
-            for key, shape in shapes.items():
-                self.register_buffer(key, torch.zeros(shape, dtype=SCALE_DTYPE, device=device))
-        self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device))
         self.bias = (
             nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
@@ -77,7 +52,7 @@ class PlaneLinear(nn.Module):
         bias: Tensor | None = None,
         *,
         name: str = "",
-        state: BitsState | None = None,
+        state: BitsState | FixedBits | None = None,
         dtype: torch.dtype | None = None,
     ) -> PlaneLinear:
         """A layer that holds `weight`; without `state` it gets one of its own. `dtype` is the bias's by default."""
@@ -99,60 +74,9 @@ class PlaneLinear(nn.Module):
             layer.bias.data.copy_(bias)
         return layer
 
-    def plane_weight(self, bits: tuple[int, ...] | None = None) -> PlaneWeight:
-        """The layer's weight as stored, with the decoders for `bits` (all of them by default).
-
-        The tensors are the layer's own, or copies if the weight is prepared for a kernel.
-        """
-        chosen = bits if bits is not None else self.bits
-        if self.prepared is not None:
-            stored = self.prepared.unpack()
-            return PlaneWeight(
-                stored.planes[: max(chosen)],
-                {value: stored.decoders[value] for value in chosen},
-                self.in_features,
-                self.group_size,
-            )
-        decoders: dict[int, Decoder] = {}
-        for value in chosen:
-            tensors = {key: getattr(self, key) for key in self._decoder_keys[value]}
-            decoders[value] = make_decoder(self.decoder, value, tensors)
-        planes = tuple(getattr(self, f"plane_{index}") for index in range(max(chosen)))
-        return PlaneWeight(planes, decoders, self.in_features, self.group_size)
-
     def bytes_read(self, bits: int) -> int:
-        """Bytes of the stored tensors that a product at `bits` needs: planes 0..bits-1 and that decoder."""
-        shapes = decoder_shapes(self.decoder, bits, self.out_features, self.in_features, self.group_size)
-        entries = sum(torch.Size(shape).numel() for shape in shapes.values())
-        return 4 * bits * self.out_features * words_per_row(self.in_features) + SCALE_DTYPE.itemsize * entries
-
-    def prepare(self) -> None:
-        """Re-lay the weight for the kernel that runs here, if it wants a layout of its own."""
-        placeholder = self._buffers["weight"]
-        if self.prepared is not None or placeholder is None or placeholder.is_meta:
-            return
-        prepared = prepare(self.plane_weight(), placeholder.dtype)
-        if prepared is None:
-            return
-        self._forget_weight()
-        self.prepared = prepared
-        for index, tensor in enumerate([*prepared.planes, *prepared.decoders.values()]):
-            self.register_buffer(f"{_PREPARED}{index}", tensor, persistent=False)
-
-    def restore(self) -> None:
-        """Bring the stored tensors back into the layer; the opposite of `prepare`."""
-        if self.prepared is None:
-            return
-        stored = self.plane_weight()
-        self._forget_weight()
-        self.prepared = None
-        for key, tensor in stored.tensors().items():
-            self.register_buffer(key, tensor)
-
-    def _forget_weight(self) -> None:
-        for key in [key for key in self._buffers if key != "weight"]:
-            del self._buffers[key]
-            self._non_persistent_buffers_set.discard(key)
+        """Bytes of the stored tensors that a product needs while the model runs at `bits`."""
+        return super().bytes_read(self.bits_state.bits if isinstance(self.bits_state, FixedBits) else bits)
 
     def forward(self, x: Tensor) -> Tensor:
         bits = self.bits_state.of(self.name)
@@ -168,47 +92,3 @@ class PlaneLinear(nn.Module):
         else:
             (y,) = prepared_linear(x, [self.prepared], bits)
         return y if self.bias is None else y + self.bias
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.prepared is not None:
-            for key, tensor in self.plane_weight().tensors().items():
-                destination[prefix + key] = tensor
-
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        self.restore()
-        super()._load_from_state_dict(*arguments, **options)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneLinear:
-        """Move, but never convert: `model.half()` or `.to(bfloat16)` must not round stored scales."""
-        was_prepared = self.prepared is not None
-        self.restore()
-        kept = {key: buffer for key, buffer in self._buffers.items() if buffer is not None and key != "weight"}
-        super()._apply(fn, recurse)
-        for key, before in kept.items():
-            after = self._buffers[key]
-            if after is not None and after.dtype != before.dtype:
-                self._buffers[key] = before.to(after.device)
-        if was_prepared:
-            self.prepare()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold the stored tensors: the prepared ones belong to this machine's kernel."""
-        state = self.__dict__.copy()
-        if self.prepared is not None:
-            kept = {key: buffer for key, buffer in self._buffers.items() if not key.startswith(_PREPARED)}
-            state["_buffers"] = kept | self.plane_weight().tensors()
-            state["_non_persistent_buffers_set"] = set()
-            state["prepared"] = True
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        was_prepared = state["prepared"] is not None
-        super().__setstate__(state | {"prepared": None})
-        if was_prepared:
-            self.prepare()
-
-    def extra_repr(self) -> str:
-        bits = ",".join(map(str, self.bits))
-        return f"{self.in_features}, {self.out_features}, bits={bits}, group_size={self.group_size}, {self.decoder}"

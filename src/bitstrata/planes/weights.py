@@ -144,6 +144,18 @@ class PlaneWeight:
             tuple(plane[start:stop] for plane in self.planes), decoders, self.in_features, self.group_size
         )
 
+    def take(self, index: Tensor) -> PlaneWeight:
+        """Rows `index` (int64 [n]) as a weight of their own, copied."""
+        decoders: dict[int, Decoder] = {}
+        for bits, decoder in self.decoders.items():
+            if isinstance(decoder, AffineDecoder):
+                scale, offset = decoder.scale.index_select(1, index), decoder.offset.index_select(0, index)
+                decoders[bits] = AffineDecoder(scale, offset)
+            else:
+                decoders[bits] = CodebookDecoder(decoder.table.index_select(0, index))
+        planes = tuple(plane.index_select(0, index) for plane in self.planes)
+        return PlaneWeight(planes, decoders, self.in_features, self.group_size)
+
     def bytes_read(self, bits: int) -> int:
         """Bytes a matrix product at `bits` has to read: planes 0..bits-1 and that decoder."""
         return sum(plane.nbytes for plane in self.planes[:bits]) + self.decoders[bits].nbytes

@@ -1,6 +1,7 @@
 """Weights -> planes: the methods, one file each, and the job that applies one to a whole model."""
 
 from .anybcq import AnyBCQ, AnyBCQOptions
+from .anyprecision import AnyPrecision, AnyPrecisionOptions
 from .bcq import BCQ, BCQOptions
 from .job import quantize
 from .method import Method, methods
@@ -12,6 +13,8 @@ __all__ = [
     "RTN",
     "AnyBCQ",
     "AnyBCQOptions",
+    "AnyPrecision",
+    "AnyPrecisionOptions",
     "BCQOptions",
     "Method",
     "RTNOptions",

@@ -2,7 +2,8 @@
 
 A chain is what the model's hidden states are at one precision. There are two sets, over different
 windows: `learning` (what methods train on) and `checking` (held out, for the final check). Chain
-names: the original, each bits, and dedicated round-to-nearest at each bits (checking only).
+names: the original, each bits, and dedicated round-to-nearest at each bits (checking only). All but the
+original begin and end in the quantized embedding and head, where these are quantized.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import BlockRunner
+from ..calibrate import BlockRunner, fisher_diagonal
 from ..errors import CheckError
 from ..evaluate import Measured, Tally
 from ..models import LinearInfo
 from ..planes import PlaneWeight, decode
 from ..progress import Reporter
+from .head import HeadPlanes
 from .method import BlockTask
 from .preflight import Prepared
 from .refine import refine
@@ -27,12 +29,14 @@ from .report import ORIGINAL
 from .rtn import RTN
 from .state import JobState
 
+FISHER = "fisher"  # the durable part that holds the sensitivities of all layers
+
 
 class BlockLoop:
     """The block loop and the final check; holds the chains."""
 
-    def __init__(self, prepared: Prepared, state: JobState, reporter: Reporter) -> None:
-        self.prepared, self.state, self.reporter = prepared, state, reporter
+    def __init__(self, prepared: Prepared, state: JobState, reporter: Reporter, head: HeadPlanes) -> None:
+        self.prepared, self.state, self.reporter, self.head = prepared, state, reporter, head
         self.settings = prepared.settings
         self.runner = BlockRunner(
             prepared.source, prepared.model, prepared.discovery, self.settings.seq_len, self.settings.device
@@ -45,13 +49,22 @@ class BlockLoop:
         windows = prepared.windows
         if windows is not None:
             names = [ORIGINAL, *map(str, bits)]
-            if len(windows.calibration):
-                self.learning = dict.fromkeys(names, self.runner.embed(windows.calibration))
+            if len(windows.calibration) and self.settings.method.needs_chains:
+                self.learning = self._started(names, windows.calibration)
             rtn = [] if self.settings.method.name == "rtn" and len(bits) == 1 else [f"rtn {value}" for value in bits]
-            self.checking = dict.fromkeys([*names, *rtn], self.runner.embed(windows.heldout))
+            self.checking = self._started([*names, *rtn], windows.heldout)
+
+    def _started(self, names: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:
+        """The chains before the first block: the original's, and the others' from the embedding they will have."""
+        original = quantized = self.runner.embed(tokens)
+        replaced = self.head.embedding()
+        if replaced:
+            quantized = self.runner.embed(tokens, replaced)
+        return {name: original if name == ORIGINAL else quantized for name in names}
 
     def run_blocks(self) -> None:
         blocks = self.prepared.discovery.blocks
+        self._find_fisher()
         resumed = sum(self.state.has(index) for index in range(len(blocks)))
         if resumed:
             self.reporter.say(f"resuming: {resumed} of {len(blocks)} blocks are already done")
@@ -77,15 +90,16 @@ class BlockLoop:
             }
             transposed = frozenset(linear.name for linears in blocks for linear in linears if linear.transposed)
             generator = torch.Generator().manual_seed(self.settings.seed)
+            fixed = {**self.head.embedding(), **self.head.output()}
             with self.reporter.track("tuning", tuning.steps, "step") as steps, self.runner.whole() as model:
                 refined = refine(
-                    model, layers, transposed, windows.calibration, tuning, generator, lambda: steps.step("")
+                    model, layers, transposed, fixed, windows.calibration, tuning, generator, lambda: steps.step("")
                 )
             for bits, (before, after) in refined.divergence.items():
                 self.reporter.say(f"  {bits} bits: divergence on held-out windows {before:.4f} -> {after:.4f}")
             for index, linears in enumerate(blocks):
                 chosen = {linear.name: refined.layers[linear.name] for linear in linears}
-                self.state.save(index, chosen, refined=True)
+                self.state.save_refined(index, chosen)
         else:
             self.reporter.say("resuming: the decoders are already tuned")
         self._replay()
@@ -94,8 +108,8 @@ class BlockLoop:
         """Run the held-out windows through the blocks as they are now."""
         assert self.prepared.windows is not None
         self.layer_error.clear()
-        embedded = self.runner.embed(self.prepared.windows.heldout)
-        self.checking.update({str(bits): embedded for bits in self.settings.bits})
+        names = [str(bits) for bits in self.settings.bits]
+        self.checking.update(self._started(names, self.prepared.windows.heldout))
         for index, name in enumerate(self.prepared.discovery.blocks):
             linears = self.prepared.discovery.of_block(index)
             with self.runner.block(index) as block:
@@ -122,6 +136,18 @@ class BlockLoop:
             self.layer_error.setdefault(linear.name, {})[str(bits)] = float(error)
             _set_weight(block, linear, prefix, dense)
 
+    def _find_fisher(self) -> None:
+        """Compute the sensitivities, unless an earlier run left them or all blocks are done."""
+        done = all(self.state.has(index) for index in range(len(self.prepared.discovery.blocks)))
+        if not self.settings.method.needs_fisher or self.state.has(FISHER) or done:
+            return
+        assert self.prepared.windows is not None
+        windows = self.prepared.windows.calibration
+        with self.reporter.track("gradients", len(windows), "window") as steps:
+            source, model, discovery = self.prepared.source, self.prepared.model, self.prepared.discovery
+            fisher = fisher_diagonal(source, model, discovery, windows, self.settings.device, steps.step)
+        self.state.save_tensors(FISHER, fisher)
+
     def _run_block(self, index: int) -> None:
         linears = self.prepared.discovery.of_block(index)
         with self.runner.block(index) as block:
@@ -144,6 +170,7 @@ class BlockLoop:
         targets: Tensor | None,
     ) -> dict[str, PlaneWeight]:
         prefix = self.prepared.discovery.blocks[index] + "."
+        fisher = self.state.load_tensors(FISHER, list(weights)) if self.settings.method.needs_fisher else None
         task = BlockTask(
             block=block,
             weights={name.removeprefix(prefix): weight for name, weight in weights.items()},
@@ -156,6 +183,7 @@ class BlockLoop:
             chains={bits: self.learning[str(bits)] for bits in self.settings.bits} if self.learning else {},
             generator=torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index),
             say=lambda message: self.reporter.say(f"  {prefix[:-1]}: {message}"),
+            fisher=None if fisher is None else {name.removeprefix(prefix): value for name, value in fisher.items()},
         )
         solved = self.settings.method.quantize_block(task)
         return {prefix + name: weight for name, weight in solved.items()}
@@ -201,7 +229,8 @@ class BlockLoop:
             return {}
         assert self.prepared.windows is not None
         tallies = {name: Tally() for name in self.checking}
-        for targets, logits in self.runner.logits(self.checking, self.prepared.windows.heldout):
+        heldout, heads = self.prepared.windows.heldout, self.head.output()
+        for targets, logits in self.runner.logits(self.checking, heldout, heads, original=ORIGINAL):
             for name, tally in tallies.items():
                 tally.add(logits[name], targets, None if name == ORIGINAL else logits[ORIGINAL])
         measured = {name: tally.result() for name, tally in tallies.items()}

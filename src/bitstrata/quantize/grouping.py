@@ -86,15 +86,18 @@ def join_rows(parts: Sequence[PlaneWeight]) -> PlaneWeight:
     return PlaneWeight(planes, decoders, parts[0].in_features, parts[0].group_size)
 
 
-def check_weight(name: str, weight: Tensor) -> None:
-    """Raise ModelError if `weight` cannot be stored: not finite, or beyond the range of fp16 scales."""
+def check_weight(name: str, weight: Tensor, *, hint: str = "leave the layer out with --skip") -> None:
+    """Raise ModelError if `weight` cannot be stored: not finite, or beyond the range of fp16 scales.
+
+    `hint` says what to do about the range.
+    """
     if not all_finite(weight):
         raise ModelError(f"{name} holds NaN or infinity", hint="the source model is damaged")
     limit = torch.finfo(SCALE_DTYPE).max
     if any(float(bound.abs()) > limit for bound in weight.aminmax()):
         raise ModelError(
             f"{name} has weights above {limit:.0f}, the largest scale the format can store",
-            hint="leave the layer out with --skip",
+            hint=hint,
         )
 
 

@@ -1,6 +1,7 @@
 """`bitstrata.quantize`: a source model in, a checkpoint out, one block in memory at a time.
 
     preflight    everything that can be checked is checked; all problems at once (preflight.py)
+    head         with head_bits: the output head and the embedding, made durable like a block (head.py)
     each block   read -> solve -> write durably -> move every chain of hidden states one block on
     finish       measure each bits on held-out windows, assemble the checkpoint, remove `.job`
 
@@ -10,7 +11,10 @@ for the final check, next to dedicated round-to-nearest at the same bits, withou
 model. An interrupted job recomputes the chains from its finished blocks, so a resumed job sees
 exactly the numbers the first run saw.
 
-`preflight._memory_bytes` estimates the peak memory; the measured peak is in the report.
+One thing needs more: a method that weighs errors by gradients of the loss holds the whole model once,
+before the blocks (calibrate/fisher.py); what it finds is durable like a block.
+
+`sizes.memory_bytes` estimates the peak memory; the measured peak is in the report.
 """
 
 from __future__ import annotations
@@ -30,9 +34,11 @@ from ..checkpoint.schema import CONFIG_FILE, REPORT_FILE, guard_name
 from ..errors import BitstrataError, PreflightError, UsageError
 from ..progress import Reporter
 from .blocks import BlockLoop
-from .preflight import Prepared, megabytes, prepare
+from .head import HeadPlanes
+from .preflight import Prepared, prepare
 from .report import Report, make_report
 from .settings import Settings
+from .sizes import megabytes
 from .state import JobState, differences
 
 COPIED_FILES = (
@@ -52,6 +58,7 @@ def quantize(
     num_samples: int = 128,
     seq_len: int = 2048,
     preset: str = "default",
+    head_bits: int | None = None,
     skip: Sequence[str] = (),
     seed: int = 0,
     device: str = "auto",
@@ -65,12 +72,14 @@ def quantize(
         model: a folder with config.json and safetensors, or a hub id.
         output: the folder to make. If it holds an unfinished job of the same command, that is resumed.
         bits: the bits to support: "2-4", "2,4", 3, or a sequence; each 1..8.
-        method: rtn, bcq or anybcq.
+        method: rtn, bcq, anybcq or anyprecision.
         group_size: input columns that share scales.
         calibration: a text file, or `stdlib`. Methods that learn from activations need it; with any
             method it is what the final check is measured on.
         num_samples: windows to calibrate on; seq_len: their length in tokens.
         preset: fast (no training), default, or best (trains longest).
+        head_bits: store the output head and the token embedding as planes too, at this one precision, 1..8;
+            they run at it whatever bits a request asks for. They stay as they are by default.
         skip: patterns of layer names to leave as they are (globs, or `re:` and a regular expression).
         seed: decides windows and training order.
         device: auto, cpu, cuda.
@@ -103,6 +112,7 @@ def quantize(
         skip=skip,
         seed=seed,
         device=device,
+        head_bits=head_bits,
         problems=problems,
     )
     prepared = prepare(settings, reporter, problems)
@@ -116,10 +126,12 @@ def quantize(
     spec = prepared.spec()
     state = JobState(settings.output, prepared.fingerprint, spec)
     try:
-        job = BlockLoop(prepared, state, reporter)
+        head = HeadPlanes(prepared, state, reporter)
+        head.run()
+        job = BlockLoop(prepared, state, reporter, head)
         job.run_blocks()
         job.refine()
-        report = make_report(prepared, job.measure(), job.layer_error, reporter.notes)
+        report = make_report(prepared, job.measure(), {**job.layer_error, **head.layer_error}, reporter.notes)
         _assemble(prepared, state, report)
     except BaseException:
         state.close()
@@ -139,6 +151,9 @@ def _assemble(prepared: Prepared, state: JobState, report: Report) -> None:
         layers = [linear.name for linear in discovery.of_block(index)]
         entries.extend(state.entries(index, layers))
         entries.extend(TensorEntry.of(guard_name(name), torch.empty(0, dtype=source.dtype)) for name in layers)
+    for layer in prepared.head:
+        entries.extend(state.entries(layer.role, [layer.name]))
+        entries.append(TensorEntry.of(guard_name(layer.name), torch.empty(0, dtype=source.dtype)))
     output = prepared.settings.output
     for pattern in COPIED_FILES:
         for path in sorted(source.folder.glob(pattern)):
@@ -200,6 +215,10 @@ def _describe(prepared: Prepared, reporter: Reporter) -> Report:
     settings, discovery = prepared.settings, prepared.discovery
     for linear in discovery.linears:
         reporter.say(f"{linear.name}: [{linear.out_features}, {linear.in_features}] -> bits {settings.bits}")
+    for layer in prepared.head:
+        shared = f", shared with {layer.tied}" if layer.tied is not None else ""
+        shape = [layer.out_features, layer.in_features]
+        reporter.say(f"{layer.name}: {shape} -> {settings.head_bits} bits ({layer.role}{shared})")
     for entry in discovery.left_out:
         reporter.say(f"{entry.name}: {list(entry.shape)} stays as it is ({entry.reason})")
     reporter.say(

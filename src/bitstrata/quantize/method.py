@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class BlockTask:
         chains: bits -> the hidden states that the model quantized so far has at these bits.
         generator: the block's own source of randomness.
         say: where to report.
+        fisher: linear's name -> sensitivity of the loss to each weight, fp32 [N, K]; None if the method needs none.
     """
 
     block: nn.Module
@@ -60,6 +61,7 @@ class BlockTask:
     chains: Mapping[int, Tensor]
     generator: torch.Generator
     say: Callable[[str], None]
+    fisher: Mapping[str, Tensor] | None = None
 
 
 class Method(ABC):
@@ -70,12 +72,14 @@ class Method(ABC):
         options_type: its frozen dataclass of options.
         presets: preset name -> options that differ from the defaults.
         nests: whether one file can hold several precisions.
+        decoder: what its weights are decoded with, "affine" or "codebook".
     """
 
     name: ClassVar[str]
     options_type: ClassVar[type]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     nests: ClassVar[bool] = True
+    decoder: ClassVar[Literal["affine", "codebook"]] = "affine"
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.options_type()
@@ -89,6 +93,16 @@ class Method(ABC):
     def tuning(self) -> Tuning | None:
         """How decoders are tuned once every block is solved; None to leave them."""
         return None
+
+    @property
+    def needs_chains(self) -> bool:
+        """Whether these options learn from the blocks' inputs: `inputs`, `targets`, `chains` of a task."""
+        return self.needs_calibration
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether these options need the loss's gradients: `fisher` of a task. They take the whole model in memory."""
+        return False
 
     def quantize_layer(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         """W [N, K] -> planes and an affine decoder for each of `bits`.
@@ -112,13 +126,14 @@ class Method(ABC):
 def methods() -> dict[str, type[Method]]:
     """Every method by name."""
     from .anybcq import AnyBCQ
+    from .anyprecision import AnyPrecision
     from .bcq import BCQ
     from .bpdq import BPDQ
     from .gptq import GPTQ
     from .nested import Nested
     from .rtn import RTN
 
-    return {method.name: method for method in (AnyBCQ, BCQ, BPDQ, GPTQ, Nested, RTN)}
+    return {method.name: method for method in (AnyBCQ, AnyPrecision, BCQ, BPDQ, GPTQ, Nested, RTN)}
 
 
 def make_method(name: str, preset: str, overrides: Mapping[str, str | Any]) -> Method:

@@ -42,7 +42,7 @@ class NestedOptions:
     hessian: bool = True
     iterations: int = 4
     sweeps: int = 2
-    growth: float = 2.5
+    growth: float = 2.0
     damping: float = 0.01
     correction: float = 1.0
     tune_steps: int = 0

@@ -20,13 +20,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibrate import Windows, calibration_windows, read_text, text_digest
-from ..checkpoint import LayerSpec, QuantizationSpec, is_checkpoint
+from ..checkpoint import HEAD_VERSION, LayerSpec, QuantizationSpec, is_checkpoint
 from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
-from ..models import Discovery, SourceModel, all_finite, context_limit, discover, load_tokenizer, resolve
+from ..models import (
+    Discovery,
+    HeadLayer,
+    SourceModel,
+    all_finite,
+    context_limit,
+    discover,
+    find_head,
+    load_tokenizer,
+    resolve,
+)
 from ..progress import Reporter
 from ..version import __version__
 from .grouping import check_weight
 from .settings import Settings
+from .sizes import disk_bytes, megabytes, memory_bytes
 from .state import JOB_FOLDER, is_job
 
 HELDOUT_WINDOWS = 16
@@ -38,6 +49,7 @@ class Prepared:
     """A job that passed preflight.
 
     common: state-dict name -> stored name of what is copied unchanged.
+    head: the output head and the embedding, if they are quantized too.
     fingerprint: everything the result depends on; decides whether a job may be resumed.
     """
 
@@ -50,6 +62,7 @@ class Prepared:
     fingerprint: dict[str, Any]
     disk_bytes: int
     memory_bytes: int
+    head: tuple[HeadLayer, ...] = ()
 
     def spec(self) -> QuantizationSpec:
         """The `quantization_config` of the result."""
@@ -59,17 +72,24 @@ class Prepared:
             "calibration": None if settings.calibration is None else Path(settings.calibration).name,
             **self.fingerprint,
         }
+        layers = {
+            linear.name: LayerSpec(
+                in_features=linear.in_features,
+                out_features=linear.out_features,
+                bias=linear.bias,
+                decoder=settings.method.decoder,
+            )
+            for linear in self.discovery.linears
+        }
+        if settings.head_bits is not None:
+            layers.update({layer.name: layer.spec(settings.head_bits) for layer in self.head})
         return QuantizationSpec(
+            format_version=HEAD_VERSION if self.head else 1,
             method=settings.method.name,
             method_options=self.fingerprint["options"],
             bits=list(settings.bits),
             group_size=settings.group_size,
-            layers={
-                linear.name: LayerSpec(
-                    in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias
-                )
-                for linear in self.discovery.linears
-            },
+            layers=layers,
             provenance=provenance,
         )
 
@@ -113,7 +133,9 @@ def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataE
         raise PreflightError(problems.found)
 
     settings = _within_layers(settings, discovery, reporter)
-    common = _check_tensors(source, model, discovery, problems.found, reporter)
+    head = () if settings.head_bits is None else problems.attempt(lambda: find_head(model)) or ()
+    discovery = _without(discovery, head)
+    common = _check_tensors(source, model, discovery, head, problems.found, reporter)
     prepared = Prepared(
         settings,
         source,
@@ -122,8 +144,9 @@ def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataE
         windows,
         common,
         {},
-        _disk_bytes(settings, source, discovery, common),
-        _memory_bytes(settings, model, discovery, windows),
+        disk_bytes(settings, source, discovery, head, common),
+        memory_bytes(settings, model, discovery, head, windows),
+        head,
     )
     problems.found.extend(_check_resources(prepared))
     if problems.found:
@@ -152,6 +175,12 @@ def _within_layers(settings: Settings, discovery: Discovery, reporter: Reporter)
         return settings
     reporter.note(f"group-size lowered from {settings.group_size} to {widest}, the inputs of the widest layer")
     return replace(settings, group_size=widest)
+
+
+def _without(discovery: Discovery, head: Sequence[HeadLayer]) -> Discovery:
+    """`discovery` with the quantized head and embedding no longer among what is left out."""
+    taken = {f"{name}.weight" for layer in head for name in (layer.name, layer.tied) if name is not None}
+    return replace(discovery, left_out=tuple(entry for entry in discovery.left_out if entry.name not in taken))
 
 
 def _discover(model: PreTrainedModel, skip: Sequence[str], problems: _Problems) -> Discovery:
@@ -211,11 +240,14 @@ def _check_tensors(
     source: SourceModel,
     model: PreTrainedModel,
     discovery: Discovery,
+    head: Sequence[HeadLayer],
     problems: list[BitstrataError],
     reporter: Reporter,
 ) -> dict[str, str]:
     """Compare stored tensors with the model; returns state-dict name -> stored name of unquantized ones."""
-    quantized = {f"{linear.name}.weight" for linear in discovery.linears}
+    # what is quantized -> what to do where it cannot be
+    quantized = {f"{linear.name}.weight": "leave the layer out with --skip" for linear in discovery.linears}
+    quantized |= {f"{layer.name}.weight": "leave --head-bits out" for layer in head}
     copies = {name for group in discovery.tied for name in group[1:]}
     common, used = {}, set()
     for name, tensor in model.state_dict().items():
@@ -230,7 +262,7 @@ def _check_tensors(
             )
             continue
         try:
-            _check_tensor(source, stored, tensor, quantize=name in quantized)
+            _check_tensor(source, stored, tensor, quantize=quantized.get(name))
         except ModelError as error:
             problems.append(error)
             continue
@@ -244,7 +276,8 @@ def _check_tensors(
     return common
 
 
-def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantize: bool) -> None:
+def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantize: str | None) -> None:
+    """`quantize`: for a weight to be quantized, what to do if it cannot be; None for any other tensor."""
     dtype, shape = source.spec(stored)
     if shape != tuple(expected.shape):
         raise ModelError(
@@ -256,52 +289,10 @@ def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantiz
             f"{stored} holds {dtype}, not floating-point weights", hint="quantize the original model, not a packed copy"
         )
     value = source.map(stored)
-    if quantize:
-        check_weight(stored, value)
+    if quantize is not None:
+        check_weight(stored, value, hint=quantize)
     elif value.is_floating_point() and not all_finite(value):
         raise ModelError(f"{stored} holds NaN or infinity", hint="the source model is damaged")
-
-
-def _disk_bytes(settings: Settings, source: SourceModel, discovery: Discovery, common: dict[str, str]) -> int:
-    """Finished blocks in the job folder, plus the checkpoint made from them."""
-    planes, scales = settings.bits[-1] / 8, sum(bits + 1 for bits in settings.bits) * 2 / settings.group_size
-    quantized = int(discovery.weight_count * (planes + scales))
-    copied = 0
-    for stored in common.values():
-        dtype, shape = source.spec(stored)
-        copied += torch.Size(shape).numel() * dtype.itemsize
-    return 2 * quantized + copied
-
-
-def _memory_bytes(settings: Settings, model: PreTrainedModel, discovery: Discovery, windows: Windows | None) -> int:
-    """An estimate of the peak, in bytes:
-
-    max(weights outside the blocks in fp32, largest block in fp32 x 4)
-    + hidden states: windows x seq_len x hidden x 4 bytes x (2 + 2 x bits)
-    + a training step's activations: batch x seq_len x (inputs and outputs of a block's linears) x 8 bytes
-
-    The interpreter and its libraries, about 0.4 GB, come on top.
-    """
-    inside: dict[str, int] = dict.fromkeys(discovery.blocks, 0)
-    outside = 0
-    for name, parameter in model.named_parameters():
-        block = next((block for block in discovery.blocks if name.startswith(f"{block}.")), None)
-        if block is None:
-            outside += parameter.numel() * 4
-        else:
-            inside[block] += parameter.numel() * 4
-    hidden = 0
-    if windows is not None:
-        tokens = windows.calibration.numel() + windows.heldout.numel()
-        width = model.config.get_text_config(decoder=True).hidden_size
-        hidden = tokens * width * 4 * (2 + 2 * len(settings.bits))
-    batch = getattr(settings.method.options, "batch_size", 0) if settings.method.needs_calibration else 0
-    widths = [
-        sum(linear.in_features + linear.out_features for linear in discovery.of_block(index))
-        for index in range(len(discovery.blocks))
-    ]
-    training = batch * settings.seq_len * max(widths) * 8
-    return max(outside, 4 * max(inside.values())) + hidden + training
 
 
 def _check_resources(prepared: Prepared) -> list[BitstrataError]:
@@ -319,15 +310,11 @@ def _check_resources(prepared: Prepared) -> list[BitstrataError]:
         )
     available = psutil.virtual_memory().available
     if available < prepared.memory_bytes:
+        gradients = prepared.settings.method.needs_fisher
         problems.append(
             ResourceError(
                 f"the job needs about {megabytes(prepared.memory_bytes)} of memory, {megabytes(available)} are free",
-                hint="lower --num-samples or --seq-len",
+                hint="lower --num-samples or --seq-len" + (", or use --preset fast: no gradients" if gradients else ""),
             )
         )
     return problems
-
-
-def megabytes(size: int) -> str:
-    """A size for people: MB below a gigabyte, else GB (powers of ten)."""
-    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"

@@ -91,6 +91,7 @@ def refine(
     model: nn.Module,
     layers: Mapping[str, PlaneWeight],
     transposed: frozenset[str],
+    fixed: Mapping[str, Tensor],
     windows: Tensor,
     tuning: Tuning,
     generator: torch.Generator,
@@ -102,19 +103,22 @@ def refine(
         model: the original, whole, fp32, in memory.
         layers: name -> what was found for it; affine decoders.
         transposed: names whose parameter holds W^T.
+        fixed: parameter name -> what else is quantized, at every bits alike.
         windows: int64 [n, S], at least two; the last ones are held out.
         step_done: called after every step.
     """
     device = next(model.parameters()).device
     planes = {name: _unpacked(weight, device) for name, weight in layers.items()}
     bits = sorted({value for weight in layers.values() for value in weight.bits})
+    constant = {name: weight.to(device) for name, weight in fixed.items()}
     students = [_Student(layers, value, planes) for value in bits]
     held = max(1, min(16, len(windows) // 8))
     training, checking = windows[:-held], windows[-held:]
     batch = max(1, tuning.batch_tokens // windows.shape[1])
 
     def outputs(student: _Student, tokens: Tensor, *, stored: bool = False) -> Tensor:
-        replaced = {
+        replaced = dict(constant)
+        replaced |= {
             f"{name}.weight": (weight.T if name in transposed else weight)
             for name, weight in student.weights(stored=stored)
         }

@@ -27,6 +27,7 @@ class Report:
     results: one entry a bits value: bpw_read, bytes, and on held-out windows nll, kld, top1_agreement,
         the same for dedicated round-to-nearest under `rtn`, and a `verdict` in words. The measured
         values are None when no text was given.
+    head_bits: of the output head and the embedding; None if they are as they were. `bytes` counts the head.
     layer_error: layer -> bits -> ||W - W_bits||^2 / ||W||^2.
     """
 
@@ -40,6 +41,7 @@ class Report:
     left_out: tuple[dict[str, Any], ...]
     tied: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    head_bits: int | None = None
     total_bytes: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -72,7 +74,8 @@ class Report:
             )
         columns = ["bits", "bpw read", "MB read", "nll", "kld", "top-1", "rtn nll", "rtn kld"]
         where = f", measured on {self.heldout_tokens} held-out tokens" if self.heldout_tokens else ""
-        lines = [render(f"{self.output}: {self.method}, group size {self.group_size}{where}", columns, rows)]
+        head = "" if self.head_bits is None else f", head and embedding at {self.head_bits} bits"
+        lines = [render(f"{self.output}: {self.method}, group size {self.group_size}{head}{where}", columns, rows)]
         lines += [f"bits {row['bits']}: {row['verdict']}" for row in self.results if row["verdict"] != "ok"]
         reasons: dict[str, int] = {}
         for entry in self.left_out:
@@ -119,6 +122,7 @@ def make_report(
         left_out=tuple({"name": x.name, "shape": list(x.shape), "reason": x.reason} for x in discovery.left_out),
         tied=discovery.tied,
         notes=tuple(notes),
+        head_bits=settings.head_bits,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from ..errors import BitstrataError, PreflightError, UsageError
 from ..models.load import pick_device
 from ..nn import parse_bits
+from ..planes.weights import MAX_BITS
 from .method import Method, make_method
 from .rtn import RTN
 
@@ -34,6 +35,7 @@ class Settings:
     skip: tuple[str, ...]
     seed: int
     device: torch.device
+    head_bits: int | None = None
 
     @classmethod
     def parse(
@@ -52,6 +54,7 @@ class Settings:
         skip: Sequence[str],
         seed: int,
         device: str,
+        head_bits: int | None = None,
         problems: list[BitstrataError] | None = None,
     ) -> Settings:
         """Check the arguments; what is wrong is appended to `problems`, and a usual value stands in for it.
@@ -82,6 +85,14 @@ class Settings:
 
         group_size, num_samples = number("group-size", group_size, 1, 128), number("num-samples", num_samples, 1, 128)
         seq_len, seed = number("seq-len", seq_len, 2, 2048), number("seed", seed, 0, 0)
+        if head_bits is not None and (type(head_bits) is not int or not 1 <= head_bits <= MAX_BITS):
+            problems.append(
+                UsageError(
+                    f"--head-bits must be a whole number from 1 to {MAX_BITS}, got {head_bits!r}",
+                    hint="4 to 8 are usual; leave it out to keep the output head and the embedding as they are",
+                )
+            )
+            head_bits = None
         bad = dict(_bad_patterns(skip))
         problems.extend(bad.values())
         skip = [pattern for pattern in skip if pattern not in bad]
@@ -115,6 +126,7 @@ class Settings:
             tuple(skip),
             seed,
             parsed_device,
+            head_bits,
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -130,6 +142,7 @@ class Settings:
             "skip": list(self.skip),
             "seed": self.seed,
             "device": self.device.type,
+            **({} if self.head_bits is None else {"head_bits": self.head_bits}),
         }
 
 

@@ -1,4 +1,4 @@
-"""The durable state of a job: `OUT/.job/` with its fingerprint and one file a finished block.
+"""The durable state of a job: `OUT/.job/` with its fingerprint and one file a finished part.
 
 A block's file appears by rename after a sync, so it is whole or absent. A job is continued only by
 a command with the same fingerprint: arguments, model, text and versions.
@@ -22,6 +22,9 @@ from ..errors import JobError, disk_errors
 from ..planes.weights import PlaneWeight, make_decoder
 
 JOB_FOLDER = ".job"
+
+# what is made durable at once: a block by its index; the head and the embedding by their role; "fisher"
+Part = int | str
 
 
 def is_job(output: Path) -> bool:
@@ -89,14 +92,15 @@ class JobState:
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _solved(self, block: int) -> Path:
-        return self.folder / f"block-{block:04d}.safetensors"
+    def _file(self, part: Part) -> Path:
+        name = f"block-{part:04d}" if isinstance(part, int) else part
+        return self.folder / f"{name}.safetensors"
 
     def _refined(self, block: int) -> Path:
         return self.folder / f"refined-{block:04d}.safetensors"
 
-    def _path(self, block: int) -> Path:
-        return self._refined(block) if self.refined else self._solved(block)
+    def _path(self, part: Part) -> Path:
+        return self._refined(part) if isinstance(part, int) and self.refined else self._file(part)
 
     @property
     def refined(self) -> bool:
@@ -104,19 +108,32 @@ class JobState:
         solved = sum(1 for _ in self.folder.glob("block-*.safetensors"))
         return 0 < solved == sum(1 for _ in self.folder.glob("refined-*.safetensors"))
 
-    def has(self, block: int) -> bool:
-        return self._solved(block).exists()
+    def has(self, part: Part) -> bool:
+        return self._file(part).exists()
 
-    def save(self, block: int, weights: dict[str, PlaneWeight], *, refined: bool = False) -> None:
+    def save(self, block: Part, weights: dict[str, PlaneWeight]) -> None:
         """Make a block's result durable; `weights` by full layer name."""
         entries = [entry for name, weight in weights.items() for entry in entries_of(name, weight)]
-        write_safetensors(self._refined(block) if refined else self._solved(block), entries)
+        write_safetensors(self._file(block), entries)
 
-    def load(self, block: int, layers: list[str]) -> dict[str, PlaneWeight]:
+    def save_refined(self, block: int, weights: dict[str, PlaneWeight]) -> None:
+        """Make a block's tuned result durable; it counts once every block has one."""
+        entries = [entry for name, weight in weights.items() for entry in entries_of(name, weight)]
+        write_safetensors(self._refined(block), entries)
+
+    def save_tensors(self, part: Part, tensors: dict[str, Tensor]) -> None:
+        """Make tensors that are not part of the result durable."""
+        write_safetensors(self._path(part), [TensorEntry.of(name, tensor) for name, tensor in tensors.items()])
+
+    def load_tensors(self, part: Part, names: list[str]) -> dict[str, Tensor]:
+        """Some of the tensors of `part`. Raises JobError if the file does not hold them."""
+        return {name: self._read(part, name) for name in names}
+
+    def load(self, block: Part, layers: list[str]) -> dict[str, PlaneWeight]:
         """The finished block's layers. Raises JobError if the file does not hold them."""
         return {name: self._layer(block, name) for name in layers}
 
-    def _layer(self, block: int, name: str) -> PlaneWeight:
+    def _layer(self, block: Part, name: str) -> PlaneWeight:
         layer, bits = self.spec.layers[name], self.spec.layer_bits(name)
         tensors = {full.removeprefix(f"{name}."): self._read(block, full) for full in self.spec.layer_tensors(name)}
         try:
@@ -129,7 +146,7 @@ class JobState:
         except ValueError as error:
             raise self._damaged(block, error) from error
 
-    def _read(self, block: int, tensor: str) -> Tensor:
+    def _read(self, block: Part, tensor: str) -> Tensor:
         try:
             with safe_open(str(self._path(block)), framework="pt") as file:
                 value: Tensor = file.get_tensor(tensor)
@@ -137,12 +154,12 @@ class JobState:
         except (SafetensorError, OSError) as error:
             raise self._damaged(block, error) from error
 
-    def _damaged(self, block: int, error: Exception) -> JobError:
+    def _damaged(self, block: Part, error: Exception) -> JobError:
         return JobError(
             f"{self._path(block)} is damaged: {error}", hint="delete that file and run the same command again"
         )
 
-    def entries(self, block: int, layers: list[str]) -> list[TensorEntry]:
+    def entries(self, block: Part, layers: list[str]) -> list[TensorEntry]:
         """The block's tensors as entries that are read only when they are written."""
         result = []
         for name in layers:

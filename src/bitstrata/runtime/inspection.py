@@ -19,7 +19,7 @@ from ..models import resolve
 class Inspection:
     """What `bitstrata inspect` reports.
 
-    bpw_read and bytes: bits -> bits per weight, bytes that one pass over the quantized layers reads.
+    bpw_read and bytes: bits -> bits per weight, bytes that one token reads of the quantized layers.
     total_bytes: size of all weight files; common_bytes: of the unquantized tensors among them.
     kernel: the one that will run each layer on this machine's default device, and why.
     verified: True if every byte was checked and is right, False if the files carry no digests to check
@@ -93,6 +93,8 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
                 "bits": list(spec.layer_bits(name)),
                 "group_size": spec.layer_group_size(name),
                 "stored_bytes": spec.layer_bytes(name),
+                "role": layer.role,
+                "tied": layer.tied,
             }
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"

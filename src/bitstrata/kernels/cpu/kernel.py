@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...planes.decode import decode
 from ...planes.weights import PlaneWeight
 from ..registry import PreparedWeight, Problem
 from .blocked import BLOCK_ROWS, LAYOUT, BlockedWeight
@@ -108,6 +109,27 @@ class CpuKernel:
             weight.handle.decode(self.isa, bits, first, last, tile.data_ptr(), TYPES[x.dtype], torch.get_num_threads())
             y[:, first:last] = torch.nn.functional.linear(x, tile[: last - first])
         return y
+
+    def lookup(self, index: Tensor, weight: PlaneWeight | BlockedWeight, bits: int, dtype: torch.dtype) -> Tensor:
+        """The blocks that hold the rows are decoded a tile at a time, each block once."""
+        if isinstance(weight, PlaneWeight):
+            return decode(weight.take(index), bits, dtype)
+        columns, total = weight.in_features, weight.out_features
+        result = torch.empty(len(index), columns, dtype=dtype, device="cpu")
+        blocks, place = torch.unique(index // BLOCK_ROWS, return_inverse=True)
+        row = place * BLOCK_ROWS + index % BLOCK_ROWS  # where a row lies among the decoded ones
+        step = max(1, TILE_WEIGHTS // columns // BLOCK_ROWS)
+        tile = torch.empty(min(step, len(blocks)) * BLOCK_ROWS, columns, dtype=dtype, device="cpu")
+        threads = torch.get_num_threads()
+        for start in range(0, len(blocks), step):
+            for at, block in enumerate(blocks[start : start + step].tolist()):
+                first = block * BLOCK_ROWS
+                out = tile[at * BLOCK_ROWS :].data_ptr()
+                last = min(first + BLOCK_ROWS, total)
+                weight.handle.decode(self.isa, bits, first, last, out, TYPES[dtype], threads)
+            here = (place >= start) & (place < start + step)
+            result[here] = tile[row[here] - start * BLOCK_ROWS]
+        return result
 
     def _tiles_of_rows(self, x: Tensor, weight: BlockedWeight, row_bits: Tensor) -> Tensor:
         y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype)

@@ -1,0 +1,123 @@
+"""The token embedding from planes, and the output head that shares them.
+
+Both always run at the one precision they are stored at. Where a model ties its head to its
+embedding there is one copy of the planes, the embedding's: the head multiplies by it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import plane_linear, plane_lookup, prepared_linear, prepared_lookup
+from ..planes.weights import PlaneWeight
+from .stored import PlaneModule
+
+
+class PlaneEmbedding(PlaneModule):
+    """Rows of W by token: ids [...] -> [..., K] in the placeholder's dtype. PlaneModule says how W is held.
+
+    Args:
+        rows: tokens, N; columns: the width, K.
+        scale: rows are multiplied by it, as some architectures do; rounded to the rows' dtype first if
+            `round_scale`.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        bits: int,
+        group_size: int,
+        decoder: str = "affine",
+        scale: float | None = None,
+        round_scale: bool = False,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            columns, rows, bits=(bits,), group_size=group_size, decoder=decoder, device=device, dtype=dtype
+        )
+        self.scale, self.round_scale = scale, round_scale
+        self.num_embeddings, self.embedding_dim, self.padding_idx = rows, columns, padding_idx
+        self.is_tied = False
+
+    @classmethod
+    def from_weight(cls, weight: PlaneWeight, *, dtype: torch.dtype | None = None) -> PlaneEmbedding:
+        """An embedding that holds `weight`, which has one bits value."""
+        (bits,) = weight.bits
+        made = cls(
+            weight.out_features,
+            weight.in_features,
+            bits=bits,
+            group_size=weight.group_size,
+            decoder=weight.decoder_kind(bits),
+            device=weight.planes[0].device,
+            dtype=dtype,
+        )
+        for key, tensor in weight.tensors().items():
+            setattr(made, key, tensor)
+        return made
+
+    def prepare(self) -> None:
+        """Re-lay the weight if a head multiplies by it; for lookups the stored order is best: a row lies together."""
+        if self.is_tied:
+            super().prepare()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        dtype = self.get_buffer("weight").dtype
+        if self.prepared is None:
+            rows = plane_lookup(ids, self.plane_weight(), self.bits[0], dtype)
+        else:
+            rows = prepared_lookup(ids, self.prepared, self.bits[0], dtype)
+        if self.scale is None:
+            return rows
+        if self.round_scale:
+            return rows * torch.full((), self.scale, dtype=dtype, device=rows.device)
+        return rows * self.scale
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., K] @ W^T."""
+        if self.prepared is None:
+            return plane_linear(x, self.plane_weight(), self.bits[0])
+        (y,) = prepared_linear(x, [self.prepared], self.bits[0])
+        return y
+
+
+class TiedHead(nn.Module):
+    """y = x @ W^T + bias with the W of a PlaneEmbedding; has no weight of its own.
+
+    The embedding is not a submodule here: its planes are stored, moved and counted once, under its own name.
+    """
+
+    embedding: PlaneEmbedding
+
+    def __init__(self, embedding: PlaneEmbedding, bias: bool = False) -> None:
+        super().__init__()
+        self.__dict__["embedding"] = embedding
+        embedding.is_tied = True
+        weight = embedding.weight
+        assert isinstance(weight, Tensor)
+        self.in_features, self.out_features = embedding.in_features, embedding.out_features
+        self.bias: nn.Parameter | None = None
+        if bias:
+            empty = torch.zeros(self.out_features, dtype=weight.dtype, device=weight.device)
+            self.bias = nn.Parameter(empty, requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding's placeholder, for code that asks a layer's dtype."""
+        return self.embedding.get_buffer("weight")
+
+    def bytes_read(self, bits: int) -> int:
+        """Bytes of the stored tensors that a product reads, whatever the model's `bits`."""
+        return self.embedding.bytes_read(self.embedding.bits[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embedding.product(x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, tied to a PlaneEmbedding"

@@ -1,0 +1,145 @@
+"""PlaneEmbedding and TiedHead: rows and products of one weight, in the stored order and in a kernel's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import assert_linear_close, assert_same_weight, random_weight
+
+from bitstrata.nn import FixedBits, PlaneEmbedding, PlaneLinear, TiedHead, multiplied_layers, prepare_layers
+from bitstrata.planes import decode
+
+SHAPES = [(1, 5), (7, 33), (15, 70), (16, 64), (17, 128), (65, 31), (300, 96)]
+
+
+def embedding(N, K, *, bits=6, decoder="affine", tied=True, dtype=torch.float32, seed=0):
+    weight = random_weight(N, K, (bits,), 32, decoder, seed)
+    made = PlaneEmbedding.from_weight(weight, dtype=dtype)
+    head = TiedHead(made) if tied else None
+    made.prepare()
+    return weight, made, head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("decoder", ["affine", "codebook"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_rows_are_exactly_those_of_the_decoded_weight(N, K, tied, decoder, dtype, seed):
+    for bits in (1, 3, 6, 8):
+        weight, module, _ = embedding(N, K, bits=bits, decoder=decoder, tied=tied, dtype=dtype, seed=seed)
+        table = decode(weight, bits, dtype)
+        generator = torch.Generator().manual_seed(seed)
+        for shape in ((), (1,), (3,), (2, 9), (40,), (0,)):
+            ids = torch.randint(0, N, shape, generator=generator)
+            assert torch.equal(module(ids), torch.nn.functional.embedding(ids, table)), (bits, shape)
+        assert torch.equal(module(torch.tensor([N - 1, 0], dtype=torch.int32)), table[[N - 1, 0]])
+
+
+def test_many_rows_are_decoded_a_tile_at_a_time(monkeypatch, seed):
+    from bitstrata.kernels.cpu import kernel
+
+    monkeypatch.setattr(kernel, "TILE_WEIGHTS", 2 * 16 * 96)
+    weight, module, _ = embedding(300, 96, seed=seed)
+    ids = torch.randint(0, 300, (500,), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(module(ids), decode(weight, 6)[ids])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("wrong", [-1, 17, 10**6])
+def test_a_token_outside_the_vocabulary_is_an_index_error(tied, wrong):
+    module = embedding(17, 64, tied=tied)[1]
+    with pytest.raises(IndexError, match=f"token {wrong} is out of range: the embedding has 17 rows"):
+        module(torch.tensor([3, wrong]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_multiply_rows_as_the_architectures_do(dtype):
+    weight = random_weight(20, 48, (4,))
+    table = decode(weight, 4, dtype)
+    ids = torch.arange(20)
+    for rounded, scale in ((True, torch.tensor(6.93).to(dtype)), (False, 6.93)):
+        module = PlaneEmbedding(20, 48, bits=4, group_size=32, scale=6.93, round_scale=rounded, dtype=dtype)
+        module.load_state_dict({**weight.tensors(), "weight": torch.empty(0)})
+        assert torch.equal(module(ids), table * scale)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_tied_head_multiplies_by_the_embedding(rows, bias, monkeypatch, seed):
+    monkeypatch.setenv("BITSTRATA_KERNEL", "reference")
+    weight, module, _ = embedding(65, 70, seed=seed)
+    head = TiedHead(module, bias=bias)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 70, generator=generator)
+    if bias:
+        head.bias.data.normal_(generator=generator)
+    y = head(x) - (head.bias if bias else 0)
+    assert_linear_close(y, x, decode(weight, 6, torch.float64), "tied head")
+
+
+def test_only_the_embedding_stores_moves_and_counts_the_planes():
+    weight, module, head = embedding(33, 64)
+    model = torch.nn.ModuleDict({"embed": module, "head": head})
+    assert {name.split(".")[0] for name in model.state_dict()} == {"embed"}
+    assert model.state_dict().keys() == {"embed.weight", *(f"embed.{name}" for name in weight.tensors())}
+    assert multiplied_layers(model) == [head]
+    assert head.bytes_read(2) == weight.bytes_read(6)
+    x = torch.randn(3, 64)
+    expected = head(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin["head"].embedding is twin["embed"]
+        assert_same_weight(twin["embed"].plane_weight(), weight)
+        assert torch.equal(twin["head"](x), expected)
+    model.to(torch.bfloat16)
+    assert head.weight.dtype == module(torch.tensor([1])).dtype == torch.bfloat16
+    assert_same_weight(module.plane_weight(), weight)
+
+
+def test_an_embedding_alone_stays_in_the_stored_order():
+    _, module, _ = embedding(33, 64, tied=False)
+    prepare_layers(module)
+    assert module.prepared is None
+    assert multiplied_layers(module) == []
+
+
+def test_a_fixed_layer_runs_and_counts_at_its_own_bits(monkeypatch):
+    monkeypatch.setenv("BITSTRATA_KERNEL", "reference")
+    weight = random_weight(33, 64, (6,))
+    layer = PlaneLinear.from_weight(weight, name="lm_head", state=FixedBits(6))
+    assert layer.bytes_read(2) == layer.bytes_read(6) == weight.bytes_read(6)
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(layer(x), x @ decode(weight, 6).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_lookup_is_one_node_for_a_compiler(tied):
+    weight, module, _ = embedding(40, 64, tied=tied)
+    ids = torch.tensor([[1, 39], [0, 7]])
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(ids), decode(weight, 6)[ids])
+    arguments = module.plane_weight()
+    torch.library.opcheck(
+        torch.ops.bitstrata.plane_lookup.default,
+        (
+            ids, list(arguments.planes), [arguments.decoders[6].scale], [arguments.decoders[6].offset], [], [6], 32,
+            6, 64, torch.bfloat16,
+        ),
+    )  # fmt: skip
+
+
+def test_the_lookup_of_a_prepared_weight_passes_the_checks_of_torch():
+    _, module, _ = embedding(40, 64)
+    if module.prepared is None:
+        pytest.skip("the native kernels are not built")
+    packed = module.prepared
+    torch.library.opcheck(
+        torch.ops.bitstrata.prepared_lookup.default,
+        (
+            torch.tensor([[1, 39], [0, 7]]), list(packed.planes), [packed.decoders[6]], [6], packed.layout,
+            packed.out_features, packed.group_size, packed.kind, 6, 64, torch.float16,
+        ),
+    )  # fmt: skip
