@@ -109,7 +109,7 @@ def bench(
         rows: row counts of x for single layers.
         threads: as torch.set_num_threads; what is set now by default.
         whole: with a known model's name, decode a whole model of this shape with random weights too.
-        head_bits: there, planes for the output head as well; bf16 otherwise.
+        head_bits: there, planes for the output head and the embedding as well; bf16 otherwise.
         blocks: there, only as many decoder blocks, for machines with less memory.
 
     Raises:

@@ -23,7 +23,7 @@ def command(
         bool, typer.Option("--whole", help="With a model's name in --shapes: decode a whole model too.")
     ] = False,
     head_bits: Annotated[
-        int | None, typer.Option(help="With --whole: planes for the output head; bf16 otherwise.")
+        int | None, typer.Option(help="With --whole: planes for the output head and the embedding; bf16 otherwise.")
     ] = None,
     blocks: Annotated[int | None, typer.Option(help="With --whole: only as many decoder blocks.")] = None,
     regime: Annotated[str, typer.Option(help="cache, memory, or both.")] = "both",
