@@ -65,7 +65,7 @@ class Pool {
 
  private:
   static constexpr int kClosed = 1 << 30;
-  static constexpr std::chrono::microseconds kAwake{50}, kPolite{2000};
+  static constexpr std::chrono::microseconds kAwake{50};
 
   // A place in the open loop, if there is one.
   bool enter() {
@@ -84,9 +84,8 @@ class Pool {
 
   void work() {
     while (true) {
-      const auto began = std::chrono::steady_clock::now();
-      while (!open() && std::chrono::steady_clock::now() < began + kAwake) pause();
-      while (!open() && std::chrono::steady_clock::now() < began + kPolite) std::this_thread::yield();
+      const auto until = std::chrono::steady_clock::now() + kAwake;
+      while (!open() && std::chrono::steady_clock::now() < until) pause();
       if (!open()) {
         std::unique_lock<std::mutex> lock(mutex_);
         ++sleeping_;
