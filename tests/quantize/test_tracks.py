@@ -8,6 +8,7 @@ import pytest
 import torch
 from hessian_helpers import correlated, loss, moments_of, rows_of, solver_of
 
+from bitstrata.kernels.cpu import choose_codes, missing
 from bitstrata.planes import decode
 from bitstrata.quantize import tracks
 from bitstrata.quantize.bpdq import highest_bits
@@ -240,3 +241,39 @@ def test_first_grid_of_uniform_weights_is_exact():
     y = torch.arange(16.0).unsqueeze(1).repeat(1, 3)
     table = levels(first_grid(y, 4, torch.eye(16)))
     torch.testing.assert_close(table, y)
+
+
+@pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 70])
+@pytest.mark.parametrize("bits", [(1,), (3,), (2, 3, 4), (2, 5, 8)], ids=str)
+def test_the_native_column_loop_chooses_the_same_codes(bits, rows, seed, monkeypatch):
+    """But for ties: the loss of what either way finds is the same."""
+    weight, hessian = rows_of(rows, K, seed), moments_of(correlated(K, seed)).damped(0.01)
+    found = {}
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(tracks, "choose_codes", lambda *arguments, **options: False)
+        solver = solver_of(weight, hessian, bits, GROUPS)
+        solver.compensate(1)
+        first = solver.code.clone()
+        solver.polish(1)
+        found[native] = first, solver.code.clone(), [track.loss(solver.decoded(track)) for track in solver.tracks]
+    for one, other in zip(found[True][:2], found[False][:2], strict=True):
+        assert (one == other).all(0).double().mean() > 0.8
+    for one, other in zip(found[True][2], found[False][2], strict=True):
+        torch.testing.assert_close(one.sum(), other.sum(), rtol=0.2, atol=1e-6)
+
+
+def test_the_native_loop_checks_what_it_is_given():
+    y, codes = torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.int64)
+    good = [torch.zeros(4, 3), y, torch.eye(4), torch.ones(4)]
+    for index, bad in enumerate((torch.zeros(8, 3), torch.zeros(3, 3), torch.eye(3), torch.ones(4).double())):
+        wrong = [bad if place == index else tensor for place, tensor in enumerate(good)]
+        with pytest.raises(AssertionError):
+            choose_codes([2], *([tensor] for tensor in wrong), codes, given=False)
+    if not missing:
+        for bits in ([3, 2], [9]):
+            tables = [torch.zeros(2**b, 3) for b in bits]
+            more = [[tensor] * len(bits) for tensor in good[1:]]
+            with pytest.raises((ValueError, IndexError), match="bits must"):
+                choose_codes(bits, tables, *more, codes, given=False)

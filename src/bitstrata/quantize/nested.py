@@ -22,9 +22,9 @@ from .grouping import Grouping, affine_weight, join_rows, row_chunks
 from .hessian import HessianMethod, pack
 from .method import BlockTask, Method, Tuning
 from .moments import Moments
-from .tracks import JointSolver, Track, column_order
+from .tracks import JointSolver, Track, column_order, upper_factor
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,11 @@ class Nested(HessianMethod):
         order = torch.cat(groups).to(weight.device)
         hessians = {bits: m.damped(options.damping)[order][:, order] for bits, m in found.items()}
         targets = {bits: m.target(weight, options.damping, options.correction)[:, order].T for bits, m in found.items()}
+        factors = {bits: upper_factor(hessian) for bits, hessian in hessians.items()}
         parts = []
         for rows in row_chunks(len(weight), 1, budget=ROWS_AT_ONCE):
             mine = {bits: target[:, rows].contiguous() for bits, target in targets.items()}
-            solver = self._solver(mine, hessians, [len(group) for group in groups])
+            solver = self._solver(mine, hessians, [len(group) for group in groups], factors)
             parts.append(pack(solver, groups, weight.shape[1], group_size))
         return join_rows(parts)
 
@@ -114,7 +115,11 @@ class Nested(HessianMethod):
         return affine_weight(grouping, split, flat)
 
     def _solver(
-        self, targets: Mapping[int, Tensor], hessians: Mapping[int, Tensor], groups: Sequence[int]
+        self,
+        targets: Mapping[int, Tensor],
+        hessians: Mapping[int, Tensor],
+        groups: Sequence[int],
+        factors: Mapping[int, Tensor] | None = None,
     ) -> JointSolver:
         """Solved: targets [K, N] and damped Hessians [K, K] at each bits."""
         options = self.options
@@ -125,6 +130,7 @@ class Nested(HessianMethod):
                 targets[bits],
                 hessians[bits],
                 torch.zeros(len(groups), bits + 1, targets[bits].shape[1], device=targets[bits].device),
+                None if factors is None else factors[bits],
             )
             for bits in sorted(targets)
         ]

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.cpu import choose_codes
 from .grouping import to_scale
 
 RIDGE = 1e-6  # of the mean diagonal of a group's normal matrix
@@ -46,6 +47,7 @@ class Track:
     target: Tensor
     hessian: Tensor
     coefficients: Tensor
+    factor: Tensor | None = None  # upper_factor(hessian), if it is known
 
     def loss(self, decoded: Tensor) -> Tensor:
         """L_p of every row for weights [K, N]: [N]."""
@@ -71,9 +73,13 @@ def rounded(coefficients: Tensor) -> Tensor:
 
 
 def upper_factor(hessian: Tensor) -> Tensor:
-    """U with H^-1 = U^T U, upper triangular, fp32; H is positive definite."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    """U with H^-1 = U^T U, upper triangular, fp32; H is positive definite.
+
+    With H = R R^T and R upper triangular, U = R^-1; R is the Cholesky factor of H with rows and columns reversed.
+    """
+    reversed_factor = torch.linalg.cholesky(hessian.double().flip(0, 1))
+    eye = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    return torch.linalg.solve_triangular(reversed_factor, eye, upper=False).flip(0, 1).float()
 
 
 def column_order(diagonal: Tensor, group_size: int) -> list[Tensor]:
@@ -102,6 +108,7 @@ class JointSolver:
         self.tracks = list(tracks)
         self.start = start or first_grid
         self.top = tracks[-1].bits
+        self._bits = [track.bits for track in tracks]
         ends = torch.tensor([0, *groups]).cumsum(0).tolist()
         self.spans = list(itertools.pairwise(ends))
         self.device = tracks[0].target.device
@@ -123,7 +130,7 @@ class JointSolver:
     def compensate(self, iterations: int) -> list[Tensor]:
         """Solve all groups from left to right; returns L_p of every row by the errors passed on, [N] a track."""
         totals = [torch.zeros(self.code.shape[1], device=self.device) for _ in self.tracks]
-        factors = [upper_factor(track.hessian) for track in self.tracks]
+        factors = [track.factor if track.factor is not None else upper_factor(track.hessian) for track in self.tracks]
         free = [track.target.clone() for track in self.tracks]
         for group, (start, end) in enumerate(self.spans):
             local = [factor[start:end, start:end] for factor in factors]
@@ -179,9 +186,12 @@ class JointSolver:
         self, targets: list[Tensor], spread: list[Tensor], tables: list[Tensor], weights: list[float]
     ) -> Tensor:
         """One code a column, from left to right, errors passed on inside the group."""
+        code = torch.empty(targets[0].shape, dtype=torch.int64, device=self.device)
+        fixed = [torch.full((len(code),), weight, device=self.device) for weight in weights]
+        if choose_codes(self._bits, [levels(t) for t in tables], targets, spread, fixed, code, given=False):
+            return code
         choose = Chooser(self.top, tables, weights)
         left = [y.clone() for y in targets]
-        code = torch.empty(targets[0].shape, dtype=torch.int64, device=self.device)
         for column in range(len(code)):
             code[column], values = choose([y[column] for y in left])
             for y, factor, value in zip(left, spread, values, strict=True):
@@ -210,8 +220,12 @@ class JointSolver:
         start, end = self.spans[group]
         tables = [track.coefficients[group] for track in self.tracks]
         metrics = [track.hessian[start:end, start:end] for track in self.tracks]
-        local = [r[start:end].clone() for r in residual]
         code = self.code[start:end]
+        left = [r[start:end] for r in residual]
+        scales = [track.weight * metric.diagonal() for track, metric in zip(self.tracks, metrics, strict=True)]
+        if choose_codes(self._bits, [levels(t) for t in tables], left, metrics, scales, code, given=True):
+            return
+        local = [r.clone() for r in left]
         values = [self.values(group, track) for track in self.tracks]
         diagonals = [metric.diagonal().tolist() for metric in metrics]
         choose = Chooser(self.top, tables, [1.0] * len(tables))

@@ -2,10 +2,10 @@
 
 from ..registry import register
 from .blocked import BlockedWeight
-from .extension import missing, read_all
+from .extension import choose_codes, missing, read_all
 from .kernel import FEW_ROWS, CpuKernel, cpu_kernels
 
 for _kernel in cpu_kernels():
     register(_kernel)
 
-__all__ = ["FEW_ROWS", "BlockedWeight", "CpuKernel", "missing", "read_all"]
+__all__ = ["FEW_ROWS", "BlockedWeight", "CpuKernel", "choose_codes", "missing", "read_all"]

@@ -32,3 +32,6 @@ def linear(
     threads: int,
     exact: bool,
 ) -> None: ...
+def choose_codes(
+    rows: int, columns: int, tracks: list[tuple[int, int, int, int, int]], codes: int, given: bool, threads: int
+) -> None: ...

@@ -6,8 +6,10 @@ reference kernel then runs, and says so once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 native: ModuleType | None
@@ -17,6 +19,40 @@ except ImportError as error:
     native, missing = None, f"the native extension is not there ({error})"
 else:
     native, missing = _extension, ""
+
+
+def choose_codes(
+    bits: Sequence[int],
+    levels: Sequence[Tensor],
+    left: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Tensor,
+    *,
+    given: bool,
+) -> bool:
+    """The column loop of quantize/tracks.py in native code; False, and nothing done, where that cannot run.
+
+    Args:
+        bits: of each track, ascending.
+        levels: fp32 [2^p, N] each; left: fp32 [g, N], is not changed; factors: fp32 [g, g]; weights: fp32 [g].
+        codes: int64 [g, N], receives the codes; starts from those it holds if `given`.
+    """
+    if native is None or codes.device.type != "cpu":
+        return False
+    columns, rows = codes.shape
+    assert codes.is_contiguous()
+    assert codes.dtype == torch.int64
+    kept = []  # contiguous copies live until the call is over
+    for value, *tensors in zip(bits, levels, left, factors, weights, strict=True):
+        shapes = ((2**value, rows), (columns, rows), (columns, columns), (columns,))
+        for tensor, shape in zip(tensors, shapes, strict=True):
+            assert tensor.shape == shape
+            assert tensor.dtype == torch.float32
+        kept.append((value, [tensor.contiguous() for tensor in tensors]))
+    tracks = [(value, *(tensor.data_ptr() for tensor in tensors)) for value, tensors in kept]
+    native.choose_codes(rows, columns, tracks, codes.data_ptr(), given, torch.get_num_threads())
+    return True
 
 
 def read_all(buffer: Tensor, threads: int) -> None:

@@ -1,15 +1,18 @@
 // Bindings. Tensors come as addresses: their shapes and dtypes are checked in Python, their memory is kept alive there.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "dispatch.h"
 #include "layout.h"
@@ -91,16 +94,39 @@ void run_decode(const Weight& weight, const std::string& isa, int bits, int firs
   decode(kernels, weight, bits, first, last, at<void>(out), type_of(type), threads);
 }
 
+const Kernels& fastest() {
+  for (const Choice& choice : choices())
+    if (choice.runs) return *choice.kernels;
+  throw std::logic_error("the scalar kernels run everywhere");
+}
+
+// Each track: (bits, levels, left, factors, weights), the last four addresses.
+void choose(int64_t rows, int columns, const std::vector<std::tuple<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t>>& tracks,
+            uintptr_t codes, bool given, int threads) {
+  CodeProblem problem{rows, columns, given, {}, at<int64_t>(codes)};
+  for (const auto& [bits, levels, left, factors, weights] : tracks) {
+    check_bits(bits);
+    if (!problem.tracks.empty() && bits <= problem.tracks.back().bits) throw std::invalid_argument("bits must ascend");
+    problem.tracks.push_back({bits, at<const float>(levels), at<const float>(left), at<const float>(factors),
+                              at<const float>(weights)});
+  }
+  if (problem.tracks.empty()) throw std::invalid_argument("a code needs a track");
+  const Kernels& kernels = fastest();
+  nb::gil_scoped_release release;
+  parallel_for(threads, int((rows + kCodeLanes - 1) / kCodeLanes), [&](int begin, int end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels.codes(problem, i * kCodeLanes, int(std::min<int64_t>(kCodeLanes, rows - i * kCodeLanes)));
+  });
+}
+
 // Reads every byte once, with the loads of the best instruction set; the sum keeps the compiler from leaving it out.
 uint32_t read_all(uintptr_t address, size_t bytes, int threads) {
   nb::gil_scoped_release release;
   constexpr size_t piece = size_t(1) << 18;
-  const Kernels* kernels = nullptr;
-  for (const Choice& choice : choices())
-    if (choice.runs && !kernels) kernels = choice.kernels;
+  const Kernels& kernels = fastest();
   std::atomic<uint32_t> total{0};
   parallel_for(threads, int(bytes / piece), [&](int begin, int end) {
-    total += kernels->read(at<const uint8_t>(address) + size_t(begin) * piece, size_t(end - begin) * piece);
+    total += kernels.read(at<const uint8_t>(address) + size_t(begin) * piece, size_t(end - begin) * piece);
   });
   return total;
 }
@@ -129,6 +155,7 @@ NB_MODULE(_native, m) {
   m.def("read_all", &read_all);
   m.def("advise_huge", &advise_huge);
   m.def("linear", &run_linear);
+  m.def("choose_codes", &choose);
 
   nb::class_<Weight>(m, "Weight")
       .def("__init__",

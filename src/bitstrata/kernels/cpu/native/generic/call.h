@@ -1,5 +1,7 @@
 // What the bindings and the kernels of an instruction set say to each other.
 #pragma once
+#include <vector>
+
 #include "layout.h"
 
 namespace bitstrata {
@@ -37,6 +39,25 @@ struct FewRows {
 // Rows 16 * block .. + 15 of y for all rows of x: out [rows][16].
 using BlockFunction = void (*)(const FewRows& call, int block, float* out);
 
+// One precision in the choice of codes: floats, rows last.
+struct CodeTrack {
+  int bits;
+  const float* levels;   // [2^bits][rows]: the value of every code
+  const float* left;     // [columns][rows]: what is wanted, or the residual if codes are given
+  const float* factors;  // [columns][columns]: how the choice of a column moves `left` of those after it
+  const float* weights;  // [columns]: of its squared error
+};
+
+// Codes of a group, column by column. `given`: start from the codes there are, see quantize/tracks.py.
+struct CodeProblem {
+  int64_t rows;
+  int columns;
+  bool given;
+  std::vector<CodeTrack> tracks;  // bits ascending
+  int64_t* codes;                 // [columns][rows]
+};
+constexpr int kCodeLanes = 32;  // rows at a time
+
 // The functions of one instruction set.
 struct Kernels {
   const char* name;
@@ -52,6 +73,8 @@ struct Kernels {
   void (*convert)(const float* values, int count, void* out, Type type);
   // The yardstick of memory: reads every byte, see generic/kernels.h.
   uint32_t (*read)(const uint8_t* bytes, size_t count);
+  // Rows first..first+lanes-1 of a problem, see generic/codes.h.
+  void (*codes)(const CodeProblem& problem, int64_t first, int lanes);
 };
 
 }  // namespace bitstrata

@@ -5,11 +5,12 @@ Quantizes a model with every recipe, evaluates the checkpoints on held-out text 
 agreement at each bits. One run measures everything it compares. Results go to a JSON file with
 machine, versions and settings.
 
-    python benchmarks/methods.py MODEL --calibration TEXT --text TEXT [--recipes rtn,bcq,anybcq] [--seeds 0,1,2]
+    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--recipes rtn,bcq,anybcq] [--seeds 0,1,2]
 
-Recipes: rtn (nested, one file), bcq (dedicated, one file a precision), planes (AnyBCQ's planes
-without training, one file), anybcq (in full, one file), anybcq-best (preset best), anyprecision (one
-file), anyprecision-fast (without gradients); or a method with options, for example `anybcq:steps=500:share_chain=true`.
+Recipes are in NAMED: methods by name, `-dedicated` for a file of its own at each bits, `planes` for AnyBCQ's planes
+without training; with options of the method, for example `anybcq:steps=500:share_chain=true`. As their papers publish
+them: gptq, bpdq, anybcq, anyprecision. Each recipe runs in a process of its own, so its peak memory is its own.
+Compare at equal bytes: bits a weight read are in the table, and `--plot` draws the loss against them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import os
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,14 +32,25 @@ from bitstrata.evaluate.report import render
 from bitstrata.progress import Reporter
 
 BITS = (2, 3, 4)
+# name -> (method, preset, one file for all bits, options)
 NAMED = {
     "rtn": ("rtn", "default", True, {}),
+    "rtn-dedicated": ("rtn", "default", False, {}),
     "bcq": ("bcq", "default", False, {}),
+    "gptq": ("gptq", "default", False, {}),
+    "gptq-act-order": ("gptq", "default", False, {"act_order": "true"}),
+    "bpdq": ("bpdq", "default", False, {}),
     "planes": ("anybcq", "fast", True, {}),
     "anybcq": ("anybcq", "default", True, {}),
+    "anybcq-best": ("anybcq", "best", True, {}),
+    "anybcq-dedicated": ("anybcq", "default", False, {}),
     "anyprecision": ("anyprecision", "default", True, {}),
     "anyprecision-fast": ("anyprecision", "fast", True, {}),
-    "anybcq-best": ("anybcq", "best", True, {}),
+    "nested-fast": ("nested", "fast", True, {}),
+    "nested": ("nested", "default", True, {}),
+    "nested-dedicated": ("nested", "default", False, {}),
+    "nested-best": ("nested", "best", True, {}),
+    "nested-best-dedicated": ("nested", "best", False, {}),
 }
 
 
@@ -51,7 +65,7 @@ def measure(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, ob
     """Quantize by one recipe and evaluate every precision."""
     method, preset, nested, options = recipe(text)
     quiet = Reporter(quiet=True)
-    rows, seconds, reference = [], 0.0, None
+    rows, seconds, peak, reference = [], 0.0, 0, None
     with tempfile.TemporaryDirectory() as workspace:
         for bits in [BITS] if nested else [(value,) for value in BITS]:
             folder = Path(workspace) / "-".join(map(str, bits))
@@ -70,6 +84,7 @@ def measure(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, ob
                 reporter=quiet,
             )
             seconds += report.seconds
+            peak = max(peak, report.peak_memory_bytes)
             evaluation = bitstrata.evaluate(
                 folder,
                 arguments.text,
@@ -80,7 +95,27 @@ def measure(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, ob
             )
             reference = evaluation.reference
             rows.extend(result.__dict__ for result in evaluation.results)
-    return {"recipe": text, "seed": seed, "rows": rows, "seconds": seconds, "reference": reference}
+    return {"recipe": text, "seed": seed, "rows": rows, "seconds": seconds, "peak": peak, "reference": reference}
+
+
+def alone(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, object]:
+    """`measure` in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, arguments, text, seed).result()
+
+
+def plot(cells: list[list[str]], title: str, path: str) -> None:
+    """Loss against bits read, a line a recipe."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for recipe in dict.fromkeys(row[0] for row in cells):
+        mine = [row for row in cells if row[0] == recipe]
+        axes.plot([float(row[2]) for row in mine], [max(float(row[3]), 1e-4) for row in mine], "o-", label=recipe)
+    axes.set(xlabel="bits a weight read", ylabel="increase of nll over fp32", yscale="log", title=title)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def main() -> None:
@@ -94,6 +129,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--plot", help="SVG or PNG file for a picture; needs matplotlib")
     parser.add_argument("--output", help="JSON file for the results")
     arguments = parser.parse_args()
 
@@ -101,7 +137,7 @@ def main() -> None:
     for text in arguments.recipes.split(","):
         for seed in map(int, arguments.seeds.split(",")):
             started = time.monotonic()
-            runs.append(measure(arguments, text, seed))
+            runs.append(alone(arguments, text, seed))
             increase = [f"{row['nll'] - runs[-1]['reference']['nll']:.4f}" for row in runs[-1]["rows"]]
             print(f"{text} seed {seed}: {' '.join(increase)} ({time.monotonic() - started:.0f} s)", flush=True)
 
@@ -120,14 +156,17 @@ def main() -> None:
                     f"{statistics.median(r['kld'] for r in rows):.4f}",
                     f"{100 * statistics.median(r['top1_agreement'] for r in rows):.1f}%",
                     f"{statistics.median(run['seconds'] for run in mine):.0f}",
+                    f"{max(run['peak'] for run in mine) / 1e6:.0f}",
                 ]
             )
-    columns = ["recipe", "bits", "bpw read", "nll increase", "kld", "top-1", "seconds"]
+    columns = ["recipe", "bits", "bpw read", "nll increase", "kld", "top-1", "seconds", "peak MB"]
     title = f"{Path(arguments.model).name}, group size {arguments.group_size}, medians over seeds {arguments.seeds}"
     print(render(title, columns, cells))
+    if arguments.plot:
+        plot(cells, title, arguments.plot)
     if arguments.output:
         settings = {key: Path(str(value)).name if key in ("model", "calibration", "text") else value
-                    for key, value in vars(arguments).items() if key != "output"}  # fmt: skip
+                    for key, value in vars(arguments).items() if key not in ("output", "plot")}  # fmt: skip
         result = {"environment": bitstrata.env().to_json(), "settings": settings, "runs": runs}
         Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
 
