@@ -16,7 +16,7 @@ from bitstrata.quantize.state import differences
 
 
 def test_every_method_can_be_made_at_every_preset() -> None:
-    assert set(methods()) >= {"rtn", "bcq", "anybcq", "anyprecision"}
+    assert set(methods()) == {"rtn", "bcq", "anybcq", "anyprecision", "nested", "bpdq", "gptq"}
     for name in methods():
         for preset in PRESETS:
             assert make_method(name, preset, {}).name == name

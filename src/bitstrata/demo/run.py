@@ -72,17 +72,16 @@ def demo(output: str | Path | None = None, *, reporter: Reporter | None = None) 
     workspace = Path(tempfile.mkdtemp(prefix="bitstrata-demo-"))
     try:
         folder = Path(output) if output is not None else workspace / "model"
-        reporter.say("quantizing pycode-5m once, for 2, 3 and 4 bits (anybcq)")
+        reporter.say("quantizing pycode-5m once, for 2, 3 and 4 bits (nested)")
         quantize(
             MODEL,
             folder,
             bits=BITS,
-            method="anybcq",
+            method="nested",
             group_size=128,
             calibration="stdlib",
             num_samples=64,
             seq_len=256,
-            options={"steps": 40, "batch_size": 4},
             reporter=reporter,
         )
         rows, texts = _measure(folder, reporter)

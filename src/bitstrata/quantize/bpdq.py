@@ -22,12 +22,11 @@ from torch import Tensor
 
 from ..planes import PlaneWeight
 from .grouping import join_rows, row_chunks
-from .hessian import HessianMethod, pack
+from .hessian import ROWS_AT_ONCE, HessianMethod, pack
 from .moments import Moments
 from .tracks import JointSolver, Track, column_order, fit
 
 GRID_BITS = 8
-ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from .method import BlockTask, Method
 from .moments import Moments, moments, stages
 from .tracks import JointSolver
 
+ROWS_AT_ONCE = 4096  # rows that a solver holds
+
 
 class HessianMethod(Method):
     """Solves the linears of a block in the order in which they run, each on the inputs that the solved ones give it."""
@@ -21,6 +23,12 @@ class HessianMethod(Method):
     @property
     def needs_calibration(self) -> bool:
         return True
+
+    def layer_bytes(self, rows: int, columns: int, bits: tuple[int, ...]) -> int:
+        """Hessian, cross moments, the damped one and its factor a precision, two in float64; the solver's tensors."""
+        if not self.needs_calibration:
+            return 0
+        return 4 * columns * (columns * (4 * len(bits) + 4) + min(rows, ROWS_AT_ONCE) * (4 * len(bits) + 6))
 
     @abstractmethod
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:

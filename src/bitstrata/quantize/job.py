@@ -52,7 +52,7 @@ def quantize(
     output: str | Path,
     *,
     bits: str | int | Iterable[int] = "2-4",
-    method: str = "anybcq",
+    method: str = "nested",
     group_size: int = 128,
     calibration: str | Path | None = None,
     num_samples: int = 128,
@@ -72,12 +72,12 @@ def quantize(
         model: a folder with config.json and safetensors, or a hub id.
         output: the folder to make. If it holds an unfinished job of the same command, that is resumed.
         bits: the bits to support: "2-4", "2,4", 3, or a sequence; each 1..8.
-        method: rtn, bcq, anybcq or anyprecision.
+        method: nested, anybcq, anyprecision, bpdq, gptq, bcq or rtn.
         group_size: input columns that share scales.
         calibration: a text file, or `stdlib`. Methods that learn from activations need it; with any
             method it is what the final check is measured on.
         num_samples: windows to calibrate on; seq_len: their length in tokens.
-        preset: fast (no training), default, or best (trains longest).
+        preset: fast (no calibration text), default, or best (slowest).
         head_bits: store the output head and the token embedding as planes too, at this one precision, 1..8;
             they run at it whatever bits a request asks for. They stay as they are by default.
         skip: patterns of layer names to leave as they are (globs, or `re:` and a regular expression).

@@ -89,6 +89,10 @@ class Method(ABC):
         """Whether these options need calibration text."""
         return False
 
+    def layer_bytes(self, rows: int, columns: int, bits: tuple[int, ...]) -> int:
+        """Memory that solving a layer [rows, columns] takes beyond the block itself, estimated."""
+        return 0
+
     @property
     def tuning(self) -> Tuning | None:
         """How decoders are tuned once every block is solved; None to leave them."""

@@ -19,12 +19,10 @@ from torch import Tensor
 
 from ..planes import PlaneWeight
 from .grouping import Grouping, affine_weight, join_rows, row_chunks
-from .hessian import HessianMethod, pack
+from .hessian import ROWS_AT_ONCE, HessianMethod, pack
 from .method import BlockTask, Method, Tuning
 from .moments import Moments
 from .tracks import JointSolver, Track, column_order, upper_factor
-
-ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ def memory_bytes(
     + hidden states: windows x seq_len x hidden x 4 bytes x (2 + 2 x bits)
     + a training step's activations: batch x seq_len x (inputs and outputs of a block's linears) x 8 bytes
 
-    or, if that is more, what a method's gradients of the whole model take (calibrate/fisher.py).
+    + what solving the largest layer takes (Method.layer_bytes)
+
+    or, if that is more, what gradients of the whole model take (calibrate/fisher.py), or tuning it (refine.py).
     The interpreter and its libraries, about 0.4 GB, come on top.
     """
     inside: dict[str, int] = dict.fromkeys(discovery.blocks, 0)
@@ -78,8 +80,24 @@ def memory_bytes(
     ]
     training = batch * settings.seq_len * max(widths) * 8
     blocks = max(outside, 4 * max(inside.values())) + training
+    blocks += max(
+        settings.method.layer_bytes(linear.out_features, linear.in_features, settings.bits)
+        for linear in discovery.linears
+    )
     gradients = fisher_bytes(model, discovery, settings.seq_len) if settings.method.needs_fisher else 0
-    return max(blocks, gradients) + hidden
+    return max(blocks, gradients, _tuning_bytes(settings, model, discovery)) + hidden
+
+
+def _tuning_bytes(settings: Settings, model: PreTrainedModel, discovery: Discovery) -> int:
+    """The whole model in fp32; planes at a byte, a decoded weight and its gradient; a step's activations."""
+    tuning = settings.method.tuning
+    if tuning is None:
+        return 0
+    whole = sum(parameter.numel() for parameter in model.parameters()) * 4
+    tokens = max(tuning.batch_tokens, settings.seq_len)
+    widths = sum(2 * linear.in_features + 3 * linear.out_features for linear in discovery.linears)
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+    return whole + discovery.weight_count * (settings.bits[-1] + 8) + 4 * tokens * (widths + 4 * vocabulary)
 
 
 def megabytes(size: int) -> str:
