@@ -109,7 +109,7 @@ def test_zero_and_constant_layers_run(text: Path, tmp_path: Path, cli: Command) 
     weights["model.layers.1.mlp.gate_proj.weight"].fill_(0.02)
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     command = ["quantize", source, "-o", tmp_path / "out", *MEASURED, "--calibration", text, "--group-size", "32"]
-    outcome = cli(*command, "--option", "steps=4", "--option", "rounds=2", "--json")
+    outcome = cli(*command, "--option", "tune_steps=2", "--json")
     assert outcome.code == 0, outcome.err
     for row in json.loads(outcome.out)["results"]:
         assert all(isinstance(row[name], float) for name in ("nll", "kld", "top1_agreement"))

@@ -145,7 +145,7 @@ def test_blocks_that_return_tuples_run_with_calibration(model_type, tmp_path):
     tiny_models.tiny_text(tmp_path / "text.txt")
     report = bitstrata.quantize(
         tmp_path / "source", tmp_path / "out", bits="3,8", group_size=16, calibration=tmp_path / "text.txt",
-        num_samples=4, seq_len=32, options={"steps": 2, "rounds": 2},
+        num_samples=4, seq_len=32, options={"iterations": 2, "tune_steps": 2},
     )  # fmt: skip
     ids = torch.randint(3, 64, (2, 16))
     with torch.no_grad():

@@ -35,7 +35,7 @@ def test_killed_at_every_file_in_turn(
 ) -> None:
     """Killed when the n-th file is written but not yet in its place, for every n; and right after the last."""
     log = tmp_path / "log"
-    files = 1 + 3 + 3 + 6 + 3  # fingerprint, blocks, copies of tokenizer files, shards, and index, report, config
+    files = 1 + 3 + 3 + 3 + 6 + 3  # fingerprint, blocks, tuned blocks, copies of tokenizer files, shards, and index, report, config
     for file in range(files + 1):
         last = file == files
         output = tmp_path / f"out-{file}"
@@ -85,7 +85,7 @@ def test_one_job_killed_again_and_again(
 def test_a_process_of_its_own_killed_in_the_middle(model: Path, text: Path, tmp_path: Path) -> None:
     """The program as a user starts it, with nothing shared with this process."""
     output, whole = tmp_path / "killed", tmp_path / "whole"
-    slower = ["--option", "steps=100"]
+    slower = ["--option", "tune_steps=200"]
     command = [sys.executable, "-m", "bitstrata.cli.main", *arguments(model, output, text), *slower]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -105,7 +105,7 @@ def test_a_second_process_is_refused_while_the_first_works(
 ) -> None:
     """The first is stopped in its tracks, so that it surely still holds the folder."""
     log, second_log = tmp_path / "log", tmp_path / "second.log"
-    command = [*arguments(model, tmp_path / "out", text), "--option", "steps=2000"]
+    command = [*arguments(model, tmp_path / "out", text), "--option", "tune_steps=2000"]
     process = start(command, log)
     assert process.pid is not None
     while not list(tmp_path.glob("out/.job/job.json")):
@@ -118,4 +118,4 @@ def test_a_second_process_is_refused_while_the_first_works(
     process.kill()  # and its lock goes with it
     process.join()
     assert finish(arguments(model, tmp_path / "out", text), second_log) == 3
-    assert "options.steps was 2000, is now 10" in second_log.read_text()
+    assert "options.tune_steps was 2000, is now 4" in second_log.read_text()
