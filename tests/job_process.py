@@ -21,7 +21,8 @@ def arguments(model: Path, output: Path, text: Path) -> list[str]:
     """A quantize command of about a second."""
     return [
         "quantize", str(model), "-o", str(output), "--calibration", str(text), "--bits", "2-3", "--group-size", "32",
-        "--num-samples", "6", "--seq-len", "32", "--option", "iterations=2", "--option", "tune_steps=4", "--device", "cpu",
+        "--num-samples", "6", "--seq-len", "32", "--option", "iterations=2", "--option", "tune_steps=4",
+        "--device", "cpu",
     ]  # fmt: skip
 
 

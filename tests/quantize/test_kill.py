@@ -35,7 +35,8 @@ def test_killed_at_every_file_in_turn(
 ) -> None:
     """Killed when the n-th file is written but not yet in its place, for every n; and right after the last."""
     log = tmp_path / "log"
-    files = 1 + 3 + 3 + 3 + 6 + 3  # fingerprint, blocks, tuned blocks, copies of tokenizer files, shards, and index, report, config
+    # fingerprint, blocks, tuned blocks, copies of tokenizer files, shards, and index, report, config
+    files = 1 + 3 + 3 + 3 + 6 + 3
     for file in range(files + 1):
         last = file == files
         output = tmp_path / f"out-{file}"
