@@ -8,9 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitstrata.checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, write_checkpoint
+from bitstrata.checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, format_version, write_checkpoint
 from bitstrata.nn import BitsState, PlaneLinear
-from bitstrata.planes import AffineDecoder, CodebookDecoder, Decoder, PlaneWeight, decode, group_count, pack_bits
+from bitstrata.planes import (
+    AffineDecoder,
+    ByteAffineDecoder,
+    CodebookDecoder,
+    Decoder,
+    PlaneWeight,
+    decode,
+    group_count,
+    pack_bits,
+)
+from bitstrata.planes.weights import BYTE_BITS
 
 
 def random_weight(
@@ -35,7 +45,13 @@ def random_weight(
     groups = group_count(K, group_size)
     decoders: dict[int, Decoder] = {}
     for value in bits:
-        if decoder == "affine":
+        if decoder == "affine8" and value <= BYTE_BITS:
+            exponent = torch.randint(-4, -2, (N,), generator=generator)
+            unit = torch.randint(8, 16, (N,), generator=generator) * torch.exp2(exponent)
+            scale = (96 + 12 * normal(value, N, groups)).clamp(-127, 127).to(torch.int8)
+            offset = (12 * normal(N, groups)).clamp(-127, 127).to(torch.int8)
+            decoders[value] = ByteAffineDecoder(scale, offset, unit.half())
+        elif decoder in ("affine", "affine8"):
             size = torch.exp2(-torch.arange(value, dtype=torch.float32)).view(-1, 1, 1)
             scale = size * (0.75 + 0.1 * normal(value, N, groups))
             decoders[value] = AffineDecoder(scale.half(), (0.1 * normal(N, groups)).half())
@@ -48,20 +64,22 @@ def random_weight(
 
 def spec_of(layers: Mapping[str, PlaneWeight], bits: Sequence[int], group_size: int) -> QuantizationSpec:
     """The quantization_config of a checkpoint of `layers`; bits and group size that differ become exceptions."""
+    described = {
+        name: LayerSpec(
+            in_features=weight.in_features,
+            out_features=weight.out_features,
+            decoder=weight.kind,
+            bits=None if weight.bits == tuple(bits) else list(weight.bits),
+            group_size=None if weight.group_size == group_size else weight.group_size,
+        )
+        for name, weight in layers.items()
+    }
     return QuantizationSpec(
+        format_version=format_version(described.values()),
         method="test",
         bits=list(bits),
         group_size=group_size,
-        layers={
-            name: LayerSpec(
-                in_features=weight.in_features,
-                out_features=weight.out_features,
-                decoder=weight.decoder_kind(weight.bits[0]),
-                bits=None if weight.bits == tuple(bits) else list(weight.bits),
-                group_size=None if weight.group_size == group_size else weight.group_size,
-            )
-            for name, weight in layers.items()
-        },
+        layers=described,
     )
 
 

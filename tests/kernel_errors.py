@@ -53,7 +53,7 @@ def chunks_of(weight: PlaneWeight, bits: int) -> Tensor:
     no groups, so that the whole row is one.
     """
     K = weight.in_features
-    size = min(weight.group_size, K) if weight.decoder_kind(bits) == "affine" else K
+    size = min(weight.group_size, K) if weight.decoders[bits].kind != "codebook" else K
     group, within = torch.arange(K) // size, torch.arange(K) % size
     return (group * group_count(size, 128) + within // 128) * 4 + within % 16 // 4
 
@@ -65,7 +65,8 @@ def level_steps(weight: PlaneWeight, bits: int, level_max: int) -> Tensor:
         low, high = decoder.table.double().aminmax(dim=1, keepdim=True)
         return ((high - low) / level_max).expand(-1, weight.in_features)
     group = torch.arange(weight.in_features) // weight.group_size
-    tables = [decoder.scale[first : min(bits, first + 4)].double().abs() for first in range(0, bits, 4)]
+    stored = decoder.affine().scale
+    tables = [stored[first : min(bits, first + 4)].double().abs() for first in range(0, bits, 4)]
     # the two values of a table of one plane fall on levels, whatever they are
     spans = [2 * scales.sum(0) for scales in tables if len(scales) > 1]  # [N, J] each
     return (sum(spans, torch.zeros(weight.out_features, int(group[-1]) + 1).double()) / level_max)[:, group]

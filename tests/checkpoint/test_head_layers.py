@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from bitstrata.checkpoint import HEAD_VERSION, LayerSpec, QuantizationSpec
-from bitstrata.checkpoint.schema import HEAD_SHARD, shard_of
+from bitstrata.checkpoint import LayerSpec, QuantizationSpec
+from bitstrata.checkpoint.schema import HEAD_SHARD, HEAD_VERSION, shard_of
 from bitstrata.errors import CheckpointError
 
 INSIDE = {"a": LayerSpec(in_features=64, out_features=5)}

@@ -30,7 +30,7 @@ def models(draw):
             K=draw(st.one_of(st.sampled_from([1, 31, 32, 33, 70]), st.integers(1, 150))),
             bits=draw(st.one_of(st.just(bits), BITS.map(lambda more: tuple(sorted({*bits, *more}))))),
             group_size=draw(st.sampled_from([1, 32, 43, 128, 1000])),
-            decoder=draw(st.sampled_from(["affine", "codebook"])),
+            decoder=draw(st.sampled_from(["affine", "affine8", "codebook"])),
             seed=draw(st.integers(0, 2**31)),
         )
     return layers, bits

@@ -17,15 +17,19 @@ ALL_BITS = tuple(range(1, 9))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 N, K = 37, 301
 
-LAYOUTS = [*(("affine", size) for size in (12, 32, 43, 64, 100, 128, 200, K)), ("codebook", K)]
+LAYOUTS = [
+    *(("affine", size) for size in (12, 32, 43, 64, 100, 128, 200, K)),
+    *(("affine8", size) for size in (32, 43, 128, 200)),
+    ("codebook", K),
+]
 
 layouts = pytest.mark.parametrize(
     ("decoder", "group_size"),
     LAYOUTS,
-    ids=[decoder if decoder == "codebook" else f"group-{'K' if size == K else size}" for decoder, size in LAYOUTS],
+    ids=[f"{decoder}-{'K' if size == K else size}" for decoder, size in LAYOUTS],
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-decoders = pytest.mark.parametrize("decoder", ["affine", "codebook"])
+decoders = pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 

@@ -56,7 +56,7 @@ def test_all_bits_and_groups(isa, dtype, group_size, seed):
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1), (1, 129), (16, 128), (17, 31), (33, 256)], ids=str)
 def test_shapes(isa, dtype, shape, seed):
-    for decoder in ("affine", "codebook"):
+    for decoder in ("affine", "affine8", "codebook"):
         weight = random_weight(*shape, ALL_BITS, 32, decoder, seed)
         packed = BlockedWeight.pack(weight)
         for bits in ALL_BITS:

@@ -13,7 +13,10 @@ ALL_BITS = tuple(range(1, 9))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 N, K = 37, 301
 ROWS = 2 * FEW_ROWS + 5  # two passes over the weight and a part of one
-LAYOUTS = {f"group-{size}": ("affine", size) for size in (12, 32, 64, 128, 200)} | {"codebook": ("codebook", K)}
+LAYOUTS = {f"group-{size}": ("affine", size) for size in (12, 32, 64, 128, 200)} | {
+    "bytes-64": ("affine8", 64),
+    "codebook": ("codebook", K),
+}
 # the plain kernels are the int8 ones for few rows, and torch's own product for many
 KERNELS = [name for name, kernel in registry._KERNELS.items() if getattr(kernel, "variant", "")]
 

@@ -39,7 +39,7 @@ def random_problem(seed):
     """A weight of random shape with all bits."""
     draw = random.Random(seed)
     shape = draw.randint(1, 70), draw.randint(1, 400)
-    decoder = draw.choice(["affine", "affine", "codebook"])
+    decoder = draw.choice(["affine", "affine8", "codebook"])
     return random_weight(*shape, ALL_BITS, draw.randint(1, 300), decoder, seed), draw.randint(1, 20)
 
 

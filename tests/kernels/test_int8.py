@@ -49,12 +49,14 @@ def test_the_error_is_that_of_rounding(int8, group_size, seed):
 RELATIVE_ERROR = {
     ("affine", False): 0.006,
     ("affine", True): 0.009,
+    ("affine8", False): 0.006,
+    ("affine8", True): 0.009,
     ("codebook", False): 0.012,
     ("codebook", True): 0.018,
 }
 
 
-@pytest.mark.parametrize("decoder", ["affine", "codebook"])
+@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 def test_the_error_is_below_about_one_percent(int8, decoder, seed):
     weight = random_weight(N, K, ALL_BITS[1:], 128, decoder, seed)
     x = gaussian(64, K, seed)

@@ -13,7 +13,7 @@ from bitstrata.kernels.api import _arguments
 
 N, K = 5, 70
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-decoders = pytest.mark.parametrize("decoder", ["affine", "codebook"])
+decoders = pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 
 
 def make(decoder="affine"):

@@ -19,7 +19,7 @@ OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 pytestmark = pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
-decoders = pytest.mark.parametrize("decoder", ["affine", "codebook"])
+decoders = pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 ops = pytest.mark.parametrize("rows_op", [False, True], ids=["prepared_linear", "prepared_linear_rows"])
 
 

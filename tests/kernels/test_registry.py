@@ -95,7 +95,7 @@ def test_two_kernels_of_one_name_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("decoder", ["affine", "codebook"])
+@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 def test_the_reference_runs_every_floating_dtype(dtype, decoder):
     assert registry._KERNELS["reference"].can_run(Problem("cpu", dtype, 3, decoder)) is None
 

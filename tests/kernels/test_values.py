@@ -18,6 +18,8 @@ LAYOUTS = {
     "group-32": ("affine", 32),
     "group-64": ("affine", 64),
     "group-200": ("affine", 200),
+    "bytes-32": ("affine8", 32),
+    "bytes-200": ("affine8", 200),
     "codebook": ("codebook", K),
 }
 

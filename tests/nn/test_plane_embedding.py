@@ -24,7 +24,7 @@ def embedding(N, K, *, bits=6, decoder="affine", tied=True, dtype=torch.float32,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("decoder", ["affine", "codebook"])
+@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_rows_are_exactly_those_of_the_decoded_weight(N, K, tied, decoder, dtype, seed):
@@ -125,7 +125,7 @@ def test_the_lookup_is_one_node_for_a_compiler(tied):
     torch.library.opcheck(
         torch.ops.bitstrata.plane_lookup.default,
         (
-            ids, list(arguments.planes), [arguments.decoders[6].scale], [arguments.decoders[6].offset], [], [6], 32,
+            ids, list(arguments.planes), [arguments.decoders[6].scale, arguments.decoders[6].offset], "affine", [6], 32,
             6, 64, torch.bfloat16,
         ),
     )  # fmt: skip

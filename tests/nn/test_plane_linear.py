@@ -43,7 +43,7 @@ def test_an_empty_layer_has_the_shapes_of_the_checkpoint():
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("decoder", ["affine", "codebook"])
+@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 def test_from_weight_holds_exactly_that_weight(decoder, seed):
     weight = random_weight(5, 70, (2, 4), 43, decoder, seed)
     layer = PlaneLinear.from_weight(weight)
@@ -51,7 +51,7 @@ def test_from_weight_holds_exactly_that_weight(decoder, seed):
     assert_same_weight(layer.plane_weight((2,)), weight.prefix(2))
 
 
-@pytest.mark.parametrize("decoder", ["affine", "codebook"])
+@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 def test_a_state_dict_loads_into_an_empty_layer(decoder, seed):
     source = layer_of(decoder, torch.arange(5.0), seed=seed)
     state = BitsState((2, 4), {"": (2, 4)})

@@ -19,7 +19,7 @@ from bitstrata.planes import decode
 pytestmark = pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
 N, K = 33, 70
 BITS = (2, 3, 4)
-both_decoders = pytest.mark.parametrize("decoder", ["affine", "codebook"])
+both_decoders = pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 
 
 @pytest.fixture(autouse=True)

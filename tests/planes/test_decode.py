@@ -12,7 +12,7 @@ from helpers import random_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitstrata.planes import AffineDecoder, PlaneWeight, codes, decode, pack_bits, signs, unpack_bits
+from bitstrata.planes import AffineDecoder, ByteAffineDecoder, PlaneWeight, codes, decode, pack_bits, signs, unpack_bits
 
 BITS = st.sets(st.integers(1, 8), min_size=1, max_size=4).map(sorted).map(tuple)
 WEIGHTS = st.builds(
@@ -21,7 +21,7 @@ WEIGHTS = st.builds(
     K=st.one_of(st.sampled_from([1, 31, 32, 33, 64, 70]), st.integers(1, 90)),
     bits=BITS,
     group_size=st.one_of(st.sampled_from([1, 32, 43, 128]), st.integers(1, 100)),
-    decoder=st.sampled_from(["affine", "codebook"]),
+    decoder=st.sampled_from(["affine", "affine8", "codebook"]),
     seed=st.integers(0, 2**31),
 )
 
@@ -38,7 +38,14 @@ def naive_decode(weight, bits, number):
     for n in range(weight.out_features):
         row = []
         for k in range(weight.in_features):
-            if isinstance(decoder, AffineDecoder):
+            if isinstance(decoder, ByteAffineDecoder):  # a coefficient is one number of fp16, so exact in all of these
+                j = k // weight.group_size
+                unit = Fraction(decoder.unit[n].item()) / 128
+                value = number(unit * decoder.offset[n, j].item())
+                for i in range(bits):
+                    scale = number(unit * decoder.scale[i, n, j].item() / 2**i)
+                    value = value + scale if stored_bit(weight, i, n, k) else value - scale
+            elif isinstance(decoder, AffineDecoder):
                 j = k // weight.group_size
                 value = number(decoder.offset[n, j].item())
                 for i in range(bits):
@@ -79,7 +86,7 @@ def test_float64_decode_is_exact_at_the_ends_of_float16():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("decoder", ["affine", "codebook"])
+@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 def test_low_precision_is_the_float32_result_rounded_once(decoder, dtype, seed):
     weight = random_weight(5, 70, bits=(1, 4, 8), group_size=43, decoder=decoder, seed=seed)
     for bits in weight.bits:
@@ -122,7 +129,7 @@ def test_decode_of_a_group_far_wider_than_the_row_allocates_only_the_row(seed):
 
 
 @pytest.mark.parametrize("chunk", [1, 70, 150, 1000])
-@pytest.mark.parametrize("decoder", ["affine", "codebook"])
+@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 def test_decoding_a_few_rows_at_a_time_changes_nothing(decoder, chunk, seed, monkeypatch):
     weight = random_weight(9, 70, group_size=43, decoder=decoder, seed=seed)
     whole = decode(weight, 3, torch.float64)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitstrata.planes import AffineDecoder, PlaneWeight, decode, signs
+from bitstrata.planes.weights import decoder_tensors
 from bitstrata.quantize import bcq
 from bitstrata.quantize.bcq import BCQ, BCQOptions, base, combine, grow, objective, with_fallback
 from bitstrata.quantize.grouping import Grouping, affine_weight, row_chunks, to_scale
@@ -105,7 +106,7 @@ def test_the_fallback_is_reached_by_real_weights() -> None:
     hurt = rounded > before
     assert 0 < int(hurt.sum()) < 256
     stored = BCQ(FAST).quantize_layer(w, (3, 4), 16)
-    three, four = (stored.decoders[bits].tensors(bits) for bits in (3, 4))
+    three, four = (decoder_tensors(stored.decoders[bits], bits) for bits in (3, 4))
     taken_over = (four["scale_4"][:3] == three["scale_3"]).all(0) & (four["scale_4"][3] == 0)
     assert torch.equal(taken_over[:, 0] & hurt, hurt)
     assert torch.equal(decode(stored, 4)[hurt], decode(stored, 3)[hurt])

@@ -34,7 +34,7 @@ def verify(x: Tensor, stored: PlaneWeight, weight: PlaneWeight | PreparedWeight,
     exact = torch.cat([decode(stored.rows(*span), bits, torch.float64) for span in spans])
     expected = x.double() @ exact.T
     error = float((y[:, columns] - expected).norm() / expected.norm())
-    kernel = select(Problem(x.device.type, x.dtype, x.shape[0], stored.decoder_kind(bits)))
+    kernel = select(Problem(x.device.type, x.dtype, x.shape[0], stored.kind))
     limit = max(INT8_LIMIT if kernel.activations == "int8" else 0.0, EXACT_LIMIT[x.dtype])
     if not error <= limit:
         raise CheckError(

@@ -1,7 +1,7 @@
 """Planes and decoders on disk: schema, writer, reader, validator. FORMAT.md is the one-page contract."""
 
 from .reader import CheckpointReader, is_checkpoint
-from .schema import FORMAT_VERSION, HEAD_VERSION, QUANT_METHOD, LayerSpec, QuantizationSpec
+from .schema import FORMAT_VERSION, QUANT_METHOD, LayerSpec, QuantizationSpec, format_version
 from .validate import validate
 from .writer import (
     TensorEntry,
@@ -15,7 +15,6 @@ from .writer import (
 
 __all__ = [
     "FORMAT_VERSION",
-    "HEAD_VERSION",
     "QUANT_METHOD",
     "CheckpointReader",
     "LayerSpec",
@@ -23,6 +22,7 @@ __all__ = [
     "TensorEntry",
     "copy_file",
     "entries_of",
+    "format_version",
     "is_checkpoint",
     "remove_leftovers",
     "validate",

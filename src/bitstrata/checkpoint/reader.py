@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, UnsupportedBitsError
-from ..planes.weights import MAX_BITS, PlaneWeight, make_decoder
-from .schema import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, QuantizationSpec, TensorSpec, guard_name
+from ..planes.weights import MAX_BITS, PlaneWeight, is_byte_unit, make_decoder
+from .schema import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, UNIT, QuantizationSpec, TensorSpec, guard_name
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 
@@ -177,6 +177,12 @@ class CheckpointReader:
         if value.dtype == torch.float16 and tensor not in self.common_names() and not bool(value.isfinite().all()):
             raise CheckpointError(
                 f"{tensor} in {self.weight_map[tensor]} holds NaN or infinity", hint="the file is damaged"
+            )
+        if UNIT.search(tensor) and tensor not in self.common_names() and not bool(is_byte_unit(value).all()):
+            raise CheckpointError(
+                f"{tensor} in {self.weight_map[tensor]} holds a unit with more than four significant bits, "
+                "below 2^-14 or negative",
+                hint="the file is damaged",
             )
         return value
 

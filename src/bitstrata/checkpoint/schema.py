@@ -8,19 +8,21 @@ field, a missing one or a value of the wrong type is an error that names it, and
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from math import prod
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import CheckpointError
 from ..planes.pack import words_per_row
-from ..planes.weights import MAX_BITS, decoder_shapes
+from ..planes.weights import MAX_BITS, Kind, decoder_shapes
 
 QUANT_METHOD = "bitstrata"
-FORMAT_VERSION = 2  # the highest that is read
-HEAD_VERSION = 2  # the first with an output head or an embedding in planes; others are still written as 1
+FORMAT_VERSION = 3  # the highest that is read; what needs no higher one is still written as 1
+HEAD_VERSION = 2  # the first with an output head or an embedding in planes
+BYTE_VERSION = 3  # the first with coefficients in bytes
 
 COMMON_SHARD = "model-common.safetensors"
 HEAD_SHARD = "model-head.safetensors"
@@ -30,10 +32,14 @@ CONFIG_FILE = "config.json"
 REPORT_FILE = "bitstrata_report.json"
 
 _PLANE = re.compile(r"\.plane_(\d+)$")
-_DECODER = re.compile(r"\.(?:scale|offset|table)_(\d+)$")
+UNIT = re.compile(r"\.unit_\d+$")
+_DECODER = re.compile(r"\.(?:scale|offset|unit|table)_(\d+)$")
 
 # (safetensors dtype, shape) of a tensor
 TensorSpec = tuple[str, tuple[int, ...]]
+
+_NAMES = {torch.int8: "I8", torch.float16: "F16"}
+_BYTES = {"I32": 4, "F16": 2, "I8": 1}
 
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -55,7 +61,7 @@ class LayerSpec(_Strict):
 
     in_features: _Size
     out_features: _Size
-    decoder: Literal["affine", "codebook"] = "affine"
+    decoder: Kind = "affine"
     bias: bool = False
     bits: list[int] | None = None
     group_size: _Size | None = None
@@ -110,6 +116,13 @@ class QuantizationSpec(_Strict):
                 raise ValueError(f"{name}: {layer.tied} reads its planes and must not have planes of its own")
         return self
 
+    @model_validator(mode="after")
+    def _decoders_are_of_the_version(self) -> QuantizationSpec:
+        for name, layer in self.layers.items():
+            if layer.decoder == "affine8" and self.format_version < BYTE_VERSION:
+                raise ValueError(f"{name}: decoder 'affine8' needs format_version {BYTE_VERSION}")
+        return self
+
     @classmethod
     def parse(cls, raw: object, where: str) -> QuantizationSpec:
         """Read the spec from a decoded `quantization_config`. Raises CheckpointError naming the field."""
@@ -159,7 +172,7 @@ class QuantizationSpec(_Strict):
             shapes = decoder_shapes(
                 layer.decoder, bits, layer.out_features, layer.in_features, self.layer_group_size(name)
             )
-            tensors.update({f"{name}.{key}": ("F16", shape) for key, shape in shapes.items()})
+            tensors.update({f"{name}.{key}": (_NAMES[dtype], shape) for key, (dtype, shape) in shapes.items()})
         return tensors
 
     def layer_bytes(self, name: str) -> int:
@@ -188,10 +201,21 @@ class QuantizationSpec(_Strict):
         return sum(layer.in_features * layer.out_features for layer in self.layers.values() if layer.is_multiplied)
 
 
+def format_version(layers: Iterable[LayerSpec]) -> int:
+    """The lowest format version that can say all of this."""
+    version = 1
+    for layer in layers:
+        if layer.role is not None:
+            version = max(version, HEAD_VERSION)
+        if layer.decoder == "affine8":
+            version = max(version, BYTE_VERSION)
+    return version
+
+
 def tensor_bytes(spec: TensorSpec) -> int:
     """Bytes of a stored plane or decoder tensor."""
     dtype, shape = spec
-    return prod(shape) * (4 if dtype == "I32" else 2)
+    return prod(shape) * _BYTES[dtype]
 
 
 def guard_name(layer: str) -> str:

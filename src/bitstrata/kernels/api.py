@@ -8,8 +8,8 @@
     bitstrata::prepared_lookup       the same from a prepared weight
 
 They take the layer's tensors as lists, because a dispatcher schema has no structures: planes; then
-either scales and offsets, or tables, one entry for each value of `decoder_bits`; or the tensors and
-the shape of a prepared weight. They are defined through `torch.library.Library` rather than
+the tensors of the decoders for `decoder_bits`, one after the other; or the tensors and the
+shape of a prepared weight. They are defined through `torch.library.Library` rather than
 `custom_op`, which costs several times more per call.
 
 `prepared_linear` here, the function, goes straight to the kernel when nothing but an ordinary eager
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..errors import UnsupportedBitsError
-from ..planes.weights import AffineDecoder, CodebookDecoder, PlaneWeight
+from ..planes.weights import Decoder, PlaneWeight, decoder_shapes, decoder_tensors, make_decoder
 from . import cpu, reference  # noqa: F401  (they register themselves)
 from .reference import REFERENCE
 from .registry import Kernel, PreparedWeight, Problem, select
@@ -36,7 +36,7 @@ from .registry import Kernel, PreparedWeight, Problem, select
 LAYOUTS: dict[str, Any] = {cpu.BlockedWeight.layout: cpu.BlockedWeight}
 
 _LIBRARY = torch.library.Library("bitstrata", "DEF")
-_WEIGHT = "Tensor[] planes, Tensor[] scales, Tensor[] offsets, Tensor[] tables, int[] decoder_bits, int group_size"
+_WEIGHT = "Tensor[] planes, Tensor[] decoders, str kind, int[] decoder_bits, int group_size"
 _LIBRARY.define(f"plane_linear(Tensor x, {_WEIGHT}, int bits) -> Tensor")
 _LIBRARY.define(f"plane_linear_rows(Tensor x, {_WEIGHT}, Tensor row_bits) -> Tensor")
 _PREPARED = (
@@ -52,26 +52,22 @@ _LIBRARY.define(f"prepared_lookup(Tensor index, {_PREPARED}, {_ROWS}) -> Tensor"
 def _weight(
     columns: int,
     planes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    tables: Sequence[Tensor],
+    decoders: Sequence[Tensor],
+    kind: str,
     decoder_bits: Sequence[int],
     group_size: int,
 ) -> PlaneWeight:
-    decoders = (
-        {bits: CodebookDecoder(table) for bits, table in zip(decoder_bits, tables, strict=True)}
-        if tables
-        else {
-            bits: AffineDecoder(scale, offset)
-            for bits, scale, offset in zip(decoder_bits, scales, offsets, strict=True)
-        }
-    )
-    return PlaneWeight(tuple(planes), decoders, columns, group_size)
+    left = iter(decoders)
+    made: dict[int, Decoder] = {}
+    for bits in decoder_bits:
+        names = decoder_shapes(kind, bits, 0, 0, 1)
+        made[bits] = make_decoder(kind, bits, dict(zip(names, left, strict=False)))
+    return PlaneWeight(tuple(planes), made, columns, group_size)
 
 
 def _problem(x: Tensor, weight: PlaneWeight) -> Problem:
     rows = x.numel() // max(1, x.shape[-1])
-    return Problem(x.device.type, x.dtype, rows, weight.decoder_kind(weight.bits[0]))
+    return Problem(x.device.type, x.dtype, rows, weight.kind)
 
 
 def _plane_linear(x: Tensor, *weight_args: object) -> Tensor:
@@ -201,14 +197,9 @@ for _name, _function, _shape in (
     torch.library.register_fake(f"bitstrata::{_name}", _shape, lib=_LIBRARY)
 
 
-def _arguments(weight: PlaneWeight, decoder_bits: Sequence[int]) -> tuple[list[Tensor], ...]:
-    chosen = [weight.decoders[bits] for bits in decoder_bits]
-    return (
-        list(weight.planes[: max(decoder_bits)]),
-        [decoder.scale for decoder in chosen if isinstance(decoder, AffineDecoder)],
-        [decoder.offset for decoder in chosen if isinstance(decoder, AffineDecoder)],
-        [decoder.table for decoder in chosen if isinstance(decoder, CodebookDecoder)],
-    )
+def _arguments(weight: PlaneWeight, decoder_bits: Sequence[int]) -> tuple[object, ...]:
+    tensors = [tensor for bits in decoder_bits for tensor in decoder_tensors(weight.decoders[bits], bits).values()]
+    return list(weight.planes[: max(decoder_bits)]), tensors, weight.kind
 
 
 def _check_columns(x: Tensor, weight: PlaneWeight | PreparedWeight) -> None:
@@ -283,7 +274,7 @@ def prepare(weight: PlaneWeight, dtype: torch.dtype) -> PreparedWeight | None:
             "bitstrata again where there is a C++17 compiler (GCC or Clang).",
             stacklevel=2,
         )
-    return select(Problem(device, dtype, 1, weight.decoder_kind(weight.bits[0]))).prepare(weight)
+    return select(Problem(device, dtype, 1, weight.kind)).prepare(weight)
 
 
 def _is_plain(x: Tensor) -> bool:

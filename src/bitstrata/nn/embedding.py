@@ -53,7 +53,7 @@ class PlaneEmbedding(PlaneModule):
             weight.in_features,
             bits=bits,
             group_size=weight.group_size,
-            decoder=weight.decoder_kind(bits),
+            decoder=weight.kind,
             device=weight.planes[0].device,
             dtype=dtype,
         )

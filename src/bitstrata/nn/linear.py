@@ -63,7 +63,7 @@ class PlaneLinear(PlaneModule):
             state=state or BitsState(weight.bits, {name: weight.bits}),
             bits=weight.bits,
             group_size=weight.group_size,
-            decoder=weight.decoder_kind(weight.bits[0]),
+            decoder=weight.kind,
             bias=bias is not None,
             device=weight.planes[0].device,
             dtype=dtype if dtype is not None or bias is None else bias.dtype,

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from ..kernels import PreparedWeight, prepare
 from ..planes.pack import words_per_row
-from ..planes.weights import SCALE_DTYPE, Decoder, PlaneWeight, decoder_shapes, make_decoder
+from ..planes.weights import Decoder, PlaneWeight, decoder_bytes, decoder_shapes, make_decoder
 
 _PREPARED = "prepared_"
 
 
 class PlaneModule(nn.Module):
     """Buffers carry the names of the checkpoint: `plane_<i>` int32 [N, ceil(K/32)] and for each
-    supported bits p `scale_<p>` fp16 [p, N, J] and `offset_<p>` fp16 [N, J], or `table_<p>` fp16
-    [N, 2**p]. `weight` is an empty placeholder: it tells code that asks a layer's dtype, and makes
-    loaders that do not know the format fail on its shape.
+    supported bits p the tensors of `planes.weights.decoder_shapes`: for an affine decoder `scale_<p>`
+    fp16 [p, N, J] and `offset_<p>` fp16 [N, J]. `weight` is an empty placeholder: it tells code that
+    asks a layer's dtype, and makes loaders that do not know the format fail on its shape.
 
     `prepare` puts the weight into the layout of the kernel that will run here; the tensors then
     live in buffers `prepared_<i>` that no checkpoint sees. `state_dict` gives the stored ones all
@@ -52,8 +52,8 @@ class PlaneModule(nn.Module):
         for value in bits:
             shapes = decoder_shapes(decoder, value, out_features, in_features, group_size)
             self._decoder_keys[value] = tuple(shapes)
-            for key, shape in shapes.items():
-                self.register_buffer(key, torch.zeros(shape, dtype=SCALE_DTYPE, device=device))
+            for key, (kind, shape) in shapes.items():
+                self.register_buffer(key, torch.zeros(shape, dtype=kind, device=device))
         self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device))
 
     def plane_weight(self, bits: tuple[int, ...] | None = None) -> PlaneWeight:
@@ -79,9 +79,8 @@ class PlaneModule(nn.Module):
 
     def bytes_read(self, bits: int) -> int:
         """Bytes of the stored tensors that a product at `bits` needs: planes 0..bits-1 and that decoder."""
-        shapes = decoder_shapes(self.decoder, bits, self.out_features, self.in_features, self.group_size)
-        entries = sum(torch.Size(shape).numel() for shape in shapes.values())
-        return 4 * bits * self.out_features * words_per_row(self.in_features) + SCALE_DTYPE.itemsize * entries
+        decoder = decoder_bytes(self.decoder, bits, self.out_features, self.in_features, self.group_size)
+        return 4 * bits * self.out_features * words_per_row(self.in_features) + decoder
 
     def prepare(self) -> None:
         """Re-lay the weight for the kernel that runs here, if it wants a layout of its own."""

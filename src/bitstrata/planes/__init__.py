@@ -2,10 +2,11 @@
 
 from .decode import codes, decode, signs
 from .pack import pack_bits, unpack_bits, words_per_row
-from .weights import AffineDecoder, CodebookDecoder, Decoder, PlaneWeight, group_count
+from .weights import AffineDecoder, ByteAffineDecoder, CodebookDecoder, Decoder, PlaneWeight, group_count
 
 __all__ = [
     "AffineDecoder",
+    "ByteAffineDecoder",
     "CodebookDecoder",
     "Decoder",
     "PlaneWeight",

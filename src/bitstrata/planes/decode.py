@@ -1,6 +1,7 @@
 """The reference decoder: the specification of the format, obvious and slow.
 
     affine    W[n, k] = offset[n, j] + sum_{i<bits} scale[i, n, j] B_i[n, k],   j = k div group_size
+    affine8   the same, its coefficients from bytes (ByteAffineDecoder)
     codebook  W[n, k] = table[n, code],   code = sum_{i<bits} b_i 2^(bits-1-i)
 
 with B_i = 2 b_i - 1 in {-1, +1}. In float64 the sum is exact: up to nine fp16 terms span fewer
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .pack import unpack_bits
-from .weights import AffineDecoder, PlaneWeight, group_count
+from .weights import CodebookDecoder, PlaneWeight, group_count
 
 CHUNK = 1 << 20  # weights decoded at a time: bounds the temporaries, and they stay in cache
 
@@ -44,9 +45,10 @@ def decode(weight: PlaneWeight, bits: int, dtype: torch.dtype = torch.float32) -
 def _decode_rows(weight: PlaneWeight, bits: int, dtype: torch.dtype) -> Tensor:
     decoder = weight.decoders[bits]
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    if not isinstance(decoder, AffineDecoder):
+    if isinstance(decoder, CodebookDecoder):
         return decoder.table.to(dtype).gather(1, codes(weight, bits))
 
+    decoder = decoder.affine()
     columns = weight.in_features
     size = min(weight.group_size, columns)
     groups = group_count(columns, size)

@@ -6,8 +6,10 @@ So the weight at `bits` depends on planes 0..bits-1 and on that one decoder, on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from .pack import words_per_row
 
 MAX_BITS = 8
 SCALE_DTYPE = torch.float16
+Kind = Literal["affine", "affine8", "codebook"]
+KINDS: tuple[Kind, ...] = get_args(Kind)  # of a layer's decoders; affine8 is affine above BYTE_BITS
+BYTE_BITS = 4  # up to here coefficients may be bytes: finer precisions would feel their rounding
 
 
 def group_count(columns: int, group_size: int) -> int:
@@ -32,14 +37,34 @@ class AffineDecoder:
 
     scale: Tensor
     offset: Tensor
+    kind: ClassVar = "affine"
+    row_dims: ClassVar = {"scale": 1, "offset": 0}  # which dimension of each tensor the weight's rows are
 
-    @property
-    def nbytes(self) -> int:
-        return self.scale.nbytes + self.offset.nbytes
+    def affine(self) -> AffineDecoder:
+        """Itself."""
+        return self
 
-    def tensors(self, bits: int) -> dict[str, Tensor]:
-        """The decoder's tensors under the names they carry in a checkpoint."""
-        return {f"scale_{bits}": self.scale, f"offset_{bits}": self.offset}
+
+@dataclass(frozen=True)
+class ByteAffineDecoder:
+    """An affine decoder whose coefficients are bytes, times a unit that a row's groups share.
+
+        scale_i[n, j] = scale[i, n, j] * 2^-(7+i) * unit[n],    offset[n, j] = offset[n, j] * 2^-7 * unit[n]
+
+    scale: int8 [bits, N, J]; offset: int8 [N, J]; unit: fp16 [N]. A unit has four significant bits and is a
+    multiple of 2^-14, so every coefficient of up to `BYTE_BITS` planes is an fp16 number, exactly.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    unit: Tensor
+    kind: ClassVar = "affine8"
+    row_dims: ClassVar = {"scale": 1, "offset": 0, "unit": 0}
+
+    def affine(self) -> AffineDecoder:
+        """The same coefficients in fp16."""
+        step = byte_steps(self.unit, len(self.scale)).unsqueeze(-1)  # [bits + 1, N, 1]
+        return AffineDecoder((self.scale * step[:-1]).to(SCALE_DTYPE), (self.offset * step[-1]).to(SCALE_DTYPE))
 
 
 @dataclass(frozen=True)
@@ -50,34 +75,84 @@ class CodebookDecoder:
     """
 
     table: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.table.nbytes
-
-    def tensors(self, bits: int) -> dict[str, Tensor]:
-        """The decoder's tensors under the names they carry in a checkpoint."""
-        return {f"table_{bits}": self.table}
+    kind: ClassVar = "codebook"
+    row_dims: ClassVar = {"table": 0}
 
 
-Decoder = AffineDecoder | CodebookDecoder
+Decoder = AffineDecoder | ByteAffineDecoder | CodebookDecoder
 
 
-def decoder_shapes(kind: str, bits: int, rows: int, columns: int, group_size: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the fp16 tensors of a decoder of `kind` ("affine" or "codebook")."""
-    if kind == "affine":
-        groups = group_count(columns, group_size)
-        return {f"scale_{bits}": (bits, rows, groups), f"offset_{bits}": (rows, groups)}
+def decoder_tensors(decoder: Decoder, bits: int) -> dict[str, Tensor]:
+    """A decoder's tensors under the names they carry in a checkpoint."""
+    return {f"{name}_{bits}": getattr(decoder, name) for name in decoder.row_dims}
+
+
+def map_decoder(decoder: Decoder, change: Callable[[Tensor, int], Tensor]) -> Decoder:
+    """The decoder with every tensor replaced by `change(tensor, the dimension that is the weight's rows)`."""
+    return type(decoder)(**{name: change(getattr(decoder, name), dim) for name, dim in decoder.row_dims.items()})
+
+
+def join_decoders(parts: Sequence[Decoder]) -> Decoder:
+    """Decoders of consecutive row ranges as one; all of one kind."""
+    tensors = {name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in parts[0].row_dims.items()}
+    return type(parts[0])(**tensors)
+
+
+def byte_steps(unit: Tensor, bits: int) -> Tensor:
+    """The distance between neighbouring coefficients of planes 0..bits-1, and of the offset: fp32 [bits + 1, ...]."""
+    exponent = torch.tensor([*range(bits), 0], device=unit.device) + 7
+    return unit.float() * torch.exp2(-exponent.float()).view(-1, *[1] * unit.dim())
+
+
+def is_byte_unit(unit: Tensor) -> Tensor:
+    """Which entries can be units of a ByteAffineDecoder: a bool each."""
+    whole = unit.float() * 2**14
+    return (whole >= 0) & (whole % 1 == 0) & (whole.frexp().mantissa * 16 % 1 == 0)
+
+
+def byte_unit(largest: Tensor) -> Tensor:
+    """The smallest unit whose bytes reach `largest` (finite, at least 0): fp16, of the same shape.
+
+    Beyond fp16's range the largest unit there is.
+    """
+    wanted = (largest.double() * (128 / 127)).clamp(2.0**-14, 61440.0)
+    exponent = wanted.frexp().exponent.clamp_min(4 - 14) - 4
+    step = torch.exp2(exponent.double())
+    return ((wanted / step).ceil() * step).clamp_max(61440.0).to(SCALE_DTYPE)
+
+
+def decoder_shapes(
+    kind: str, bits: int, rows: int, columns: int, group_size: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes of the tensors of the decoder for `bits` in a layer of `kind` (KINDS)."""
+    groups = group_count(columns, group_size)
+    if kind == "affine8" and bits <= BYTE_BITS:
+        return {
+            f"scale_{bits}": (torch.int8, (bits, rows, groups)),
+            f"offset_{bits}": (torch.int8, (rows, groups)),
+            f"unit_{bits}": (SCALE_DTYPE, (rows,)),
+        }
+    if kind in ("affine", "affine8"):
+        return {f"scale_{bits}": (SCALE_DTYPE, (bits, rows, groups)), f"offset_{bits}": (SCALE_DTYPE, (rows, groups))}
     if kind == "codebook":
-        return {f"table_{bits}": (rows, 2**bits)}
-    raise ValueError(f"unknown decoder {kind!r}; known: affine, codebook")
+        return {f"table_{bits}": (SCALE_DTYPE, (rows, 2**bits))}
+    raise ValueError(f"unknown decoder {kind!r}; known: {', '.join(KINDS)}")
+
+
+def decoder_bytes(kind: str, bits: int, rows: int, columns: int, group_size: int) -> int:
+    """Bytes of that decoder's tensors."""
+    shapes = decoder_shapes(kind, bits, rows, columns, group_size).values()
+    return sum(prod(shape) * dtype.itemsize for dtype, shape in shapes)
 
 
 def make_decoder(kind: str, bits: int, tensors: Mapping[str, Tensor]) -> Decoder:
-    """A decoder of `kind` from tensors named as in `decoder_shapes`."""
-    if kind == "affine":
-        return AffineDecoder(tensors[f"scale_{bits}"], tensors[f"offset_{bits}"])
-    return CodebookDecoder(tensors[f"table_{bits}"])
+    """The decoder for `bits` in a layer of `kind` from tensors named as in `decoder_shapes`."""
+    if kind == "codebook":
+        return CodebookDecoder(tensors[f"table_{bits}"])
+    scale, offset = tensors[f"scale_{bits}"], tensors[f"offset_{bits}"]
+    if kind == "affine8" and bits <= BYTE_BITS:
+        return ByteAffineDecoder(scale, offset, tensors[f"unit_{bits}"])
+    return AffineDecoder(scale, offset)
 
 
 @dataclass(frozen=True)
@@ -105,13 +180,15 @@ class PlaneWeight:
         for index, plane in enumerate(self.planes):
             if plane.dtype != torch.int32 or tuple(plane.shape) != expected:
                 raise ValueError(f"plane_{index}: expected int32 {expected}, got {plane.dtype} {tuple(plane.shape)}")
+        byte_bits = [bits for bits, decoder in self.decoders.items() if isinstance(decoder, ByteAffineDecoder)]
+        if byte_bits and sorted(byte_bits) != [bits for bits in self.bits if bits <= BYTE_BITS]:
+            raise ValueError(f"decoders of up to {BYTE_BITS} bits, and no others, have bytes: got {byte_bits}")
         for bits, decoder in self.decoders.items():
-            shapes = decoder_shapes(self.decoder_kind(bits), bits, self.out_features, self.in_features, self.group_size)
-            for name, tensor in decoder.tensors(bits).items():
-                if tensor.dtype != SCALE_DTYPE or tuple(tensor.shape) != shapes[name]:
-                    raise ValueError(
-                        f"{name}: expected {SCALE_DTYPE} {shapes[name]}, got {tensor.dtype} {tuple(tensor.shape)}"
-                    )
+            shapes = decoder_shapes(decoder.kind, bits, self.out_features, self.in_features, self.group_size)
+            for name, tensor in decoder_tensors(decoder, bits).items():
+                dtype, shape = shapes[name]
+                if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                    raise ValueError(f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
 
     @property
     def out_features(self) -> int:
@@ -122,8 +199,10 @@ class PlaneWeight:
         """The supported bits, ascending."""
         return tuple(sorted(self.decoders))
 
-    def decoder_kind(self, bits: int) -> str:
-        return "affine" if isinstance(self.decoders[bits], AffineDecoder) else "codebook"
+    @property
+    def kind(self) -> str:
+        """The kind of the layer's decoders (KINDS): that of the lowest bits."""
+        return self.decoders[self.bits[0]].kind
 
     def prefix(self, max_bits: int) -> PlaneWeight:
         """The same weight without the planes and decoders above `max_bits`; ValueError if no decoder is left."""
@@ -134,35 +213,33 @@ class PlaneWeight:
 
     def rows(self, start: int, stop: int) -> PlaneWeight:
         """Rows start..stop-1 as a weight of their own; nothing is copied."""
-        decoders: dict[int, Decoder] = {}
-        for bits, decoder in self.decoders.items():
-            if isinstance(decoder, AffineDecoder):
-                decoders[bits] = AffineDecoder(decoder.scale[:, start:stop], decoder.offset[start:stop])
-            else:
-                decoders[bits] = CodebookDecoder(decoder.table[start:stop])
+        stop = min(stop, self.out_features)
+        decoders = {
+            bits: map_decoder(decoder, lambda tensor, dim: tensor.narrow(dim, start, stop - start))
+            for bits, decoder in self.decoders.items()
+        }
         return PlaneWeight(
             tuple(plane[start:stop] for plane in self.planes), decoders, self.in_features, self.group_size
         )
 
     def take(self, index: Tensor) -> PlaneWeight:
         """Rows `index` (int64 [n]) as a weight of their own, copied."""
-        decoders: dict[int, Decoder] = {}
-        for bits, decoder in self.decoders.items():
-            if isinstance(decoder, AffineDecoder):
-                scale, offset = decoder.scale.index_select(1, index), decoder.offset.index_select(0, index)
-                decoders[bits] = AffineDecoder(scale, offset)
-            else:
-                decoders[bits] = CodebookDecoder(decoder.table.index_select(0, index))
+        decoders = {
+            bits: map_decoder(decoder, lambda tensor, dim: tensor.index_select(dim, index))
+            for bits, decoder in self.decoders.items()
+        }
         planes = tuple(plane.index_select(0, index) for plane in self.planes)
         return PlaneWeight(planes, decoders, self.in_features, self.group_size)
 
     def bytes_read(self, bits: int) -> int:
         """Bytes a matrix product at `bits` has to read: planes 0..bits-1 and that decoder."""
-        return sum(plane.nbytes for plane in self.planes[:bits]) + self.decoders[bits].nbytes
+        return sum(plane.nbytes for plane in self.planes[:bits]) + sum(
+            tensor.nbytes for tensor in decoder_tensors(self.decoders[bits], bits).values()
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under the name it carries in a checkpoint, without the layer's prefix."""
         named = {f"plane_{index}": plane for index, plane in enumerate(self.planes)}
         for bits in self.bits:
-            named.update(self.decoders[bits].tensors(bits))
+            named.update(decoder_tensors(self.decoders[bits], bits))
         return named

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,16 @@ from torch import Tensor
 from ..errors import ModelError
 from ..models import all_finite
 from ..planes.pack import pack_bits
-from ..planes.weights import SCALE_DTYPE, AffineDecoder, PlaneWeight, group_count
+from ..planes.weights import (
+    SCALE_DTYPE,
+    AffineDecoder,
+    ByteAffineDecoder,
+    Decoder,
+    PlaneWeight,
+    byte_steps,
+    group_count,
+    join_decoders,
+)
 
 
 @dataclass(frozen=True)
@@ -56,18 +65,38 @@ def to_scale(value: Tensor) -> Tensor:
     return value.clamp(-limit, limit).to(SCALE_DTYPE)
 
 
-def affine_weight(grouping: Grouping, planes: Tensor, coefficients: dict[int, tuple[Tensor, Tensor]]) -> PlaneWeight:
+def to_bytes(coefficients: Tensor, unit: Tensor) -> Tensor:
+    """The nearest that bytes can say, still as numbers: [bits + 1, ...], the offset last; unit [...]."""
+    step = byte_steps(unit, len(coefficients) - 1)
+    nearest = (coefficients / step.clamp_min(1e-30)).round_().clamp_(-127, 127)
+    return nearest * step
+
+
+def make_affine(scale: Tensor, offset: Tensor, unit: Tensor | None) -> Decoder:
+    """A decoder from scales [bits, N, J] and offset [N, J], rounded as it stores them: bytes if there is a unit [N]."""
+    if unit is None:
+        return AffineDecoder(to_scale(scale).contiguous(), to_scale(offset).contiguous())
+    step = byte_steps(unit, len(scale)).unsqueeze(-1).clamp_min(1e-30)
+    both = (torch.cat([scale, offset.unsqueeze(0)]) / step).round_().clamp_(-127, 127).to(torch.int8)
+    return ByteAffineDecoder(both[:-1].contiguous(), both[-1].contiguous(), unit)
+
+
+def affine_weight(
+    grouping: Grouping,
+    planes: Tensor,
+    coefficients: dict[int, tuple[Tensor, Tensor]],
+    units: Mapping[int, Tensor] | None = None,
+) -> PlaneWeight:
     """Assemble a PlaneWeight from grouped solutions.
 
     Args:
         planes: bool [P, N J, g], True = +1.
-        coefficients: bits -> (scales [bits, N J], offset [N J]), any float dtype; rounded to fp16 here.
+        coefficients: bits -> (scales [bits, N J], offset [N J]), any float dtype; rounded here.
+        units: bits -> fp16 [N], for decoders of bytes; the others are fp16.
     """
     shape = (grouping.rows, grouping.groups)
     decoders = {
-        bits: AffineDecoder(
-            to_scale(scale).reshape(bits, *shape).contiguous(), to_scale(offset).reshape(shape).contiguous()
-        )
+        bits: make_affine(scale.reshape(bits, *shape), offset.reshape(shape), (units or {}).get(bits))
         for bits, (scale, offset) in coefficients.items()
     }
     packed = tuple(pack_bits(grouping.join(plane)) for plane in planes)
@@ -75,13 +104,8 @@ def affine_weight(grouping: Grouping, planes: Tensor, coefficients: dict[int, tu
 
 
 def join_rows(parts: Sequence[PlaneWeight]) -> PlaneWeight:
-    """Weights of consecutive row ranges as one, all affine."""
-    decoders = {}
-    for bits in parts[0].bits:
-        mine = [part.decoders[bits] for part in parts]
-        scales = [decoder.scale for decoder in mine if isinstance(decoder, AffineDecoder)]
-        offsets = [decoder.offset for decoder in mine if isinstance(decoder, AffineDecoder)]
-        decoders[bits] = AffineDecoder(torch.cat(scales, 1), torch.cat(offsets))
+    """Weights of consecutive row ranges as one."""
+    decoders = {bits: join_decoders([part.decoders[bits] for part in parts]) for bits in parts[0].bits}
     planes = tuple(torch.cat(planes) for planes in zip(*(part.planes for part in parts), strict=True))
     return PlaneWeight(planes, decoders, parts[0].in_features, parts[0].group_size)
 

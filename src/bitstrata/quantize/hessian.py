@@ -69,4 +69,5 @@ def pack(solver: JointSolver, groups: list[Tensor], columns: int, group_size: in
         stored = track.coefficients.cpu()[place]  # [J, p + 1, N]
         scale = stored[:, :-1].permute(1, 2, 0).reshape(track.bits, -1)
         coefficients[track.bits] = scale, stored[:, -1].T.reshape(-1)
-    return affine_weight(grouping, torch.stack(planes), coefficients)
+    units = {track.bits: track.unit.cpu() for track in solver.tracks if track.unit is not None}
+    return affine_weight(grouping, torch.stack(planes), coefficients, units)

@@ -10,13 +10,13 @@ import dataclasses
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..planes.weights import PlaneWeight
+from ..planes.weights import Kind, PlaneWeight
 from .grouping import check_weight, join_rows, row_chunks
 
 PRESETS = ("fast", "default", "best")
@@ -72,17 +72,21 @@ class Method(ABC):
         options_type: its frozen dataclass of options.
         presets: preset name -> options that differ from the defaults.
         nests: whether one file can hold several precisions.
-        decoder: what its weights are decoded with, "affine" or "codebook".
+        decoder: what its weights are decoded with, a kind of planes.weights.KINDS.
     """
 
     name: ClassVar[str]
     options_type: ClassVar[type]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     nests: ClassVar[bool] = True
-    decoder: ClassVar[Literal["affine", "codebook"]] = "affine"
+    decoder: ClassVar[Kind] = "affine"
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.options_type()
+
+    def decoder_kind(self, bits: tuple[int, ...]) -> Kind:
+        """What a layer with these bits is decoded with."""
+        return self.decoder
 
     @property
     def needs_calibration(self) -> bool:

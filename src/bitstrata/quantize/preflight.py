@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibrate import Windows, calibration_windows, read_text, text_digest
-from ..checkpoint import HEAD_VERSION, LayerSpec, QuantizationSpec, is_checkpoint
+from ..checkpoint import LayerSpec, QuantizationSpec, format_version, is_checkpoint
 from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
 from ..models import (
     Discovery,
@@ -77,14 +77,14 @@ class Prepared:
                 in_features=linear.in_features,
                 out_features=linear.out_features,
                 bias=linear.bias,
-                decoder=settings.method.decoder,
+                decoder=settings.method.decoder_kind(settings.bits),
             )
             for linear in self.discovery.linears
         }
         if settings.head_bits is not None:
             layers.update({layer.name: layer.spec(settings.head_bits) for layer in self.head})
         return QuantizationSpec(
-            format_version=HEAD_VERSION if self.head else 1,
+            format_version=format_version(layers.values()),
             method=settings.method.name,
             method_options=self.fingerprint["options"],
             bits=list(settings.bits),

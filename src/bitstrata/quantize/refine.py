@@ -7,7 +7,7 @@ second stage, arXiv 2407.11062, with the original's distribution as the target).
 cosine to 0. A coefficient moves in units of its layer's last scale, the distance between
 neighbouring weights, so one learning rate serves all layers and all bits.
 
-Masters are fp32; the coefficients that count are rounded as they are stored. Some calibration windows are
+Masters are fp32; the model computes with coefficients rounded as they are stored. Some calibration windows are
 held out: the coefficients with the least divergence there are kept, the start among them.
 """
 
@@ -23,10 +23,11 @@ from torch.func import functional_call
 
 from ..planes import PlaneWeight
 from ..planes.pack import unpack_bits
-from ..planes.weights import AffineDecoder
-from .grouping import Grouping, to_scale
+from ..planes.weights import ByteAffineDecoder, CodebookDecoder
+from .grouping import Grouping, make_affine
 from .method import Tuning
 from .reconstruct import LayerState
+from .tracks import rounded
 
 TOKENS_AT_ONCE = 2048  # of logits held
 LOOKS = 8  # how often the held-out windows are measured
@@ -42,13 +43,17 @@ class _Student:
         self.start: dict[str, tuple[Tensor, Tensor]] = {}
         self.delta: dict[str, tuple[Tensor, Tensor]] = {}
         self.unit: dict[str, Tensor] = {}
+        self.bytes: dict[str, Tensor] = {}  # units of the coefficients that are stored as bytes, one a group
         self.planes = planes
         for name, weight in layers.items():
             decoder = weight.decoders[bits]
-            assert isinstance(decoder, AffineDecoder)
-            device = planes[name][1].device
-            scale = decoder.scale.to(device).float().reshape(bits, -1)
-            offset = decoder.offset.to(device).float().reshape(-1)
+            assert not isinstance(decoder, CodebookDecoder)
+            grouping, device = planes[name][0], planes[name][1].device
+            fp16 = decoder.affine()
+            scale = fp16.scale.to(device).float().reshape(bits, -1)
+            offset = fp16.offset.to(device).float().reshape(-1)
+            if isinstance(decoder, ByteAffineDecoder):
+                self.bytes[name] = decoder.unit.to(device).repeat_interleave(grouping.groups)
             self.start[name] = scale, offset
             self.unit[name] = scale[-1].square().mean().sqrt().clamp_min(1e-12)
             self.delta[name] = torch.zeros_like(scale).requires_grad_(), torch.zeros_like(offset).requires_grad_()
@@ -60,15 +65,18 @@ class _Student:
         return [part for parts in self.delta.values() for part in parts]
 
     def coefficients(self, name: str) -> tuple[Tensor, Tensor]:
+        """As they are stored; gradients pass the rounding as if it were not there."""
         (scale, offset), (by_scale, by_offset), unit = self.start[name], self.delta[name], self.unit[name]
-        return scale + unit * by_scale, offset + unit * by_offset
+        exact = torch.cat([scale + unit * by_scale, (offset + unit * by_offset).unsqueeze(0)])
+        with torch.no_grad():
+            moved = rounded(exact, self.bytes.get(name)) - exact
+        stored = exact + moved
+        return stored[:-1], stored[-1]
 
-    def weights(self, *, stored: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Dense weights [N, K]; `stored`: from coefficients rounded as they are stored."""
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Dense weights [N, K], from coefficients as they are stored."""
         for name, (grouping, planes) in self.planes.items():
-            scale, offset = self.coefficients(name)
-            layer = LayerState(grouping, planes[: self.bits], scale, offset)
-            yield name, layer.weight() if stored else layer.trained()
+            yield name, LayerState(grouping, planes[: self.bits], *self.coefficients(name)).trained()
 
     def keep(self, loss: float) -> None:
         """Note the held-out loss of the current coefficients, and the coefficients if there are none better."""
@@ -116,11 +124,10 @@ def refine(
     training, checking = windows[:-held], windows[-held:]
     batch = max(1, tuning.batch_tokens // windows.shape[1])
 
-    def outputs(student: _Student, tokens: Tensor, *, stored: bool = False) -> Tensor:
+    def outputs(student: _Student, tokens: Tensor) -> Tensor:
         replaced = dict(constant)
         replaced |= {
-            f"{name}.weight": (weight.T if name in transposed else weight)
-            for name, weight in student.weights(stored=stored)
+            f"{name}.weight": (weight.T if name in transposed else weight) for name, weight in student.weights()
         }
         return _logits(functional_call(model, replaced, (), {"input_ids": tokens, "use_cache": False}))
 
@@ -129,9 +136,7 @@ def refine(
         with torch.no_grad():
             for part in checking.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
                 tokens = part.to(device)
-                total += float(
-                    _kl(_logits(model(input_ids=tokens, use_cache=False)), outputs(student, tokens, stored=True))
-                )
+                total += float(_kl(_logits(model(input_ids=tokens, use_cache=False)), outputs(student, tokens)))
         return total / checking.numel()
 
     optimizer = torch.optim.Adam(
@@ -174,9 +179,10 @@ def _with(weight: PlaneWeight, students: list[_Student], name: str) -> PlaneWeig
     decoders = dict(weight.decoders)
     for student in students:
         old = decoders[student.bits]
-        assert isinstance(old, AffineDecoder)
-        scale, offset = (to_scale(value).cpu() for value in student.best[name])
-        decoders[student.bits] = AffineDecoder(scale.reshape(old.scale.shape), offset.reshape(old.offset.shape))
+        assert not isinstance(old, CodebookDecoder)
+        scale, offset = (value.cpu() for value in student.best[name])
+        unit = old.unit if isinstance(old, ByteAffineDecoder) else None
+        decoders[student.bits] = make_affine(scale.reshape(old.scale.shape), offset.reshape(old.offset.shape), unit)
     return PlaneWeight(weight.planes, decoders, weight.in_features, weight.group_size)
 
 

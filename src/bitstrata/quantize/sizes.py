@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 from ..calibrate import Windows, fisher_bytes
 from ..models import Discovery, HeadLayer, SourceModel
 from ..planes import words_per_row
-from ..planes.weights import decoder_shapes
+from ..planes.weights import decoder_bytes
 from .settings import Settings
 
 
@@ -28,8 +27,7 @@ def disk_bytes(
         rows, columns = linear.out_features, linear.in_features
         quantized += rows * words_per_row(columns) * 4 * settings.bits[-1]
         for bits in settings.bits:
-            shapes = decoder_shapes(method.decoder, bits, rows, columns, settings.group_size)
-            quantized += sum(2 * math.prod(shape) for shape in shapes.values())
+            quantized += decoder_bytes(method.decoder_kind(settings.bits), bits, rows, columns, settings.group_size)
     if settings.head_bits is not None:
         head_bpw = settings.head_bits / 8 + (settings.head_bits + 1) * 2 / settings.group_size
         quantized += int(sum(layer.in_features * layer.out_features for layer in head) * head_bpw)

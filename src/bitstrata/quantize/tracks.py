@@ -22,16 +22,18 @@ operations over vectors of rows, on any device.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kernels.cpu import choose_codes
-from .grouping import to_scale
+from ..planes.weights import byte_unit
+from .grouping import to_bytes, to_scale
 
 RIDGE = 1e-6  # of the mean diagonal of a group's normal matrix
+HEADROOM = 1.2  # of byte units over the first grid: the groups' own fits go beyond it
 STARTS = (1.0, 0.85, 0.7, 0.55)  # shares of the range from minimum to maximum that the first grid covers
 
 
@@ -40,7 +42,10 @@ Start = Callable[[Tensor, int, Tensor], Tensor]  # (weights [g, N], bits, metric
 
 @dataclass
 class Track:
-    """One precision: target [K, N], hessian [K, K] damped, weight lambda; coefficients [J, p + 1, N], offset last."""
+    """One precision: target [K, N], hessian [K, K] damped, weight lambda; coefficients [J, p + 1, N], offset last.
+
+    unit: fp16 [N] if coefficients are stored as bytes (planes.weights.ByteAffineDecoder).
+    """
 
     bits: int
     weight: float
@@ -48,6 +53,7 @@ class Track:
     hessian: Tensor
     coefficients: Tensor
     factor: Tensor | None = None  # upper_factor(hessian), if it is known
+    unit: Tensor | None = None
 
     def loss(self, decoded: Tensor) -> Tensor:
         """L_p of every row for weights [K, N]: [N]."""
@@ -67,9 +73,22 @@ def levels(coefficients: Tensor) -> Tensor:
     return signs(len(coefficients) - 1, coefficients.device) @ coefficients[:-1] + coefficients[-1]
 
 
-def rounded(coefficients: Tensor) -> Tensor:
-    """As they will be stored."""
-    return to_scale(coefficients).float()
+def rounded(coefficients: Tensor, unit: Tensor | None = None) -> Tensor:
+    """As they will be stored, [p + 1, N]."""
+    return to_scale(coefficients).float() if unit is None else to_bytes(coefficients, unit)
+
+
+def common_unit(targets: Mapping[int, Tensor], groups: Sequence[int]) -> Tensor:
+    """A byte unit for every row, of the first grids of all groups at all bits: {bits: [K, N]} -> fp16 [N].
+
+    One for all bits, so that every precision can take over a lower one's coefficients.
+    """
+    largest = torch.zeros(1)
+    for bits, target in targets.items():
+        for part in target.split(list(groups)):
+            grid = first_grid(part, bits, torch.eye(len(part), device=target.device))
+            largest = torch.maximum(largest.to(target.device), torch.maximum(grid[0].abs(), grid[-1].abs()))
+    return byte_unit(largest * HEADROOM)
 
 
 def upper_factor(hessian: Tensor) -> Tensor:
@@ -162,7 +181,7 @@ class JointSolver:
             errors, made = [], []
             for index, track in enumerate(self.tracks):
                 part = self.part(code, track)
-                tables[index] = rounded(fit(targets[index], part, tables[index], metrics[index]))
+                tables[index] = rounded(fit(targets[index], part, tables[index], metrics[index]), track.unit)
                 error = whiten[index] @ (targets[index] - levels(tables[index]).gather(0, part))
                 score += track.weight * error.square().sum(0)
                 errors.append(error)
@@ -241,7 +260,7 @@ class JointSolver:
         start, end = self.spans[group]
         part = self.part(self.code[start:end], track)
         old = track.coefficients[group]
-        new = rounded(old + step(part, old, metric, residual))
+        new = rounded(old + step(part, old, metric, residual), track.unit)
         moved = levels(new).gather(0, part) - levels(old).gather(0, part)
         change = (moved * (metric @ moved - 2 * residual)).sum(0)
         better = change < 0

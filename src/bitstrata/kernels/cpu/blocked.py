@@ -17,12 +17,12 @@ from torch import Tensor
 from ...planes.pack import words_per_row
 from ...planes.weights import (
     SCALE_DTYPE,
-    AffineDecoder,
     CodebookDecoder,
     Decoder,
     PlaneWeight,
     decoder_shapes,
-    group_count,
+    decoder_tensors,
+    make_decoder,
 )
 from .extension import native
 
@@ -37,7 +37,7 @@ SKEW = 4096 + 320  # planes are read side by side: at a distance of a power of t
 class BlockedWeight:
     """A weight [N, K] whose planes and decoders lie as the CPU kernels read them.
 
-    planes: uint8, flat; decoders[bits]: fp16, flat; kind: "affine" or "codebook".
+    planes, decoders[bits]: uint8, flat; kind: that of the PlaneWeight.
     """
 
     planes: tuple[Tensor, ...]
@@ -51,15 +51,14 @@ class BlockedWeight:
 
     def __post_init__(self) -> None:
         assert native is not None
-        codebook = self.kind == "codebook"
-        handle = native.Weight(self.out_features, self.in_features, self.group_size, codebook)
+        handle = native.Weight(self.out_features, self.in_features, self.group_size, *_flags(self.kind))
         for index, plane in enumerate(self.planes):
-            _expect(f"plane {index}", plane, torch.uint8, handle.plane_bytes)
+            _expect(f"plane {index}", plane, handle.plane_bytes)
             handle.set_plane(index, plane.data_ptr())
         for bits, decoder in self.decoders.items():
             if not 1 <= bits <= len(self.planes):
                 raise ValueError(f"a decoder for {bits} bits needs as many planes, got {len(self.planes)}")
-            _expect(f"decoder for {bits} bits", decoder, SCALE_DTYPE, handle.decoder_count(bits))
+            _expect(f"decoder for {bits} bits", decoder, handle.decoder_bytes(bits))
             handle.set_decoder(bits, decoder.data_ptr())
         object.__setattr__(self, "handle", handle)
 
@@ -90,15 +89,13 @@ class BlockedWeight:
         Raises ValueError if decoders of both kinds are mixed.
         """
         assert native is not None
-        kinds = {weight.decoder_kind(bits) for bits in weight.bits}
-        if len(kinds) > 1:
+        kind = weight.kind
+        if len({decoder.kind == "codebook" for decoder in weight.decoders.values()}) > 1:
             raise ValueError("a weight with affine and codebook decoders cannot be packed")
-        (kind,) = kinds
         threads = torch.get_num_threads()
-        shape = (weight.out_features, weight.in_features, weight.group_size, kind == "codebook")
-        layout = native.Weight(*shape)
+        layout = native.Weight(weight.out_features, weight.in_features, weight.group_size, *_flags(kind))
         sizes = [layout.plane_bytes] * len(weight.planes)
-        sizes += [SCALE_DTYPE.itemsize * layout.decoder_count(bits) for bits in weight.decoders]
+        sizes += [layout.decoder_bytes(bits) for bits in weight.decoders]
         room = _allocate(sizes)
         planes = room[: len(weight.planes)]
         for plane, packed in zip(weight.planes, planes, strict=True):
@@ -106,12 +103,11 @@ class BlockedWeight:
             layout.pack_plane(plane.data_ptr(), packed.data_ptr(), threads)
         decoders = {}
         for (bits, decoder), packed in zip(weight.decoders.items(), room[len(planes) :], strict=True):
-            packed = packed.view(SCALE_DTYPE)
-            if isinstance(decoder, AffineDecoder):
-                scale, offset = decoder.scale.contiguous(), decoder.offset.contiguous()
-                layout.pack_scales(scale.data_ptr(), offset.data_ptr(), bits, packed.data_ptr())
+            if isinstance(decoder, CodebookDecoder):
+                packed.view(SCALE_DTYPE).zero_()[: decoder.table.numel()] = decoder.table.flatten()
             else:
-                packed.zero_()[: decoder.table.numel()] = decoder.table.flatten()
+                tensors = [tensor.contiguous() for tensor in decoder_tensors(decoder, bits).values()]
+                layout.pack_scales(bits, *_addresses(tensors), packed.data_ptr())
             decoders[bits] = packed
         return cls(tuple(planes), decoders, weight.out_features, weight.in_features, weight.group_size, kind)
 
@@ -129,15 +125,25 @@ class BlockedWeight:
         )
 
     def _decoder(self, bits: int) -> Decoder:
-        packed = self.decoders[bits]
+        shapes = decoder_shapes(self.kind, bits, self.out_features, self.in_features, self.group_size)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
         if self.kind == "codebook":
-            (shape,) = decoder_shapes(self.kind, bits, self.out_features, self.in_features, self.group_size).values()
-            return CodebookDecoder(packed[: shape[0] * shape[1]].view(shape).clone())
-        groups = group_count(self.in_features, self.group_size)
-        scale = torch.empty(bits, self.out_features, groups, dtype=SCALE_DTYPE)
-        offset = torch.empty(self.out_features, groups, dtype=SCALE_DTYPE)
-        self.handle.unpack_scales(packed.data_ptr(), bits, scale.data_ptr(), offset.data_ptr())
-        return AffineDecoder(scale, offset)
+            table = tensors[f"table_{bits}"]
+            table.flatten()[:] = self.decoders[bits].view(SCALE_DTYPE)[: table.numel()]
+        else:
+            self.handle.unpack_scales(bits, *_addresses(list(tensors.values())))
+        return make_decoder(self.kind, bits, tensors)
+
+
+def _flags(kind: str) -> tuple[bool, bool]:
+    """What the extension calls a kind: codebook, bytes."""
+    return kind == "codebook", kind == "affine8"
+
+
+def _addresses(tensors: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Of scale, offset and unit, which may be absent."""
+    scale, offset, *unit = (tensor.data_ptr() for tensor in tensors)
+    return scale, offset, unit[0] if unit else 0
 
 
 def _allocate(sizes: Sequence[int]) -> list[Tensor]:
@@ -155,10 +161,11 @@ def _allocate(sizes: Sequence[int]) -> list[Tensor]:
     return [whole[skip + start : skip + start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
-def _expect(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+def _expect(name: str, tensor: Tensor, count: int) -> None:
     """The kernels trust the addresses they get: everything about them is checked here."""
-    if tensor.dtype != dtype or tensor.numel() != count or not tensor.is_contiguous() or tensor.device.type != "cpu":
+    dtype, device = tensor.dtype, tensor.device
+    if dtype != torch.uint8 or tensor.numel() != count or not tensor.is_contiguous() or device.type != "cpu":
         raise ValueError(
-            f"{name}: expected {count} contiguous entries of {dtype} on the CPU, "
-            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            f"{name}: expected {count} contiguous entries of {torch.uint8} on the CPU, "
+            f"got {dtype} {list(tensor.shape)} on {device}"
         )

@@ -95,7 +95,8 @@ void unpack_plane_row(const Layout& layout, const uint8_t* plane, uint32_t* word
     copy_bits(scratch, group_start(layout, group), words, group * layout.group_size, group_columns(layout, group));
 }
 
-void pack_scales(const Layout& layout, const uint16_t* scale, const uint16_t* offset, int bits, uint16_t* out) {
+template <class C>
+void pack_scales(const Layout& layout, const C* scale, const C* offset, int bits, C* out) {
   const size_t plane = size_t(layout.rows) * layout.stored_groups;
   for (int block = 0; block < layout.blocks; ++block)
     for (int group = 0; group < layout.groups; ++group)
@@ -104,20 +105,35 @@ void pack_scales(const Layout& layout, const uint16_t* scale, const uint16_t* of
           const int row = block * kBlockRows + within;
           const bool there = row < layout.rows && group < layout.stored_groups;
           const size_t at = size_t(row) * layout.stored_groups + group;
-          *out++ = !there ? uint16_t(0) : i < bits ? scale[i * plane + at] : offset[at];
+          *out++ = !there ? C(0) : i < bits ? scale[i * plane + at] : offset[at];
         }
 }
 
-void unpack_scales(const Layout& layout, const uint16_t* packed, int bits, uint16_t* scale, uint16_t* offset) {
+template <class C>
+void unpack_scales(const Layout& layout, const C* packed, int bits, C* scale, C* offset) {
   const size_t plane = size_t(layout.rows) * layout.stored_groups;
   for (int row = 0; row < layout.rows; ++row)
     for (int group = 0; group < layout.stored_groups; ++group) {
       const size_t at = size_t(row) * layout.stored_groups + group;
-      const uint16_t* from =
+      const C* from =
           packed + ((size_t(row / kBlockRows) * layout.groups + group) * (bits + 1)) * kBlockRows + row % kBlockRows;
       for (int i = 0; i < bits; ++i) scale[i * plane + at] = from[i * kBlockRows];
       offset[at] = from[bits * kBlockRows];
     }
+}
+
+template void pack_scales(const Layout&, const uint16_t*, const uint16_t*, int, uint16_t*);
+template void pack_scales(const Layout&, const int8_t*, const int8_t*, int, int8_t*);
+template void unpack_scales(const Layout&, const uint16_t*, int, uint16_t*, uint16_t*);
+template void unpack_scales(const Layout&, const int8_t*, int, int8_t*, int8_t*);
+
+void pack_units(const Layout& layout, const uint16_t* stored, float* out) {
+  for (int row = 0; row < layout.blocks * kBlockRows; ++row)
+    out[row] = row < layout.rows ? half_to_float(stored[row]) / 128 : 0.0f;
+}
+
+void unpack_units(const Layout& layout, const float* packed, uint16_t* stored) {
+  for (int row = 0; row < layout.rows; ++row) stored[row] = float_to_half(packed[row] * 128);
 }
 
 }  // namespace bitstrata

@@ -34,11 +34,11 @@ void check(const std::vector<const Weight*>& weights, const std::vector<Segment>
 
 // Segments of equal bits among rows begin..end-1 in the order given.
 std::vector<Segment> segments_of(const std::vector<int>& order, const int8_t* row_bits, int bits, int begin, int end) {
-  if (!row_bits) return {{bits, 0, end - begin, nullptr}};
+  if (!row_bits) return {{bits, 0, end - begin, nullptr, nullptr}};
   std::vector<Segment> segments;
   for (int r = begin; r < end; ++r) {
     const int here = row_bits[order[r]];
-    if (segments.empty() || segments.back().bits != here) segments.push_back({here, r - begin, r - begin, nullptr});
+    if (segments.empty() || segments.back().bits != here) segments.push_back({here, r - begin, r - begin, nullptr, nullptr});
     segments.back().end = r - begin + 1;
   }
   return segments;
@@ -88,7 +88,8 @@ void linear(const Kernels& kernels, const std::vector<const Weight*>& weights, c
     for (size_t i = 0; i < weights.size(); ++i) {
       const Weight& weight = *weights[i];
       FewRows& call = calls[i];
-      for (Segment& segment : segments[i]) segment.decoder = weight.decoders[segment.bits];
+      for (Segment& segment : segments[i])
+        segment.decoder = weight.decoders[segment.bits], segment.units = weight.units(segment.bits);
       call.layout = &weight.layout;
       call.bits = shared.back().bits;  // ascending
       for (int plane = 0; plane < kMaxBits; ++plane)  // absent planes: any will do, see few_rows_pick
@@ -125,7 +126,7 @@ void linear(const Kernels& kernels, const std::vector<const Weight*>& weights, c
 
 void decode(const Kernels& kernels, const Weight& weight, int bits, int first, int last, void* out, Type type,
             int threads) {
-  check({&weight}, {{bits, 0, 0, nullptr}});
+  check({&weight}, {{bits, 0, 0, nullptr, nullptr}});
   const int first_block = first / kBlockRows, blocks = (last + kBlockRows - 1) / kBlockRows - first_block;
   const size_t columns = weight.layout.columns;
   parallel_for(threads, blocks, [&](int begin, int end) {

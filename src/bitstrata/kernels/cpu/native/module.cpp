@@ -84,6 +84,26 @@ void run_linear(const std::string& isa, const std::vector<const Weight*>& weight
   linear(kernels, weights, activations, bits, at<const int8_t>(row_bits), outputs, threads, exact);
 }
 
+// An affine decoder; `unit` matters if it is of bytes.
+void pack_decoder(const Weight& weight, int bits, uintptr_t scale, uintptr_t offset, uintptr_t unit, uintptr_t out) {
+  check_bits(bits);
+  const Layout& layout = weight.layout;
+  if (!weight.has_bytes(bits))
+    return pack_scales(layout, at<const uint16_t>(scale), at<const uint16_t>(offset), bits, at<uint16_t>(out));
+  pack_scales(layout, at<const int8_t>(scale), at<const int8_t>(offset), bits, at<int8_t>(out));
+  pack_units(layout, at<const uint16_t>(unit), reinterpret_cast<float*>(at<int8_t>(out) + weight.scale_count(bits)));
+}
+
+void unpack_decoder(const Weight& weight, int bits, uintptr_t scale, uintptr_t offset, uintptr_t unit) {
+  check_bits(bits);
+  if (!weight.decoders[bits]) throw std::invalid_argument("no decoder for these bits");
+  const void* packed = weight.decoders[bits];
+  if (!weight.has_bytes(bits))
+    return unpack_scales(weight.layout, static_cast<const uint16_t*>(packed), bits, at<uint16_t>(scale), at<uint16_t>(offset));
+  unpack_scales(weight.layout, static_cast<const int8_t*>(packed), bits, at<int8_t>(scale), at<int8_t>(offset));
+  unpack_units(weight.layout, weight.units(bits), at<uint16_t>(unit));
+}
+
 void run_decode(const Weight& weight, const std::string& isa, int bits, int first, int last, uintptr_t out, int type,
                 int threads) {
   const int rows = weight.layout.rows;
@@ -159,17 +179,15 @@ NB_MODULE(_native, m) {
 
   nb::class_<Weight>(m, "Weight")
       .def("__init__",
-           [](Weight* self, int rows, int columns, int group_size, bool codebook) {
+           [](Weight* self, int rows, int columns, int group_size, bool codebook, bool bytes) {
              if (rows < 1 || columns < 1 || group_size < 1) throw std::invalid_argument("a weight cannot be empty");
-             new (self) Weight{Layout(rows, columns, codebook ? columns : group_size), codebook};
+             new (self) Weight{Layout(rows, columns, codebook ? columns : group_size), codebook, bytes && !codebook};
            })
       .def_prop_ro("plane_bytes", [](const Weight& self) { return self.layout.plane_bytes; })
-      .def("decoder_count",
+      .def("decoder_bytes",
            [](const Weight& self, int bits) {
              check_bits(bits);
-             const Layout& layout = self.layout;
-             const size_t rows = size_t(layout.blocks) * kBlockRows;
-             return self.codebook ? rows << bits : rows * layout.groups * (bits + 1);
+             return self.decoder_bytes(bits);
            })
       .def("set_plane",
            [](Weight& self, int index, uintptr_t plane) {
@@ -179,17 +197,11 @@ NB_MODULE(_native, m) {
       .def("set_decoder",
            [](Weight& self, int bits, uintptr_t decoder) {
              check_bits(bits);
-             self.decoders[bits] = at<const uint16_t>(decoder);
+             self.decoders[bits] = at<const void>(decoder);
            })
       .def("pack_plane", &pack_plane)
       .def("unpack_plane", &unpack_plane)
-      .def("pack_scales",
-           [](const Weight& self, uintptr_t scale, uintptr_t offset, int bits, uintptr_t out) {
-             pack_scales(self.layout, at<const uint16_t>(scale), at<const uint16_t>(offset), bits, at<uint16_t>(out));
-           })
-      .def("unpack_scales",
-           [](const Weight& self, uintptr_t packed, int bits, uintptr_t scale, uintptr_t offset) {
-             unpack_scales(self.layout, at<const uint16_t>(packed), bits, at<uint16_t>(scale), at<uint16_t>(offset));
-           })
+      .def("pack_scales", &pack_decoder)
+      .def("unpack_scales", &unpack_decoder)
       .def("decode", &run_decode);
 }

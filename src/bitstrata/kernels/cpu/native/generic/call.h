@@ -12,14 +12,29 @@ enum class Type { f32, f16, bf16 };
 struct Weight {
   Layout layout;
   bool codebook;
+  bool bytes;  // scales of up to kByteBits bits are bytes
   const uint8_t* planes[kMaxBits] = {};
-  const uint16_t* decoders[kMaxBits + 1] = {};  // by bits; null where there is none
+  const void* decoders[kMaxBits + 1] = {};  // by bits; null where there is none
+
+  bool has_bytes(int bits) const { return bytes && bits <= kByteBits; }
+  size_t scale_count(int bits) const { return size_t(layout.blocks) * layout.groups * (bits + 1) * kBlockRows; }
+  // Where the rows' units are behind the scales; null if they are fp16.
+  const float* units(int bits) const {
+    if (!has_bytes(bits)) return nullptr;
+    return reinterpret_cast<const float*>(static_cast<const char*>(decoders[bits]) + scale_count(bits));
+  }
+  size_t decoder_bytes(int bits) const {
+    const size_t rows = size_t(layout.blocks) * kBlockRows;
+    if (codebook) return (rows << bits) * 2;
+    return has_bytes(bits) ? scale_count(bits) + rows * sizeof(float) : scale_count(bits) * 2;
+  }
 };
 
 // Rows begin..end-1 of x at `bits`, with the decoder of these bits.
 struct Segment {
   int bits, begin, end;
-  const uint16_t* decoder;  // scales or table of the blocked layout
+  const void* decoder;  // scales or table of the blocked layout
+  const float* units;   // of the rows, if the scales are bytes; else null
 };
 
 struct FewRows {

@@ -30,13 +30,26 @@ inline void word_indices(const Weight& weight, int bits, size_t offset, uint8_t 
   }
 }
 
+// The coefficients of one row's group as numbers, the offset last.
+inline void group_scales(const Weight& weight, int bits, int block, int group, int row, float* out) {
+  const size_t first = (size_t(block) * weight.layout.groups + group) * (bits + 1) * kBlockRows + row;
+  if (!weight.has_bytes(bits)) {
+    const uint16_t* scales = static_cast<const uint16_t*>(weight.decoders[bits]) + first;
+    for (int i = 0; i <= bits; ++i) out[i] = half_to_float(scales[i * kBlockRows]);
+    return;
+  }
+  const int8_t* scales = static_cast<const int8_t*>(weight.decoders[bits]) + first;
+  const float unit = weight.units(bits)[block * kBlockRows + row];
+  for (int i = 0; i <= bits; ++i) out[i] = float(scales[i * kBlockRows]) * (unit / float(i < bits ? 1 << i : 1));
+}
+
 // Row `row` of a block, slot s: 16 columns -> out.
 template <class S>
-inline void affine_slot(const uint16_t* scales, int bits, int row, const float table[16], const uint8_t* high,
-                        const uint8_t* low, float* out) {
+inline void affine_slot(const float* scales, int bits, const float table[16], const uint8_t* high, const uint8_t* low,
+                        float* out) {
   S::gather16(table, high, out);
   for (int i = 4; i < bits; ++i) {
-    const float scale = half_to_float(scales[i * kBlockRows + row]);
+    const float scale = scales[i];
     const int bit = 7 - i;
     for (int b = 0; b < 16; ++b) out[b] += (low[b] >> bit & 1) ? scale : -scale;
   }
@@ -49,7 +62,7 @@ void decode_unit(const Weight& weight, int bits, int block, int unit, float out[
   const int groups = layout.groups_per_unit;
   const size_t offset = (size_t(block) * layout.units + unit) * kQuads * kWordBytes;
   alignas(64) uint8_t high[kSlots][kWordBytes], low[kSlots][kWordBytes];
-  const uint16_t* decoder = weight.decoders[bits];
+  const auto* decoder = static_cast<const uint16_t*>(weight.decoders[bits]);
   for (int q = 0; q < kQuads; ++q) {
     word_indices<S>(weight, bits, offset + q * kWordBytes, high, low);
     for (int lane = 0; lane < 4; ++lane) {
@@ -66,15 +79,13 @@ void decode_unit(const Weight& weight, int bits, int block, int unit, float out[
       }
       for (int g = 0; g < groups; ++g) {
         const int group = groups > 1 ? unit * groups + g : unit / layout.units_per_group;
-        const uint16_t* scales = decoder + (size_t(block) * layout.groups + group) * (bits + 1) * kBlockRows;
-        float table[16];
-        for (int n = 0; n < 16; ++n) table[n] = half_to_float(scales[bits * kBlockRows + row]);
-        for (int i = 0; i < 4 && i < bits; ++i) {
-          const float scale = half_to_float(scales[i * kBlockRows + row]);
-          for (int n = 0; n < 16; ++n) table[n] += (n >> (3 - i) & 1) ? scale : -scale;
-        }
+        float scales[kMaxBits + 1], table[16];
+        group_scales(weight, bits, block, group, row, scales);
+        for (int n = 0; n < 16; ++n) table[n] = scales[bits];
+        for (int i = 0; i < 4 && i < bits; ++i)
+          for (int n = 0; n < 16; ++n) table[n] += (n >> (3 - i) & 1) ? scales[i] : -scales[i];
         for (int s = g * kSlots / groups; s < (g + 1) * kSlots / groups; ++s)
-          affine_slot<S>(scales, bits, row, table, high[s] + 16 * lane, low[s] + 16 * lane, &out[row][16 * s]);
+          affine_slot<S>(scales, bits, table, high[s] + 16 * lane, low[s] + 16 * lane, &out[row][16 * s]);
       }
     }
   }

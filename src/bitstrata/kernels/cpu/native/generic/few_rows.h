@@ -80,8 +80,9 @@ void few_rows_block(const FewRows& call, int block, float* out) {
   if constexpr (Codebook) {
     for (int i = 0; i < segments; ++i) {
       const Segment& segment = call.segments[i];
-      codebook_tables<S, Planes, nibble>(buffers[0][i], segment.decoder + (size_t(block) * kBlockRows << segment_bits(i)),
-                                 segment_bits(i), Mixed && segment_bits(i) <= 4 ? 1 : count);
+      codebook_tables<S, Planes, nibble>(
+          buffers[0][i], static_cast<const uint16_t*>(segment.decoder) + (size_t(block) * kBlockRows << segment_bits(i)),
+          segment_bits(i), Mixed && segment_bits(i) <= 4 ? 1 : count);
     }
   }
 
@@ -93,10 +94,14 @@ void few_rows_block(const FewRows& call, int block, float* out) {
   auto build = [&](int step) {
     for (int i = 0; i < segments; ++i) {
       const int bits = segment_bits(i), stride = (bits + 1) * kBlockRows;
-      const uint16_t* scales = call.segments[i].decoder + (size_t(block) * layout.groups + size_t(step) * Groups) * stride;
-      prefetch(scales);
-      for (int g = 0; g < Groups; ++g)
-        affine_tables<S, nibble>(buffers[step % ahead][i], g, scales + g * stride, bits);
+      const size_t first = (size_t(block) * layout.groups + size_t(step) * Groups) * stride;
+      auto make = [&](const auto* scales) {
+        prefetch(scales + first);
+        for (int g = 0; g < Groups; ++g)
+          affine_tables<S, nibble>(buffers[step % ahead][i], g, scales + first + g * stride, bits);
+      };
+      if ((Mixed || Planes <= kByteBits) && call.segments[i].units) make(static_cast<const int8_t*>(call.segments[i].decoder));
+      else make(static_cast<const uint16_t*>(call.segments[i].decoder));
     }
   };
   if constexpr (!Codebook) build(0);
@@ -191,10 +196,16 @@ void few_rows_block(const FewRows& call, int block, float* out) {
     }
   }
   if (late) finish(layout.units - 1, *tables);
-  for (int r = 0; r < rows; ++r)
-    for (int h = 0; h < halves; ++h)
-      S::store_float(out + r * kBlockRows + h * half_rows,
-                     One ? one_total[h] : S::load_float(&total[r][h * half_rows]));
+  for (int i = 0; i < segments; ++i) {
+    const float* units = call.segments[i].units;
+    const int begin = Mixed ? call.segments[i].begin : 0, end = Mixed ? call.segments[i].end : rows;
+    for (int r = begin; r < end; ++r)
+      for (int h = 0; h < halves; ++h) {
+        F y = One ? one_total[h] : S::load_float(&total[r][h * half_rows]);
+        if (units) y = S::mul(y, S::load_float(units + size_t(block) * kBlockRows + h * half_rows));
+        S::store_float(out + r * kBlockRows + h * half_rows, y);
+      }
+  }
 }
 
 template <class S, int Planes, int Groups, bool Codebook>

@@ -7,6 +7,8 @@
 //
 //   plane     uint8 [blocks][units][4][64]
 //   scales    fp16  [blocks][groups][bits + 1][16]    scale of plane 0..bits-1, then the offset
+//     or      int8  [blocks][groups][bits + 1][16]    the same as bytes, up to kByteBits bits, and behind them
+//             fp32  [blocks][16]                      2^-7 times the rows' units; plane i counts 2^-i of it
 //   table     fp16  [blocks][16][2^bits]
 //
 // A unit holds a whole number of groups of `lane_group` columns (32, 64 or 128), or a group spans a whole
@@ -24,6 +26,7 @@ constexpr int kWordBytes = 64;
 constexpr int kQuads = 4;  // words of a plane in a (block, unit)
 constexpr int kQuarters = 4;  // of a chunk of activations, each with a scale of its own
 constexpr int kMaxBits = 8;
+constexpr int kByteBits = 4;  // bits whose scales may be bytes
 constexpr int kMaxRows = 16;  // activation rows in one pass over the weight
 
 struct Layout {

@@ -97,25 +97,36 @@ inline void level_tables(typename S::V base, const typename S::V* delta, Put put
   }
 }
 
+// A coefficient of the rows of a half: fp16, or a byte, of which plane `plane` counts 2^-plane.
+template <class S>
+inline typename S::F coefficient(const uint16_t* scales, int) {
+  return S::load_half(scales);
+}
+
+template <class S>
+inline typename S::F coefficient(const int8_t* scales, int plane) {
+  return S::mul(S::load_byte(scales), S::floats(1.0f / float(1 << plane)));
+}
+
 // Planes first..first+Planes-1 of one group for the rows of half `h`; returns `low` less what the tables' lowest entries are.
-template <class S, int Planes, bool Nibble, class T>
-inline typename S::F affine_set(T& tables, int g, int set, int h, const uint16_t* scales, typename S::F low) {
+template <class S, int Planes, bool Nibble, class T, class C>
+inline typename S::F affine_set(T& tables, int g, int set, int h, const C* scales, typename S::F low) {
   using V = typename S::V;
   using F = typename S::F;
   constexpr int half_rows = 4 * S::lanes, at_bytes = 16 * S::lanes;
   auto put = [&](int table, int q, V value) { S::store(&tables.level[g][set][table][q][h * at_bytes], value); };
   F step;
   if constexpr (Planes == 1) {  // the level is the bit
-    F scale = S::load_half(scales);
+    F scale = coefficient<S>(scales, 0);
     step = S::add(scale, scale);
     low = S::sub(low, scale);
     for (int q = 0; q < kQuads; ++q)
       for (int t = 0; t < (Nibble ? 1 : 4); ++t) put(t, q, S::flip(S::load(kShuffles.bit[Nibble ? 3 : t])));
   } else {
-    F scale[Planes], total = S::load_half(scales), span = S::abs(total);
+    F scale[Planes], total = coefficient<S>(scales, 0), span = S::abs(total);
     scale[0] = total;
     for (int i = 1; i < Planes; ++i) {
-      scale[i] = S::load_half(scales + i * kBlockRows);
+      scale[i] = coefficient<S>(scales + i * kBlockRows, i);
       total = S::add(total, scale[i]);
       span = S::add(span, S::abs(scale[i]));
     }
@@ -133,19 +144,20 @@ inline typename S::F affine_set(T& tables, int g, int set, int h, const uint16_t
   return S::level_bias ? S::fma(step, S::floats(float(S::level_bias)), low) : low;
 }
 
-// `scales` [bits + 1][16] of one group -> group `g` of `tables`, planes arranged as IndexForm says.
-template <class S, bool Nibble, class T>
-inline void affine_tables(T& tables, int g, const uint16_t* scales, int bits) {
+// `scales` [bits + 1][16] of one group -> group `g` of `tables`, planes arranged as IndexForm says. From bytes, `step`
+// and `low` lack the rows' units.
+template <class S, bool Nibble, class T, class C>
+inline void affine_tables(T& tables, int g, const C* scales, int bits) {
   constexpr int half_rows = 4 * S::lanes;
   for (int h = 0; h < T::halves; ++h) {
-    const uint16_t* at = scales + h * half_rows;
-    auto low = S::load_half(at + bits * kBlockRows);
+    const C* at = scales + h * half_rows;
+    auto low = coefficient<S>(at + bits * kBlockRows, 0);
     if (bits == 1) low = affine_set<S, 1, Nibble>(tables, g, 0, h, at, low);
     else if (bits == 2) low = affine_set<S, 2, Nibble>(tables, g, 0, h, at, low);
     else if (bits == 3) low = affine_set<S, 3, Nibble>(tables, g, 0, h, at, low);
     else low = affine_set<S, 4, Nibble>(tables, g, 0, h, at, low);
-    if constexpr (T::sets > 1) {
-      const uint16_t* rest = at + 4 * kBlockRows;
+    if constexpr (T::sets > 1 && sizeof(C) == 2) {  // more than kByteBits
+      const C* rest = at + 4 * kBlockRows;
       if (bits == 5) low = affine_set<S, 1, true>(tables, g, 1, h, rest, low);
       else if (bits == 6) low = affine_set<S, 2, true>(tables, g, 1, h, rest, low);
       else if (bits == 7) low = affine_set<S, 3, true>(tables, g, 1, h, rest, low);

@@ -131,6 +131,9 @@ struct Simd {
   static F load_half(const uint16_t* p) {
     return each([&](int i) { return half_to_float(p[i]); });
   }
+  static F load_byte(const int8_t* p) {
+    return each([&](int i) { return float(p[i]); });
+  }
   static void store_half(uint16_t* p, const F& v) {
     for (int i = 0; i < 4; ++i) p[i] = float_to_half(v.at[i]);
   }
