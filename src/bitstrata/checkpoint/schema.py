@@ -38,8 +38,19 @@ _DECODER = re.compile(r"\.(?:scale|offset|unit|table)_(\d+)$")
 # (safetensors dtype, shape) of a tensor
 TensorSpec = tuple[str, tuple[int, ...]]
 
-_NAMES = {torch.int8: "I8", torch.float16: "F16"}
-_BYTES = {"I32": 4, "F16": 2, "I8": 1}
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -172,7 +183,7 @@ class QuantizationSpec(_Strict):
             shapes = decoder_shapes(
                 layer.decoder, bits, layer.out_features, layer.in_features, self.layer_group_size(name)
             )
-            tensors.update({f"{name}.{key}": (_NAMES[dtype], shape) for key, (dtype, shape) in shapes.items()})
+            tensors.update({f"{name}.{key}": (DTYPE_NAMES[dtype], shape) for key, (dtype, shape) in shapes.items()})
         return tensors
 
     def layer_bytes(self, name: str) -> int:
@@ -215,7 +226,7 @@ def format_version(layers: Iterable[LayerSpec]) -> int:
 def tensor_bytes(spec: TensorSpec) -> int:
     """Bytes of a stored plane or decoder tensor."""
     dtype, shape = spec
-    return prod(shape) * _BYTES[dtype]
+    return prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
 
 
 def guard_name(layer: str) -> str:

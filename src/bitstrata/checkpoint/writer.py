@@ -22,23 +22,9 @@ from torch import Tensor
 
 from ..errors import disk_errors
 from ..planes.weights import PlaneWeight
-from .schema import CONFIG_FILE, INDEX_FILE, REPORT_FILE, shard_of
+from .schema import CONFIG_FILE, DTYPE_NAMES, INDEX_FILE, REPORT_FILE, shard_of
 
 TEMPORARY = ".bitstrata-tmp"
-
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -115,7 +101,7 @@ def write_safetensors(path: Path, entries: Sequence[TensorEntry], metadata: Mapp
     position = 0
     for entry in ordered:
         header[entry.name] = {
-            "dtype": _DTYPE_NAMES[entry.dtype],
+            "dtype": DTYPE_NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [position, position + entry.nbytes],
         }

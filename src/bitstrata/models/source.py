@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint import is_checkpoint
-from ..checkpoint.writer import SAFETENSORS_DTYPES
+from ..checkpoint.schema import SAFETENSORS_DTYPES
 from ..errors import ModelError
 
 INDEX = "model.safetensors.index.json"

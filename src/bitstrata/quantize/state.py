@@ -11,12 +11,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoint import QuantizationSpec, TensorEntry, entries_of, remove_leftovers, write_json, write_safetensors
+from ..checkpoint.schema import SAFETENSORS_DTYPES
 from ..checkpoint.writer import TEMPORARY
 from ..errors import JobError, disk_errors
 from ..planes.weights import PlaneWeight, make_decoder
@@ -164,9 +164,10 @@ class JobState:
         result = []
         for name in layers:
             for full, (dtype, shape) in self.spec.layer_tensors(name).items():
-                kind = torch.int32 if dtype == "I32" else torch.float16
                 result.append(
-                    TensorEntry(full, kind, shape, lambda block=block, full=full: self._read(block, full))  # type: ignore[misc]
+                    TensorEntry(
+                        full, SAFETENSORS_DTYPES[dtype], shape, lambda block=block, full=full: self._read(block, full)
+                    )  # type: ignore[misc]
                 )
         return result
 
