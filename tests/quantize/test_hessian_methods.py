@@ -113,7 +113,7 @@ def test_nested_losses_are_monotone_for_every_row(seed):
     losses = [loss(weight, decode(solved, b), found.damped(0.01)) for b in bits]
     for fewer, more in itertools.pairwise(losses):
         assert (more <= fewer * (1 + 1e-5)).all()
-    assert losses[-1].sum() < 1e-3 * losses[1].sum()
+    assert losses[-1].sum() < 4e-3 * losses[1].sum()
 
 
 def test_fast_needs_no_text_and_beats_rounding(seed):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoint import QuantizationSpec, TensorEntry, entries_of, remove_leftovers, write_json, write_safetensors
-from ..checkpoint.schema import SAFETENSORS_DTYPES
+from ..checkpoint.schema import SAFETENSORS_DTYPES, TensorSpec
 from ..checkpoint.writer import TEMPORARY
 from ..errors import JobError, disk_errors
 from ..planes.weights import PlaneWeight, make_decoder
@@ -161,15 +161,11 @@ class JobState:
 
     def entries(self, block: Part, layers: list[str]) -> list[TensorEntry]:
         """The block's tensors as entries that are read only when they are written."""
-        result = []
-        for name in layers:
-            for full, (dtype, shape) in self.spec.layer_tensors(name).items():
-                result.append(
-                    TensorEntry(
-                        full, SAFETENSORS_DTYPES[dtype], shape, lambda block=block, full=full: self._read(block, full)
-                    )  # type: ignore[misc]
-                )
-        return result
+
+        def entry(name: str, spec: TensorSpec) -> TensorEntry:
+            return TensorEntry(name, SAFETENSORS_DTYPES[spec[0]], spec[1], lambda: self._read(block, name))
+
+        return [entry(full, spec) for name in layers for full, spec in self.spec.layer_tensors(name).items()]
 
 
 def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
