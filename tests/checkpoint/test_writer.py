@@ -11,8 +11,8 @@ from helpers import random_weight, save_checkpoint
 from safetensors.torch import load_file
 
 from bitstrata.checkpoint import TensorEntry, entries_of, is_checkpoint, remove_leftovers, write_checkpoint, write_json
-from bitstrata.checkpoint.schema import shard_of
-from bitstrata.checkpoint.writer import SAFETENSORS_DTYPES, write_safetensors
+from bitstrata.checkpoint.schema import SAFETENSORS_DTYPES, shard_of
+from bitstrata.checkpoint.writer import write_safetensors
 from bitstrata.errors import ResourceError, UsageError
 
 CONFIG = {"quantization_config": {"quant_method": "bitstrata"}}
