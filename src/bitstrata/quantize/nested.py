@@ -5,7 +5,8 @@
     best      and then the decoders of the whole model tuned end to end (refine.py)
 
 The weights lambda of the precisions' losses grow geometrically with the bits. Equal weights favour
-the lowest bits, whose loss is largest; what was measured for others is in docs/log.md.
+the lowest bits, whose loss is largest; what was measured for others is in docs/log.md. Tuning gives
+the lowest bits the most, so `best` grows faster.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Nested(HessianMethod):
 
     name = "nested"
     options_type = NestedOptions
-    presets: ClassVar = {"fast": {"hessian": False}, "best": {"tune_steps": 400}}
+    presets: ClassVar = {"fast": {"hessian": False}, "best": {"growth": 3.0, "tune_steps": 400}}
 
     def decoder_kind(self, bits: tuple[int, ...]) -> Kind:
         return "affine8" if self.options.scale_bits == 8 and min(bits) <= BYTE_BITS else "affine"
