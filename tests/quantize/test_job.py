@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import bitstrata
 from bitstrata.calibrate import calibration_windows, read_text
 from bitstrata.checkpoint import CheckpointReader, validate
+from bitstrata.demo.run import MODEL
 from bitstrata.evaluate import Tally
 from bitstrata.planes import decode
 from bitstrata.quantize.preflight import HELDOUT_WINDOWS
@@ -207,3 +209,17 @@ def test_groups_wider_than_every_layer_are_lowered_with_a_note(model: Path, tmp_
 def test_windows_longer_than_the_context_are_lowered_with_a_note(model: Path, text: Path, tmp_path: Path) -> None:
     report = run(model, tmp_path / "out", text, seq_len=4096, **RTN)
     assert any("seq-len lowered from 4096 to 64" in note for note in report.notes)
+
+
+def test_text_of_another_kind_is_said_in_the_report(tmp_path: Path) -> None:
+    """The demo's model has learnt Python; prose in another language it cannot predict."""
+    foreign = tmp_path / "foreign.txt"
+    words = ["la", "noche", "pasa", "lentamente", "sobre", "el", "campo", "y", "nadie", "recuerda", "aquella", "lluvia"]
+    draw = random.Random(0)
+    foreign.write_text(" ".join(draw.choice(words) for _ in range(4000)))
+    for text, warned in ((foreign, True), ("stdlib", False)):
+        report = bitstrata.quantize(
+            MODEL, tmp_path / f"out-{warned}", bits="4", method="rtn", calibration=text, num_samples=4, seq_len=64
+        )
+        assert (report.text_warning is not None) == warned
+        assert ("it is not the kind of text this model was made for" in str(report)) == warned

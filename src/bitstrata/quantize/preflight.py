@@ -64,6 +64,11 @@ class Prepared:
     memory_bytes: int
     head: tuple[HeadLayer, ...] = ()
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model tells apart."""
+        return int(self.model.config.get_text_config(decoder=True).vocab_size)
+
     def spec(self) -> QuantizationSpec:
         """The `quantization_config` of the result."""
         settings = self.settings
