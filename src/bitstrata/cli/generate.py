@@ -20,6 +20,10 @@ def command(
     temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    draft_bits: Annotated[
+        int | None, typer.Option(help="Draft tokens at this precision, check them at --bits.")
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(help="The most tokens drafted at a time.")] = 4,
     device: str = DEVICE_OPTION,
     json: bool = JSON_OPTION,
 ) -> None:
@@ -36,6 +40,8 @@ def command(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        draft_bits=draft_bits,
+        draft_tokens=draft_tokens,
         tokenizer=tokenizer,
         streamer=streamer,
     )
@@ -43,4 +49,5 @@ def command(
         show(result, as_json=True)
         return
     speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
-    typer.echo(f"[{result.bits} bits, {result.tokens} tokens{speed}]", err=True)
+    accepted = "" if result.acceptance is None else f", {result.acceptance:.0%} of drafts at {draft_bits} bits accepted"
+    typer.echo(f"[{result.bits} bits, {result.tokens} tokens{speed}{accepted}]", err=True)

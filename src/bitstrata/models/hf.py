@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -35,6 +35,7 @@ from ..nn import (
 from .attention import use_grouped_sdpa
 from .head import check_untied, put_embedding
 from .modules import linear_of, set_submodule, submodule
+from .speculation import Speculation, speculate
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -149,7 +150,17 @@ def _class_with_bits(base: Any) -> Any:
             return base.forward(self, *args, **kwargs)
 
     @wraps(base.generate)
-    def generate(self: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self: Any,
+        *args: Any,
+        bits: Bits | None = None,
+        draft_bits: int | None = None,
+        draft_tokens: int = 4,
+        **kwargs: Any,
+    ) -> Any:
+        if draft_bits is not None:
+            speculation = Speculation(draft_bits, draft_tokens, streamer=kwargs.get("streamer"))
+            kwargs = _with_draft(self, bits, speculation, kwargs)
         if bits is None:
             return base.generate(self, *args, **kwargs)
         with use_bits(self, bits):
@@ -184,6 +195,24 @@ def _class_with_bits(base: Any) -> Any:
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (base,), members)
+
+
+def _with_draft(model: Any, bits: Bits | None, speculation: Speculation, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for transformers' generate; what comes of the draft will be in `model.speculation`."""
+    state = bits_state(model)
+    checked = state.value if bits is None else bits
+    if not isinstance(checked, int):
+        raise UsageError("draft_bits needs one bits value for the whole sequence, not a plan or one a row")
+    speculation.check(state, checked)
+    model.speculation = speculation
+    kwargs = {**kwargs, "custom_generate": speculate, "speculation": speculation}
+    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+    if strings is not None:  # transformers takes the tokenizer away from decoding methods that are not its own
+        if tokenizer is None:
+            raise UsageError("stop_strings need the tokenizer", hint="pass tokenizer= to generate")
+        criteria = kwargs.get("stopping_criteria") or StoppingCriteriaList()
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+    return kwargs
 
 
 def _blank(base: Any) -> Any:

@@ -21,7 +21,8 @@ from ..progress import Reporter
 class Generation:
     """A continuation. `tokens` counts the new tokens; tokens_per_second leaves the prompt's pass out.
 
-    `bits` is None for a model that is not quantized.
+    `bits` is None for a model that is not quantized. acceptance: share of the tokens drafted at `draft_bits` that
+    `bits` agreed with.
     """
 
     prompt: str
@@ -30,6 +31,8 @@ class Generation:
     tokens: int
     seconds: float
     tokens_per_second: float | None
+    draft_bits: int | None = None
+    acceptance: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,6 +67,8 @@ def generate(
     *,
     top_p: float = 1.0,
     seed: int = 0,
+    draft_bits: int | None = None,
+    draft_tokens: int = 4,
     device: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     streamer: BaseStreamer | None = None,
@@ -75,6 +80,8 @@ def generate(
         model: a checkpoint folder or hub id, `OUT` or `OUT:BITS`; or a loaded model.
         bits: the precision; else the one in `OUT:BITS`; else the highest.
         temperature: 0 takes the most likely token every time; above 0 samples.
+        draft_bits: draft up to `draft_tokens` tokens at a time at this precision and check them at `bits`
+            (models/speculation.py); what is generated stays that of `bits`.
         streamer: receives tokens as they come.
 
     Raises:
@@ -98,6 +105,8 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        draft_bits=draft_bits,
+        draft_tokens=draft_tokens,
         streamer=streamer,
         reporter=reporter,
     )
@@ -114,6 +123,8 @@ def continue_prompt(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    draft_bits: int | None = None,
+    draft_tokens: int = 4,
     streamer: BaseStreamer | None = None,
 ) -> Generation:
     """`generate` for a loaded model; `bits` None runs a model that is not quantized."""
@@ -135,6 +146,8 @@ def continue_prompt(
         set_seed(seed)
     if bits is not None:
         extra["bits"] = bits
+    if draft_bits is not None:
+        extra |= {"draft_bits": draft_bits, "draft_tokens": draft_tokens}
     clock = _Clock(streamer)
     started = time.perf_counter()
     with torch.no_grad():
@@ -156,4 +169,6 @@ def continue_prompt(
         tokens=len(new),
         seconds=time.perf_counter() - started,
         tokens_per_second=(len(arrived) - 1) / between if between > 0 else None,
+        draft_bits=draft_bits,
+        acceptance=None if draft_bits is None else model.speculation.acceptance,  # type: ignore[arg-type, union-attr]
     )

@@ -1,0 +1,279 @@
+"""Self-speculative decoding: the few-bit prefix of the same weights drafts, all bits check.
+
+One cycle, with k drafted tokens:
+
+    draft     k steps at `draft_bits` from the last token on
+    verify    one pass at the full bits over the last token and the drafts: k + 1 distributions
+    accept    as many drafts as the full bits agree with, and one token more from their own distribution
+
+There is one cache. The drafts' entries are dropped before the verify pass writes those of the full
+bits in their place (QSpec, arXiv 2410.11305), so the result does not depend on the draft: greedy
+decoding takes the same tokens as without it, sampling draws from the same distribution
+(speculative sampling, arXiv 2211.17192, algorithm 1).
+
+How many tokens are drafted follows from how many were accepted: with acceptance a, the expected
+tokens of a cycle over its cost in plain steps,
+
+    (1 - a^(k+1)) / (1 - a)  /  (k c + 1 + k r)
+
+has its maximum at some k; c is a draft step's bytes over a full one's, r what another row costs in
+the verify pass. If no k > 0 is better than 1, tokens are decoded plainly, and a draft is tried now
+and then. Nothing here depends on clocks, so equal seeds give equal tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedBitsError, UsageError
+from ..nn import BitsState, PlaneLinear, bits_state
+
+ROW_COST = {"cpu": 0.25}  # of a plain step, for each further row: kernels read the planes once but multiply every row
+OTHER_ROW_COST = 0.02
+MEMORY = 0.9  # weight of the past in the estimate of acceptance, a drafted token
+RETRY = 32  # plain tokens after which a draft is tried again
+
+
+@dataclass
+class Speculation:
+    """What to draft with, and after `generate` what came of it.
+
+    draft_bits: precision of the draft; draft_tokens: the most tokens drafted at a time.
+    drafted, accepted: draft tokens; cycles: verify passes with a draft; plain: steps without; tokens: new tokens.
+    """
+
+    draft_bits: int
+    draft_tokens: int = 4
+    drafted: int = 0
+    accepted: int = 0
+    cycles: int = 0
+    plain: int = 0
+    tokens: int = 0
+    streamer: Any = field(default=None, repr=False)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of draft tokens that were accepted; None if there were none."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    def check(self, state: BitsState, bits: int) -> None:
+        """Raises UnsupportedBitsError for a precision that is not there, UsageError for a draft that cannot help."""
+        if self.draft_bits not in state.supported:
+            raise UnsupportedBitsError(self.draft_bits, state.supported)
+        if self.draft_bits >= bits:
+            raise UsageError(
+                f"draft_bits {self.draft_bits} must be below the bits that check it, {bits}",
+                hint="drafts pay when they read fewer planes",
+            )
+        if self.draft_tokens < 1:
+            raise UsageError(f"draft_tokens must be at least 1, got {self.draft_tokens}")
+
+
+class DraftLength:
+    """How many tokens to draft next.
+
+    Args:
+        most: never more than this; cost: c; row_cost: r, see above.
+    """
+
+    def __init__(self, most: int, cost: float, row_cost: float) -> None:
+        self.most, self.cost, self.row_cost = most, cost, row_cost
+        self.acceptance = 0.8  # before anything is known
+        self._plain = 0
+
+    def gain(self, count: int) -> float:
+        """Expected tokens for the cost of one plain step when `count` tokens are drafted."""
+        expected = sum(self.acceptance**power for power in range(count + 1))
+        return expected / (count * (self.cost + self.row_cost) + 1)
+
+    def next(self) -> int:
+        best = max(range(self.most + 1), key=self.gain)
+        if best == 0:
+            self._plain += 1
+            if self._plain < RETRY:
+                return 0
+            best = 1
+        self._plain = 0
+        return best
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Only tokens up to the first rejection were judged."""
+        for judged in range(min(drafted, accepted + 1)):
+            self.acceptance = MEMORY * self.acceptance + (1 - MEMORY) * (judged < accepted)
+
+
+def draft_cost(model: PreTrainedModel, draft_bits: int, bits: int) -> float:
+    """Bytes of quantized layers that a step at `draft_bits` reads, over those at `bits`."""
+    layers = [module for module in model.modules() if isinstance(module, PlaneLinear)]
+    return sum(layer.bytes_read(draft_bits if draft_bits in layer.bits else layer.bits[0]) for layer in layers) / sum(
+        layer.bytes_read(bits if bits in layer.bits else layer.bits[0]) for layer in layers
+    )
+
+
+@torch.no_grad()
+def speculate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Callable[[Tensor, Tensor], Tensor],
+    stopping_criteria: Callable[[Tensor, Any], Tensor],
+    generation_config: Any,
+    speculation: Speculation,
+    **model_kwargs: Any,
+) -> Any:
+    """A decoding method for `generate(custom_generate=speculate, speculation=...)`: input_ids [1, L] -> [1, L + new].
+
+    Raises UsageError for what cannot be combined with drafts: several sequences, caches that cannot be cut.
+    """
+    state = bits_state(model)
+    bits = state.value
+    assert isinstance(bits, int)
+    _refuse(input_ids, generation_config, model_kwargs)
+    run = _Runner(model, state, bits, input_ids, model_kwargs)
+    sampling = bool(generation_config.do_sample)
+    length = DraftLength(
+        speculation.draft_tokens,
+        draft_cost(model, speculation.draft_bits, bits),
+        ROW_COST.get(input_ids.device.type, OTHER_ROW_COST),
+    )
+    ids = input_ids
+    logits = run(ids, bits, keep=1)  # the prompt
+    run.remember()
+    waiting = _pick(logits_processor(ids, logits[:, -1]), sampling)[0]  # chosen, not yet in the cache
+    ids, done = _emit(ids, [waiting], stopping_criteria, speculation)
+    while not done:
+        count = min(length.next(), run.room())
+        drafts, guesses = ids, []
+        for _ in range(count):
+            logits = run(drafts[:, -1:], speculation.draft_bits, keep=1)
+            token, guess = _pick(logits_processor(drafts, logits[:, -1]), sampling)
+            drafts = torch.cat([drafts, token], 1)
+            guesses.append(guess)
+        run.drop(count)
+        start = ids.shape[1]
+        logits = run(drafts[:, start - 1 :], bits, keep=count + 1)
+        scores = [
+            logits_processor(drafts[:, : start + place], logits[:, place - count - 1]) for place in range(count + 1)
+        ]
+        accepted, last = _accept(drafts[:, start:], guesses, scores, sampling)
+        run.drop(count - accepted)
+        length.learn(count, accepted)
+        speculation.drafted += count
+        speculation.accepted += accepted
+        speculation.cycles += count > 0
+        speculation.plain += count == 0
+        new = [drafts[:, start + place : start + place + 1] for place in range(accepted)]
+        ids, done = _emit(ids, [*new, last], stopping_criteria, speculation)
+    if speculation.streamer is not None:
+        speculation.streamer.end()
+    return ids
+
+
+class _Runner:
+    """Forward passes over one cache."""
+
+    def __init__(
+        self, model: PreTrainedModel, state: BitsState, bits: int, input_ids: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        self.model, self.state, self.bits = model, state, bits
+        self.cache = kwargs["past_key_values"]
+        mask = kwargs.get("attention_mask")
+        self.padding = mask if mask is not None and not bool((mask == 1).all()) else None
+        self.sliding = any(type(layer).__name__ == "DynamicSlidingWindowLayer" for layer in self.cache.layers)
+        self.limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def __call__(self, tokens: Tensor, bits: int, keep: int) -> Tensor:
+        """Logits of the last `keep` of `tokens` [1, n], which follow what the cache holds: [1, keep, vocabulary]."""
+        extra: dict[str, Any] = {}
+        if self.padding is not None:
+            seen = self.cache.get_seq_length() + tokens.shape[1]
+            mask = torch.nn.functional.pad(self.padding, (0, seen - self.padding.shape[1]), value=1)
+            extra = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]}
+        previous = self.state.set(bits)
+        try:
+            output = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **extra)
+        finally:
+            self.state.value = previous
+        return output.logits[:, -keep:].float()  # type: ignore[no-any-return]
+
+    def remember(self) -> None:
+        """From now on keep what leaves a sliding window, until `drop` says that it will not come back."""
+        if self.sliding:
+            self.cache.activate_past_recording()
+
+    def drop(self, count: int) -> None:
+        """Forget the last `count` tokens."""
+        if count or self.sliding:
+            self.cache.crop(-count)
+
+    def room(self) -> int:
+        """How many tokens can be drafted before the model's context ends: the verify pass takes one more."""
+        return 1 << 30 if self.limit is None else max(0, self.limit - self.cache.get_seq_length() - 1)
+
+
+def _refuse(input_ids: Tensor, config: Any, kwargs: dict[str, Any]) -> None:
+    if input_ids.shape[0] != 1 or (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
+        raise UsageError("drafts work for one sequence at a time", hint="leave draft_bits out for a batch or for beams")
+    wanted = [name for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+              if getattr(config, name, False)]  # fmt: skip
+    if wanted or config.return_dict_in_generate:
+        raise UsageError(f"with draft_bits only token ids are returned, not {', '.join(wanted) or 'a dictionary'}")
+    cache = kwargs.get("past_key_values")
+    if cache is None or not kwargs.get("use_cache", True):
+        raise UsageError("drafts need the key-value cache", hint="leave use_cache on")
+    layers = getattr(cache, "layers", [])
+    stuck = sorted({type(layer).__name__ for layer in layers if not _can_be_cut(layer)})
+    if stuck or not hasattr(cache, "crop"):
+        raise UsageError(
+            f"drafts need a cache that can be cut: this one has {', '.join(stuck) or type(cache).__name__}",
+            hint="models with recurrent states, and static caches, run without draft_bits",
+        )
+
+
+def _can_be_cut(layer: Any) -> bool:
+    kind = type(layer).__name__
+    return kind == "DynamicLayer" or (kind == "DynamicSlidingWindowLayer" and hasattr(layer, "activate_past_recording"))
+
+
+def _pick(scores: Tensor, sampling: bool) -> tuple[Tensor, Tensor | None]:
+    """A token [1, 1] from processed scores [1, vocabulary], and the distribution it was drawn from."""
+    if not sampling:
+        return scores.argmax(-1, keepdim=True), None
+    distribution = scores.softmax(-1)
+    return torch.multinomial(distribution, 1), distribution
+
+
+def _accept(drafts: Tensor, guesses: list[Tensor | None], scores: list[Tensor], sampling: bool) -> tuple[int, Tensor]:
+    """How many of `drafts` [1, k] stay, and the token [1, 1] after them. scores: of the full bits, k + 1 of them."""
+    for place, guess in enumerate(guesses):
+        token = drafts[:, place : place + 1]
+        if guess is None:
+            best = scores[place].argmax(-1, keepdim=True)
+            if not torch.equal(best, token):
+                return place, best
+            continue
+        wanted = scores[place].softmax(-1)
+        odds = wanted.gather(1, token) / guess.gather(1, token)
+        if float(torch.rand(())) >= float(odds):
+            rest = (wanted - guess).clamp_min(0)
+            return place, torch.multinomial(rest if float(rest.sum()) > 0 else wanted, 1)
+    return len(guesses), _pick(scores[-1], sampling)[0]
+
+
+def _emit(
+    ids: Tensor, tokens: list[Tensor], stopping_criteria: Callable[[Tensor, Any], Tensor], speculation: Speculation
+) -> tuple[Tensor, bool]:
+    """Append one token after the other until the generation is over."""
+    for token in tokens:
+        ids = torch.cat([ids, token], 1)
+        speculation.tokens += 1
+        if speculation.streamer is not None:
+            speculation.streamer.put(token[0].cpu())
+        if bool(stopping_criteria(ids, None).all()):
+            return ids, True
+    return ids, False
