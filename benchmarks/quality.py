@@ -10,7 +10,8 @@ machine, versions and settings.
 Recipes are in NAMED: methods by name, `-dedicated` for a file of its own at each bits, `planes` for AnyBCQ's planes
 without training; with options of the method, for example `anybcq:steps=500:share_chain=true`. As their papers publish
 them: gptq, bpdq, anybcq, anyprecision. Each recipe runs in a process of its own, so its peak memory is its own.
-Compare at equal bytes: bits a weight read are in the table, and `--plot` draws the loss against them.
+Compare at equal bytes: bits a weight read are in the table, and `--plot` draws the loss against them (extra `plots`).
+`--include` adds what earlier runs with the same settings have found.
 """
 
 from __future__ import annotations
@@ -104,6 +105,22 @@ def alone(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, obje
         return pool.submit(measure, arguments, text, seed).result()
 
 
+def named_files(arguments: argparse.Namespace) -> dict[str, str]:
+    """The names of the model and the texts, without the folders of this machine."""
+    return {key: Path(getattr(arguments, key)).name for key in ("model", "calibration", "text")}
+
+
+def included(file: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """The runs of an earlier result, which must have been measured alike."""
+    result = json.loads(Path(file).read_text())
+    wanted = {key: getattr(arguments, key) for key in ("group_size", "num_samples", "seq_len", "max_tokens")}
+    for key, value in (wanted | named_files(arguments)).items():
+        if result["settings"][key] != value:
+            raise SystemExit(f"{file}: {key} was {result['settings'][key]}, is now {value}")
+    runs: list[dict[str, object]] = result["runs"]
+    return runs
+
+
 def plot(cells: list[list[str]], title: str, path: str) -> None:
     """Loss against bits read, a line a recipe."""
     import matplotlib.pyplot as plt
@@ -129,12 +146,13 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--include", nargs="*", default=[], help="JSON files of earlier runs with these settings")
     parser.add_argument("--plot", help="SVG or PNG file for a picture; needs matplotlib")
     parser.add_argument("--output", help="JSON file for the results")
     arguments = parser.parse_args()
 
-    runs = []
-    for text in arguments.recipes.split(","):
+    runs = [run for file in arguments.include for run in included(file, arguments)]
+    for text in filter(None, arguments.recipes.split(",")):
         for seed in map(int, arguments.seeds.split(",")):
             started = time.monotonic()
             runs.append(alone(arguments, text, seed))
@@ -160,13 +178,13 @@ def main() -> None:
                 ]
             )
     columns = ["recipe", "bits", "bpw read", "nll increase", "kld", "top-1", "seconds", "peak MB"]
-    title = f"{Path(arguments.model).name}, group size {arguments.group_size}, medians over seeds {arguments.seeds}"
+    title = f"{Path(arguments.model).name}, group size {arguments.group_size}, medians over seeds"
     print(render(title, columns, cells))
     if arguments.plot:
         plot(cells, title, arguments.plot)
     if arguments.output:
-        settings = {key: Path(str(value)).name if key in ("model", "calibration", "text") else value
-                    for key, value in vars(arguments).items() if key not in ("output", "plot")}  # fmt: skip
+        settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "plot", "include")}
+        settings |= named_files(arguments)
         result = {"environment": bitstrata.env().to_json(), "settings": settings, "runs": runs}
         Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
 
