@@ -27,13 +27,18 @@ from .moments import Moments
 from .tracks import JointSolver, Track, column_order, common_unit, upper_factor
 
 
+def _growths(bits: int) -> float:
+    """Above 4 bits losses are so small that a full growth would sacrifice the lowest bits for nothing."""
+    return bits if bits <= 4 else 4 + (bits - 4) / 2
+
+
 @dataclass(frozen=True)
 class NestedOptions:
     """
     hessian: false for plain squared error, without calibration.
     iterations: of codes and coefficients in each group of the compensated pass.
     sweeps: of coordinate descent over all columns.
-    growth: lambda of p bits over that of p - 1 bits.
+    growth: lambda of p bits over that of p - 1 bits; its square root above 4 bits.
     damping: added to the Hessian's diagonal, as a share of its mean.
     correction: how far targets follow what quantized inputs ask for, 0..1.
     scale_bits: 8 stores scales and offsets of up to 4 bits as bytes, 16 all of them as fp16.
@@ -145,7 +150,7 @@ class Nested(HessianMethod):
         tracks = [
             Track(
                 bits,
-                options.growth ** (bits - min(targets)),
+                options.growth ** (_growths(bits) - _growths(min(targets))),
                 targets[bits],
                 hessians[bits],
                 torch.zeros(len(groups), bits + 1, targets[bits].shape[1], device=targets[bits].device),
