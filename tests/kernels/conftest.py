@@ -11,7 +11,11 @@ from kernel_errors import promise_of
 from bitstrata.kernels import registry
 
 
-@pytest.fixture(params=sorted(registry._KERNELS))
+# those for GPUs have the same tests in test_triton_kernels.py
+ON_CPU = sorted(name for name, kernel in registry._KERNELS.items() if getattr(kernel, "device", "cpu") == "cpu")
+
+
+@pytest.fixture(params=ON_CPU)
 def kernel(request, monkeypatch):
     """The name of a registered kernel, forced for the test."""
     monkeypatch.setenv(registry.ENVIRONMENT, request.param)

@@ -3,7 +3,7 @@
 A device's file, configs/<device>.json, or one of the same name in the user's folder (`user_folder`, which wins), has
 for some products the numbers that were fastest:
 
-    {"device": "NVIDIA H200", "few_rows": {"4096x14336x2": {"blocks": 1, "warps": 8}}, "many_rows": {...}}
+    {"device": "NVIDIA H200", "few_rows": {"4096x14336x2": {"blocks": 1, "warps": 8, "registers": 128}}, "many_rows": {...}}
 
 keyed by out_features x in_features x bits. Everything that is not there follows the rules below.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -29,10 +29,11 @@ FOLDER = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class FewRows:
-    """A program takes `blocks` blocks of 16 rows of W; its `warps` share the columns."""
+    """A program takes `blocks` blocks of 16 rows of W; its `warps` share the columns, `registers` a thread (0: any)."""
 
     blocks: int
     warps: int
+    registers: int
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,30 @@ def _name_of(device: torch.device) -> str:
     return device_name(device)
 
 
+@lru_cache
+def _hopper(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def key(weight: TiledWeight, bits: int) -> str:
     return f"{weight.out_features}x{weight.in_features}x{bits}"
 
 
-def few_rows(weight: TiledWeight, bits: int) -> FewRows:
-    """The program for up to FEW_ROWS rows; the same for all of them, so that a row does not depend on its batch.
+def few_rows(weight: TiledWeight, bits: int, rows: int, mixed: bool) -> FewRows:
+    """The program for up to FEW_ROWS rows, or rows at their own bits (`bits` the most of them).
 
-    A warp should have four tiles or more, and the device some 1500 warps; two blocks halve the work on activations.
+    The number of warps, which decides the order of a sum, does not depend on rows: a row is the same in any batch.
+    A warp should have four tiles or more. Two blocks halve the work on activations, where there are blocks enough
+    and registers: 128 a thread leave room for 16 warps on a multiprocessor.
     """
+    rule = FewRows(blocks=1, warps=next((count for count in (8, 4, 2) if weight.chunks >= 4 * count), 1), registers=0)
+    fits = weight.kind != "codebook" and rows <= 8 and not mixed and weight.unit >= 64
+    if fits:
+        rule = replace(rule, blocks=2 if weight.blocks >= 448 and bits <= 3 else 1, registers=128)
     found = _measured(_name_of(weight.planes[0].device))["few_rows"].get(key(weight, bits))
-    if found is not None:
-        return FewRows(**found)
-    warps = next((count for count in (8, 4, 2) if weight.chunks >= 4 * count), 1)
-    return FewRows(blocks=2 if weight.blocks >= 448 else 1, warps=warps)
+    if found is None:
+        return rule
+    return FewRows(**found) if fits else replace(rule, warps=found["warps"])
 
 
 def many_rows(weight: TiledWeight, bits: int, rows: int) -> ManyRows:
@@ -96,11 +107,18 @@ def many_rows(weight: TiledWeight, bits: int, rows: int) -> ManyRows:
     found = _measured(_name_of(weight.planes[0].device))["many_rows"].get(key(weight, bits))
     if found is not None:
         return ManyRows(**found)
-    return ManyRows(blocks=1, warps=4, rows=32 if rows <= 32 else 64 if rows <= 64 else 128, stages=2)
+    hopper = _hopper(weight.planes[0].device)  # its matrix product takes weights from registers as they are
+    return ManyRows(blocks=1, warps=4, rows=32 if rows <= 32 else 128 if rows > 64 and hopper else 64, stages=2)
 
 
 def few_rows_candidates() -> list[FewRows]:
-    return [FewRows(blocks, warps) for blocks in (1, 2, 4) for warps in (1, 2, 4, 8, 16) if blocks * warps <= 32]
+    """For up to 8 rows."""
+    return [
+        FewRows(blocks, warps, registers)
+        for blocks in (1, 2, 4)
+        for warps in (2, 4, 8, 16)
+        for registers in (0, 96, 128)
+    ]
 
 
 def many_rows_candidates() -> list[ManyRows]:

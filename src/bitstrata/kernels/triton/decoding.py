@@ -38,8 +38,7 @@ def decode_affine(
     for plane in tl.static_range(BITS):
         scale = tl.load(first + plane * 16).to(tl.float32) * unit
         if BYTES:
-            step: tl.constexpr = 1.0 / (1 << plane)
-            scale = scale * step
+            scale = scale * (1.0 / (1 << plane))
         words = tl.reshape(
             tl.load(planes[plane] + word_at), (shape[0], shape[1], shape[2], shape[3], shape[4], 1, 1, 1)
         )
@@ -111,7 +110,7 @@ def many_rows(
     CHUNKS: tl.constexpr, BITS: tl.constexpr, CODEBOOK: tl.constexpr, UNITS: tl.constexpr, GROUP_UNITS: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, N] from x [rows, chunks * 256], its columns in the order v c sub blk t half of the tiles.
+    """y [rows, N] from x [rows, chunks * 256], columns in the order v c sub blk t half of tiles.
 
     Program (i, j): WARPS * BLOCKS blocks of 16 rows of W, decoded to x's dtype in registers, by ROWS rows of x.
     """
@@ -120,37 +119,28 @@ def many_rows(
     first_block = tl.program_id(0) * (WARPS * BLOCKS)
     # rows of a program: (BLOCKS, WARPS, h, g), a warp's 16 together, as the tensor cores' operand has them
     block = tl.minimum(first_block + axis(BLOCKS, 3, 5) * WARPS + axis(WARPS, 2, 5), blocks - 1)
-    word_at = block * CHUNKS * 128 + axis(8, 1, 5) * 16 + axis(4, 0, 5) * 4 + axis(4, 4, 5)
+    word_at = block * CHUNKS * 128 + axis(8, 1, 5) * 16 + axis(4, 0, 5) * 4 + axis(2, 4, 5) * 2
     block = tl.minimum(first_block + axis(BLOCKS, 3, 8) * WARPS + axis(WARPS, 2, 8), blocks - 1)
-    h, v = axis(4, 4, 8) // 2, axis(4, 4, 8) % 2
+    h = axis(2, 4, 8)
     lane_values = axis(8, 1, 8) * 2 + h + axis(4, 0, 8) * 0
     n = tl.minimum(block * 16 + h * 8 + axis(8, 1, 8), out_features - 1) + axis(4, 0, 8) * 0
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    x_at = x_ptr + row.to(tl.int64)[:, None] * (CHUNKS * 256) + tl.arange(0, 256)[None, :]
+    x_at = x_ptr + row.to(tl.int64)[:, None] * (CHUNKS * 256) + tl.arange(0, 128)[None, :]
     total = tl.zeros((SIZE, ROWS), tl.float32)
-    for chunk in range(CHUNKS):
-        x = tl.load(x_at + chunk * 256, mask=(row < rows)[:, None], other=0.0)
+    for half in range(CHUNKS * 2):  # 128 columns: twice as many would not fit into registers
+        x = tl.load(x_at + half * 128, mask=(row < rows)[:, None], other=0.0)
+        here = word_at + half // 2 * 128 + half % 2
         if CODEBOOK:
-            weights = decode_codebook(planes, decoder, word_at + chunk * 128, n, BITS)
+            weights = decode_codebook(planes, decoder, here, n, BITS)
         else:
-            unit = (chunk * 2 + v) * UNITS + axis(UNITS, 5, 8)
+            unit = half * UNITS + axis(UNITS, 5, 8)
             value_at = block * groups + tl.minimum(unit // GROUP_UNITS, groups - 1)
-            weights = decode_affine(
-                planes,
-                decoder,
-                units,
-                word_at + chunk * 128,
-                value_at,
-                lane_values,
-                block * 16 + lane_values,
-                BITS,
-                UNITS,
-            )
-        weights = tl.reshape(
-            rounded(weights, DTYPE), (4, 8, WARPS, BLOCKS, 2, 2, 4, 2, 2, 2)
-        )  # t g warp block h v c sub blk half
-        weights = tl.permute(weights, (3, 2, 4, 1, 5, 6, 7, 8, 0, 9))  # block warp h g, v c sub blk t half
-        total += dot(tl.reshape(weights, (SIZE, 256)), tl.trans(x))
+            unit_at = block * 16 + lane_values
+            weights = decode_affine(planes, decoder, units, here, value_at, lane_values, unit_at, BITS, UNITS)
+        weights = rounded(weights, DTYPE)
+        weights = tl.reshape(weights, (4, 8, WARPS, BLOCKS, 2, 4, 2, 2, 2))  # t g warp block h c sub blk half
+        weights = tl.permute(weights, (3, 2, 4, 1, 5, 6, 7, 0, 8))  # block warp h g, c sub blk t half
+        total = dot(tl.reshape(weights, (SIZE, 128)), tl.trans(x), total)
     n = first_block * 16 + tl.arange(0, SIZE)
     keep = (n < out_features)[None, :] & (row < rows)[:, None]
     y_at = y_ptr + row.to(tl.int64)[:, None] * out_features + n[None, :]

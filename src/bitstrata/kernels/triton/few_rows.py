@@ -80,7 +80,7 @@ def product(weights, x):
         rest = x - high.to(tl.float32)
         middle = rounded(rest, tl.bfloat16)
         low = rounded(rest - middle.to(tl.float32), tl.bfloat16)
-        return dot(weights, low) + dot(weights, middle) + dot(weights, high)
+        return dot(weights, high, dot(weights, middle, dot(weights, low)))
     else:
         return dot(weights, x)
 
@@ -92,6 +92,25 @@ def store_rows(y_ptr, y, rows, out_features, block, ROWS: tl.constexpr, BLOCKS: 
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[None, :]
     keep = (n < out_features) & (row < rows)
     tl.store(y_ptr + row.to(tl.int64) * out_features + n, rounded(y, y_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def coefficients(
+    decoder, value_at, lane_values, row_bits, plane: tl.constexpr, bits: tl.constexpr, MIXED: tl.constexpr
+):
+    """Scales of `plane`, or offsets if it is -1, in float32, without the unit that bytes have; MIXED: zero for rows
+    at other bits.
+    """
+    entry: tl.constexpr = bits if plane < 0 else plane
+    address = decoder + (value_at * (bits + 1) + entry) * 16 + lane_values
+    if MIXED:
+        value = tl.load(address, mask=row_bits == bits, other=0).to(tl.float32)
+    else:
+        value = tl.load(address).to(tl.float32)
+    if decoder.dtype.element_ty == tl.int8:
+        step: tl.constexpr = 1.0 / (1 << (7 + (0 if plane < 0 else plane)))
+        value = value * step
+    return value
 
 
 @triton.jit
@@ -121,6 +140,7 @@ def few_rows_affine(
     block = tl.minimum(first_block + axis(BLOCKS, 5, 9), blocks - 1)
     lane_values = axis(8, 1, 9) * 2 + axis(2, 8, 9) + axis(4, 0, 9) * 0
     top = PLANES
+    row_bits = 0
     if MIXED:
         row = tl.program_id(1) * ROWS + axis(OWN_ROWS, 6, 9) * 8 + axis(4, 0, 9) * 2 + axis(OWN_HALF, 7, 9)
         row_bits = tl.load(row_bits_ptr + row * row_bits_stride, mask=row < rows, other=0).to(tl.int32)
@@ -146,23 +166,16 @@ def few_rows_affine(
                 else:
                     words = tl.load(planes[plane] + word_at)
                     sums = product(operand(pairs(words, mask, MINUS_ONE, DTYPE), UNITS, WARPS, BLOCKS), x)
-                scale = tl.zeros((BATCH, BLOCKS * 16, ROWS), tl.float32)
                 for at in tl.static_range(COUNT):
-                    bits: tl.constexpr = DECODER_BITS[at]
-                    if plane < bits:
-                        entry: tl.constexpr = bits if plane < 0 else plane
-                        address = decoders[at] + (value_at * (bits + 1) + entry) * 16 + lane_values
-                        if MIXED:
-                            value = tl.load(address, mask=row_bits == bits, other=0).to(tl.float32)
-                        else:
-                            value = tl.load(address).to(tl.float32)
-                        if decoders[at].dtype.element_ty == tl.int8:
-                            step: tl.constexpr = 1.0 / (1 << (7 + (0 if plane < 0 else plane)))
-                            value = value * step
+                    if plane < DECODER_BITS[at]:
+                        value = coefficients(
+                            decoders[at], value_at, lane_values, row_bits, plane, DECODER_BITS[at], MIXED
+                        )
                         value = tl.permute(value, (3, 4, 2, 5, 8, 1, 6, 0, 7))  # v unit warp block h g rows/8 t half
                         value = tl.reshape(value, (BATCH, BLOCKS * 16, OWN_ROWS, 4, OWN_HALF))
                         value = tl.broadcast_to(value, (BATCH, BLOCKS * 16, ROWS // 8, 4, 2))
-                        scale += tl.reshape(value, (BATCH, BLOCKS * 16, ROWS))
+                        value = tl.reshape(value, (BATCH, BLOCKS * 16, ROWS))
+                        scale = value if at == 0 or DECODER_BITS[at - 1] <= plane else scale + value
                 total += tl.sum(tl.reshape(sums * scale, (2 * UNITS, WARPS, BLOCKS * 16, ROWS)), axis=0)
     y = tl.sum(total, axis=0)  # [16 BLOCKS, ROWS], warps in order
     # bytes are worth their row's unit; bits without a decoder are worth NaN
@@ -189,13 +202,14 @@ def few_rows_codebook(
 ):  # fmt: skip
     """As few_rows_affine, of weights that are entries of their row's table: looked up in memory that stays in L1."""
     COUNT: tl.constexpr = len(DECODER_BITS)
+    PLANES: tl.constexpr = DECODER_BITS[COUNT - 1]
     first_block = tl.program_id(0) * BLOCKS
     block = tl.minimum(first_block + axis(BLOCKS, 3, 5), blocks - 1)
     lane_words = axis(8, 1, 5) * 16 + axis(4, 0, 5) * 4 + axis(4, 4, 5)
     # weights: [t, g, WARPS, BLOCKS, h v, 16, 2]
     n = (first_block + axis(BLOCKS, 3, 7)) * 16 + axis(4, 4, 7) // 2 * 8 + axis(8, 1, 7)
     n = tl.minimum(n, out_features - 1)
-    top = DECODER_BITS[COUNT - 1]
+    top = PLANES
     each = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     each_bits = tl.full((ROWS,), DECODER_BITS[0], tl.int32)
     if MIXED:
@@ -208,23 +222,22 @@ def few_rows_codebook(
         word_at = (block * CHUNKS + tile) * 128 + lane_words
         codes = tl.zeros((4, 8, WARPS, BLOCKS, 4, 16), tl.int32)  # two 16-bit codes each
         for at in tl.static_range(COUNT):
-            below: tl.constexpr = DECODER_BITS[at - 1] if at > 0 else 0
-            bits: tl.constexpr = DECODER_BITS[at]
-            if below < top:
-                for plane in tl.static_range(below, bits):
-                    words = tl.reshape(tl.load(planes[plane] + word_at), (4, 8, WARPS, BLOCKS, 4, 1))
-                    codes = codes * 2 + ((words >> axis(16, 5, 6)) & 0x00010001)
+            if (DECODER_BITS[at - 1] if at > 0 else 0) < top:
+                for plane in tl.static_range(PLANES):
+                    if plane >= (DECODER_BITS[at - 1] if at > 0 else 0) and plane < DECODER_BITS[at]:
+                        words = tl.reshape(tl.load(planes[plane] + word_at), (4, 8, WARPS, BLOCKS, 4, 1))
+                        codes = codes * 2 + ((words >> axis(16, 5, 6)) & 0x00010001)
                 index = tl.join(codes & 0xFFFF, codes >> 16)
-                weights = operand(tl.load(tables[at] + n * (1 << bits) + index), 1, WARPS, BLOCKS)
+                weights = operand(tl.load(tables[at] + n * (1 << DECODER_BITS[at]) + index), 1, WARPS, BLOCKS)
                 own = x
                 if MIXED:
-                    own = tl.where(each_bits[None, None, :] == bits, x, tl.zeros_like(x))
+                    own = tl.where(each_bits[None, None, :] == DECODER_BITS[at], x, tl.zeros_like(x))
                 if x.dtype == tl.float32:
                     high = rounded(weights, tl.bfloat16)  # fp16 has 11 bits: two bf16 numbers hold it
                     low = rounded(weights.to(tl.float32) - high.to(tl.float32), tl.bfloat16)
                     total += product(low, own) + product(high, own)
                 else:
-                    total += dot(rounded(weights, x.dtype), own)
+                    total = dot(rounded(weights, x.dtype), own, total)
     y = tl.sum(total, axis=0)
     if MIXED:
         known = tl.zeros((ROWS,), tl.int1)

@@ -38,7 +38,7 @@ def few_rows(x: Tensor, weight: TiledWeight, bits: int | Tensor, config: configs
     rows, columns = x.shape
     mixed = isinstance(bits, Tensor)
     chosen = weight.bits if isinstance(bits, Tensor) else (bits,)
-    config = config or configs.few_rows(weight, max(chosen))
+    config = config or configs.few_rows(weight, max(chosen), rows, mixed)
     y = x.new_empty(rows, weight.out_features)
     row_bits = bits if isinstance(bits, Tensor) else x  # anything: it is not read
     size = 8 if rows <= 8 else 16
@@ -53,6 +53,7 @@ def few_rows(x: Tensor, weight: TiledWeight, bits: int | Tensor, config: configs
         "BLOCKS": config.blocks,
         "WARPS": config.warps,
         "num_warps": config.warps,
+        "maxnreg": config.registers or None,
         "num_stages": 1,  # other warps hide the latency; staging in shared memory would undo the layout
     }
     if weight.kind == "codebook":

@@ -31,9 +31,9 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b):
-    """a @ b in float32; the interpreter takes the bit patterns of bf16 for integers."""
+def dot(a, b, total=None):
+    """total + a @ b in float32; the interpreter takes the bit patterns of bf16 for integers."""
     if INTERPRETED and a.dtype == tl.bfloat16:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
-        return tl.dot(a, b)
+        return tl.dot(a, b, total)
