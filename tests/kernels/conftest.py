@@ -10,7 +10,6 @@ from kernel_errors import promise_of
 
 from bitstrata.kernels import registry
 
-
 # those for GPUs have the same tests in test_triton_kernels.py
 ON_CPU = sorted(name for name, kernel in registry._KERNELS.items() if getattr(kernel, "device", "cpu") == "cpu")
 

@@ -3,7 +3,8 @@
 This package does not import triton; the modules with device code (few_rows, decoding, launch) do.
 """
 
+from . import config
 from .kernel import KERNEL, TritonKernel
 from .tiled import TiledWeight
 
-__all__ = ["KERNEL", "TiledWeight", "TritonKernel"]
+__all__ = ["KERNEL", "TiledWeight", "TritonKernel", "config"]

@@ -3,7 +3,8 @@
 A device's file, configs/<device>.json, or one of the same name in the user's folder (`user_folder`, which wins), has
 for some products the numbers that were fastest:
 
-    {"device": "NVIDIA H200", "few_rows": {"4096x14336x2": {"blocks": 1, "warps": 8, "registers": 128}}, "many_rows": {...}}
+    {"device": "NVIDIA H200", "few_rows": {"4096x14336x2": {"blocks": 1, "warps": 8, "registers": 128}},
+     "many_rows": {...}}
 
 keyed by out_features x in_features x bits. Everything that is not there follows the rules below.
 """
@@ -95,7 +96,8 @@ def few_rows(weight: TiledWeight, bits: int, rows: int, mixed: bool) -> FewRows:
     rule = FewRows(blocks=1, warps=next((count for count in (8, 4, 2) if weight.chunks >= 4 * count), 1), registers=0)
     fits = weight.kind != "codebook" and rows <= 8 and not mixed and weight.unit >= 64
     if fits:
-        rule = replace(rule, blocks=2 if weight.blocks >= 448 and bits <= 3 else 1, registers=128)
+        two = weight.blocks >= 448 and bits <= (2 if weight.kind == "affine8" else 3)
+        rule = replace(rule, blocks=2 if two else 1, registers=128 if bits * 128 <= 4 * weight.unit else 0)
     found = _measured(_name_of(weight.planes[0].device))["few_rows"].get(key(weight, bits))
     if found is None:
         return rule

@@ -117,8 +117,9 @@ def coefficients(
 def few_rows_affine(
     x_ptr, planes, decoders, units, row_bits_ptr, y_ptr,
     rows, out_features, columns, blocks, groups, group_size, stride, row_bits_stride, mask,
-    CHUNKS: tl.constexpr, DECODER_BITS: tl.constexpr, MIXED: tl.constexpr, UNITS: tl.constexpr, GROUP_UNITS: tl.constexpr,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr, MINUS_ONE: tl.constexpr,
+    CHUNKS: tl.constexpr, DECODER_BITS: tl.constexpr, MIXED: tl.constexpr, UNITS: tl.constexpr,
+    GROUP_UNITS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr,
+    MINUS_ONE: tl.constexpr,
 ):  # fmt: skip
     """x [rows, K] -> y [rows, N]; program (i, j): blocks i * BLOCKS.. of 16 rows of W, rows j * ROWS.. of x.
 
@@ -166,6 +167,7 @@ def few_rows_affine(
                 else:
                     words = tl.load(planes[plane] + word_at)
                     sums = product(operand(pairs(words, mask, MINUS_ONE, DTYPE), UNITS, WARPS, BLOCKS), x)
+                scale = 0.0
                 for at in tl.static_range(COUNT):
                     if plane < DECODER_BITS[at]:
                         value = coefficients(
@@ -198,7 +200,8 @@ def few_rows_affine(
 def few_rows_codebook(
     x_ptr, planes, tables, row_bits_ptr, y_ptr,
     rows, out_features, columns, blocks, stride, row_bits_stride,
-    CHUNKS: tl.constexpr, DECODER_BITS: tl.constexpr, MIXED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr,
+    CHUNKS: tl.constexpr, DECODER_BITS: tl.constexpr, MIXED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """As few_rows_affine, of weights that are entries of their row's table: looked up in memory that stays in L1."""
     COUNT: tl.constexpr = len(DECODER_BITS)
