@@ -38,9 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--tune", action="store_true", help="search program shapes and save the fastest for this device"
-    )
+    parser.add_argument("--tune", action="store_true", help="search and save the fastest program shapes")
     options = parser.parse_args()
     try:
         options.shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
@@ -111,9 +109,9 @@ def copy_bandwidth(rounds: int) -> float:
     return 2 * source.nbytes / (milliseconds([lambda: target.copy_(source)], rounds) / 1e3)
 
 
-def is_right(y: Tensor, x: Tensor, W: Tensor, baseline: Tensor) -> bool:
+def is_right(y: Tensor, x: Tensor, dense: Tensor, baseline: Tensor) -> bool:
     """At most twice the error of the dense product, and a unit in the last place."""
-    exact = x.double() @ W.T
+    exact = x.double() @ dense.T
     error = (y.double() - exact).abs().nan_to_num(nan=float("inf")).max()
     limit = 2 * (baseline.double() - exact).abs().max() + torch.finfo(y.dtype).eps * exact.abs().max()
     return bool(error <= limit)
@@ -170,7 +168,7 @@ def measure_shape(n: int, k: int, options: argparse.Namespace, bandwidth: float)
     exact = {bits: decode(weights[0], bits, torch.float64) for bits in options.bits}
     for rows in options.rows:
         x = torch.randn(rows, k, dtype=dtype, device="cuda")
-        cublas = milliseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense], options.rounds)
+        cublas = milliseconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense], options.rounds)
         peer = int4 if isinstance(int4, str) else milliseconds(int4(x), options.rounds)
         mixed = torch.tensor(options.bits, device="cuda")[torch.arange(rows, device="cuda") % len(options.bits)]
         for bits in [*options.bits, "mixed"]:
@@ -183,7 +181,7 @@ def measure_shape(n: int, k: int, options: argparse.Namespace, bandwidth: float)
                 baseline = torch.nn.functional.linear(x[mine], exact[value].to(dtype))
                 if not is_right(y[mine], x[mine], exact[value], baseline):
                     raise SystemExit(f"WRONG: {n}x{k} bits={bits} rows={rows}: nothing is reported")
-            ms = milliseconds([lambda w=w, b=asked: KERNEL.linear_many(x, [w], b) for w in tiled], options.rounds)
+            ms = milliseconds([lambda w=w, x=x, b=asked: KERNEL.linear_many(x, [w], b) for w in tiled], options.rounds)
             top = max(options.bits) if bits == "mixed" else bits
             used = [tiled[0].decoders[b].nbytes for b in options.bits] if bits == "mixed" else []
             read = tiled[0].bytes_read(top) + (sum(used) - used[options.bits.index(top)] if used else 0)

@@ -96,8 +96,11 @@ def few_rows(weight: TiledWeight, bits: int, rows: int, mixed: bool) -> FewRows:
     rule = FewRows(blocks=1, warps=next((count for count in (8, 4, 2) if weight.chunks >= 4 * count), 1), registers=0)
     fits = weight.kind != "codebook" and rows <= 8 and not mixed and weight.unit >= 64
     if fits:
-        two = weight.blocks >= 448 and bits <= (2 if weight.kind == "affine8" else 3)
-        rule = replace(rule, blocks=2 if two else 1, registers=128 if bits * 128 <= 4 * weight.unit else 0)
+        rule = replace(
+            rule,
+            blocks=2 if weight.blocks >= 448 and bits <= 2 else 1,
+            registers=128 if bits * 128 <= 4 * weight.unit else 0,
+        )
     found = _measured(_name_of(weight.planes[0].device))["few_rows"].get(key(weight, bits))
     if found is None:
         return rule
