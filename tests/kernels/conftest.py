@@ -10,8 +10,11 @@ from kernel_errors import promise_of
 
 from bitstrata.kernels import registry
 
+# those for GPUs have the same tests in test_triton_kernels.py
+ON_CPU = sorted(name for name, kernel in registry._KERNELS.items() if getattr(kernel, "device", "cpu") == "cpu")
 
-@pytest.fixture(params=sorted(registry._KERNELS))
+
+@pytest.fixture(params=ON_CPU)
 def kernel(request, monkeypatch):
     """The name of a registered kernel, forced for the test."""
     monkeypatch.setenv(registry.ENVIRONMENT, request.param)

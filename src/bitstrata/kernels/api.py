@@ -31,9 +31,10 @@ from ..planes.weights import Decoder, PlaneWeight, decoder_shapes, decoder_tenso
 from . import cpu, reference  # noqa: F401  (they register themselves)
 from .reference import REFERENCE
 from .registry import Kernel, PreparedWeight, Problem, select
+from .triton import TiledWeight
 
 # layout name -> class of the prepared weights in it
-LAYOUTS: dict[str, Any] = {cpu.BlockedWeight.layout: cpu.BlockedWeight}
+LAYOUTS: dict[str, Any] = {kind.layout: kind for kind in (cpu.BlockedWeight, TiledWeight)}
 
 _LIBRARY = torch.library.Library("bitstrata", "DEF")
 _WEIGHT = "Tensor[] planes, Tensor[] decoders, str kind, int[] decoder_bits, int group_size"
@@ -96,6 +97,8 @@ def _plane_linear_rows(x: Tensor, *weight_args: object) -> Tensor:
 def _check_row_bits(row_bits: Tensor, rows: int, supported: tuple[int, ...]) -> None:
     if row_bits.dim() != 1 or row_bits.shape[0] != rows:
         raise ValueError(f"row_bits must have shape {[rows]}, one entry a row, got {list(row_bits.shape)}")
+    if row_bits.device.type != "cpu":
+        return  # looking would wait for the device; its kernel makes NaN of rows whose bits have no decoder
     unknown = set(row_bits.tolist()) - set(supported)
     if unknown:
         raise UnsupportedBitsError(sorted(unknown), supported, where="this layer")

@@ -1,0 +1,225 @@
+"""TiledWeight: a PlaneWeight re-laid so that a warp's loads are wide and its registers need no shuffling.
+
+The unit of everything is a tile of 16 rows by 256 columns of one plane, 512 contiguous bytes, which a warp reads
+with one 128-bit load a lane. A lane's four words then hold exactly the weights that the tensor cores' 16-row operand
+wants in that lane, so that decoding is shifts and masks on registers:
+
+    tile     [8 g, 4 t, 2 h, 2 v] words: rows 8 h + g; lane 4 g + t; v the 128-column half
+    word     bit 4 c + e // 2 + 16 (e % 2) is column 128 v + 32 c + 8 t + e of the tile (c in 0..3, e in 0..7)
+
+Two neighbouring columns are 16 bits apart: one mask turns a shifted word into a pair of 16-bit numbers. Columns are
+padded so that a group starts at a multiple of its unit, the largest of 32, 64, 128 that a group fills: a unit has
+one scale. A group of 64 or 128 has no padding, one of 43 becomes 64.
+
+    planes[i]        int32, flat: [blocks of 16 rows, chunks of 256 columns, 128 words]
+    decoders[bits]   affine: fp16 or int8, flat: [blocks, groups, bits + 1, 8 g, 2 h], the offset last;
+                     affine8 up to BYTE_BITS: int8 as above, then the rows' units, fp16 [blocks, 8 g, 2 h], as bytes;
+                     codebook: fp16, flat: [rows, 2^bits], in the stored order
+
+Padding is zeros: rows without weights and columns that only meet activations that are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...planes.pack import pack_bits, unpack_bits
+from ...planes.weights import (
+    BYTE_BITS,
+    SCALE_DTYPE,
+    AffineDecoder,
+    ByteAffineDecoder,
+    CodebookDecoder,
+    Decoder,
+    PlaneWeight,
+    group_count,
+)
+
+LAYOUT = "tiled"
+BLOCK_ROWS = 16
+CHUNK = 256  # columns of a tile
+HALF = 128
+TILE_WORDS = BLOCK_ROWS * CHUNK // 32
+STEP = 1 << 24  # weights re-laid at a time: bounds the temporaries, which take a byte a weight
+
+
+@dataclass(frozen=True)
+class TiledWeight:
+    """A weight [N, K] in the order of the Triton kernels; see the head of this file. kind: that of the PlaneWeight.
+
+    Raises ValueError at construction if a tensor has another dtype or size than the shape asks for.
+    """
+
+    planes: tuple[Tensor, ...]
+    decoders: Mapping[int, Tensor]
+    out_features: int
+    in_features: int
+    group_size: int
+    kind: str
+    layout = LAYOUT
+
+    def __post_init__(self) -> None:
+        for index, plane in enumerate(self.planes):
+            _expect(f"plane {index}", plane, torch.int32, self.blocks * self.chunks * TILE_WORDS)
+        for bits, decoder in self.decoders.items():
+            if not 1 <= bits <= len(self.planes):
+                raise ValueError(f"a decoder for {bits} bits needs as many planes, got {len(self.planes)}")
+            _expect(f"decoder for {bits} bits", decoder, *self._decoder_size(bits))
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The supported bits, ascending."""
+        return tuple(sorted(self.decoders))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 16 rows."""
+        return -(-self.out_features // BLOCK_ROWS)
+
+    @property
+    def group(self) -> int:
+        """Columns that share coefficients: all of them in a codebook."""
+        return self.in_features if self.kind == "codebook" else min(self.group_size, self.in_features)
+
+    @property
+    def groups(self) -> int:
+        return group_count(self.in_features, self.group)
+
+    @property
+    def unit(self) -> int:
+        """Columns, after padding, that one step multiplies by one scale: 32, 64 or 128."""
+        return next((size for size in (32, 64) if self.group <= size), HALF)
+
+    @property
+    def group_units(self) -> int:
+        """Units of a group, padding included."""
+        return -(-self.group // self.unit)
+
+    @property
+    def chunks(self) -> int:
+        """Tiles side by side."""
+        return -(-self.groups * self.group_units * self.unit // CHUNK)
+
+    @property
+    def padded(self) -> bool:
+        """Whether there is padding between groups: columns are not where they were."""
+        return self.groups > 1 and self.group % self.unit != 0
+
+    def bytes_read(self, bits: int) -> int:
+        """Bytes that a product at `bits` reads, padding included."""
+        return sum(plane.nbytes for plane in self.planes[:bits]) + self.decoders[bits].nbytes
+
+    def units_of(self, bits: int) -> Tensor | None:
+        """The rows' units of a decoder of bytes, fp16 [blocks * 16] in the order of its coefficients; else None."""
+        if self.kind != "affine8" or bits > BYTE_BITS:
+            return None
+        return self.decoders[bits][self._coefficients(bits) :].view(SCALE_DTYPE)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Columns [..., K] moved to where the tiles have them, zeros between: [..., chunks * 256]."""
+        width = self.group_units * self.unit
+        x = pad(x, (0, self.groups * self.group - self.in_features)).unflatten(-1, (self.groups, self.group))
+        x = pad(x, (0, width - self.group)).flatten(-2)
+        return pad(x, (0, self.chunks * CHUNK - self.groups * width))
+
+    @classmethod
+    def pack(cls, weight: PlaneWeight) -> TiledWeight:
+        """Re-lay `weight` on the device where it is; it is not changed.
+
+        Raises ValueError if affine and codebook decoders are mixed.
+        """
+        if len({decoder.kind == "codebook" for decoder in weight.decoders.values()}) > 1:
+            raise ValueError("a weight with affine and codebook decoders cannot be packed")
+        shape = cls((), {}, weight.out_features, weight.in_features, weight.group_size, weight.kind)
+        planes = tuple(
+            torch.cat([shape._tile(plane[start:stop]) for start, stop in shape._steps()]) for plane in weight.planes
+        )
+        decoders = {bits: shape._pack_decoder(decoder) for bits, decoder in weight.decoders.items()}
+        return cls(planes, decoders, weight.out_features, weight.in_features, weight.group_size, weight.kind)
+
+    def unpack(self) -> PlaneWeight:
+        """The weight as stored, bit for bit, in tensors of its own."""
+        per_block = self.chunks * TILE_WORDS
+        planes = tuple(
+            torch.cat(
+                [
+                    self._untile(plane[start // BLOCK_ROWS * per_block : -(-stop // BLOCK_ROWS) * per_block])[
+                        : stop - start
+                    ]
+                    for start, stop in self._steps()
+                ]
+            )
+            for plane in self.planes
+        )
+        decoders = {bits: self._unpack_decoder(bits) for bits in self.decoders}
+        return PlaneWeight(planes, decoders, self.in_features, self.group_size)
+
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        step = max(1, STEP // (self.chunks * CHUNK) // BLOCK_ROWS) * BLOCK_ROWS
+        for start in range(0, self.out_features, step):
+            yield start, min(start + step, self.out_features)
+
+    def _tile(self, plane: Tensor) -> Tensor:
+        """Stored words of consecutive rows, starting at a multiple of 16 -> flat tiles."""
+        bits = self.spread(unpack_bits(plane, self.in_features))
+        bits = pad(bits, (0, 0, 0, -len(bits) % BLOCK_ROWS))
+        # n = (block, h, g); column = (chunk, v, c, t, e // 2, e % 2)
+        bits = bits.view(-1, 2, 8, self.chunks, 2, 4, 4, 4, 2).permute(0, 3, 2, 6, 1, 4, 8, 5, 7)
+        return pack_bits(bits.flatten(-3)).flatten()
+
+    def _untile(self, tiles: Tensor) -> Tensor:
+        """Flat tiles of whole blocks -> stored words [rows, ceil(K/32)]."""
+        bits = unpack_bits(tiles.view(-1, 1), 32)
+        bits = bits.view(-1, self.chunks, 8, 4, 2, 2, 2, 4, 4).permute(0, 4, 2, 1, 5, 7, 3, 8, 6)
+        width = self.group_units * self.unit
+        bits = bits.reshape(-1, self.chunks * CHUNK)[:, : self.groups * width]
+        bits = bits.unflatten(1, (self.groups, width))[..., : self.group].flatten(1)
+        return pack_bits(bits[:, : self.in_features])
+
+    def _pack_decoder(self, decoder: Decoder) -> Tensor:
+        if isinstance(decoder, CodebookDecoder):
+            return decoder.table.contiguous().flatten()
+        extra = self.blocks * BLOCK_ROWS - self.out_features
+        values = pad(torch.cat([decoder.scale, decoder.offset.unsqueeze(0)]), (0, 0, 0, extra))  # [bits + 1, rows, J]
+        values = values.view(len(values), self.blocks, 2, 8, self.groups).permute(1, 4, 0, 3, 2).flatten()
+        if isinstance(decoder, AffineDecoder):
+            return values.contiguous()
+        units = pad(decoder.unit, (0, extra)).view(self.blocks, 2, 8).transpose(1, 2).flatten()
+        return torch.cat([values, units.view(torch.int8)])
+
+    def _unpack_decoder(self, bits: int) -> Decoder:
+        stored, rows = self.decoders[bits], self.out_features
+        if self.kind == "codebook":
+            return CodebookDecoder(stored.view(rows, 2**bits).clone())
+        values = stored[: self._coefficients(bits)].view(self.blocks, self.groups, bits + 1, 8, 2)
+        values = values.permute(2, 0, 4, 3, 1).reshape(bits + 1, -1, self.groups)[:, :rows]
+        scale, offset = values[:-1].clone(), values[-1].clone()
+        units = self.units_of(bits)
+        if units is None:
+            return AffineDecoder(scale, offset)
+        unit = units.view(self.blocks, 8, 2).transpose(1, 2).flatten()[:rows]
+        return ByteAffineDecoder(scale, offset, unit.clone())
+
+    def _coefficients(self, bits: int) -> int:
+        return self.blocks * self.groups * (bits + 1) * BLOCK_ROWS
+
+    def _decoder_size(self, bits: int) -> tuple[torch.dtype, int]:
+        """Dtype and entries of a decoder's tensor."""
+        if self.kind == "codebook":
+            return SCALE_DTYPE, self.out_features * 2**bits
+        if self.kind == "affine8" and bits <= BYTE_BITS:
+            return torch.int8, self._coefficients(bits) + 2 * self.blocks * BLOCK_ROWS
+        return SCALE_DTYPE, self._coefficients(bits)
+
+
+def _expect(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+    """The kernels trust the addresses they get: everything about them is checked here."""
+    if tensor.dtype != dtype or tensor.numel() != count or tensor.dim() != 1 or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: expected {count} contiguous entries of {dtype}, got {tensor.dtype} {list(tensor.shape)}"
+        )

@@ -1,0 +1,156 @@
+"""The Triton kernels' layout, and when they are chosen; none of it needs triton."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import assert_same_weight, random_weight
+
+from bitstrata.errors import KernelError
+from bitstrata.kernels import Problem, describe, select
+from bitstrata.kernels.triton import KERNEL, TiledWeight, config
+from bitstrata.planes import PlaneWeight
+
+ALL_BITS = tuple(range(1, 9))
+LAYOUTS = [*(("affine", size) for size in (1, 12, 32, 43, 64, 100, 128, 200)), ("affine8", 64), ("codebook", 128)]
+layouts = pytest.mark.parametrize(("decoder", "group_size"), LAYOUTS, ids=str)
+
+
+@layouts
+@pytest.mark.parametrize("shape", [(1, 1), (16, 256), (37, 301), (17, 33), (3, 1100)], ids=str)
+def test_unpack_gives_the_weight_back(decoder, group_size, shape, seed, monkeypatch):
+    weight = random_weight(*shape, ALL_BITS, group_size, decoder, seed)
+    assert_same_weight(TiledWeight.pack(weight).unpack(), weight)
+    monkeypatch.setattr("bitstrata.kernels.triton.tiled.STEP", 1)  # a block of 16 rows at a time
+    assert_same_weight(TiledWeight.pack(weight).unpack(), weight)
+
+
+def test_copies_and_pickles_hold_the_same_weight(seed):
+    weight = random_weight(37, 301, (2, 3), 43, "affine8", seed)
+    tiled = TiledWeight.pack(weight)
+    for other in (copy.deepcopy(tiled), pickle.loads(pickle.dumps(tiled))):
+        assert_same_weight(other.unpack(), weight)
+        assert other.planes[0].data_ptr() != tiled.planes[0].data_ptr()
+
+
+def test_a_tile_is_what_the_head_of_the_file_says(seed):
+    """One bit at a time: row 8 h + g, column 128 v + 32 c + 8 t + e."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = random_weight(48, 768, (1,), 128, "affine", seed)
+    row, column = (int(torch.randint(size, (), generator=generator)) for size in (48, 768))
+    plane = torch.zeros(48, 24, dtype=torch.int64)
+    plane[row, column // 32] = 1 << column % 32
+    plane = torch.where(plane >= 2**31, plane - 2**32, plane).int()
+    words = TiledWeight.pack(replace(weight, planes=(plane,))).planes[0].view(3, 3, 8, 4, 2, 2)
+    h, g, v, c, t, e = row % 16 // 8, row % 8, column % 256 // 128, column % 128 // 32, column % 32 // 8, column % 8
+    found = words[row // 16, column // 256, g, t, h, v].item()
+    assert found & 0xFFFFFFFF == 1 << (4 * c + e // 2 + 16 * (e % 2))
+    assert words.count_nonzero() == 1
+
+
+def test_common_groups_need_no_padding():
+    weight = random_weight(64, 1024, (2, 4), 128)
+    assert TiledWeight.pack(weight).bytes_read(2) == weight.bytes_read(2)
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    tiled = TiledWeight.pack(random_weight(37, 301, (2,)))
+    with pytest.raises(ValueError, match=r"plane 1: expected \d+ contiguous entries of torch\.int32"):
+        replace(tiled, planes=(tiled.planes[0], tiled.planes[1][:-1]))
+    with pytest.raises(ValueError, match="decoder for 2 bits: expected"):
+        replace(tiled, decoders={2: tiled.decoders[2].float()})
+    with pytest.raises(ValueError, match="a decoder for 3 bits needs as many planes"):
+        replace(tiled, decoders={3: tiled.decoders[2]})
+
+
+def test_mixed_kinds_are_refused():
+    affine, codebook = random_weight(5, 33, (2,)), random_weight(5, 33, (3,), decoder="codebook")
+    mixed = PlaneWeight(codebook.planes, {**affine.decoders, **codebook.decoders}, 33, 32)
+    with pytest.raises(ValueError, match="affine and codebook"):
+        TiledWeight.pack(mixed)
+
+
+def problem(device="cuda", dtype=torch.float16):
+    return Problem(device, dtype, 1, "affine")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("BITSTRATA_KERNEL", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+
+
+@pytest.mark.usefixtures("installed")
+def test_gpus_get_it_and_nothing_else_does(monkeypatch):
+    assert select(problem()) is KERNEL
+    assert KERNEL.can_run(problem("cpu")) == "tensors are on cpu"
+    assert KERNEL.can_run(problem("mps")) == "tensors are on mps"
+    reason = "activations are torch.float64; float16, bfloat16 and float32 can be used"
+    assert KERNEL.can_run(problem(dtype=torch.float64)) == reason
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert KERNEL.can_run(problem()) == "triton is not installed (pip install 'bitstrata[triton]')"
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_interpreter_only_runs_if_it_is_forced(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    reasons = {report.name: report.reason for report in describe(problem("cpu"))}
+    assert reasons["triton"] == "the interpreter is for tests: it only runs if it is forced"
+    assert select(problem("cpu")) is not KERNEL
+    monkeypatch.setenv("BITSTRATA_KERNEL", "triton")
+    assert KERNEL.can_run(problem("cpu")) is None
+
+
+@pytest.mark.usefixtures("installed")
+def test_forcing_it_on_the_cpu_is_an_error(monkeypatch):
+    monkeypatch.setenv("BITSTRATA_KERNEL", "triton")
+    with pytest.raises(KernelError, match="BITSTRATA_KERNEL=triton cannot run here: tensors are on cpu"):
+        select(problem("cpu", torch.bfloat16))
+
+
+def test_the_package_does_not_import_triton():
+    script = "import sys, bitstrata.kernels.triton; sys.exit('bitstrata.kernels.triton.launch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config._measured.cache_clear()
+    yield
+    config._measured.cache_clear()
+
+
+@pytest.mark.usefixtures("folder")
+def test_measured_shapes_of_programs_are_kept_and_used():
+    tiled = TiledWeight.pack(random_weight(40, 600, (2, 3), 64))
+    by_rule = config.few_rows(tiled, 2, 1, False)
+    seconds = {candidate: float(index) for index, candidate in enumerate(config.few_rows_candidates())}
+    seconds[config.FewRows(4, 2, 96)] = -1.0
+    best = config.best(config.few_rows_candidates(), seconds.__getitem__)
+    assert best != by_rule
+    path = config.save(torch.device("cpu"), {config.key(tiled, 2): best})
+    config.save(torch.device("cpu"), {config.key(tiled, 3): config.ManyRows(1, 4, 32, 3)})
+    assert path.name == "default.json"
+    assert config.few_rows(tiled, 2, 1, False) == best
+    assert config.few_rows(tiled, 2, 16, False).warps == best.warps  # a row is the same in any batch
+    assert config.few_rows(tiled, 3, 1, False).blocks == by_rule.blocks  # nothing was measured for 3 bits
+    assert config.many_rows(tiled, 3, 100) == config.ManyRows(1, 4, 32, 3)
+
+
+def test_candidates_that_cannot_run_are_passed_over():
+    def seconds(candidate):
+        if candidate.warps != 4:
+            raise RuntimeError("out of resource")
+        return candidate.blocks
+
+    assert config.best(config.few_rows_candidates(), seconds).warps == 4
+    with pytest.raises(RuntimeError, match="no configuration"):
+        config.best([config.FewRows(1, 2, 0)], seconds)
