@@ -30,6 +30,7 @@ def steady_rows(model: nn.Module, dtype: torch.dtype) -> int | None:
     """
     limits = set()
     for layer in multiplied_layers(model):
-        decoder = layer.decoder if isinstance(layer, PlaneLinear) else layer.embedding.decoder
-        limits.add(select(Problem(layer.weight.device.type, dtype, 1, decoder)).steady_rows)
+        held = layer if isinstance(layer, PlaneLinear) else layer.embedding
+        device = held.get_buffer("weight").device.type
+        limits.add(select(Problem(device, dtype, 1, held.decoder)).steady_rows)
     return min((limit for limit in limits if limit is not None), default=None)

@@ -28,7 +28,7 @@ UNKNOWN = ("position_bias", "softcap", "s_aux", "head_mask")
 
 @dataclass(frozen=True)
 class Span:
-    """One segment in a batch: its request's range starts at `start` of the pool, `past` tokens are there, `length` come."""
+    """A segment in a batch: `length` tokens after the `past` ones of the range that starts at `start` of the pool."""
 
     start: int
     past: int

@@ -106,11 +106,11 @@ class Forward:
                 if item is not None:
                     self.pool.release(item)
         measured = torch.stack([rest[0], half[1]])
-        error = float((measured - expected).norm() / expected.norm())
-        if not error <= PROBE_TOLERANCE:
+        apart = float((measured - expected).norm() / expected.norm())
+        if not apart <= PROBE_TOLERANCE:
             raise UsageError(
                 f"{type(self.model).__name__} cannot run in an engine's batches: its logits there differ from its own "
-                f"forward's by {error:.1%}",
+                f"forward's by {apart:.1%}",
                 hint="its attention or positions work in a way that the engine does not know",
             )
 

@@ -40,7 +40,7 @@ class Waiting:
 
 
 def pack(waiting: Sequence[Waiting], max_tokens: int, steady: int | None) -> list[list[Segment]]:
-    """The batches of one round: every short segment, and up to `max_tokens` tokens of long ones, first come first served.
+    """The batches of one round: every short segment, and up to `max_tokens` tokens of long ones, oldest first.
 
     Long segments are cut where max_tokens ends, but neither the piece nor what is left of it gets as
     short as `steady`. Without `steady` everything is in one batch, decoding requests first.
