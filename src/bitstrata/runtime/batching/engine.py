@@ -105,7 +105,7 @@ class Engine:
         if cache_tokens is None:
             cache_tokens = max(2048, max_requests * min(512, context or 512))
         self._steady = steady_rows(model, model.dtype)
-        least = 2 * (self._steady or 0) + 2
+        least = max(max_requests, 2 * (self._steady or 0) + 2)
         if max_requests < 1 or max_waiting < 1 or max_batch_tokens < least or cache_tokens < 2 * BLOCK:
             raise UsageError(
                 f"max_requests={max_requests}, max_waiting={max_waiting}, max_batch_tokens={max_batch_tokens}, "
@@ -146,7 +146,8 @@ class Engine:
         """Queue `request`; from any thread.
 
         Args:
-            listener: called with each event, in the engine's thread: it must return at once, and not raise.
+            listener: called with each event, in the engine's thread: it must return at once. If it raises, that
+                ends the request with this error.
 
         Raises:
             UnsupportedBitsError, InputError, UsageError: as Limits.check; nothing is queued.
@@ -205,7 +206,9 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            with torch.no_grad():
+            if self._forward.model.device.type == "cuda":  # a thread starts on the first one
+                torch.cuda.set_device(self._forward.model.device)
+            with torch.no_grad():  # for this thread
                 while self._next_round():
                     self._round()
         except BaseException as error:
@@ -223,7 +226,9 @@ class Engine:
             everything = [*self._running.values(), *self._waiting]
             drop = self._closing == "drop"
         for item in everything:
-            if drop or item.handle.cancelled:
+            if item.handle._listener_error is not None:
+                self._end(item, Finished("error", item.handle._listener_error))
+            elif drop or item.handle.cancelled:
                 self._end(item, Finished("cancelled"))
         with self._changed:
             while self._waiting and len(self._running) < self.max_requests:

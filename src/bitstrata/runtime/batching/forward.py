@@ -29,18 +29,25 @@ PROBE_TOLERANCE = 0.05
 
 
 class Forward:
-    """Runs batches through `model`, which belongs to it from `take` to `give_back`."""
+    """Runs batches through `model`, which belongs to it from `take` to `give_back`.
 
-    def __init__(self, model: PreTrainedModel, pool: TokenPool) -> None:
+    gather: attention of requests that feed one token each in one call; on GPUs by default.
+    """
+
+    def __init__(self, model: PreTrainedModel, pool: TokenPool, gather: bool | None = None) -> None:
         self.model, self.pool = model, pool
+        self._gather = model.device.type != "cpu" if gather is None else gather
         self._own_attention: str | None = None
         self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def take(self) -> None:
-        """Switch the model's attention to batches.
+        """Switch the model's attention to batches; the model is known to allow it."""
+        own = self.model.config._attn_implementation
+        self.model.set_attn_implementation(NAME)
+        self._own_attention = own
 
-        Raises UsageError for a model that another engine holds, or whose layers are not plain attention.
-        """
+    def _require_usable(self) -> None:
+        """UsageError for a model that another engine holds, or whose layers are not plain attention."""
         own = self.model.config._attn_implementation
         if own == NAME:
             raise UsageError("another engine holds this model", hint="close it first, or load the model once more")
@@ -49,8 +56,6 @@ class Forward:
             raise UsageError(f"layers of {', '.join(sorted(types - LAYER_TYPES))} cannot run in an engine's batches")
         if not self.model._can_set_attn_implementation():
             raise UsageError(f"{type(self.model).__name__} computes attention in its own way; batches cannot be run")
-        self.model.set_attn_implementation(NAME)
-        self._own_attention = own
 
     def give_back(self) -> None:
         """The model is as it was before `take`."""
@@ -68,7 +73,7 @@ class Forward:
         position_ids = torch.tensor([positions], device=device)
         places = torch.tensor(starts, device=device) + position_ids[0]
         last = torch.tensor([span.length for span in spans], device=device).cumsum(0) - 1
-        batch = FlatBatch(self.pool, spans, places, gather=device.type != "cpu")
+        batch = FlatBatch(self.pool, spans, places, gather=self._gather)
         extra: dict[str, Any] = {"logits_to_keep": last} if self._can_keep else {}
         row_bits: int | Tensor = bits[0]
         if len(set(bits)) > 1:  # one precision for all is an int: kernels have less to do
@@ -80,10 +85,12 @@ class Forward:
         return (logits if self._can_keep else logits[last]).float()
 
     def check(self) -> None:
-        """Compare batches with the model's own forward; `take` comes after.
+        """Compare batches with the model's own forward, and keep the model taken.
 
-        Raises UsageError if they differ: the architecture does something that batches here do not.
+        Raises UsageError for a model that another engine holds, or if they differ: the architecture
+        does something that batches here do not.
         """
+        self._require_usable()
         supported = bits_state(self.model).supported
         high, low = max(supported), min(supported)
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size

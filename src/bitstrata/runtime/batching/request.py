@@ -155,6 +155,7 @@ class Handle:
         self._changed = threading.Condition()
         self._events: list[Event] = []
         self._cancelled = False
+        self._listener_error: Exception | None = None
         self._wake: Callable[[], None] = lambda: None
 
     @property
@@ -226,4 +227,7 @@ class Handle:
             self._events.append(event)
             self._changed.notify_all()
         if self._listener is not None:
-            self._listener(event)
+            try:
+                self._listener(event)
+            except Exception as error:  # this request's own fault: the engine ends it, the others go on
+                self._listener, self._listener_error = None, error
