@@ -30,6 +30,7 @@ from bitstrata.bench.random_model import SHAPES, random_model, shape_config
 from bitstrata.nn import bits_state, parse_bits
 from bitstrata.runtime import Engine, Request
 
+HEAD_BITS = 8  # of random models: one row times a dense bf16 head takes torch seconds here, which would be all we see
 Work = list[tuple[list[int], int]]  # prompt and bits
 
 
@@ -95,7 +96,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     bits = parse_bits(args.bits)
     if args.model in SHAPES:
-        model = random_model(shape_config(args.model), bits, blocks=args.blocks)
+        model = random_model(shape_config(args.model), bits, blocks=args.blocks, head_bits=HEAD_BITS)
     else:
         model = bitstrata.load(args.model, dtype=torch.float32)
     model.generation_config.eos_token_id = None  # every request makes all its tokens
