@@ -24,6 +24,7 @@ class ReferenceKernel:
     priority = 0
     layout = None
     activations = "exact"
+    steady_rows = None
 
     def can_run(self, problem: Problem) -> str | None:
         return None if problem.dtype.is_floating_point else f"activations are {problem.dtype}, not floating point"

@@ -66,12 +66,16 @@ class Kernel(Protocol):
 
     layout: of prepared weights it can take; None if it has no layout of its own.
     activations: "exact", or "int8" if they are quantized; the kernel then states its own error bound.
+    steady_rows: calls of up to so many rows use one arithmetic and longer ones another, so that a row's result depends
+        on which side its call falls; None if it never does. Whoever batches strangers' rows must heed it.
     """
 
     name: str
     priority: int
     activations: str
 
+    @property
+    def steady_rows(self) -> int | None: ...
     @property
     def layout(self) -> str | None: ...
 

@@ -3,7 +3,7 @@
 from .bits import Bits, BitsState, FixedBits, bits_state, parse_bits, use_bits
 from .embedding import PlaneEmbedding, TiedHead
 from .fused import fuse
-from .layers import multiplied_layers, prepare_layers
+from .layers import multiplied_layers, prepare_layers, steady_rows
 from .linear import PlaneLinear
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "multiplied_layers",
     "parse_bits",
     "prepare_layers",
+    "steady_rows",
     "use_bits",
 ]

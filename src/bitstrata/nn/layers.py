@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
+from ..kernels import Problem, select
 from .embedding import TiedHead
 from .linear import PlaneLinear
 from .stored import PlaneModule
@@ -19,3 +21,16 @@ def prepare_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PlaneModule):
             module.prepare()
+
+
+def steady_rows(model: nn.Module, dtype: torch.dtype) -> int | None:
+    """Rows up to which every layer's kernel uses the arithmetic of one row alone; None if it always does.
+
+    A call of more rows may round differently, each row the same whatever the others are.
+    """
+    limits = set()
+    for layer in multiplied_layers(model):
+        held = layer if isinstance(layer, PlaneLinear) else layer.embedding
+        device = held.get_buffer("weight").device.type
+        limits.add(select(Problem(device, dtype, 1, held.decoder)).steady_rows)
+    return min((limit for limit in limits if limit is not None), default=None)

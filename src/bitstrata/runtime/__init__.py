@@ -1,7 +1,23 @@
-"""Running a quantized model: text generation, and what can run here."""
+"""Running a quantized model: text generation, many requests in one batch, and what can run here."""
 
+from .batching import Engine, EngineStats, Event, Finished, Handle, Request, Token
 from .environment import Environment, env
 from .generation import Generation, continue_prompt, generate
 from .inspection import Inspection, inspect
 
-__all__ = ["Environment", "Generation", "Inspection", "continue_prompt", "env", "generate", "inspect"]
+__all__ = [
+    "Engine",
+    "EngineStats",
+    "Environment",
+    "Event",
+    "Finished",
+    "Generation",
+    "Handle",
+    "Inspection",
+    "Request",
+    "Token",
+    "continue_prompt",
+    "env",
+    "generate",
+    "inspect",
+]

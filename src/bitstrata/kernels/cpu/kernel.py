@@ -42,6 +42,7 @@ class CpuKernel:
         self.name = f"{isa}-{variant}" if variant else isa
         self.priority = -1 if variant else priority
         self.activations = "exact" if variant == "exact" else "int8"
+        self.steady_rows = None if variant else FEW_ROWS
         self._reason = reason
 
     def can_run(self, problem: Problem) -> str | None:

@@ -1,0 +1,134 @@
+"""Attention for a flat batch: tokens of many requests in a row, each seeing its own past and no other's.
+
+transformers hands the queries, keys and values of all tokens [1, H, T, D] of a layer to the function
+registered here, with the keyword `bitstrata_batch` that the engine gave to the model's forward. The
+function puts keys and values into the pool and attends request by request, which on a CPU is the
+very arithmetic of a request alone. On a GPU, where many small kernels cost more than the work in
+them, requests that feed one token each are gathered and padded to one call.
+
+Heads that share keys are rows of one query against them, as in models/attention.py, so keys are never repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ...errors import UsageError
+from .memory import TokenPool
+
+NAME = "bitstrata_batch"
+# what some architectures want of attention beyond keys, queries, values, a scale and a window
+UNKNOWN = ("position_bias", "softcap", "s_aux", "head_mask")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A segment in a batch: `length` tokens after the `past` ones of the range that starts at `start` of the pool."""
+
+    start: int
+    past: int
+    length: int
+
+
+@dataclass
+class FlatBatch:
+    """What attention needs to know of a batch. places: where in the pool each of its T tokens goes, int64 [T]."""
+
+    pool: TokenPool
+    spans: list[Span]
+    places: Tensor
+    gather: bool  # requests with one token each in one call
+    padded: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def padding(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """For one token a span: places in the pool of what each sees [R, S], and which are real [R, 1, 1, S]."""
+        if window not in self.padded:
+            device = self.places.device
+            end = torch.tensor([span.start + span.past + 1 for span in self.spans], device=device)
+            seen = [span.past + 1 if window is None else min(window, span.past + 1) for span in self.spans]
+            back = torch.arange(max(seen), 0, -1, device=device)  # how far before the end: the last columns are real
+            real = back <= torch.tensor(seen, device=device)[:, None]
+            self.padded[window] = (end[:, None] - back).clamp_(min=0), real[:, None, None, :]
+        return self.padded[window]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    bitstrata_batch: FlatBatch | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, D], key and value [1, H / groups, T, D] of a flat batch -> [1, T, H, D].
+
+    Raises UsageError outside an engine's own calls, and for attention that is more than softmax within a window.
+    """
+    batch = bitstrata_batch
+    if batch is None:
+        raise UsageError(
+            "this model is run by an Engine, or its architecture does not pass keywords on to attention",
+            hint="submit requests to the engine, or close it to use the model directly",
+        )
+    wanted = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if wanted or attention_mask is not None:
+        what = ", ".join(wanted) or "a mask of its own"
+        raise UsageError(f"attention with {what} cannot run in an engine's batches")
+    keys, values = batch.pool.write(module.layer_idx, batch.places, key[0], value[0])  # type: ignore[arg-type]
+    if batch.gather and len(batch.spans) > 1 and all(span.length == 1 for span in batch.spans):
+        return _together(query, keys, values, batch.padding(sliding_window), scaling), None
+    out = query.new_empty(1, query.shape[2], query.shape[1], values.shape[2])  # [1, T, H, D']
+    first = 0
+    for span in batch.spans:
+        last = first + span.length
+        out[:, first:last] = _one(query[:, :, first:last], keys, values, span, sliding_window, scaling)
+        first = last
+    return out, None
+
+
+def _one(query: Tensor, keys: Tensor, values: Tensor, span: Span, window: int | None, scaling: float | None) -> Tensor:
+    """query [1, H, n, D] of one span -> [1, n, H, D']."""
+    total = span.past + span.length
+    skipped = 0 if window is None else max(0, span.past + 1 - window)  # seen by none of its tokens
+    seen = slice(span.start + skipped, span.start + total)
+    k, v = keys[None, :, seen], values[None, :, seen]  # [1, Hkv, S, D]
+    heads, n = query.shape[1], span.length
+    groups = heads // k.shape[1]
+    attention = torch.nn.functional.scaled_dot_product_attention
+    if n > 1 and span.past == 0 and (window is None or total <= window):
+        out = attention(query, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+        return out.transpose(1, 2)
+    mask = None
+    if n > 1:
+        behind = torch.arange(span.past, total, device=query.device)[:, None] - torch.arange(
+            skipped, total, device=query.device
+        )
+        mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)  # [n, S]
+        mask = mask.repeat(groups, 1)
+    rows = query.reshape(1, k.shape[1], groups * n, query.shape[3])
+    out = attention(rows, k, v, attn_mask=mask, scale=scaling)
+    return out.reshape(1, heads, n, out.shape[3]).transpose(1, 2)
+
+
+def _together(
+    query: Tensor, keys: Tensor, values: Tensor, padding: tuple[Tensor, Tensor], scaling: float | None
+) -> Tensor:
+    """query [1, H, R, D], one token of each of R spans -> [1, R, H, D']."""
+    places, real = padding
+    k, v = keys[:, places].transpose(0, 1), values[:, places].transpose(0, 1)  # [R, Hkv, S, D]
+    _, heads, rows, width = query.shape
+    grouped = query[0].transpose(0, 1).reshape(rows, k.shape[1], heads // k.shape[1], width)
+    out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=real, scale=scaling)
+    return out.reshape(1, rows, heads, out.shape[3])
+
+
+AttentionInterface.register(NAME, attend)

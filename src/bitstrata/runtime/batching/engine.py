@@ -1,0 +1,337 @@
+"""Engine: a thread that runs many requests, each at its own bits, in common batches.
+
+    engine = Engine(model, tokenizer)
+    handle = engine.submit(Request(prompt_ids, bits=3))
+    for event in handle.events(): ...
+    engine.close()
+
+A round of the thread: drop what was cancelled; admit waiting requests, first come first served, while
+there are places and room in the cache; pack what each has to feed into batches (packing.py); run
+them, and give every request its next token. A request reads its bits anew each round.
+
+Greedy tokens are those of `model.generate(bits=...)` alone. Settings of the model's generation config other than
+its end-of-sequence tokens (penalties and the like) are not applied.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...errors import BitstrataError, ResourceError, UsageError
+from ...models import context_limit
+from ...nn import bits_state, steady_rows
+from .attention import Span
+from .forward import Forward
+from .memory import BLOCK, Range, TokenPool
+from .packing import Segment, Waiting, pack
+from .request import REASONS, Event, Finished, Handle, Limits, Request, Token
+from .sampling import Choice, Sampler, choose
+
+STOP_TOKENS = 4  # a character may take this many tokens, so a stop text of n lies within the last 4 n and a few
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine is doing and has done.
+
+    cache_tokens, cache_used_tokens: of the cache, and reserved now; cache_bytes: of all layers' tensors.
+    prompt_tokens, new_tokens, batches: since the start. finished: requests by reason.
+    """
+
+    running: int
+    waiting: int
+    cache_tokens: int
+    cache_used_tokens: int
+    cache_bytes: int
+    prompt_tokens: int
+    new_tokens: int
+    batches: int
+    finished: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class _Running:
+    """A request between submit and its end. The first `past` of `tokens` are in the cache."""
+
+    handle: Handle
+    tokens: list[int]
+    most: int  # new tokens it may make
+    sampler: Sampler
+    place: Range | None = None
+    past: int = 0
+    new: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Runs requests on `model` until it is closed; a context manager too.
+
+    Args:
+        model: quantized, from `bitstrata.load`. It belongs to the engine until `close`.
+        tokenizer: reads stop texts; only requests with some need it.
+        max_requests: run at a time; others wait.
+        max_batch_tokens: of prompts in one batch: longer prompts are fed in parts, between which others decode.
+        cache_tokens: room for the prompts and new tokens of all running requests together.
+            By default 512 for each, or the model's context if that is less, and at least 2,048.
+        max_waiting: requests that may wait for a place.
+
+    Raises:
+        UsageError: a model that is not quantized, that another engine holds, or whose architecture
+            cannot run in batches; numbers that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        max_requests: int = 16,
+        max_batch_tokens: int = 512,
+        cache_tokens: int | None = None,
+        max_waiting: int = 1024,
+    ) -> None:
+        supported = bits_state(model).supported
+        context = _steady_context(model)
+        if cache_tokens is None:
+            cache_tokens = max(2048, max_requests * min(512, context or 512))
+        self._steady = steady_rows(model, model.dtype)
+        least = max(max_requests, 2 * (self._steady or 0) + 2)
+        if max_requests < 1 or max_waiting < 1 or max_batch_tokens < least or cache_tokens < 2 * BLOCK:
+            raise UsageError(
+                f"max_requests={max_requests}, max_waiting={max_waiting}, max_batch_tokens={max_batch_tokens}, "
+                f"cache_tokens={cache_tokens} cannot be used",
+                hint=f"at least 1, 1, {least} and {2 * BLOCK}",
+            )
+        self.max_requests, self.max_batch_tokens, self.max_waiting = max_requests, max_batch_tokens, max_waiting
+        self._tokenizer = tokenizer
+        self._pool = TokenPool(cache_tokens)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        self._limits = Limits(supported, vocabulary, context, self._pool.tokens, tokenizer is not None)
+        self._eos = _end_tokens(model)
+        self._changed = threading.Condition()  # guards what follows, down to the counters
+        self._waiting: deque[_Running] = deque()
+        self._running: dict[int, _Running] = {}
+        self._number = 0
+        self._closing: str | None = None  # "drain" or "drop"
+        self._failure: BaseException | None = None
+        self._prompt_tokens = self._new_tokens = self._batches = 0
+        self._finished = Counter(dict.fromkeys(REASONS, 0))
+        self._forward = Forward(model, self._pool)
+        try:
+            with torch.no_grad():
+                self._forward.check()
+        except BaseException:
+            self._forward.give_back()
+            raise
+        self._thread = threading.Thread(target=self._work, name="bitstrata-engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(drain=kind is None)
+
+    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> Handle:
+        """Queue `request`; from any thread.
+
+        Args:
+            listener: called with each event, in the engine's thread: it must return at once. If it raises, that
+                ends the request with this error.
+
+        Raises:
+            UnsupportedBitsError, InputError, UsageError: as Limits.check; nothing is queued.
+            UsageError: the engine is closed.
+            ResourceError: max_waiting requests wait already.
+        """
+        most = self._limits.check(request)
+        seed = request.seed if request.seed is not None else random.SystemRandom().getrandbits(64)
+        sampler = Sampler(request.temperature, request.top_p, random.Random(seed), request.logprobs)
+        with self._changed:
+            if self._failure is not None:
+                raise UsageError(f"the engine has failed: {self._failure!r}", hint="start another") from self._failure
+            if self._closing is not None:
+                raise UsageError("the engine is closed", hint="start another")
+            if len(self._waiting) >= self.max_waiting:
+                raise ResourceError(f"{self.max_waiting} requests are waiting already", hint="try again later")
+            handle = Handle(request, self._number, self._limits.bits, listener)
+            handle._wake = self._wake
+            self._number += 1
+            self._waiting.append(_Running(handle, list(request.prompt_ids), most, sampler))
+            self._changed.notify_all()
+        return handle
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now; from any thread."""
+        with self._changed:
+            return EngineStats(
+                running=len(self._running),
+                waiting=len(self._waiting),
+                cache_tokens=self._pool.tokens,
+                cache_used_tokens=self._pool.used_tokens,
+                cache_bytes=self._pool.bytes,
+                prompt_tokens=self._prompt_tokens,
+                new_tokens=self._new_tokens,
+                batches=self._batches,
+                finished=dict(self._finished),
+            )
+
+    def close(self, drain: bool = True) -> None:
+        """Take no more requests, finish those there are or, without `drain`, cancel them, and give the model back.
+
+        Returns when the thread has ended. Closing again does nothing, except that drain=False cuts a drain short.
+        """
+        with self._changed:
+            if self._closing != "drop":
+                self._closing = "drain" if drain else "drop"
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    # Below here: the engine's thread only.
+
+    def _work(self) -> None:
+        try:
+            if self._forward.model.device.type == "cuda":  # a thread starts on the first one
+                torch.cuda.set_device(self._forward.model.device)
+            with torch.no_grad():  # for this thread
+                while self._next_round():
+                    self._round()
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+            for item in [*self._running.values(), *self._waiting]:
+                self._end(item, Finished("error", error if isinstance(error, Exception) else RuntimeError(repr(error))))
+        finally:
+            self._forward.give_back()
+
+    def _next_round(self) -> bool:
+        """Wait for work, drop what was cancelled and admit what fits; False when there is nothing left to do."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running or self._waiting or self._closing)
+            everything = [*self._running.values(), *self._waiting]
+            drop = self._closing == "drop"
+        for item in everything:
+            if item.handle._listener_error is not None:
+                self._end(item, Finished("error", item.handle._listener_error))
+            elif drop or item.handle.cancelled:
+                self._end(item, Finished("cancelled"))
+        with self._changed:
+            while self._waiting and len(self._running) < self.max_requests:
+                item = self._waiting[0]
+                item.place = self._pool.reserve(len(item.tokens) + item.most - 1)
+                if item.place is None:
+                    break
+                self._running[item.handle.number] = self._waiting.popleft()
+                self._prompt_tokens += len(item.tokens)
+            return bool(self._running) or self._closing is None
+
+    def _round(self) -> None:
+        waiting = [
+            Waiting(number, item.past, len(item.tokens) - item.past, item.handle.bits)
+            for number, item in self._running.items()
+        ]
+        for batch in pack(waiting, self.max_batch_tokens, self._steady):
+            try:
+                self._run(batch)
+            except Exception as error:  # out of memory, say: these requests end, the others go on
+                for segment in batch:
+                    if segment.owner in self._running:
+                        self._end(self._running[segment.owner], Finished("error", error))
+
+    def _run(self, batch: list[Segment]) -> None:
+        items = [self._running[segment.owner] for segment in batch]
+        tokens = [item.tokens[part.past : part.past + part.length] for item, part in zip(items, batch, strict=True)]
+        spans = [
+            Span(item.place.start, part.past, part.length)
+            for item, part in zip(items, batch, strict=True)
+            if item.place is not None
+        ]
+        logits = self._forward.run(tokens, spans, [segment.bits for segment in batch])
+        with self._changed:
+            self._batches += 1
+        rows = [row for row, segment in enumerate(batch) if segment.is_last]
+        for item, segment in zip(items, batch, strict=True):
+            item.past += segment.length
+        if not rows:
+            return
+        choices = choose(logits if len(rows) == len(batch) else logits[rows], [items[row].sampler for row in rows])
+        for row, choice in zip(rows, choices, strict=True):
+            if isinstance(choice, BitstrataError):
+                self._end(items[row], Finished("error", choice))
+            else:
+                self._take(items[row], choice, batch[row].bits)
+
+    def _take(self, item: _Running, choice: Choice, bits: int) -> None:
+        item.tokens.append(choice.token)
+        item.new.append(choice.token)
+        with self._changed:
+            self._new_tokens += 1
+        item.handle._emit(Token(choice.token, bits, choice.logprob, choice.top))
+        if self._stops(item, choice.token):
+            self._end(item, Finished("stop"))
+        elif len(item.new) >= item.most:
+            self._end(item, Finished("length"))
+
+    def _stops(self, item: _Running, token: int) -> bool:
+        request = item.handle.request
+        if (token in self._eos and not request.ignore_eos) or token in request.stop:
+            return True
+        texts = [stop for stop in request.stop if isinstance(stop, str)]
+        if not texts or self._tokenizer is None:
+            return False
+        tail = item.new[-STOP_TOKENS * (max(map(len, texts)) + 2) :]
+        text = str(self._tokenizer.decode(tail, skip_special_tokens=True))
+        return any(stop in text for stop in texts)
+
+    def _end(self, item: _Running, event: Finished) -> None:
+        with self._changed:
+            if item.place is not None:
+                self._pool.release(item.place)
+                item.place = None
+            if self._running.pop(item.handle.number, None) is None:
+                self._waiting.remove(item)
+            self._finished[event.reason] += 1
+        item.handle._emit(event)
+
+
+def _end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The end-of-sequence tokens at which `generate` stops too."""
+    for config in (model.generation_config, model.config):
+        ends = getattr(config, "eos_token_id", None)
+        if ends is not None:
+            return frozenset([ends] if isinstance(ends, int) else ends)
+    return frozenset()
+
+
+def _steady_context(model: PreTrainedModel) -> int | None:
+    """The longest sequence whose rotary positions do not depend on how long the others in its batch are.
+
+    Rotary embeddings of the types here change their frequencies for a whole batch once its longest
+    sequence passes the length that the model was first trained at.
+    """
+    config = model.config.get_text_config(decoder=True)
+    limit = context_limit(model.config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {item.get("rope_type") for item in [rope, *rope.values()] if isinstance(item, dict)}
+    if kinds & {"longrope", "dynamic"}:
+        first = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if first is not None:
+            return min(first, limit) if limit is not None else int(first)
+    return limit

@@ -1,0 +1,233 @@
+"""What a caller gives the engine, and what comes back: Request, Handle and events.
+
+A Request is checked when it is submitted; the Handle that `Engine.submit` returns is how its caller
+follows, steers and cancels it, from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ...errors import InputError, UnsupportedBitsError, UsageError
+
+REASONS = ("stop", "length", "cancelled", "error")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue.
+
+    Args:
+        prompt_ids: the prompt's tokens, BOS included where the model wants one.
+        bits: the precision; the model's highest if None.
+        min_bits: the least that whoever lowers bits under load may go to; `bits` if None, so never lower.
+        max_new_tokens: at most so many tokens; None for as many as the model's context and the engine's cache leave.
+        temperature: 0 takes the most likely token every time; above 0 samples from softmax(logits / temperature).
+        top_p: sample from the smallest set of most likely tokens whose probability reaches top_p.
+        seed: a seeded request samples the same tokens whatever else is in the batch; None draws a fresh seed.
+        stop: texts, or single token ids, after which the request ends. What ended it is among the tokens.
+        logprobs: None for no log-probabilities, 0 for those of the chosen tokens, n for the n likeliest as well.
+        ignore_eos: go on after an end-of-sequence token.
+    """
+
+    prompt_ids: Sequence[int]
+    bits: int | None = None
+    min_bits: int | None = None
+    max_new_tokens: int | None = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str | int] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token.
+
+    logprob: ln of its probability at temperature 1, before top_p; None unless asked for.
+    top: the likeliest tokens at this place with theirs, likeliest first.
+    bits: the precision that computed it.
+    """
+
+    id: int
+    bits: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event. reason: "stop", "length", "cancelled" or "error", and then `error` says what happened."""
+
+    reason: str
+    error: Exception | None = None
+
+
+Event = Token | Finished
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can take: supported bits, the model's vocabulary and the longest sequence, in tokens."""
+
+    bits: tuple[int, ...]
+    vocabulary: int
+    context: int | None
+    cache_tokens: int
+    texts: bool  # whether stop texts can be read: there is a tokenizer
+
+    def check(self, request: Request) -> int:
+        """How many new tokens `request` may make.
+
+        Raises:
+            UnsupportedBitsError: bits or min_bits that the model does not have.
+            InputError: an empty prompt, a token outside the vocabulary, a prompt that leaves no room for a new token.
+            UsageError: anything else that is wrong with it.
+        """
+        for bits in (request.bits, request.min_bits):
+            if bits is not None and (isinstance(bits, bool) or bits not in self.bits):
+                raise UnsupportedBitsError(bits, self.bits)
+        if request.min_bits is not None and request.min_bits > (request.bits or max(self.bits)):
+            raise UsageError(f"min_bits={request.min_bits} is above bits={request.bits or max(self.bits)}")
+        if not request.temperature >= 0 or request.temperature == float("inf") or not 0 < request.top_p <= 1:
+            raise UsageError(
+                f"temperature={request.temperature}, top_p={request.top_p} cannot be used",
+                hint="temperature must be a number from 0 up, top_p must lie in (0, 1]",
+            )
+        if request.logprobs is not None and not 0 <= request.logprobs <= self.vocabulary:
+            raise UsageError(f"logprobs={request.logprobs} must lie between 0 and the vocabulary's {self.vocabulary}")
+        self._check_stop(request.stop)
+        self._check_prompt(request.prompt_ids)
+        return self._room(len(request.prompt_ids), request.max_new_tokens)
+
+    def _check_stop(self, stop: Sequence[str | int]) -> None:
+        if isinstance(stop, str) or any(isinstance(item, bool) or not isinstance(item, (str, int)) for item in stop):
+            raise UsageError(f"stop must be a sequence of texts and token ids, got {stop!r}")
+        if any(item == "" for item in stop):
+            raise UsageError("an empty stop text would end every request at once")
+        if not self.texts and any(isinstance(item, str) for item in stop):
+            raise UsageError("stop texts need a tokenizer", hint="give Engine the model's tokenizer, or stop token ids")
+
+    def _check_prompt(self, ids: Sequence[int]) -> None:
+        if len(ids) == 0:
+            raise InputError("the prompt is empty", hint="give at least one token")
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocabulary:
+                raise InputError(
+                    f"{token!r} is not a token of this model", hint=f"tokens are ints from 0 to {self.vocabulary - 1}"
+                )
+
+    def _room(self, prompt: int, asked: int | None) -> int:
+        if asked is not None and asked < 1:
+            raise UsageError(f"max_new_tokens={asked} must be at least 1")
+        # the last new token is never an input, so it needs no place in the cache
+        sizes = [(self.cache_tokens + 1, "the engine's cache", "start the engine with more cache_tokens")]
+        if self.context is not None:
+            sizes.append((self.context, "the model's context", "shorten the prompt"))
+        size, what, hint = min(sizes)
+        if prompt >= size:
+            raise InputError(f"the prompt has {prompt} tokens and leaves no room in {what}, {size}", hint=hint)
+        if asked is not None and prompt + asked > size:
+            raise InputError(
+                f"the prompt's {prompt} tokens and max_new_tokens={asked} do not fit into {what}, {size}",
+                hint=f"ask for at most {size - prompt} new tokens",
+            )
+        return size - prompt if asked is None else asked
+
+
+class Handle:
+    """A submitted request. Every method may be called from any thread.
+
+    `request` is what was asked for. Events are kept, so `events` may be called more than once and late.
+    """
+
+    def __init__(
+        self, request: Request, number: int, supported: tuple[int, ...], listener: Callable[[Event], None] | None
+    ) -> None:
+        self.request, self.number = request, number
+        self._bits = request.bits if request.bits is not None else max(supported)
+        self._supported = supported
+        self._listener = listener
+        self._changed = threading.Condition()
+        self._events: list[Event] = []
+        self._cancelled = False
+        self._listener_error: Exception | None = None
+        self._wake: Callable[[], None] = lambda: None
+
+    @property
+    def bits(self) -> int:
+        """The precision of the tokens to come; the engine reads it at each step."""
+        return self._bits
+
+    def set_bits(self, bits: int) -> None:
+        """Go on at `bits`. What the cache holds of earlier tokens stays as it was computed.
+
+        Raises UnsupportedBitsError for bits that the model does not have.
+        """
+        if isinstance(bits, bool) or bits not in self._supported:
+            raise UnsupportedBitsError(bits, self._supported)
+        self._bits = bits
+
+    def cancel(self) -> None:
+        """End the request soon, with the reason "cancelled" unless it ends by itself before; no-op once it ended."""
+        self._cancelled = True
+        self._wake()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled
+
+    @property
+    def finished(self) -> Finished | None:
+        """The last event, once there is one."""
+        with self._changed:
+            last = self._events[-1] if self._events else None
+        return last if isinstance(last, Finished) else None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The new tokens so far."""
+        with self._changed:
+            return [event.id for event in self._events if isinstance(event, Token)]
+
+    def events(self, timeout: float | None = None) -> Iterator[Event]:
+        """Every event from the first to Finished, each as soon as it is there.
+
+        Raises TimeoutError if the next one does not come within `timeout` seconds.
+        """
+        at = 0
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda at=at: len(self._events) > at, timeout):  # type: ignore[misc]
+                    raise TimeoutError(f"request {self.number}: no event for {timeout} s")
+                event = self._events[at]
+            yield event
+            if isinstance(event, Finished):
+                return
+            at += 1
+
+    def result(self, timeout: float | None = None) -> list[int]:
+        """Wait for the end and return the new tokens.
+
+        Raises TimeoutError as `events`, and the request's own error if it ended with one.
+        """
+        for event in self.events(timeout):
+            if isinstance(event, Finished) and event.error is not None:
+                raise event.error
+        return self.tokens
+
+    def _emit(self, event: Event) -> None:
+        """Called by the engine's thread only."""
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+        if self._listener is not None:
+            try:
+                self._listener(event)
+            except Exception as error:  # this request's own fault: the engine ends it, the others go on
+                self._listener, self._listener_error = None, error

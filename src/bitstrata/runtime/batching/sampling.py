@@ -1,0 +1,81 @@
+"""The next token of each request from its own logits, at its own temperature, top_p and random numbers.
+
+A sampled token is where one uniform number falls among the cumulative probabilities of the tokens,
+likeliest first. The number comes from the request's own generator, one a token, so a seeded request
+draws the same ones whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The token taken; with log-probabilities if they were asked for (Token says which)."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How one request picks tokens. temperature 0 is greedy; `random` gives one number a sampled token."""
+
+    temperature: float
+    top_p: float
+    random: random.Random
+    logprobs: int | None = None
+
+
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice | CheckError]:
+    """One choice a row of logits [rows, V] (float32); a CheckError in the place of a row with no usable maximum."""
+    best, tokens = logits.max(dim=-1)
+    usable = best.isfinite().tolist()
+    sampled = [row for row, sampler in enumerate(samplers) if sampler.temperature > 0 and usable[row]]
+    if sampled:
+        tokens[sampled] = _sample(logits[sampled], [samplers[row] for row in sampled])
+    taken = tokens.tolist()
+    choices: list[Choice | CheckError] = []
+    for row, sampler in enumerate(samplers):
+        if not usable[row]:
+            choices.append(CheckError("the model's logits are not finite", hint="try more bits or another dtype"))
+        elif sampler.logprobs is None:
+            choices.append(Choice(taken[row]))
+        else:
+            choices.append(_with_logprobs(logits[row], taken[row], sampler.logprobs))
+    return choices
+
+
+def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Tokens [rows] for logits [rows, V]."""
+    device = logits.device
+    temperature = torch.tensor([[item.temperature] for item in samplers], dtype=torch.float32, device=device)
+    top_p = torch.tensor([[item.top_p] for item in samplers], dtype=torch.float64, device=device)
+    uniform = torch.tensor([[item.random.random()] for item in samplers], dtype=torch.float64, device=device)
+    # a tiny temperature must not turn the largest logits into infinities: their difference to the maximum counts
+    centred = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    probability, order = torch.softmax(centred.double(), dim=-1).sort(dim=-1, descending=True, stable=True)
+    reached = probability.cumsum(dim=-1)
+    kept = reached - probability < top_p  # the likeliest always stays
+    mass = torch.where(kept, reached, 0.0).amax(dim=-1, keepdim=True)
+    place = torch.searchsorted(reached, uniform * mass, right=True)
+    place = torch.minimum(place, kept.sum(dim=-1, keepdim=True) - 1)
+    return order.gather(1, place).squeeze(1)
+
+
+def _with_logprobs(logits: Tensor, token: int, count: int) -> Choice:
+    values = torch.log_softmax(logits, dim=-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if count:
+        largest, ids = values.topk(count)
+        top = tuple(zip(ids.tolist(), largest.tolist(), strict=True))
+    return Choice(token, float(values[token]), top)
