@@ -41,6 +41,7 @@ class TritonKernel:
     layout = LAYOUT
     activations = "exact"
     device = "cuda"
+    steady_rows = FEW_ROWS
 
     def can_run(self, problem: Problem) -> str | None:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
