@@ -1,11 +1,13 @@
 """Running a quantized model: text generation, many requests in one batch, and what can run here."""
 
 from .batching import Engine, EngineStats, Event, Finished, Handle, Request, Token
+from .conversation import Conversation
 from .environment import Environment, env
 from .generation import Generation, continue_prompt, generate
 from .inspection import Inspection, inspect
 
 __all__ = [
+    "Conversation",
     "Engine",
     "EngineStats",
     "Environment",

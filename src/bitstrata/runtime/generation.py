@@ -113,8 +113,21 @@ def generate(
 
 
 def continue_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, **settings: Any
+) -> Generation:
+    """`generate` for a loaded model; settings as in `continue_tokens`."""
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    if not ids:
+        raise InputError("the prompt is empty", hint="give at least one word")
+    return continue_tokens(model, tokenizer, ids, prompt, **settings)
+
+
+def continue_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
     prompt: str,
     *,
     bits: int | None,
@@ -127,12 +140,7 @@ def continue_prompt(
     draft_tokens: int = 4,
     streamer: BaseStreamer | None = None,
 ) -> Generation:
-    """`generate` for a loaded model; `bits` None runs a model that is not quantized."""
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
-    if tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
-    if not ids:
-        raise InputError("the prompt is empty", hint="give at least one word")
+    """Continue the tokens `ids`, which stand for `prompt`; `bits` None runs a model that is not quantized."""
     limit = context_limit(model.config)
     if limit is not None and len(ids) + max_new_tokens > limit:
         if len(ids) >= limit:

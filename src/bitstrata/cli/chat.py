@@ -1,0 +1,102 @@
+"""`bitstrata chat`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from transformers import TextStreamer
+
+from ..errors import BitstrataError, UsageError
+from ..models import choose_bits, load, load_tokenizer, resolve
+from ..runtime import Conversation
+from .output import DEVICE_OPTION
+
+COMMANDS = """/bits N   answer at N bits from now on; /bits alone says what there is
+/reset    forget the conversation
+/help     these lines
+/quit     leave; so does the end of input"""
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, OUT or OUT:BITS.")],
+    bits: Annotated[int | None, typer.Option(help="Precision to start with; the highest by default.")] = None,
+    system: Annotated[str | None, typer.Option(help="Instruction before the first turn.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest reply, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    draft_bits: Annotated[int | None, typer.Option(help="Draft tokens at this precision where it is lower.")] = None,
+    device: str = DEVICE_OPTION,
+) -> None:
+    """Talk to a model; its bits can change in the middle of the conversation. /help lists the commands."""
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max-new-tokens be at least 1")
+    target, chosen = choose_bits(model, bits)
+    loaded = load(target, bits=chosen, device=device)
+    tokenizer = load_tokenizer(resolve(target))
+    talk = Conversation(
+        loaded,
+        tokenizer,
+        bits=chosen,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        draft_bits=draft_bits,
+    )
+    if draft_bits is not None and draft_bits not in talk.supported:
+        raise UsageError(f"draft-bits {draft_bits} is not among {', '.join(map(str, talk.supported))}")
+    kind = "" if talk.has_template else "; the tokenizer has no chat template, so the model continues your text"
+    _say(f"{talk.bits} bits of {', '.join(map(str, talk.supported))}{kind}; /help lists commands")
+    while (line := _read()) is not None:
+        if not line.strip():
+            continue
+        if line.startswith("/"):
+            if not _obey(talk, line.split()):
+                return
+            continue
+        try:
+            result = talk.reply(line, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        except BitstrataError as error:
+            _say(f"{error.message}; /reset forgets the conversation")
+            continue
+        speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
+        _say(f"[{result.bits} bits, {result.tokens} tokens{speed}]")
+
+
+def _read() -> str | None:
+    """A line from the user; None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def _obey(talk: Conversation, words: list[str]) -> bool:
+    """Whether to go on after a command."""
+    match words:
+        case ["/quit" | "/exit"]:
+            return False
+        case ["/reset"]:
+            talk.reset()
+            _say("forgotten")
+        case ["/bits"]:
+            _say(f"{talk.bits} bits of {', '.join(map(str, talk.supported))}")
+        case ["/bits", value]:
+            try:
+                talk.bits = int(value)
+                _say(f"{talk.bits} bits")
+            except ValueError:
+                _say(f"/bits takes a number, not {value!r}")
+            except BitstrataError as error:
+                _say(error.message)
+        case _:
+            _say(COMMANDS)
+    return True
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

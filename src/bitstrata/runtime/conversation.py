@@ -1,0 +1,89 @@
+"""A conversation with a model whose bits may change from one reply to the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from ..errors import UnsupportedBitsError, UsageError
+from ..nn import bits_state
+from ..progress import Reporter
+from .generation import Generation, continue_prompt, continue_tokens
+
+
+class Conversation:
+    """Turns of a user and a model.
+
+    With the tokenizer's chat template where there is one. A base model without one continues the text as a
+    whole: what the user says is simply what comes next.
+
+    Args:
+        bits: of the next replies; the model's highest if None. Set `bits` to change them.
+        system: an instruction before the first turn; needs a chat template.
+        settings: max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens of every reply.
+
+    Raises:
+        UnsupportedBitsError: bits that the model does not have.
+        UsageError: a system instruction without a chat template.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        bits: int | None = None,
+        system: str | None = None,
+        reporter: Reporter | None = None,
+        **settings: Any,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.supported = bits_state(model).supported
+        self._bits = max(self.supported)
+        if bits is not None:
+            self.bits = bits
+        self.has_template = bool(tokenizer.chat_template)
+        if system is not None and not self.has_template:
+            raise UsageError(
+                "a system instruction needs a chat template, and this tokenizer has none",
+                hint="leave --system out: the model continues text, it was not trained to be instructed",
+            )
+        self.system = system
+        self._settings = {"max_new_tokens": 256, **settings, "reporter": reporter or Reporter()}
+        self._turns: list[dict[str, str]] = []
+        self.reset()
+
+    @property
+    def bits(self) -> int:
+        """Of the next reply."""
+        return self._bits
+
+    @bits.setter
+    def bits(self, value: int) -> None:
+        if value not in self.supported:
+            raise UnsupportedBitsError(value, self.supported)
+        self._bits = value
+
+    def reset(self) -> None:
+        """Forget all turns but the system instruction."""
+        self._turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def reply(self, text: str, streamer: BaseStreamer | None = None) -> Generation:
+        """The model's answer to `text`, at `bits`.
+
+        Raises InputError if the context is full; the turn is then dropped.
+        """
+        turns = [*self._turns, {"role": "user", "content": text}]
+        settings = {**self._settings, "bits": self.bits, "streamer": streamer}
+        if settings.get("draft_bits") is not None and settings["draft_bits"] >= self.bits:
+            settings["draft_bits"] = None  # this precision is no dearer than its draft
+        if self.has_template:
+            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            result = continue_tokens(self.model, self.tokenizer, list(ids), text, **settings)  # type: ignore[arg-type]
+        else:
+            whole = "".join(turn["content"] for turn in turns)
+            result = continue_prompt(self.model, self.tokenizer, whole, **settings)
+        self._turns = [*turns, {"role": "assistant", "content": result.text}]
+        return result

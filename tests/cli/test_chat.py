@@ -1,0 +1,123 @@
+"""`bitstrata chat`, driven through its standard input."""
+
+from __future__ import annotations
+
+import io
+import shutil
+
+import pytest
+from cli_outcome import Command
+from transformers import AutoTokenizer
+
+import bitstrata
+from bitstrata.errors import InputError, UnsupportedBitsError, UsageError
+from bitstrata.models import load_tokenizer
+from bitstrata.runtime import Conversation, generate
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.fixture
+def type_in(monkeypatch: pytest.MonkeyPatch):
+    """What the user types, line by line."""
+
+    def give(*lines: str) -> None:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+    return give
+
+
+def test_bits_change_in_the_middle(quantized, cli: Command, type_in):
+    type_in("the cat", "/bits 2", "sat", "/bits", "/bits 7", "/bits two", "", "/reset", "/help", "/quit", "never read")
+    outcome = cli("chat", f"{quantized}:3", "--max-new-tokens", "5", "--temperature", "0")
+    assert outcome.code == 0, outcome.err
+    said = outcome.err.splitlines()
+    assert "no chat template" in said[0]
+    assert said[0].startswith("3 bits of 2, 3, 4")
+    assert [line for line in said if line.startswith("[")] == [
+        line for line in said if "tokens" in line and "[" in line
+    ]
+    assert any(line.startswith("[3 bits, 5 tokens") for line in said)
+    assert any(line.startswith("[2 bits, 5 tokens") for line in said)
+    assert "2 bits of 2, 3, 4" in said
+    assert any("7" in line and "supported" in line for line in said)
+    assert "/bits takes a number, not 'two'" in said
+    assert "forgotten" in said
+    assert any(line.startswith("/bits N") for line in said)
+    assert outcome.out.strip()
+
+
+def test_the_end_of_input_ends_the_conversation(quantized, cli: Command, type_in):
+    type_in()
+    assert cli("chat", quantized).code == 0
+
+
+def test_without_a_template_turns_are_one_text(quantized):
+    model, tokenizer = bitstrata.load(quantized), load_tokenizer(quantized)
+    talk = Conversation(model, tokenizer, bits=4, max_new_tokens=6)
+    first = talk.reply("the cat")
+    assert first.text == generate(model, "the cat", bits=4, max_new_tokens=6, tokenizer=tokenizer).text
+    talk.bits = 2
+    second = talk.reply(" sat")
+    whole = "the cat" + first.text + " sat"
+    assert second.text == generate(model, whole, bits=2, max_new_tokens=6, tokenizer=tokenizer).text
+    talk.reset()
+    talk.bits = 4
+    assert talk.reply("the cat").text == first.text
+
+
+def test_a_template_is_used(quantized, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(quantized, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    model = bitstrata.load(folder)
+    talk = Conversation(model, tokenizer, system="be brief", max_new_tokens=4)
+    first = talk.reply("hi")
+    ids = tokenizer("s:be brief\nu:hi\na:", add_special_tokens=False, return_tensors="pt").input_ids
+    expected = model.generate(ids, bits=4, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    assert first.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert first.prompt == "hi"
+
+
+def test_a_full_context_loses_only_the_turn(quantized):
+    model, tokenizer = bitstrata.load(quantized), load_tokenizer(quantized)
+    talk = Conversation(model, tokenizer, max_new_tokens=4)
+    first = talk.reply("the cat").text
+    with pytest.raises(InputError, match="context is 64"):
+        talk.reply("x" * 80)
+    again = Conversation(model, tokenizer, max_new_tokens=4)
+    assert again.reply("the cat").text == first
+    assert again.reply(" sat").text == talk.reply(" sat").text
+
+
+def test_the_full_context_is_said_and_the_chat_goes_on(quantized, cli: Command, type_in):
+    type_in("x" * 80, "/reset", "the cat")
+    outcome = cli("chat", quantized, "--max-new-tokens", "3", "--temperature", "0")
+    assert outcome.code == 0, outcome.err
+    assert "/reset forgets the conversation" in outcome.err
+    assert "[4 bits, 3 tokens" in outcome.err
+
+
+def test_drafts_are_only_used_where_they_are_cheaper(quantized):
+    model, tokenizer = bitstrata.load(quantized), load_tokenizer(quantized)
+    talk = Conversation(model, tokenizer, bits=4, draft_bits=3, max_new_tokens=4)
+    assert talk.reply("the cat").draft_bits == 3
+    talk.bits = 2
+    assert talk.reply(" sat").draft_bits is None
+
+
+def test_what_cannot_be_asked_for(quantized, cli: Command, type_in):
+    model, tokenizer = bitstrata.load(quantized), load_tokenizer(quantized)
+    with pytest.raises(UnsupportedBitsError):
+        Conversation(model, tokenizer, bits=8)
+    with pytest.raises(UsageError, match="needs a chat template"):
+        Conversation(model, tokenizer, system="be brief")
+    type_in()
+    for arguments in (["--bits", "8"], ["--draft-bits", "8"], ["--temperature", "-1"], ["--system", "be brief"]):
+        outcome = cli("chat", quantized, *arguments)
+        assert outcome.code in (2, 3), arguments
+        assert outcome.err.startswith("error:")
