@@ -35,11 +35,8 @@ def test_bits_change_in_the_middle(quantized, cli: Command, type_in):
     outcome = cli("chat", f"{quantized}:3", "--max-new-tokens", "5", "--temperature", "0")
     assert outcome.code == 0, outcome.err
     said = outcome.err.splitlines()
-    assert "no chat template" in said[0]
-    assert said[0].startswith("3 bits of 2, 3, 4")
-    assert [line for line in said if line.startswith("[")] == [
-        line for line in said if "tokens" in line and "[" in line
-    ]
+    assert any(line.startswith("3 bits of 2, 3, 4; the tokenizer has no chat template") for line in said)
+    assert sum(line.startswith("[") for line in said) == 2
     assert any(line.startswith("[3 bits, 5 tokens") for line in said)
     assert any(line.startswith("[2 bits, 5 tokens") for line in said)
     assert "2 bits of 2, 3, 4" in said
@@ -120,4 +117,5 @@ def test_what_cannot_be_asked_for(quantized, cli: Command, type_in):
     for arguments in (["--bits", "8"], ["--draft-bits", "8"], ["--temperature", "-1"], ["--system", "be brief"]):
         outcome = cli("chat", quantized, *arguments)
         assert outcome.code in (2, 3), arguments
-        assert outcome.err.startswith("error:")
+        assert "error:" in outcome.err
+        assert "Traceback" not in outcome.err
