@@ -37,8 +37,8 @@ def test_bits_change_in_the_middle(quantized, cli: Command, type_in):
     said = outcome.err.splitlines()
     assert any(line.startswith("3 bits of 2, 3, 4; the tokenizer has no chat template") for line in said)
     assert sum(line.startswith("[") for line in said) == 2
-    assert any(line.startswith("[3 bits, 5 tokens") for line in said)
-    assert any(line.startswith("[2 bits, 5 tokens") for line in said)
+    assert any(line.startswith("[3 bits, ") for line in said)
+    assert any(line.startswith("[2 bits, ") for line in said)
     assert "2 bits of 2, 3, 4" in said
     assert any("7" in line and "supported" in line for line in said)
     assert "/bits takes a number, not 'two'" in said
@@ -96,7 +96,7 @@ def test_the_full_context_is_said_and_the_chat_goes_on(quantized, cli: Command, 
     outcome = cli("chat", quantized, "--max-new-tokens", "3", "--temperature", "0")
     assert outcome.code == 0, outcome.err
     assert "/reset forgets the conversation" in outcome.err
-    assert "[4 bits, 3 tokens" in outcome.err
+    assert "[4 bits, " in outcome.err
 
 
 def test_drafts_are_only_used_where_they_are_cheaper(quantized):
