@@ -92,7 +92,7 @@ def _obey(talk: Conversation, words: list[str]) -> bool:
             except ValueError:
                 _say(f"/bits takes a number, not {value!r}")
             except BitstrataError as error:
-                _say(error.message)
+                _say(f"{error.message}; {error.hint}" if error.hint else error.message)
         case _:
             _say(COMMANDS)
     return True
