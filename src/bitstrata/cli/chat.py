@@ -89,10 +89,10 @@ def _obey(talk: Conversation, words: list[str]) -> bool:
             try:
                 talk.bits = int(value)
                 _say(f"{talk.bits} bits")
+            except BitstrataError as error:  # before ValueError: unsupported bits are one
+                _say(f"{error.message}; {error.hint}" if error.hint else error.message)
             except ValueError:
                 _say(f"/bits takes a number, not {value!r}")
-            except BitstrataError as error:
-                _say(f"{error.message}; {error.hint}" if error.hint else error.message)
         case _:
             _say(COMMANDS)
     return True
