@@ -119,7 +119,7 @@ def main() -> None:
             f"spread {row['spread']:.2f}",
             file=sys.stderr,
         )
-    settings = {key: value for key, value in vars(args).items() if key != "json"}
+    settings = {key: value for key, value in vars(args).items() if key != "json"} | {"model": Path(args.model).name}
     report = {"machine": describe(torch.get_num_threads()), "settings": settings, "ways": rows}
     text = json.dumps(report, indent=2)
     print(text)
