@@ -14,7 +14,8 @@ from helpers import assert_linear_close, random_weight
 
 from bitstrata.kernels import plane_linear, plane_linear_rows, prepared_linear, prepared_lookup
 from bitstrata.kernels.triton import KERNEL, TiledWeight
-from bitstrata.planes import decode
+from bitstrata.planes import PlaneWeight, decode
+from bitstrata.planes.weights import map_decoder
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -224,11 +225,15 @@ def test_bits_that_the_host_did_not_see_and_nothing_has_become_nan(decoder, seed
 
 def test_the_stored_weight_can_be_used_too(seed):
     weight = random_weight(N, K, (2, 3), 64, "affine", seed)
-    if DEVICE == "cuda":
-        pytest.skip("the stored tensors of this test are on the CPU")
+    there = PlaneWeight(
+        tuple(plane.to(DEVICE) for plane in weight.planes),
+        {bits: map_decoder(decoder, lambda tensor, _: tensor.to(DEVICE)) for bits, decoder in weight.decoders.items()},
+        weight.in_features,
+        weight.group_size,
+    )
     x = activations(2, torch.float16, seed)
-    check(plane_linear(x, weight, 3), x, weight, 3, "stored")
-    y = plane_linear_rows(x, weight, torch.tensor([2, 3]))
+    check(plane_linear(x.to(DEVICE), there, 3).cpu(), x, weight, 3, "stored")
+    y = plane_linear_rows(x.to(DEVICE), there, torch.tensor([2, 3], device=DEVICE)).cpu()
     check(y[:1], x[:1], weight, 2, "stored rows")
 
 

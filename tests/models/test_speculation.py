@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from architectures import CONFIGS
-from transformers import TextStreamer
+from transformers import DynamicCache, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import bitstrata
@@ -225,3 +225,14 @@ def test_drafts_grow_while_they_pay_and_stop_when_they_do_not():
 
 def test_acceptance_of_nothing_is_unknown():
     assert Speculation(2).acceptance is None
+
+
+def test_a_cache_that_holds_part_of_the_prompt_is_continued(trained):
+    model, tokenizer = trained
+    ids = ids_of(tokenizer, PROMPTS[1])
+    settings = {"bits": 8, "max_new_tokens": 8, "do_sample": False}
+    plain = model.generate(ids, **settings)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :4], past_key_values=cache, use_cache=True, bits=8)
+    assert torch.equal(plain, model.generate(ids, past_key_values=cache, draft_bits=2, **settings))

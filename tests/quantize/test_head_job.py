@@ -8,19 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from job_helpers import ANYBCQ, BCQ, RTN, digests, run
+from job_helpers import ANYBCQ, BCQ, RTN, assert_report_measures_the_checkpoint, digests, run
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from tiny_models import tiny_gpt2, tiny_llama
 
 import bitstrata
-from bitstrata.calibrate import calibration_windows, read_text
 from bitstrata.checkpoint import CheckpointReader, validate
 from bitstrata.errors import JobError, PreflightError
-from bitstrata.evaluate import Tally
 from bitstrata.planes import decode
 from bitstrata.quantize import head, rtn
-from bitstrata.quantize.preflight import HELDOUT_WINDOWS
 from bitstrata.quantize.state import JobState
 
 NAMES = {"tied": ["model.embed_tokens"], "untied": ["model.embed_tokens", "lm_head"]}
@@ -68,23 +64,7 @@ def test_the_reported_measures_are_those_of_the_loaded_model(
     """Chains start from the quantized embedding and end in the quantized head."""
     report = run(sources[kind], tmp_path / "out", text, head_bits=4, **method)
     assert validate(tmp_path / "out") == []
-    original = AutoModelForCausalLM.from_pretrained(sources[kind], dtype=torch.float32)
-    quantized = bitstrata.load(tmp_path / "out", device="cpu")
-    windows = calibration_windows(
-        tiny_tokenizer(), read_text(text), num_samples=6, seq_len=32, num_heldout=HELDOUT_WINDOWS, seed=0
-    ).heldout
-    with torch.no_grad():
-        expected = original(windows).logits[:, :-1].flatten(0, 1)
-        targets = windows[:, 1:].flatten()
-        base = Tally()
-        base.add(expected, targets)
-        assert report.reference is not None
-        assert report.reference["nll"] == pytest.approx(base.result().nll, rel=1e-5)
-        for row in report.results:
-            tally = Tally()
-            tally.add(quantized(windows, bits=row["bits"]).logits[:, :-1].flatten(0, 1), targets, expected)
-            assert row["nll"] == pytest.approx(tally.result().nll, rel=1e-4)
-            assert row["kld"] == pytest.approx(tally.result().kld, rel=1e-3)
+    assert_report_measures_the_checkpoint(report, sources[kind], tmp_path / "out", text)
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -9,18 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from job_helpers import ANYBCQ, ANYPRECISION, BCQ, RTN, digests, run
+from job_helpers import (
+    ANYBCQ,
+    ANYPRECISION,
+    BCQ,
+    RTN,
+    assert_report_measures_the_checkpoint,
+    digests,
+    run,
+)
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tiny_models import tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
 import bitstrata
-from bitstrata.calibrate import calibration_windows, read_text
 from bitstrata.checkpoint import CheckpointReader, validate
 from bitstrata.demo.run import MODEL
-from bitstrata.evaluate import Tally
 from bitstrata.planes import decode
-from bitstrata.quantize.preflight import HELDOUT_WINDOWS
 
 # of the tiny Llama's quantized layers: query and output, key and value, gate and up, down
 BLOCK_ROWS = 2 * 64 + 2 * 32 + 2 * 96 + 64
@@ -77,25 +82,7 @@ def test_the_same_command_gives_the_same_bytes(model: Path, text: Path, tmp_path
 def test_the_reported_measures_are_those_of_the_loaded_model(model: Path, text: Path, tmp_path: Path) -> None:
     """The job measures with chains of blocks; the checkpoint that it wrote must measure the same."""
     report = run(model, tmp_path / "out", text)
-    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    quantized = bitstrata.load(tmp_path / "out", device="cpu")
-    windows = calibration_windows(
-        tiny_tokenizer(), read_text(text), num_samples=6, seq_len=32, num_heldout=HELDOUT_WINDOWS, seed=0
-    ).heldout
-    with torch.no_grad():
-        expected = original(windows).logits[:, :-1].flatten(0, 1)
-        targets = windows[:, 1:].flatten()
-        base = Tally()
-        base.add(expected, targets)
-        assert report.reference is not None
-        assert report.reference["nll"] == pytest.approx(base.result().nll, rel=1e-5)
-        assert report.heldout_tokens == len(targets)
-        for row in report.results:
-            tally = Tally()
-            tally.add(quantized(windows, bits=row["bits"]).logits[:, :-1].flatten(0, 1), targets, expected)
-            assert row["nll"] == pytest.approx(tally.result().nll, rel=1e-4)
-            assert row["kld"] == pytest.approx(tally.result().kld, rel=1e-3)
-            assert row["top1_agreement"] == pytest.approx(tally.result().top1_agreement, abs=0.01)
+    assert_report_measures_the_checkpoint(report, model, tmp_path / "out", text)
 
 
 def test_layer_errors_are_those_of_the_stored_planes(model: Path, text: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def speculate(
     bits = state.value
     assert isinstance(bits, int)
     _refuse(input_ids, generation_config, model_kwargs)
-    run = _Runner(model, state, bits, input_ids, model_kwargs)
+    run = _Runner(model, state, model_kwargs)
     sampling = bool(generation_config.do_sample)
     length = DraftLength(
         speculation.draft_tokens,
@@ -142,7 +142,7 @@ def speculate(
         ROW_COST.get(input_ids.device.type, OTHER_ROW_COST),
     )
     ids = input_ids
-    logits = run(ids, bits, keep=1)  # the prompt
+    logits = run(ids[:, run.cache.get_seq_length() :], bits, keep=1)  # the prompt, or what a given cache lacks of it
     run.remember()
     waiting = _pick(logits_processor(ids, logits[:, -1]), sampling)[0]  # chosen, not yet in the cache
     ids, done = _emit(ids, [waiting], stopping_criteria, speculation)
@@ -177,10 +177,9 @@ def speculate(
 class _Runner:
     """Forward passes over one cache."""
 
-    def __init__(
-        self, model: PreTrainedModel, state: BitsState, bits: int, input_ids: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        self.model, self.state, self.bits = model, state, bits
+    def __init__(self, model: PreTrainedModel, state: BitsState, kwargs: dict[str, Any]) -> None:
+        self.model, self.state = model, state
+        self.can_keep = "logits_to_keep" in kwargs  # then the head runs for those tokens only
         self.cache = kwargs["past_key_values"]
         mask = kwargs.get("attention_mask")
         self.padding = mask if mask is not None and not bool((mask == 1).all()) else None
@@ -194,6 +193,8 @@ class _Runner:
             seen = self.cache.get_seq_length() + tokens.shape[1]
             mask = torch.nn.functional.pad(self.padding, (0, seen - self.padding.shape[1]), value=1)
             extra = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]}
+        if self.can_keep:
+            extra["logits_to_keep"] = keep
         previous = self.state.set(bits)
         try:
             output = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **extra)

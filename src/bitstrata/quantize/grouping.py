@@ -67,17 +67,20 @@ def to_scale(value: Tensor) -> Tensor:
 
 def to_bytes(coefficients: Tensor, unit: Tensor) -> Tensor:
     """The nearest that bytes can say, still as numbers: [bits + 1, ...], the offset last; unit [...]."""
-    step = byte_steps(unit, len(coefficients) - 1)
-    nearest = (coefficients / step.clamp_min(1e-30)).round_().clamp_(-127, 127)
-    return nearest * step
+    return _byte_codes(coefficients, unit) * byte_steps(unit, len(coefficients) - 1)
+
+
+def _byte_codes(coefficients: Tensor, unit: Tensor) -> Tensor:
+    """The bytes of that, as floats."""
+    step = byte_steps(unit, len(coefficients) - 1).clamp_min(1e-30)
+    return (coefficients / step).round_().clamp_(-127, 127)
 
 
 def make_affine(scale: Tensor, offset: Tensor, unit: Tensor | None) -> Decoder:
     """A decoder from scales [bits, N, J] and offset [N, J], rounded as it stores them: bytes if there is a unit [N]."""
     if unit is None:
         return AffineDecoder(to_scale(scale).contiguous(), to_scale(offset).contiguous())
-    step = byte_steps(unit, len(scale)).unsqueeze(-1).clamp_min(1e-30)
-    both = (torch.cat([scale, offset.unsqueeze(0)]) / step).round_().clamp_(-127, 127).to(torch.int8)
+    both = _byte_codes(torch.cat([scale, offset.unsqueeze(0)]), unit.unsqueeze(-1)).to(torch.int8)
     return ByteAffineDecoder(both[:-1].contiguous(), both[-1].contiguous(), unit)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import axis, dot, rounded
+from .primitives import axis, dot, rounded, stored_column
 
 
 @triton.jit
@@ -94,11 +94,8 @@ def decode_rows(
     column += axis(4, 0, 8) * 8 + axis(8, 7, 8)
     keep = (place < count) & (tile < chunks)
     if PADDED:
-        width: tl.constexpr = GROUP_UNITS * 128 // UNITS
-        group = column // width
-        within = column - group * width
-        keep = keep & (within < group_size)
-        column = group * group_size + within
+        column, real = stored_column(column, group_size, GROUP_UNITS * 128 // UNITS)
+        keep = keep & real
     keep = keep & (column < columns)
     tl.store(out_ptr + place.to(tl.int64) * columns + column, rounded(weights, out_ptr.dtype.element_ty), mask=keep)
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import axis, dot, rounded
+from .primitives import axis, dot, rounded, stored_column
 
 
 @triton.jit
@@ -61,11 +61,8 @@ def activations(
     column += axis(4, 0, 7) * 8 + axis(8, 6, 7)
     keep = row < rows
     if PADDED:
-        width: tl.constexpr = GROUP_UNITS * 128 // UNITS
-        group = column // width
-        within = column - group * width
-        keep = keep & (within < group_size)
-        column = group * group_size + within
+        column, real = stored_column(column, group_size, GROUP_UNITS * 128 // UNITS)
+        keep = keep & real
     x = tl.load(x_ptr + row.to(tl.int64) * stride + column, mask=keep & (column < columns), other=0.0)
     x = tl.reshape(x, (4, 8, WARPS, 2, UNITS, REST, ROWS // 8, 2, 2, 2))  # ... unit c rows/8 sub blk half
     x = tl.permute(x, (3, 4, 2, 5, 8, 0, 7, 9, 6, 1))  # v unit warp c blk t sub half rows/8 g

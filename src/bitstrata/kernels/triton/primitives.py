@@ -31,6 +31,14 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def stored_column(column, group_size, WIDTH: tl.constexpr):
+    """Where a column of groups padded to WIDTH is stored, and whether it is there at all."""
+    group = column // WIDTH
+    within = column - group * WIDTH
+    return group * group_size + within, within < group_size
+
+
+@triton.jit
 def dot(a, b, total=None):
     """total + a @ b in float32; the interpreter takes the bit patterns of bf16 for integers."""
     if INTERPRETED and a.dtype == tl.bfloat16:
