@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import BitstrataError, ResourceError, UsageError
+from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
 from ...models import context_limit
 from ...nn import bits_state, steady_rows
 from .attention import Span
@@ -116,7 +116,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._pool = TokenPool(cache_tokens)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        self._limits = Limits(supported, vocabulary, context, self._pool.tokens, tokenizer is not None)
+        self.limits = Limits(supported, vocabulary, context, self._pool.tokens, tokenizer is not None)
         self._eos = _end_tokens(model)
         self._changed = threading.Condition()  # guards what follows, down to the counters
         self._waiting: deque[_Running] = deque()
@@ -151,25 +151,30 @@ class Engine:
 
         Raises:
             UnsupportedBitsError, InputError, UsageError: as Limits.check; nothing is queued.
-            UsageError: the engine is closed.
+            ClosedError: the engine is closed, or has failed.
             ResourceError: max_waiting requests wait already.
         """
-        most = self._limits.check(request)
+        most = self.limits.check(request)
         seed = request.seed if request.seed is not None else random.SystemRandom().getrandbits(64)
         sampler = Sampler(request.temperature, request.top_p, random.Random(seed), request.logprobs)
         with self._changed:
             if self._failure is not None:
-                raise UsageError(f"the engine has failed: {self._failure!r}", hint="start another") from self._failure
+                raise ClosedError(f"the engine has failed: {self._failure!r}", hint="start another") from self._failure
             if self._closing is not None:
-                raise UsageError("the engine is closed", hint="start another")
+                raise ClosedError("the engine is closed", hint="start another")
             if len(self._waiting) >= self.max_waiting:
                 raise ResourceError(f"{self.max_waiting} requests are waiting already", hint="try again later")
-            handle = Handle(request, self._number, self._limits.bits, listener)
+            handle = Handle(request, self._number, self.limits.bits, listener)
             handle._wake = self._wake
             self._number += 1
             self._waiting.append(_Running(handle, list(request.prompt_ids), most, sampler))
             self._changed.notify_all()
         return handle
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests: it was not closed and has not failed."""
+        return self._closing is None and self._failure is None
 
     def stats(self) -> EngineStats:
         """What the engine is doing now; from any thread."""

@@ -102,7 +102,30 @@ class Limits:
             raise UsageError(f"logprobs={request.logprobs} must lie between 0 and the vocabulary's {self.vocabulary}")
         self._check_stop(request.stop)
         self._check_prompt(request.prompt_ids)
-        return self._room(len(request.prompt_ids), request.max_new_tokens)
+        return self.room(len(request.prompt_ids), request.max_new_tokens)
+
+    def room(self, prompt: int, asked: int | None = None) -> int:
+        """How many new tokens a prompt of so many tokens may have: `asked`, or all that fit.
+
+        Raises:
+            InputError: the prompt leaves no room, or not as much as asked.
+            UsageError: less than one token is asked for.
+        """
+        if asked is not None and asked < 1:
+            raise UsageError(f"max_new_tokens={asked} must be at least 1")
+        # the last new token is never an input, so it needs no place in the cache
+        sizes = [(self.cache_tokens + 1, "the engine's cache", "start the engine with more cache_tokens")]
+        if self.context is not None:
+            sizes.append((self.context, "the model's context", "shorten the prompt"))
+        size, what, hint = min(sizes)
+        if prompt >= size:
+            raise InputError(f"the prompt has {prompt} tokens and leaves no room in {what}, {size}", hint=hint)
+        if asked is not None and prompt + asked > size:
+            raise InputError(
+                f"the prompt's {prompt} tokens and max_new_tokens={asked} do not fit into {what}, {size}",
+                hint=f"ask for at most {size - prompt} new tokens",
+            )
+        return size - prompt if asked is None else asked
 
     def _check_stop(self, stop: Sequence[str | int]) -> None:
         if isinstance(stop, str) or any(isinstance(item, bool) or not isinstance(item, (str, int)) for item in stop):
@@ -120,23 +143,6 @@ class Limits:
                 raise InputError(
                     f"{token!r} is not a token of this model", hint=f"tokens are ints from 0 to {self.vocabulary - 1}"
                 )
-
-    def _room(self, prompt: int, asked: int | None) -> int:
-        if asked is not None and asked < 1:
-            raise UsageError(f"max_new_tokens={asked} must be at least 1")
-        # the last new token is never an input, so it needs no place in the cache
-        sizes = [(self.cache_tokens + 1, "the engine's cache", "start the engine with more cache_tokens")]
-        if self.context is not None:
-            sizes.append((self.context, "the model's context", "shorten the prompt"))
-        size, what, hint = min(sizes)
-        if prompt >= size:
-            raise InputError(f"the prompt has {prompt} tokens and leaves no room in {what}, {size}", hint=hint)
-        if asked is not None and prompt + asked > size:
-            raise InputError(
-                f"the prompt's {prompt} tokens and max_new_tokens={asked} do not fit into {what}, {size}",
-                hint=f"ask for at most {size - prompt} new tokens",
-            )
-        return size - prompt if asked is None else asked
 
 
 class Handle:
