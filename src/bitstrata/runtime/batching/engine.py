@@ -85,6 +85,8 @@ class Engine:
             By default 512 for each, or the model's context if that is less, and at least 2,048.
         max_waiting: requests that may wait for a place.
 
+    `limits` says what requests it can take.
+
     Raises:
         UsageError: a model that is not quantized, that another engine holds, or whose architecture
             cannot run in batches; numbers that cannot be used.
@@ -100,6 +102,7 @@ class Engine:
         cache_tokens: int | None = None,
         max_waiting: int = 1024,
     ) -> None:
+        self.model = model
         supported = bits_state(model).supported
         context = _steady_context(model)
         if cache_tokens is None:

@@ -80,6 +80,12 @@ class Limits:
     cache_tokens: int
     texts: bool  # whether stop texts can be read: there is a tokenizer
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that a prompt and its new tokens may have together."""
+        # the last new token is never an input, so it needs no place in the cache
+        return min(self.cache_tokens + 1, self.context or self.cache_tokens + 1)
+
     def check(self, request: Request) -> int:
         """How many new tokens `request` may make.
 
@@ -113,11 +119,11 @@ class Limits:
         """
         if asked is not None and asked < 1:
             raise UsageError(f"max_new_tokens={asked} must be at least 1")
-        # the last new token is never an input, so it needs no place in the cache
-        sizes = [(self.cache_tokens + 1, "the engine's cache", "start the engine with more cache_tokens")]
-        if self.context is not None:
-            sizes.append((self.context, "the model's context", "shorten the prompt"))
-        size, what, hint = min(sizes)
+        size = self.longest
+        if size == self.context:
+            what, hint = "the model's context", "shorten the prompt"
+        else:
+            what, hint = "the engine's cache", "start the engine with more cache_tokens"
         if prompt >= size:
             raise InputError(f"the prompt has {prompt} tokens and leaves no room in {what}, {size}", hint=hint)
         if asked is not None and prompt + asked > size:
