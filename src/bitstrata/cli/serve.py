@@ -20,9 +20,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, OUT or OUT:BITS.")],
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="BITSTRATA_API_KEY", help="What clients must send; none by default.")
