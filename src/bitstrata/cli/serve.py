@@ -84,5 +84,5 @@ def command(
             app = create_app(engine, tokenizer, settings)
             catalog = app.state.service.catalog
             supported = ", ".join(map(str, catalog.supported))
-            ready = f"serving {name} at {address(bound)}/v1, bits {supported}, {catalog.default} if none are named"
+            ready = f"serving {name} at {address(bound)}/v1 with bits {supported} ({catalog.default} by default)"
             serve(app, bound, grace=grace, say=reporter.say, ready=ready)

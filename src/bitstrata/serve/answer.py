@@ -120,12 +120,12 @@ class _Answer:
         started = time.perf_counter()
         self._prompt_tokens = sum(map(len, wish.prompts))
         self._shows_tokens = wish.logprobs is not None or bool(body.return_token_ids)
+        self.flight = Flight(service.engine, requests)  # first: it checks the tokens that texts are made from
         self._choices = []
         for index, request in enumerate(requests):
             context = request.prompt_ids if wish.continues else ()
             text = ReplyText(service.tokenizer, context, body.stop)
             self._choices.append(_Choice(index, text, service, started))
-        self.flight = Flight(service.engine, requests)
 
     async def parts(self) -> AsyncIterator[Part]:
         async for arrival in self.flight.arrivals():

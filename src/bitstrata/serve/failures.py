@@ -80,7 +80,8 @@ def _validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {name!r}", param=name, code="unknown_parameter")
     if not name:
-        return ApiError(400, f"the body must be a JSON object: {message}")
+        whole = first["type"] == "value_error"  # fields that contradict each other
+        return ApiError(400, message if whole else f"the body must be a JSON object: {message}")
     return ApiError(400, f"{name}: {message}", param=name)
 
 

@@ -59,4 +59,4 @@ class Body(BaseModel):
         """Clients dump whole objects, with null for whatever they know and do not use."""
         if not isinstance(data, dict):
             return data
-        return {key: value for key, value in data.items() if value is not None or key in cls.model_fields}
+        return {encodable(key): value for key, value in data.items() if value is not None or key in cls.model_fields}
