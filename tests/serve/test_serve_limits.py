@@ -70,8 +70,10 @@ def test_prompts_can_be_limited(serving):
 
 def test_a_full_queue_gives_429_and_serves_again_later(with_engine):
     with with_engine(max_requests=1, max_waiting=2) as server:
-        connections = [server.connect(COMPLETIONS, {**LONG, "stream": True}) for _ in range(3)]
-        eventually(lambda: (server.engine.stats().running, server.engine.stats().waiting) == (1, 2), "a full queue")
+        connections = [server.connect(COMPLETIONS, {**LONG, "stream": True})]
+        eventually(lambda: server.engine.stats().running == 1, "a running request")
+        connections += [server.connect(COMPLETIONS, {**LONG, "stream": True}) for _ in range(2)]
+        eventually(lambda: server.engine.stats().waiting == 2, "a full queue")
         refused = server.post(COMPLETIONS, LONG)
         refused.refused(429, "2 requests are waiting already", code="rate_limit_exceeded")
         assert int(refused.headers["retry-after"]) > 0
@@ -82,7 +84,9 @@ def test_a_full_queue_gives_429_and_serves_again_later(with_engine):
             connection.close()
         eventually(server.is_idle, "the end of what nobody waits for")
         # all or none: the first of the two is not left behind
-        blocking = [server.connect(COMPLETIONS, LONG) for _ in range(2)]
+        blocking = [server.connect(COMPLETIONS, LONG)]
+        eventually(lambda: server.engine.stats().running == 1, "a running request")
+        blocking.append(server.connect(COMPLETIONS, LONG))
         eventually(lambda: server.engine.stats().waiting == 1, "a queue with one place")
         server.post(COMPLETIONS, {**LONG, "n": 2}).refused(429)
         assert server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 1, "bits": 9}).status == 400
