@@ -26,6 +26,7 @@ class Detokenizer:
 
     Args:
         context: the tokens before them, where the text continues theirs; nothing where it stands alone.
+            A character that they leave half may be lost.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
