@@ -13,7 +13,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-EXAMPLES = 80
+EXAMPLES = 40
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 READ = ["/v1/models", "/v1/models/{model}", "/health", "/metrics"]
 WORK = ["/v1/chat/completions", "/v1/completions"]

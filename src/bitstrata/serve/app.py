@@ -16,7 +16,7 @@ from .answer import Wish, answer
 from .forms import ChatForm, CompletionForm
 from .guard import Guard
 from .prompts import chat_prompt, completion_prompt
-from .replies import ChatChunk, ChatReply, CompletionReply, ErrorReply, Health, ModelCard, ModelList
+from .replies import ChatReply, CompletionReply, ErrorReply, Health, ModelCard, ModelList
 from .requests import ChatBody, CompletionBody
 from .service import Service
 from .settings import Settings
@@ -58,7 +58,7 @@ def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Set
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=None, responses=_answers(ChatReply, ChatChunk))
+    @app.post("/v1/chat/completions", response_model=None, responses=_answers(ChatReply))
     async def chat_completions(http: Request, body: ChatBody) -> Response:
         """Answer a conversation, whole or, with `stream`, as server-sent events that end with `[DONE]`."""
         service.catalog.bits(body.model, body.bits)  # refused before anything is tokenized
@@ -72,7 +72,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         )
         return await answer(service, http, body, wish, ChatForm(service, body))
 
-    @app.post("/v1/completions", response_model=None, responses=_answers(CompletionReply, CompletionReply))
+    @app.post("/v1/completions", response_model=None, responses=_answers(CompletionReply))
     async def completions(http: Request, body: CompletionBody) -> Response:
         """Continue texts or tokens, whole or, with `stream`, as server-sent events that end with `[DONE]`."""
         service.catalog.bits(body.model, body.bits)
@@ -110,10 +110,10 @@ def _add_information(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _answers(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    stream = {"schema": {"type": "string"}, "description": f"`data:` lines, each with a {chunk.__name__}"}
-    answers: dict[int | str, dict[str, Any]] = {200: {"model": whole, "content": {"text/event-stream": stream}}}
-    return {**answers, **_refusals(*_REFUSALS)}
+def _answers(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    description = "the whole answer; with `stream` events of data that add up to it"
+    answer = {"model": whole, "content": {"text/event-stream": {}}, "description": description}
+    return {200: answer, **_refusals(*_REFUSALS)}
 
 
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
