@@ -23,22 +23,24 @@ def command(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="BITSTRATA_API_KEY", help="What clients must send; none by default.")
+        str | None, typer.Option(envvar="BITSTRATA_API_KEY", help="Key that clients must send; none by default.")
     ] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="By default the folder's name, or the hub id.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The model's name; by default the folder's or hub id.")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="For requests that name none; the highest by default.")] = None,
-    max_requests: Annotated[int, typer.Option(help="Served at a time; more wait.")] = 16,
-    max_waiting: Annotated[int, typer.Option(help="That may wait; more are refused.")] = 256,
-    max_connections: Annotated[int, typer.Option(help="HTTP requests under way at a time.", min=1)] = 512,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request.", min=1)] = 4 * 1024 * 1024,
+    max_requests: Annotated[int, typer.Option(help="Requests served at a time; others wait.")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused.")] = 256,
+    max_connections: Annotated[int, typer.Option(help="HTTP requests under way; more are refused.", min=1)] = 512,
+    max_body: Annotated[int, typer.Option(help="The largest request, in bytes.", min=1)] = 4 * 1024 * 1024,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Of a prompt; by default what context and cache take.", min=1)
+        int | None, typer.Option(help="The longest prompt; by default what context and cache take.", min=1)
     ] = None,
     default_max_tokens: Annotated[
         int, typer.Option(help="New tokens of a chat request that gives no number.", min=1)
     ] = 512,
     cache_tokens: Annotated[
-        int | None, typer.Option(help="Room for prompts and new tokens of all running requests.")
+        int | None, typer.Option(help="Room for the prompts and new tokens of all running requests.")
     ] = None,
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="A web page's origin that may call the server (CORS); repeatable.")

@@ -15,7 +15,7 @@ from . import failures
 from .answer import Wish, answer
 from .forms import ChatForm, CompletionForm
 from .guard import Guard
-from .prompts import chat_prompt, completion_prompt
+from .prompts import chat_prompt, completion_prompts
 from .replies import ChatReply, CompletionReply, ErrorReply, Health, ModelCard, ModelList
 from .requests import ChatBody, CompletionBody
 from .service import Service
@@ -78,7 +78,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.catalog.bits(body.model, body.bits)
         service.check_choices(len(body.prompt), body.n or 1)
         wish = Wish(
-            prompts=[await completion_prompt(service.tokenizer, prompt) for prompt in body.prompt],
+            prompts=await completion_prompts(service.tokenizer, body.prompt),
             continues=True,
             max_tokens=body.max_tokens,
             default_tokens=COMPLETION_TOKENS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from ..errors import BitstrataError, ClosedError, InputError, ResourceError, UnsupportedBitsError, UsageError
 
+log = logging.getLogger(__name__)
 RETRY_SECONDS = 1
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -55,6 +57,7 @@ def translate(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if not isinstance(error, BitstrataError):
+        log.error("a request failed", exc_info=error)
         return ApiError(500, f"the request failed: {type(error).__name__}", code="internal_error")
     message = f"{error.message}; {error.hint}" if error.hint else error.message
     match error:
@@ -106,5 +109,5 @@ def install(app: FastAPI) -> None:
         return translate(error).response()
 
     @app.exception_handler(Exception)
-    async def unknown(_: Request, error: Exception) -> Response:
-        return translate(error).response()
+    async def unknown(_: Request, error: Exception) -> Response:  # the server logs it
+        return ApiError(500, f"the request failed: {type(error).__name__}", code="internal_error").response()

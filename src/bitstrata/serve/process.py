@@ -87,8 +87,11 @@ class _Server(uvicorn.Server):
         self._service, self._grace, self._say, self._ready = service, grace, say, ready
         self._ending: asyncio.Task[None] | None = None
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._say(self._ready)
 

@@ -17,14 +17,18 @@ SHORT = 2000  # characters that are tokenized at once, in less time than handing
 T = TypeVar("T")
 
 
-async def completion_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> list[int]:
-    """The tokens of one prompt of /v1/completions, as `bitstrata generate` makes them; tokens stay as they are.
+async def completion_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[list[int]]
+) -> list[list[int]]:
+    """The tokens of each prompt of /v1/completions, as `bitstrata generate` makes them; tokens stay as they are.
 
     Raises InputError for an empty prompt of a tokenizer without BOS.
     """
-    if not isinstance(prompt, str):
-        return prompt
-    return await _aside(len(prompt), lambda: encode_prompt(tokenizer, prompt))
+
+    def encode() -> list[list[int]]:
+        return [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    return await _aside(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), encode)
 
 
 async def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:

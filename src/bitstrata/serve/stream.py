@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -15,7 +14,6 @@ from starlette.types import Receive, Scope, Send
 from .failures import ApiError, translate
 from .replies import dump
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -69,7 +67,6 @@ class EventStream(Response):
         except ApiError as error:
             await event(json.dumps(error.body()))
         except Exception as error:
-            log.exception("a stream failed")
             await event(json.dumps(translate(error).body()))
         await event("[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
