@@ -42,14 +42,12 @@ class RowBits:
     _known: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        wrong = [choice for choice in self.choices if not isinstance(choice, (int, Mapping))]
-        if wrong or not self.choices:
-            raise UsageError(f"the choices of RowBits are ints and plans, got {wrong[0] if wrong else 'none'!r}")
+        for choice in self.choices:
+            if not isinstance(choice, (int, Mapping)):
+                raise UsageError(f"the choices of RowBits are ints and plans, got {choice!r}")
         _check_integers(self.rows)
         if self.rows.device.type == "cpu" and not set(self.rows.unique().tolist()) <= set(range(len(self.choices))):
-            raise UsageError(
-                f"rows of RowBits are indices of its {len(self.choices)} choices, got {self.rows.tolist()}"
-            )
+            raise UsageError(f"rows of RowBits are indices of its {len(self.choices)} choices")
 
     def of(self, layer: str) -> int | Tensor:
         """The bits of `layer`: an int where all choices agree, else one entry a row, int8 in the shape of `rows`."""
