@@ -4,10 +4,11 @@ The same requests arrive at the same times (open loop, benchmarks/arrivals.py) a
 fixed bits, or at the highest with the lowest as min_bits under a policy. Rates are multiples of this machine's
 capacity at the highest bits, measured first: requests a second with all places taken.
 
-    python benchmarks/policies.py OUT|SHAPE [--text FILE] [--bits 2,3,4] [--policies load position:tokens=8 entropy]
-        [--reference MODEL] [--seconds 60] [--calm 0.5] [--burst 1.5] [--calm-seconds 8] [--burst-seconds 4]
+    python benchmarks/policies.py OUT|SHAPE [--text FILE] [--bits 2,3,4] [--reference MODEL]
+        [--policies load load:prompts=1 position:tokens=8 entropy]
+        [--seconds 60] [--calm 0.5] [--burst 1.5] [--calm-seconds 8] [--burst-seconds 4]
         [--max-requests 8] [--prompt 48] [--new 16-64] [--temperature 0.8] [--target 0.8] [--repeat 1]
-        [--blocks N] [--threads N] [--seed 0] [--json FILE]
+        [--judged 64] [--blocks N] [--threads N] [--seed 0] [--json FILE]
 
 OUT is a quantized checkpoint, its prompts openings of windows of --text; SHAPE (say llama-3.2-1b) a model of random
 weights with prompts of random tokens, for latency only. `load` without a target gets --target times the time per
@@ -15,9 +16,9 @@ token with all places taken at the highest bits.
 
 ttft: from arrival to the first token; tpot: mean time between a request's further tokens; latency: from arrival to
 the last token. Arrival is the trace's time, not when the script got round to it.
-kld: of the tokens as they were served: every produced sequence once more through the model, each token of it at the
-bits that it ran at, against the same sequence at the highest bits or through --reference (many rows at a time, so
-CPUs use their arithmetic for prompts). Quality of what was said, not of other things that might have been said.
+kld: of the tokens as they were served: the produced sequences (of --judged requests) once more through the model, each
+token at the bits that it ran at, against the same sequence at the highest bits or through --reference. Many rows at a
+time, so CPUs use their arithmetic for prompts. A way is judged on what it said itself.
 kld_histogram: the cheap estimate of the same: the kld of the fixed ways, weighted by the share of tokens at their bits.
 """
 
@@ -87,7 +88,14 @@ class Bench:
 
     def engine(self, policy: Policy | None = None) -> Engine:
         places = self.args.max_requests
-        return Engine(self.model, max_requests=places, cache_tokens=self.room, max_waiting=1 << 20, policy=policy)
+        return Engine(
+            self.model,
+            max_requests=places,
+            max_batch_tokens=max(512, self.room),  # prompts are fed in one piece, and so at one precision
+            cache_tokens=self.room,
+            max_waiting=1 << 20,
+            policy=policy,
+        )
 
     def request(self, item: Served, bits: int, min_bits: int | None) -> Request:
         return Request(
@@ -131,24 +139,21 @@ class Bench:
                 handle.result()
 
     def divergence(self, work: list[Served], reference: PreTrainedModel | None) -> float:
-        """Mean KLD of the served tokens, nats a token."""
-        high, tally = max(self.bits), Tally()
+        """Mean KLD of the served tokens, nats a token, of `judged` requests that lie evenly in `work`."""
+        tally = Tally()
         with torch.no_grad():
-            for item in work:
-                made = [token.id for token in item.tokens]
+            for item in work[:: max(1, len(work) // self.args.judged)]:
+                made, used = [token.id for token in item.tokens], [token.bits for token in item.tokens]
+                prompt = len(item.prompt)  # at the bits that gave the first new token
                 ids = torch.tensor([item.prompt + made[:-1]], device=self.model.device)
-                used = [high] * (len(item.prompt) - 1) + [token.bits for token in item.tokens]
-                if self.fixed_bits is not None:
-                    used = [self.fixed_bits] * ids.shape[1]
-                new = slice(len(item.prompt) - 1, None)
-                served = self.model(ids, bits=torch.tensor([used], dtype=torch.int8, device=ids.device)).logits[0, new]
-                exact = self.model(ids, bits=high) if reference is None else reference(ids)
-                tally.add(served, torch.tensor(made, device=ids.device), exact.logits[0, new].to(served.device))
+                row_bits = torch.tensor([[used[0]] * (prompt - 1) + used], dtype=torch.int8, device=ids.device)
+                served = self.model(ids, bits=row_bits).logits[0, prompt - 1 :]
+                exact = self.model(ids, bits=max(self.bits)) if reference is None else reference(ids)
+                targets = torch.tensor(made, device=ids.device)
+                tally.add(served, targets, exact.logits[0, prompt - 1 :].to(served.device))
         kld = tally.result().kld
         assert kld is not None
         return kld
-
-    fixed_bits: int | None = None  # of the way that is measured: then its prompts were at these too
 
 
 def row_of(name: str, work: list[Served]) -> dict[str, Any]:
@@ -199,12 +204,12 @@ def main() -> None:
     parser.add_argument("model", help="a checkpoint, or one of " + ", ".join(SHAPES))
     parser.add_argument("--text")
     parser.add_argument("--bits", default="2,3,4")
-    parser.add_argument("--policies", nargs="*", default=["load", "position:tokens=8", "entropy"])
+    parser.add_argument("--policies", nargs="*", default=["load", "load:prompts=1", "position:tokens=8", "entropy"])
     parser.add_argument("--reference")
     rates = {"seconds": 60.0, "calm": 0.5, "burst": 1.5, "calm-seconds": 8.0, "burst-seconds": 4.0}
     for name, value in {**rates, "temperature": 0.8, "target": 0.8}.items():
         parser.add_argument(f"--{name}", type=float, default=value)
-    for name, count in {"max-requests": 8, "prompt": 48, "repeat": 1, "seed": 0}.items():
+    for name, count in {"max-requests": 8, "prompt": 48, "repeat": 1, "seed": 0, "judged": 64}.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--new", default="16-64")
     parser.add_argument("--blocks", type=int, default=None)
@@ -264,9 +269,8 @@ def main() -> None:
             print(f"{name}: {len(work)} requests", file=sys.stderr)
 
     rows = []
-    for name, (value, min_bits, _) in ways.items():
+    for name in ways:
         row = row_of(name, served[name])
-        bench.fixed_bits = value if min_bits is None else None
         row["kld"] = None if args.model in SHAPES else bench.divergence(served[name], reference)
         rows.append(row)
     by_bits = {str(value): row["kld"] for value, row in zip(bits, rows, strict=False)}

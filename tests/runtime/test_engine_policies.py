@@ -23,8 +23,7 @@ class Scripted(Policy):
 
 
 def scripted_bits(bits, min_bits, made):
-    step = min((0, 1, 1, 9, 2, 0, 1)[made % 7], bits - (min_bits or bits))
-    return bits if made == 0 else bits - step
+    return bits - min((0, 1, 1, 9, 2, 0, 1)[made % 7], bits - (min_bits or bits))
 
 
 def switching(model, prompt, bits):
@@ -85,6 +84,16 @@ def test_under_any_load_requests_without_min_bits_are_served_as_asked(model, cod
         for handle, low in zip(soft, (2, 3, 4), strict=True):
             used = [event.bits for event in events_of(handle)]
             assert (used[0], min(used), used[-1]) == (4, low, low)
+
+
+def test_prompts_can_be_lowered_too(model, code, alone):
+    tokens = alone(code[:40], 2, 8)
+    with Engine(model, policy=LoadPolicy(target_ms=1e-6, dwell_ms=0, prompts=1)) as engine:
+        other = engine.submit(Request(code[:20], min_bits=2, max_new_tokens=500, ignore_eos=True))
+        while len(other.tokens) < 10:  # by then the engine is two steps down
+            pass
+        assert engine.submit(Request(code[:40], min_bits=2, max_new_tokens=8)).result(WAIT) == tokens
+        other.cancel()
 
 
 def test_an_engine_with_room_serves_full_bits(model, code):

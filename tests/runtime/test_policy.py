@@ -21,6 +21,7 @@ from bitstrata.runtime.policy import LoadView, RequestView, choose_bits
 TRACES = Path(__file__).parent / "traces"
 TARGET_MS = 40.0  # 7 requests at 4 bits take 40 ms a token in the simulation, 8 at 3 bits 37
 TEXTS = ["fixed", f"load:target_ms={TARGET_MS:g}", "position:tokens=5", "entropy:low=0.2,high=0.3"]
+TEXTS.append(f"{TEXTS[1]},prompts=1")
 
 
 def recorded(**asked) -> list[Simulated]:
@@ -63,7 +64,7 @@ def test_no_policy_leaves_what_the_request_allows(data, text):
         chosen = choose_bits(steps, view)
         assert chosen in supported
         assert min(bits, bits if min_bits is None else min_bits) <= chosen <= bits
-        if made == 0:
+        if made == 0 and text != TEXTS[-1]:
             assert chosen == bits
 
 
@@ -126,6 +127,12 @@ def test_it_shortens_the_waits_of_a_burst_for_a_small_part_of_the_bits(loaded):
     assert late[1] < 0.6 * late[0]
     assert late[2] <= late[1]
     assert 2.2 < mean(bits for request in requests for bits in request.used) < 4
+
+
+def test_prompts_are_lowered_only_when_that_is_asked_for():
+    requests = recorded()
+    simulate(LoadPolicy(TARGET_MS, prompts=1), requests)
+    assert {request.used[0] for request in requests} == {2, 3, 4}
 
 
 def steady(running: int, count: int = 200, new: int = 40) -> list[Simulated]:
@@ -281,6 +288,7 @@ def test_policies_are_read_from_texts_and_say_what_they_are(text, policy):
         ("load:target_ms=0", "load:target_ms=0,.* cannot be used"),
         ("load:target_ms=nan", "cannot be used"),
         ("load:target_ms=5,low=1", "cannot be used"),
+        ("load:target_ms=5,prompts=2", "cannot be used"),
         ("load:target_ms=5,steps=1", "no setting 'steps'"),
         ("fixed:bits=3", "no setting 'bits'"),
         ("position:tokens=0", "cannot be used"),

@@ -6,8 +6,8 @@ its ladder, highest first. A policy only says how many steps down the ladder a r
     bits = ladder[min(steps, len(ladder) - 1)]
 
 so no policy can leave [min_bits, bits], and a request without min_bits, whose ladder is one rung, is
-never lowered. Prompts are always fed at `bits`: all later tokens read their keys and values, and
-many rows at a time are bound by arithmetic, where fewer planes save little.
+never lowered. Prompts are fed at `bits`: all later tokens read their keys and values, and many rows
+at a time are bound by arithmetic, not by the planes read. Only `load` can be told to lower them too.
 
     fixed      every request at its bits
     load       down while requests queue or tokens come late, up again when there is room
@@ -32,7 +32,8 @@ from ..errors import UsageError
 class RequestView:
     """What a policy sees of a request before each token.
 
-    bits, min_bits: as asked for. supported: of the model, ascending. new_tokens: made so far.
+    bits, min_bits: as asked for. supported: of the model, ascending. new_tokens: made so far; 0 for the prompt, or
+    a part of it.
     entropy: of the distribution that gave the last of them (`normalised_entropy`), in [0, 1]; None without one,
     or if the policy does not want it.
     """
@@ -71,10 +72,8 @@ Steps = Callable[[RequestView], int]  # of one request: how far down its ladder;
 
 
 def choose_bits(steps: Steps, request: RequestView) -> int:
-    """The bits of the request's next token. Its prompt, and so its first new token, is at its `bits`."""
+    """The bits at which the request's next token is computed, or its prompt and with that its first new token."""
     ladder = request.ladder
-    if request.new_tokens == 0 or len(ladder) == 1:
-        return request.bits
     return ladder[min(max(steps(request), 0), len(ladder) - 1)]
 
 
@@ -89,7 +88,7 @@ class Policy:
         """Called before each round."""
 
     def start(self) -> Steps:
-        """Called for each request when it is submitted; the result for each of its tokens after the first."""
+        """Called for each request when it is submitted; the result before each of its tokens."""
         return lambda request: 0
 
     def __str__(self) -> str:
@@ -108,7 +107,8 @@ class LoadPolicy(Policy):
     Behind: at least `queue` requests wait for a place, or the time per token is above the target.
     Room: nobody waits, and the time per token is below `low` times the target, for `dwell_ms` on end. Between the
     two nothing changes. Steps lie at least `dwell_ms` apart; an engine that was without work starts at the top again.
-    For a return to the top, one request alone must run in less than `low` times the target there.
+    `prompts=1` lowers prompts as well: for where they cost less at fewer bits (a bench at 32 rows tells), and at the
+    price of every token that reads them.
     """
 
     name: ClassVar[str] = "load"
@@ -116,13 +116,17 @@ class LoadPolicy(Policy):
     low: float = 0.7
     queue: int = 4
     dwell_ms: float = 500.0
+    prompts: int = 0
     steps: int = field(default=0, init=False)  # down, now
     _changed: float = field(default=float("-inf"), init=False, repr=False)
     _no_room: float = field(default=float("-inf"), init=False, repr=False)  # when there was none for the last time
 
     def __post_init__(self) -> None:
         fine = self.target_ms > 0 and 0 < self.low < 1 and self.queue >= 1 and self.dwell_ms >= 0
-        self._require(fine, "target_ms above 0, low between 0 and 1, queue at least 1, dwell_ms at least 0")
+        self._require(
+            fine and self.prompts in (0, 1),
+            "target_ms above 0, low between 0 and 1, queue at least 1, dwell_ms at least 0, prompts 0 or 1",
+        )
 
     def observe(self, load: LoadView) -> None:
         late = 0.0 if load.time_per_token is None else load.time_per_token * 1000 / self.target_ms
@@ -143,7 +147,7 @@ class LoadPolicy(Policy):
             self.steps, self._changed = steps, load.now
 
     def start(self) -> Steps:
-        return lambda request: self.steps
+        return lambda request: self.steps if request.new_tokens or self.prompts else 0
 
 
 @dataclass
