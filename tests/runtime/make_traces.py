@@ -41,14 +41,14 @@ def entropies(checkpoint: str, text: str) -> dict:
     from bitstrata.runtime import Engine, EntropyPolicy, Request
 
     class Recorder(EntropyPolicy):
-        """Notes the entropies it is shown, and lowers nothing."""
+        """Notes what it is shown before each token, nothing before the first, and lowers no bits."""
 
         def start(self):
             seen = []
             recorded.append(seen)
             return lambda request: seen.append(request.entropy) or 0
 
-    recorded: list[list[float]] = []
+    recorded: list[list] = []
     model = bitstrata.load(checkpoint, dtype=torch.float32)
     ids = load_tokenizer(Path(checkpoint)).encode(Path(text).read_text(), add_special_tokens=False)
     stride = len(ids) // PROMPTS
@@ -60,7 +60,7 @@ def entropies(checkpoint: str, text: str) -> dict:
     return {
         "made_by": "make_traces.py entropies",
         "parameters": {"model": "pycode-5m", "bits": 8, "prompt": PROMPT, "new": NEW, "temperature": TEMPERATURE},
-        "entropies": [[round(value, 4) for value in sequence] for sequence in recorded],
+        "entropies": [[round(value, 4) for value in sequence[1:]] for sequence in recorded],
     }
 
 
