@@ -33,10 +33,11 @@ from peers.measure import SETTLE, OtherProcesses, Timing
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bitstrata.bench.machine import Bandwidth, describe
-from bitstrata.bench.model import Decoder, bytes_per_token
+from bitstrata.bench.model import Decoder
 from bitstrata.bench.random_model import SHAPES, dense_model, random_model, shape_config
 from bitstrata.errors import BitstrataError, CheckError, ResourceError, UsageError
 from bitstrata.evaluate.report import optional, render
+from bitstrata.models import bytes_per_token
 
 PEERS = ("ours", "torch", "llama.cpp")
 BITS = (2, 3, 4)

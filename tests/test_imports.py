@@ -26,6 +26,7 @@ ROOMS = [
     "evaluate",
     "quantize",
     "runtime",
+    "serve",
     "bench",
     "demo",
     "cli",

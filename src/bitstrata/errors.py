@@ -3,6 +3,7 @@
     BitstrataError                    exit code 1
     ├── UsageError (ValueError)       2   an argument or flag is wrong
     │   ├── UnsupportedBitsError          bits the model does not have
+    │   ├── ClosedError                   an engine that takes no more requests
     │   └── KernelError                   the kernel asked for cannot run here
     ├── InputError                    3   a file, a model or a text is wrong
     │   ├── CheckpointError               a bitstrata checkpoint is malformed
@@ -52,6 +53,10 @@ class UnsupportedBitsError(UsageError):
             hint=f"supported bits: {names}",
         )
         self.requested = requested
+
+
+class ClosedError(UsageError):
+    """The engine was closed, or has failed: it takes no more requests."""
 
 
 class KernelError(UsageError):

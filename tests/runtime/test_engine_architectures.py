@@ -78,4 +78,4 @@ def test_positions_that_depend_on_the_longest_of_a_batch_end_where_they_would(tm
     model = load("llama", tmp_path)
     model.config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 32}
     with Engine(model) as engine:
-        assert engine._limits.context == 32
+        assert engine.limits.context == 32

@@ -85,6 +85,13 @@ def test_a_seeded_request_draws_the_same_tokens_in_any_company(model, code, seed
             handle.result(WAIT)
 
 
+@pytest.mark.parametrize("temperature", [1e-60, 5e-324])
+def test_the_smallest_temperatures_are_greedy(temperature):
+    """In float32 they would be 0, and the likeliest token's own logit 0 / 0."""
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert [choice.token for choice in choose(logits, [sampler(temperature)])] == [1]
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_log_probabilities_do_not_depend_on_temperature_and_top_p(count):
     logits = torch.tensor([[1.0, 2.0, 0.5]])

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..nn import PlaneLinear, TiedHead, bits_state
+from ..models import bytes_per_token
+from ..nn import bits_state
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,6 @@ class ModelResult:
     floor_tokens_per_second: float
     share: float
     switch: float | None
-
-
-def bytes_per_token(model: PreTrainedModel, bits: int | None) -> int:
-    """Bytes of weights that one decoding step reads; of the input embedding only a row, which is left out."""
-    total = 0
-    embedding = model.get_input_embeddings()
-    for module in model.modules():
-        if isinstance(module, (PlaneLinear, TiedHead)):
-            assert bits is not None
-            total += module.bytes_read(bits)
-        elif module is not embedding:  # a tied head is a module of its own
-            total += sum(parameter.nbytes for parameter in module._parameters.values() if parameter is not None)
-    return total
 
 
 class Decoder:

@@ -4,6 +4,7 @@ from .discover import Discovery, LeftOut, LinearInfo, discover
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .load import choose_bits, load, load_tokenizer, parse_target
+from .modules import bytes_per_token
 from .source import SourceModel, all_finite, context_limit, resolve
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "SourceModel",
     "all_finite",
     "attach",
+    "bytes_per_token",
     "choose_bits",
     "context_limit",
     "discover",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..checkpoint import LayerSpec
 from ..errors import CheckpointError
+from ..nn import PlaneLinear, TiedHead
 from .discover import linear_info
 
 
@@ -37,3 +39,19 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule called `name`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def bytes_per_token(model: PreTrainedModel, bits: int | None) -> int:
+    """Bytes of weights that one decoding step reads; of the input embedding only a row, which is left out.
+
+    bits may be None for a model that is not quantized.
+    """
+    total = 0
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, (PlaneLinear, TiedHead)):
+            assert bits is not None
+            total += module.bytes_read(bits)
+        elif module is not embedding:  # a tied head is a module of its own
+            total += sum(parameter.nbytes for parameter in module._parameters.values() if parameter is not None)
+    return total

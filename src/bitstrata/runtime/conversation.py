@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import UnsupportedBitsError, UsageError
 from ..nn import bits_state
 from ..progress import Reporter
-from .generation import Generation, continue_prompt, continue_tokens
+from .generation import Generation, continue_tokens, encode_prompt
 
 
 class Conversation:
@@ -46,10 +47,7 @@ class Conversation:
             self.bits = bits
         self.has_template = bool(tokenizer.chat_template)
         if system is not None and not self.has_template:
-            raise UsageError(
-                "a system instruction needs a chat template, and this tokenizer has none",
-                hint="leave --system out: the model continues text, it was not trained to be instructed",
-            )
+            raise _no_system()
         self.system = system
         self._settings = {"max_new_tokens": 256, **settings, "reporter": reporter or Reporter()}
         self._turns: list[dict[str, str]] = []
@@ -79,11 +77,31 @@ class Conversation:
         settings = {**self._settings, "bits": self.bits, "streamer": streamer}
         if settings.get("draft_bits") is not None and settings["draft_bits"] >= self.bits:
             settings["draft_bits"] = None  # this precision is no dearer than its draft
-        if self.has_template:
-            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-            result = continue_tokens(self.model, self.tokenizer, list(ids), text, **settings)  # type: ignore[arg-type]
-        else:
-            whole = "".join(turn["content"] for turn in turns)
-            result = continue_prompt(self.model, self.tokenizer, whole, **settings)
+        ids = encode_turns(self.tokenizer, turns)
+        result = continue_tokens(self.model, self.tokenizer, ids, text, **settings)  # type: ignore[arg-type]
         self._turns = [*turns, {"role": "assistant", "content": result.text}]
         return result
+
+
+def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]]) -> list[int]:
+    """The tokens of `turns`, each with a `role` and a `content`, up to where the model answers.
+
+    By the tokenizer's chat template; without one the text of all turns, one after the other.
+
+    Raises:
+        UsageError: a system instruction without a chat template.
+        InputError: nothing to continue.
+        Exception: whatever the template raises for turns that it does not take.
+    """
+    if tokenizer.chat_template:
+        return list(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False))  # type: ignore[arg-type]
+    if any(turn["role"] == "system" for turn in turns):
+        raise _no_system()
+    return encode_prompt(tokenizer, "".join(turn["content"] for turn in turns))
+
+
+def _no_system() -> UsageError:
+    return UsageError(
+        "a system instruction needs a chat template, and this tokenizer has none",
+        hint="leave it out: the model continues text, it was not trained to be instructed",
+    )

@@ -116,12 +116,17 @@ def continue_prompt(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, **settings: Any
 ) -> Generation:
     """`generate` for a loaded model; settings as in `continue_tokens`."""
+    return continue_tokens(model, tokenizer, encode_prompt(tokenizer, prompt), prompt, **settings)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The tokens of `prompt`, after BOS where the tokenizer has one. Raises InputError if there are none."""
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
     if not ids:
         raise InputError("the prompt is empty", hint="give at least one word")
-    return continue_tokens(model, tokenizer, ids, prompt, **settings)
+    return ids
 
 
 def continue_tokens(

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import BitstrataError, ResourceError, UsageError
+from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
 from ...models import context_limit
 from ...nn import Precision, bits_state, steady_rows
 from ..policy import LoadView, Policy, RequestView, Steps, choose_bits
@@ -69,6 +69,8 @@ class Engine:
         max_waiting: requests that may wait for a place.
         policy: what lowers requests that have min_bits, for this engine alone; nothing by default.
 
+    `limits` says what requests it can take.
+
     Raises:
         UsageError: a model that is not quantized, that another engine holds, or whose architecture
             cannot run in batches; numbers that cannot be used.
@@ -85,6 +87,7 @@ class Engine:
         max_waiting: int = 1024,
         policy: Policy | None = None,
     ) -> None:
+        self.model = model
         context = _steady_context(model)
         if cache_tokens is None:
             cache_tokens = max(2048, max_requests * min(512, context or 512))
@@ -100,7 +103,7 @@ class Engine:
         self._tokenizer, self._policy = tokenizer, policy or Policy()
         self._pool = TokenPool(cache_tokens)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        self._limits = Limits(bits_state(model), vocabulary, context, self._pool.tokens, tokenizer is not None)
+        self.limits = Limits(bits_state(model), vocabulary, context, self._pool.tokens, tokenizer is not None)
         self._eos = _end_tokens(model)
         self._changed = threading.Condition()  # guards what follows, down to the counters
         self._waiting: deque[_Running] = deque()
@@ -137,25 +140,30 @@ class Engine:
 
         Raises:
             UnsupportedBitsError, InputError, UsageError: as Limits.check; nothing is queued.
-            UsageError: the engine is closed.
+            ClosedError: the engine is closed, or has failed.
             ResourceError: max_waiting requests wait already.
         """
-        most = self._limits.check(request)
+        most = self.limits.check(request)
         seed = request.seed if request.seed is not None else random.SystemRandom().getrandbits(64)
         sampler = Sampler(request.temperature, request.top_p, random.Random(seed), request.logprobs)
         with self._changed:
             if self._failure is not None:
-                raise UsageError(f"the engine has failed: {self._failure!r}", hint="start another") from self._failure
+                raise ClosedError(f"the engine has failed: {self._failure!r}", hint="start another") from self._failure
             if self._closing is not None:
-                raise UsageError("the engine is closed", hint="start another")
+                raise ClosedError("the engine is closed", hint="start another")
             if len(self._waiting) >= self.max_waiting:
                 raise ResourceError(f"{self.max_waiting} requests are waiting already", hint="try again later")
-            handle = Handle(request, self._number, self._limits, listener)
+            handle = Handle(request, self._number, self.limits, listener)
             handle._wake = self._wake
             self._number += 1
             self._waiting.append(_Running(handle, list(request.prompt_ids), most, sampler, self._policy.start()))
             self._changed.notify_all()
         return handle
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests: it was not closed and has not failed."""
+        return self._closing is None and self._failure is None
 
     def stats(self) -> EngineStats:
         """What the engine is doing now; from any thread."""
@@ -251,7 +259,7 @@ class Engine:
     def _bits(self, now: float) -> list[tuple[_Running, Precision]]:
         """At what every running request runs in the round that begins now."""
         asked = [(item, item.handle.bits) for item in self._running.values()]
-        supported = self._limits.state.supported
+        supported = self.limits.state.supported
         views = {
             item.handle.number: RequestView(bits, item.handle.request.min_bits, supported, len(item.new), item.entropy)
             for item, bits in asked

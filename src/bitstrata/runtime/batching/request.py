@@ -81,6 +81,12 @@ class Limits:
     cache_tokens: int
     texts: bool  # whether stop texts can be read: there is a tokenizer
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that a prompt and its new tokens may have together."""
+        # the last new token is never an input, so it needs no place in the cache
+        return min(self.cache_tokens + 1, self.context or self.cache_tokens + 1)
+
     def check(self, request: Request) -> int:
         """How many new tokens `request` may make.
 
@@ -107,7 +113,30 @@ class Limits:
             raise UsageError(f"logprobs={request.logprobs} must lie between 0 and the vocabulary's {self.vocabulary}")
         self._check_stop(request.stop)
         self._check_prompt(request.prompt_ids)
-        return self._room(len(request.prompt_ids), request.max_new_tokens)
+        return self.room(len(request.prompt_ids), request.max_new_tokens)
+
+    def room(self, prompt: int, asked: int | None = None) -> int:
+        """How many new tokens a prompt of so many tokens may have: `asked`, or all that fit.
+
+        Raises:
+            InputError: the prompt leaves no room, or not as much as asked.
+            UsageError: less than one token is asked for.
+        """
+        if asked is not None and asked < 1:
+            raise UsageError(f"max_new_tokens={asked} must be at least 1")
+        size = self.longest
+        if size == self.context:
+            what, hint = "the model's context", "shorten the prompt"
+        else:
+            what, hint = "the engine's cache", "start the engine with more cache_tokens"
+        if prompt >= size:
+            raise InputError(f"the prompt has {prompt} tokens and leaves no room in {what}, {size}", hint=hint)
+        if asked is not None and prompt + asked > size:
+            raise InputError(
+                f"the prompt's {prompt} tokens and max_new_tokens={asked} do not fit into {what}, {size}",
+                hint=f"ask for at most {size - prompt} new tokens",
+            )
+        return size - prompt if asked is None else asked
 
     def precision(self, bits: Precision | None) -> Precision:
         """`bits`, or the model's highest; a plan as a copy of its own, in the order of the model's layers.
@@ -142,23 +171,6 @@ class Limits:
                 raise InputError(
                     f"{token!r} is not a token of this model", hint=f"tokens are ints from 0 to {self.vocabulary - 1}"
                 )
-
-    def _room(self, prompt: int, asked: int | None) -> int:
-        if asked is not None and asked < 1:
-            raise UsageError(f"max_new_tokens={asked} must be at least 1")
-        # the last new token is never an input, so it needs no place in the cache
-        sizes = [(self.cache_tokens + 1, "the engine's cache", "start the engine with more cache_tokens")]
-        if self.context is not None:
-            sizes.append((self.context, "the model's context", "shorten the prompt"))
-        size, what, hint = min(sizes)
-        if prompt >= size:
-            raise InputError(f"the prompt has {prompt} tokens and leaves no room in {what}, {size}", hint=hint)
-        if asked is not None and prompt + asked > size:
-            raise InputError(
-                f"the prompt's {prompt} tokens and max_new_tokens={asked} do not fit into {what}, {size}",
-                hint=f"ask for at most {size - prompt} new tokens",
-            )
-        return size - prompt if asked is None else asked
 
 
 class Handle:

@@ -67,12 +67,12 @@ def normalised_entropy(logits: Tensor) -> Tensor:
 def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """Tokens [rows] for logits [rows, V]."""
     device = logits.device
-    temperature = torch.tensor([[item.temperature] for item in samplers], dtype=torch.float32, device=device)
+    temperature = torch.tensor([[item.temperature] for item in samplers], dtype=torch.float64, device=device)
     top_p = torch.tensor([[item.top_p] for item in samplers], dtype=torch.float64, device=device)
     uniform = torch.tensor([[item.random.random()] for item in samplers], dtype=torch.float64, device=device)
     # a tiny temperature must not turn the largest logits into infinities: their difference to the maximum counts
-    centred = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    probability, order = torch.softmax(centred.double(), dim=-1).sort(dim=-1, descending=True, stable=True)
+    centred = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # float64: in float32 1e-50 would be 0
+    probability, order = torch.softmax(centred, dim=-1).sort(dim=-1, descending=True, stable=True)
     reached = probability.cumsum(dim=-1)
     kept = reached - probability < top_p  # the likeliest always stays
     mass = torch.where(kept, reached, 0.0).amax(dim=-1, keepdim=True)

@@ -1,0 +1,88 @@
+"""`bitstrata serve`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError
+from ..models import choose_bits, load, load_tokenizer, resolve
+from ..progress import Reporter
+from ..runtime import Engine
+from .output import DEVICE_OPTION
+
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, OUT or OUT:BITS.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="BITSTRATA_API_KEY", help="What clients must send; none by default.")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="By default the folder's name, or the hub id.")] = None,
+    bits: Annotated[int | None, typer.Option(help="For requests that name none; the highest by default.")] = None,
+    max_requests: Annotated[int, typer.Option(help="Served at a time; more wait.")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="That may wait; more are refused.")] = 256,
+    max_connections: Annotated[int, typer.Option(help="HTTP requests under way at a time.", min=1)] = 512,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.", min=1)] = 4 * 1024 * 1024,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Of a prompt; by default what context and cache take.", min=1)
+    ] = None,
+    default_max_tokens: Annotated[
+        int, typer.Option(help="New tokens of a chat request that gives no number.", min=1)
+    ] = 512,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Room for prompts and new tokens of all running requests.")
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None, typer.Option(help="A web page's origin that may call the server (CORS); repeatable.")
+    ] = None,
+    grace: Annotated[float, typer.Option(help="Seconds for requests under way when the server closes.", min=0)] = 30.0,
+    device: str = DEVICE_OPTION,
+) -> None:
+    """Serve a model over HTTP as OpenAI does, each request at its own bits. Ctrl-C ends it."""
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(
+            f"the server needs {', '.join(missing)}, not installed here", hint="pip install 'bitstrata[serve]'"
+        )
+    from ..serve.app import create_app
+    from ..serve.process import address, bind, serve
+    from ..serve.settings import Settings
+
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+        raise UsageError("the API key must be printable ASCII and not empty", hint="check --api-key, BITSTRATA_API_KEY")
+    reporter = Reporter()
+    if api_key is None and host not in LOCAL:
+        reporter.note(f"anyone who reaches {host} can use this server: it has no --api-key")
+    target, chosen = choose_bits(model, bits)
+    with bind(host, port) as bound:
+        loaded = load(target, bits=chosen, device=device)
+        folder = resolve(target)
+        tokenizer = load_tokenizer(folder)
+        name = served_model_name or (folder.resolve().name if Path(target).is_dir() else target)
+        settings = Settings(
+            name=name,
+            bits=chosen,
+            api_key=api_key,
+            default_max_tokens=default_max_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+            max_body=max_body,
+            max_connections=max_connections,
+            allowed_origins=tuple(allowed_origin or ()),
+        )
+        engine = Engine(
+            loaded, tokenizer, max_requests=max_requests, cache_tokens=cache_tokens, max_waiting=max_waiting
+        )
+        with engine:
+            app = create_app(engine, tokenizer, settings)
+            catalog = app.state.service.catalog
+            supported = ", ".join(map(str, catalog.supported))
+            ready = f"serving {name} at {address(bound)}/v1 with bits {supported} ({catalog.default} by default)"
+            serve(app, bound, grace=grace, say=reporter.say, ready=ready)

@@ -1,0 +1,137 @@
+"""The application: its paths, and what FastAPI is told about them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
+
+from ..runtime import Engine
+from ..version import __version__
+from . import failures, playground
+from .answer import Wish, answer
+from .forms import ChatForm, CompletionForm
+from .guard import Guard
+from .prompts import chat_prompt, completion_prompt
+from .replies import ChatReply, CompletionReply, ErrorReply, Health, ModelCard, ModelList
+from .requests import ChatBody, CompletionBody
+from .service import Service
+from .settings import Settings
+
+COMPLETION_TOKENS = 16  # of a completion request that says no number, as at OpenAI
+_REFUSALS = {
+    400: "what was asked for is wrong or not supported",
+    401: "the API key is missing or wrong",
+    404: "no such model",
+    408: "the body did not come",
+    413: "the body is too large",
+    415: "the body is not JSON",
+    429: "too many requests",
+    500: "the server's fault",
+    503: "the server is closing",
+}
+
+
+def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> FastAPI:
+    """The ASGI application that serves `engine`; `app.state.service` is what its parts share.
+
+    The engine stays its maker's, who closes it.
+    Raises UnsupportedBitsError if settings.bits is not among the engine's.
+    """
+    service = Service(engine, tokenizer, settings)
+    # No /docs: FastAPI's page loads its program from another site.
+    app = FastAPI(title="bitstrata", version=__version__, docs_url=None, redoc_url=None)
+    app.state.service = service
+    failures.install(app)
+    _add_generation(app, service)
+    _add_information(app, service)
+    app.include_router(playground.router)
+    app.add_middleware(Guard, service=service)
+    if settings.allowed_origins:  # outside of the guard: a preflight request carries no key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", response_model=None, responses=_answers(ChatReply))
+    async def chat_completions(http: Request, body: ChatBody) -> Response:
+        """Answer a conversation, whole or, with `stream`, as server-sent events that end with `[DONE]`."""
+        service.catalog.bits(body.model, body.bits)  # refused before anything is tokenized
+        prompt = await chat_prompt(service.tokenizer, body.messages)
+        wish = Wish(
+            prompts=[prompt],
+            continues=not service.tokenizer.chat_template,
+            max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+            default_tokens=service.settings.default_max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        return await answer(service, http, body, wish, ChatForm(service, body))
+
+    @app.post("/v1/completions", response_model=None, responses=_answers(CompletionReply))
+    async def completions(http: Request, body: CompletionBody) -> Response:
+        """Continue texts or tokens, whole or, with `stream`, as server-sent events that end with `[DONE]`."""
+        service.catalog.bits(body.model, body.bits)
+        service.check_choices(len(body.prompt), body.n or 1)
+        wish = Wish(
+            prompts=[await completion_prompt(service.tokenizer, prompt) for prompt in body.prompt],
+            continues=True,
+            max_tokens=body.max_tokens,
+            default_tokens=COMPLETION_TOKENS,
+            logprobs=body.logprobs,
+        )
+        return await answer(service, http, body, wish, CompletionForm(service, body))
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", responses=_refusals(401))
+    async def models() -> ModelList:
+        """The model under each of its names: `name` at the default bits, `name:2`, `name:3` and so on."""
+        return ModelList(data=service.catalog.cards)
+
+    @app.get("/v1/models/{model:path}", responses=_refusals(401, 404))
+    async def model(model: str) -> ModelCard:
+        return service.catalog.card(model)
+
+    @app.get("/health", responses={503: {"model": Health, "description": "it takes no more requests"}})
+    async def health(response: Response) -> Health:
+        """Whether new requests are taken."""
+        state = service.state
+        response.status_code = 200 if state == "ok" else 503
+        return Health(status=state)
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **_refusals(401)})
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _answers(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    description = "the whole answer; with `stream` events of data that add up to it"
+    answer = {"model": whole, "content": {"text/event-stream": {}}, "description": description}
+    return {200: answer, **_refusals(*_REFUSALS)}
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorReply, "description": _REFUSALS[status]} for status in statuses}
+
+
+def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:
+    """FastAPI's schema without the 422 that it assumes: wrong bodies get 400 here."""
+    if app.openapi_schema is None:
+        schema = FastAPI.openapi(app)
+        for methods in schema["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        if service.settings.api_key is not None:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"key": []}]
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,31 @@
+"""What a server is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Args:
+        name: what the model is called; `name:BITS` is the same model at those bits.
+        bits: of requests that name none; the model's highest if None.
+        api_key: what every request but /health must carry; None lets everyone in.
+        default_max_tokens: new tokens of a chat request that says no number, or what the context leaves if less.
+        max_prompt_tokens: of one prompt; by default only the model's context and the cache limit it.
+        max_body: bytes of a request.
+        max_connections: requests that the server deals with at a time; more get 429.
+        max_choices: prompts times `n` of one request.
+        allowed_origins: web pages from elsewhere that may call the server (CORS); none by default.
+    """
+
+    name: str
+    bits: int | None = None
+    api_key: str | None = None
+    default_max_tokens: int = 512
+    max_prompt_tokens: int | None = None
+    max_body: int = 4 * 1024 * 1024
+    max_connections: int = 512
+    max_choices: int = 128
+    allowed_origins: tuple[str, ...] = ()

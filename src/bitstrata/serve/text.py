@@ -1,0 +1,173 @@
+"""Tokens -> text, as they come: `Detokenizer`, `StopTexts`, and the names of single tokens.
+
+What is sent cannot be taken back, so two things are held back until they are sure: the bytes of a
+character that is not whole yet, and an end of the text that may become a stop text. The pieces
+together are the decoded tokens, up to the stop text. (Bytes that never become UTF-8 are replacement
+characters; how many is up to the tokenizer's decoder and to what it decodes at once.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+CONTEXT = 8  # tokens before the new ones that are decoded with them: some decoders drop the first token's space
+WINDOW = 32  # tokens decoded at once
+PENDING = 3  # a character of four bytes lacks at most three tokens
+
+
+class Detokenizer:
+    """The text of one request's new tokens.
+
+    Args:
+        context: the tokens before them, where the text continues theirs; nothing where it stands alone.
+            A character that they leave half may be lost.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._window = list(context[-CONTEXT:])
+        while self._window and self._decode().startswith(REPLACEMENT):
+            del self._window[0]  # the middle of a character: with it, decoders may spoil what follows
+        self._given = len(self._decode().rstrip(REPLACEMENT))  # characters of the window's text
+        self._pending = 0  # tokens since the text ended in a whole character
+        self._whole = deque([len(self._window)], maxlen=CONTEXT)  # the latest such places in the window
+
+    def push(self, token: int) -> str:
+        """The text that became sure with `token`."""
+        self._window.append(token)
+        text = self._decode()
+        sure = text.rstrip(REPLACEMENT) if self._pending < PENDING else text
+        new = sure[self._given :]
+        if new:
+            self._given = len(sure)
+        if sure == text:
+            self._pending = 0
+            self._whole.append(len(self._window))
+            self._forget()
+        else:
+            self._pending = 1 if new else self._pending + 1
+        return new
+
+    def flush(self) -> str:
+        """What is left when no more tokens come."""
+        text = self._decode()[self._given :]
+        self._given += len(text)
+        return text
+
+    def _forget(self) -> None:
+        """Drop the oldest tokens of a long window, up to the end of a whole character."""
+        cut = self._whole[0]
+        if len(self._window) > WINDOW and cut < len(self._window):
+            del self._window[:cut]
+            self._whole = deque((place - cut for place in self._whole), maxlen=CONTEXT)
+            self._given = len(self._decode())
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._window, skip_special_tokens=True))
+
+
+class StopTexts:
+    """Cuts a text that comes in pieces before the first of the texts `stops`."""
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """What can be given of the text so far; nothing more once a stop text is found."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.found = True
+            self._held = ""
+            return text[: min(places)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What is left when the text has ended."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that may be the beginning of `stop`."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+class ReplyText:
+    """The text of one reply: detokenized, and cut before the first stop text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int], stops: Iterable[str]) -> None:
+        self._detokenizer = Detokenizer(tokenizer, context)
+        self._stops = StopTexts(stops)
+        self.length = 0  # characters so far, those that are held back included
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text was found."""
+        return self._stops.found
+
+    def push(self, token: int) -> str:
+        piece = self._detokenizer.push(token)
+        self.length += len(piece)
+        return self._stops.push(piece)
+
+    def flush(self) -> str:
+        return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+
+
+class TokenNames:
+    """What single tokens stand for, as log-probabilities show them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.of = lru_cache(maxsize=16384)(self._of)
+
+    def _of(self, token: int) -> tuple[str, bytes]:
+        """(text, bytes) of a token. A part of a character has the text `bytes:\\xe2\\x82`, as at OpenAI."""
+        piece = str(self._tokenizer.convert_ids_to_tokens(token))
+        text = str(self._tokenizer.decode([token]))
+        raw = text.encode()
+        if REPLACEMENT in text:
+            raw = _bytes_of(piece, text)
+        elif piece.startswith("\N{LOWER ONE EIGHTH BLOCK}") and not text.startswith(" "):
+            raw = b" " + raw  # SentencePiece: alone a token loses its space
+        try:
+            return raw.decode(), raw
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+
+
+def _bytes_of(piece: str, text: str) -> bytes:
+    """The bytes of a token that is not whole characters, from its name in the vocabulary; else those of `text`."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    if all(character in _BYTE_LEVEL for character in piece):
+        raw = bytes(_BYTE_LEVEL[character] for character in piece)
+        if raw.decode(errors="replace") == text:
+            return raw
+    return text.encode()
+
+
+def _byte_level() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, other bytes for U+0100 and on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level()

@@ -1,0 +1,216 @@
+"""The real command as a process: how it starts, says where it is, and ends under load; and what it refuses to start."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+from http_calls import CHAT, COMPLETIONS, JSON, WAIT, events, eventually, read_all, send
+
+from bitstrata.cli.main import run
+
+LONG = {"prompt": "import os\n", "max_tokens": 900, "ignore_eos": True}
+
+
+@dataclass
+class Process:
+    """A `bitstrata serve` that is ready."""
+
+    child: subprocess.Popen[str]
+    port: int
+    said: list[str]
+
+    def get(self, path: str, **headers: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT)
+        try:
+            connection.request("GET", path, headers=headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def running(self) -> int:
+        found = re.search(rb"^bitstrata_requests_running (\d+)", self.get("/metrics")[1], re.M)
+        assert found is not None
+        return int(found[1])
+
+    def end(self) -> int:
+        return self.child.wait(WAIT)
+
+
+@pytest.fixture(scope="module")
+def start(checkpoint):
+    """start(*arguments) -> a process, once it takes requests; those still running at the end are killed."""
+    children = []
+
+    def begin(*arguments: str, **environment: str) -> Process:
+        command = [sys.executable, "-m", "bitstrata.cli.main", "serve", str(checkpoint), "--port", "0", *arguments]
+        child = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, **environment}
+        )
+        children.append(child)
+        said: list[str] = []
+        ready = threading.Event()
+
+        def listen() -> None:
+            for line in child.stderr:
+                said.append(line)
+                if "serving" in line:
+                    ready.set()
+            ready.set()
+
+        threading.Thread(target=listen, daemon=True).start()
+        assert ready.wait(WAIT), "it never said that it serves"
+        found = re.search(
+            r"serving small at http://127\.0\.0\.1:(\d+)/v1 with bits 2, 3, 4 \((\d) by default\)", said[-1]
+        )
+        assert found is not None, said
+        return Process(child, int(found[1]), said)
+
+    yield begin
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+@pytest.fixture(scope="module")
+def processes(start):
+    """Three at once, because each takes seconds to start."""
+    with ThreadPoolExecutor(3) as pool:
+        patient = pool.submit(start, "--bits", "3", BITSTRATA_API_KEY="k")
+        hasty = pool.submit(start, "--grace", "0.3")
+        stubborn = pool.submit(start, "--grace", "60")
+        return patient.result(), hasty.result(), stubborn.result()
+
+
+def test_sigterm_lets_what_is_under_way_finish(processes):
+    process, _, _ = processes
+    key = {"Authorization": "Bearer k"}
+    assert process.get("/health") == (200, b'{"status":"ok"}')
+    assert process.get("/v1/models")[0] == 401
+    models = json.loads(process.get("/v1/models", **key)[1])["data"]
+    assert (models[0]["id"], models[0]["bits"]) == ("small", 3)
+
+    def ask(number: int) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=WAIT)
+        body = {**LONG, "max_tokens": 400, "stream": number % 2 == 0}
+        connection.request("POST", COMPLETIONS, json.dumps(body), {**JSON, **key})
+        started.release()
+        answer = connection.getresponse()
+        data = answer.status, answer.read()
+        connection.close()
+        return data
+
+    started = threading.Semaphore(0)
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(ask, number) for number in range(6)]
+        for _ in asked:
+            started.acquire()
+        count = re.compile(rb"^bitstrata_requests_running 6", re.M)
+        eventually(lambda: bool(count.search(process.get("/metrics", **key)[1])), "six running requests")
+        process.child.send_signal(signal.SIGTERM)
+        eventually(lambda: process.get("/health")[0] == 503, "a closing server")
+        late = http.client.HTTPConnection("127.0.0.1", process.port, timeout=WAIT)
+        late.request("POST", COMPLETIONS, json.dumps(LONG), {**JSON, **key})
+        refused = late.getresponse()
+        assert (refused.status, json.loads(refused.read())["error"]["code"]) == (503, "closing")
+        late.close()
+        answers = [future.result() for future in asked]
+    for number, (status, data) in enumerate(answers):
+        assert status == 200
+        if number % 2 == 0:
+            *chunks, done = events(data)
+            assert done == "[DONE]"
+            assert json.loads(chunks[-1])["choices"][0]["finish_reason"] == "length"
+        else:
+            assert json.loads(data)["usage"] | {"prompt_tokens": 0, "total_tokens": 0} == {
+                "prompt_tokens": 0,
+                "total_tokens": 0,
+                "completion_tokens": 400,
+                "bits": {"3": 400},
+            }
+    assert process.end() == 0
+    assert any("closing: 6 requests may finish within 30 s" in line for line in process.said)
+
+
+def test_after_the_grace_the_rest_is_cancelled_and_told(processes):
+    _, process, _ = processes
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    streamed = send(process.port, CHAT, chat)
+    whole = send(process.port, COMPLETIONS, {**LONG, "n": 3})
+    eventually(lambda: process.running() == 4, "four running requests")
+    process.child.send_signal(signal.SIGINT)
+    *_, error, done = events(read_all(streamed))
+    assert done == "[DONE]"
+    assert json.loads(error)["error"]["code"] == "closing"
+    assert b"503 Service Unavailable" in whole.recv(65536)
+    assert process.end() == 0
+    assert any("2 cancelled" in line for line in process.said)
+
+
+def test_a_second_signal_ends_it_at_once(processes):
+    _, _, process = processes
+    connection = send(process.port, COMPLETIONS, {**LONG, "n": 4})
+    eventually(lambda: process.running() == 4, "four running requests")
+    process.child.send_signal(signal.SIGTERM)
+    eventually(lambda: process.get("/health")[0] == 503, "a closing server")
+    process.child.send_signal(signal.SIGTERM)
+    assert process.end() == 128 + signal.SIGTERM
+    connection.close()
+
+
+def refused(capfd, code: int, *said: str, arguments: list[str]) -> None:
+    capfd.readouterr()
+    assert run(["serve", *arguments]) == code
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    assert "hint: " in printed.err
+    for part in said:
+        assert part in printed.err
+
+
+def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, capfd, monkeypatch):
+    with monkeypatch.context() as patched:
+
+        def load(*_, **__):
+            raise AssertionError("the model was loaded")
+
+        patched.setattr("bitstrata.cli.serve.load", load)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            refused(capfd, 2, "in use", "--port", arguments=[str(checkpoint), "--port", port])
+        refused(capfd, 2, "cannot serve at", arguments=[str(checkpoint), "--host", "no.such.host.invalid"])
+        refused(capfd, 2, "API key", arguments=[str(checkpoint), "--api-key", ""])
+        refused(capfd, 2, "given twice", arguments=[f"{checkpoint}:3", "--bits", "2"])
+        patched.setattr(importlib.util, "find_spec", lambda _: None)
+        refused(capfd, 2, "fastapi", "pip install 'bitstrata[serve]'", arguments=[str(checkpoint)])
+
+
+def test_what_the_model_or_the_engine_cannot_do(checkpoint, capfd, tmp_path):
+    refused(capfd, 3, "no-model", arguments=[str(tmp_path / "no-model"), "--port", "0"])
+    refused(capfd, 2, "supported bits: 2, 3, 4", arguments=[str(checkpoint), "--port", "0", "--bits", "8"])
+    refused(capfd, 2, "max_requests=0", arguments=[str(checkpoint), "--port", "0", "--max-requests", "0"])
+
+
+def test_the_package_comes_without_the_extra():
+    """Nothing that `import bitstrata` or another verb needs is in the extra."""
+    script = (
+        "import sys\n"
+        "for name in ('fastapi', 'uvicorn', 'prometheus_client', 'starlette'):\n"
+        "    sys.modules[name] = None\n"
+        "import bitstrata.cli.main, bitstrata.serve\n"
+        "sys.exit(bitstrata.cli.main.run(['env']))\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=WAIT)
