@@ -225,6 +225,15 @@ class CheckpointReader:
         """Whether the index carries digests; `save_pretrained` writes none."""
         return bool(self._digests)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """File name -> sha256 as the index has them; empty if it has none."""
+        return dict(self._digests)
+
+    def tensor_spec(self, tensor: str) -> TensorSpec:
+        """(dtype, shape) of a stored tensor from its file's header."""
+        return self._shard_with(tensor).spec(tensor)
+
     def missing_guards(self) -> list[str]:
         """Quantized layers without the placeholder that makes foreign loaders fail loudly."""
         return [layer for layer in self.spec.layers if guard_name(layer) not in self.weight_map]
