@@ -17,6 +17,7 @@ ROOMS = [
     "errors",
     "version",
     "progress",
+    "memory",
     "planes",
     "checkpoint",
     "kernels",
@@ -43,6 +44,7 @@ PUBLIC = {
     "inspect",
     "load",
     "quantize",
+    "resize",
     "use_bits",
 }
 

@@ -12,7 +12,7 @@ from .bench import bench
 from .demo import demo
 from .errors import BitstrataError
 from .evaluate import evaluate
-from .models import load
+from .models import load, resize
 from .nn import use_bits
 from .quantize import quantize
 from .runtime import env, generate, inspect
@@ -32,5 +32,6 @@ __all__ = [
     "inspect",
     "load",
     "quantize",
+    "resize",
     "use_bits",
 ]

@@ -1,6 +1,7 @@
 """Planes and decoders on disk: schema, writer, reader, validator. FORMAT.md is the one-page contract."""
 
 from .budget import Budget, ModelSizes, PlanBytes, bytes_text, parse_budget, plan_bytes
+from .fetch import PageReader
 from .pages import PAGES_FILE, Page, PageOrder
 from .plan import Fingerprint, Plan
 from .reader import CheckpointReader, is_checkpoint
@@ -27,6 +28,7 @@ __all__ = [
     "ModelSizes",
     "Page",
     "PageOrder",
+    "PageReader",
     "Plan",
     "PlanBytes",
     "QuantizationSpec",

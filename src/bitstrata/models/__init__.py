@@ -1,9 +1,11 @@
 """Joining to transformers: which linears, loading and saving, source models."""
 
 from .discover import Discovery, LeftOut, LinearInfo, discover
+from .fit import fit_budget
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .load import choose_bits, load, load_tokenizer, parse_target
+from .resize import Resized, resize
 from .source import SourceModel, all_finite, context_limit, resolve
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "HeadLayer",
     "LeftOut",
     "LinearInfo",
+    "Resized",
     "SourceModel",
     "all_finite",
     "attach",
@@ -20,8 +23,10 @@ __all__ = [
     "context_limit",
     "discover",
     "find_head",
+    "fit_budget",
     "load",
     "load_tokenizer",
     "parse_target",
+    "resize",
     "resolve",
 ]

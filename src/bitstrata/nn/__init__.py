@@ -5,6 +5,7 @@ from .embedding import PlaneEmbedding, TiedHead
 from .fused import fuse
 from .layers import multiplied_layers, prepare_layers, steady_rows
 from .linear import PlaneLinear
+from .resident import ResidentState
 
 __all__ = [
     "Bits",
@@ -12,6 +13,7 @@ __all__ = [
     "FixedBits",
     "PlaneEmbedding",
     "PlaneLinear",
+    "ResidentState",
     "TiedHead",
     "bits_state",
     "fuse",

@@ -39,6 +39,11 @@ class BitsState:
         if value is not None:
             self.set(value)
 
+    @property
+    def default(self) -> Bits:
+        """What runs where nobody names bits: the highest supported."""
+        return max(self.supported)
+
     def set(self, value: Bits) -> Bits:
         """Switch to `value` and return the previous one.
 
@@ -47,10 +52,11 @@ class BitsState:
             UsageError: a plan that does not name the model's layers, or a tensor that is not of integers.
         """
         previous = self.value
-        self.value = self._checked(value)
+        self.value = self.check(value)
         return previous
 
-    def _checked(self, value: Bits) -> Bits:
+    def check(self, value: Bits) -> Bits:
+        """`value`, if `set` would take it; raises as `set` does."""
         if isinstance(value, bool):
             raise UsageError(f"bits must be an int, a plan or a tensor, got {value!r}")
         if isinstance(value, int):

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...memory import HUGE_PAGE, allocate
 from ...planes.pack import words_per_row
 from ...planes.weights import (
+    MAX_BITS,
     SCALE_DTYPE,
     CodebookDecoder,
     Decoder,
@@ -24,13 +26,14 @@ from ...planes.weights import (
     decoder_tensors,
     make_decoder,
 )
+from ..registry import check_pages
 from .extension import native
 
 BLOCK_ROWS = 16
 LAYOUT = "blocked"
-HUGE_PAGE = 1 << 21
 ALIGNMENT = 64  # a vector
-SKEW = 4096 + 320  # planes are read side by side: at a distance of a power of two they would meet in the same banks
+STAGGER = 320  # planes are read side by side: at a distance of a power of two they would meet in the same banks
+SKEW = 4096 + STAGGER
 
 
 @dataclass(frozen=True)
@@ -99,17 +102,25 @@ class BlockedWeight:
         room = _allocate(sizes)
         planes = room[: len(weight.planes)]
         for plane, packed in zip(weight.planes, planes, strict=True):
-            plane = plane.contiguous()  # kept until it is read
-            layout.pack_plane(plane.data_ptr(), packed.data_ptr(), threads)
+            _pack_plane(layout, plane, packed, threads)
         decoders = {}
         for (bits, decoder), packed in zip(weight.decoders.items(), room[len(planes) :], strict=True):
-            if isinstance(decoder, CodebookDecoder):
-                packed.view(SCALE_DTYPE).zero_()[: decoder.table.numel()] = decoder.table.flatten()
-            else:
-                tensors = [tensor.contiguous() for tensor in decoder_tensors(decoder, bits).values()]
-                layout.pack_scales(bits, *_addresses(tensors), packed.data_ptr())
+            _pack_decoder(layout, bits, decoder, packed)
             decoders[bits] = packed
         return cls(tuple(planes), decoders, weight.out_features, weight.in_features, weight.group_size, kind)
+
+    def with_pages(self, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> BlockedWeight:
+        """See PreparedWeight. Each tensor has memory of its own, so that dropping it gives its memory back."""
+        check_pages(self, bits, planes, decoder)
+        kept, threads = self.planes[:bits], torch.get_num_threads()
+        added = []
+        for index, plane in enumerate(planes, len(kept)):
+            packed = allocate(self.handle.plane_bytes, STAGGER * index)
+            _pack_plane(self.handle, plane, packed, threads)
+            added.append(packed)
+        packed = allocate(self.handle.decoder_bytes(bits), STAGGER * MAX_BITS)
+        _pack_decoder(self.handle, bits, decoder, packed)
+        return self._with((*kept, *added), {bits: packed})
 
     def unpack(self) -> PlaneWeight:
         """The weight as stored, in tensors of its own."""
@@ -133,6 +144,19 @@ class BlockedWeight:
         else:
             self.handle.unpack_scales(bits, *_addresses(list(tensors.values())))
         return make_decoder(self.kind, bits, tensors)
+
+
+def _pack_plane(layout: Any, plane: Tensor, packed: Tensor, threads: int) -> None:
+    plane = plane.contiguous()  # kept until it is read
+    layout.pack_plane(plane.data_ptr(), packed.data_ptr(), threads)
+
+
+def _pack_decoder(layout: Any, bits: int, decoder: Decoder, packed: Tensor) -> None:
+    if isinstance(decoder, CodebookDecoder):
+        packed.view(SCALE_DTYPE).zero_()[: decoder.table.numel()] = decoder.table.flatten()
+    else:
+        tensors = [tensor.contiguous() for tensor in decoder_tensors(decoder, bits).values()]
+        layout.pack_scales(bits, *_addresses(tensors), packed.data_ptr())
 
 
 def _flags(kind: str) -> tuple[bool, bool]:
