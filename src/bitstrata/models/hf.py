@@ -29,6 +29,7 @@ from ..nn import (
     PlaneEmbedding,
     PlaneLinear,
     ResidentState,
+    RowBits,
     bits_state,
     fuse,
     prepare_layers,
@@ -153,11 +154,15 @@ def _class_with_bits(base: Any) -> Any:
             return _step(state, bits, partial(base.forward, self, *args, **kwargs))
         if bits is None:
             current = state.value
-            if not isinstance(current, torch.Tensor):
+            if not isinstance(current, (torch.Tensor, RowBits)):
                 return base.forward(self, *args, **kwargs)
             bits = current
-        if isinstance(bits, torch.Tensor):
-            bits = _one_a_token(bits, kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds"))
+        if isinstance(bits, (torch.Tensor, RowBits)):
+            ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+            if isinstance(bits, RowBits):
+                bits = RowBits(bits.choices, _one_a_token(bits.rows, ids, embeddings))
+            else:
+                bits = _one_a_token(bits, ids, embeddings)
         with use_bits(self, bits):
             return base.forward(self, *args, **kwargs)
 

@@ -5,21 +5,28 @@ from .conversation import Conversation
 from .environment import Environment, env
 from .generation import Generation, continue_prompt, generate
 from .inspection import Inspection, inspect
+from .policy import POLICIES, EntropyPolicy, LoadPolicy, Policy, PositionPolicy, parse_policy
 
 __all__ = [
+    "POLICIES",
     "Conversation",
     "Engine",
     "EngineStats",
+    "EntropyPolicy",
     "Environment",
     "Event",
     "Finished",
     "Generation",
     "Handle",
     "Inspection",
+    "LoadPolicy",
+    "Policy",
+    "PositionPolicy",
     "Request",
     "Token",
     "continue_prompt",
     "env",
     "generate",
     "inspect",
+    "parse_policy",
 ]
