@@ -234,7 +234,7 @@ def _step(state: ResidentState, bits: Bits | None, forward: Callable[[], Any]) -
         state.check(bits)
     if torch.compiler.is_compiling():
         return forward()
-    with state.steps.step():
+    with state.still():
         return forward()
 
 

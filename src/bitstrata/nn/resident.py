@@ -10,12 +10,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor
 
 from ..errors import UnsupportedBitsError, UsageError
-from .bits import Bits, BitsState
+from .bits import Bits, BitsState, Precision, RowBits
 
 
 class ResidentPlan(Mapping[str, int]):
@@ -112,8 +112,17 @@ class ResidentState(BitsState):
         """What `use_bits` puts back was the plan before, and still is."""
 
     @property
-    def default(self) -> Bits:
+    def default(self) -> Precision:
         return self.plan
+
+    def keep(self, value: Precision | None) -> Precision:
+        """The live plan: whoever keeps it goes along with every resize."""
+        if value is not None:
+            self.check(value)
+        return self.plan
+
+    def still(self) -> AbstractContextManager[None]:
+        return self.steps.step()
 
     @property
     def supported(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -131,6 +140,10 @@ class ResidentState(BitsState):
     def check(self, value: Bits) -> Bits:
         """The live plan, if `value` is what is in memory: whoever asked for it goes along with later resizes."""
         if value is self.plan:
+            return self.plan
+        if isinstance(value, RowBits):
+            for choice in value.choices:
+                self.check(choice)
             return self.plan
         if isinstance(value, Tensor):
             asked = set(super().check(value).unique().tolist())  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError, UsageError
 from ..models import choose_bits, context_limit, load, load_tokenizer, resolve
-from ..nn import bits_state
+from ..nn import Precision, bits_state
 from ..progress import Reporter
 
 
@@ -21,8 +21,8 @@ from ..progress import Reporter
 class Generation:
     """A continuation. `tokens` counts the new tokens; tokens_per_second leaves the prompt's pass out.
 
-    `bits` is None for a model that is not quantized. acceptance: share of the tokens drafted at `draft_bits` that
-    `bits` agreed with.
+    `bits` is None for a model that is not quantized, and for one that ran a plan. acceptance: share of the tokens
+    drafted at `draft_bits` that `bits` agreed with.
     """
 
     prompt: str
@@ -100,7 +100,7 @@ def generate(
         model,
         tokenizer,
         prompt,
-        bits=bits if bits is not None else max(state.supported),
+        bits=bits if bits is not None else state.default,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -130,7 +130,7 @@ def continue_tokens(
     ids: list[int],
     prompt: str,
     *,
-    bits: int | None,
+    bits: Precision | None,
     max_new_tokens: int,
     reporter: Reporter,
     temperature: float = 0.0,
@@ -173,7 +173,7 @@ def continue_tokens(
     return Generation(
         prompt=prompt,
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
-        bits=bits,
+        bits=bits if isinstance(bits, int) else None,
         tokens=len(new),
         seconds=time.perf_counter() - started,
         tokens_per_second=(len(arrived) - 1) / between if between > 0 else None,
