@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 from transformers import TextStreamer
 
-from ..models import choose_bits, load, load_tokenizer, resolve
+from ..models import choose_bits, load_tokenizer, resolve
 from ..runtime import generate
 from .output import DEVICE_OPTION, JSON_OPTION, show
+from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
 
 
 def command(
@@ -24,13 +25,16 @@ def command(
         int | None, typer.Option(help="Draft tokens at this precision, check them at --bits.")
     ] = None,
     draft_tokens: Annotated[int, typer.Option(help="The most tokens drafted at a time.")] = 4,
+    budget: str | None = BUDGET_OPTION,
+    fit: bool = FIT_OPTION,
     device: str = DEVICE_OPTION,
     json: bool = JSON_OPTION,
 ) -> None:
     """Continue PROMPT at the chosen bits, streaming to the terminal."""
     target, chosen = choose_bits(model, bits)
-    loaded = load(target, bits=chosen, device=device, max_bits=chosen)
     tokenizer = load_tokenizer(resolve(target))
+    context = len(tokenizer.encode(prompt)) + 1 + max_new_tokens  # 1: a BOS that the tokenizer may leave to us
+    loaded = load_sized(target, chosen, budget=budget, fit=fit, context=context, device=device, max_bits=chosen)
     streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     result = generate(
         loaded,

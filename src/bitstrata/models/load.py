@@ -67,7 +67,7 @@ def load(
     device: str | torch.device = "auto",
     max_bits: int | None = None,
     *,
-    plan: Mapping[str, int] | str | Path | None = None,
+    plan: int | Mapping[str, int] | str | Path | None = None,
     budget: str | Budget | None = None,
     fit: bool = False,
     context: int | None = None,
@@ -85,7 +85,7 @@ def load(
         bits: what it runs at until told otherwise; the highest loaded by default.
         device: auto, cpu, cuda, cuda:N.
         max_bits: read only planes 0..max_bits-1 from disk; higher bits are then not available.
-        plan: bits for every quantized layer, or a file that `bitstrata plan` wrote.
+        plan: bits for every quantized layer, a file that `bitstrata plan` wrote, or one int for all layers.
         budget: "600MB" for the whole model, "3.2bpw"; needs the page order that `bitstrata plan` stores in the folder.
         fit: the largest budget that the free memory leaves (models/fit.py).
         context: with `fit`, tokens to leave room for in the cache of keys and values; the model's context by default.
