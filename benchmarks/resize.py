@@ -8,8 +8,8 @@ its own so that nothing else moves its memory:
     jumps    resizes between these budgets, in random order: the same
     steps    resizes by one page of the order, up and down: seconds (median, 95th percentile), bytes read per byte added
 
-Memory is what Linux counts as resident (/proc/self/smaps_rollup): anonymous memory holds the planned layers, mapped files
-the unquantized tensors as far as they are touched. Bytes read are those that the process asked the system for
+Memory is what Linux counts as resident (/proc/self/smaps_rollup): anonymous memory holds the planned layers, mapped
+files the unquantized tensors as far as they are touched. Bytes read are those that the process asked the system for
 (rchar of /proc/self/io), beside what the pages weigh. The files are in the system's cache when they are read.
 
     python benchmarks/resize.py [--gigabytes 1] [--steps 200] [--threads 1] [--folder DIR] [--json FILE]
