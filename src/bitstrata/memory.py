@@ -60,7 +60,8 @@ def _cgroup_headroom() -> Iterator[int]:
     except OSError:  # not Linux
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, _, line = line.partition(":")
+        controllers, _, path = line.partition(":")
         if controllers == "":
             root, names = _CGROUPS, _V2
         elif "memory" in controllers.split(","):

@@ -33,6 +33,7 @@ BLOCK_ROWS = 16
 LAYOUT = "blocked"
 ALIGNMENT = 64  # a vector
 STAGGER = 320  # planes are read side by side: at a distance of a power of two they would meet in the same banks
+STAGGERED = 1 << 18  # bytes from which a plane of its own memory is kept apart from the others so
 SKEW = 4096 + STAGGER
 
 
@@ -115,10 +116,10 @@ class BlockedWeight:
         kept, threads = self.planes[:bits], torch.get_num_threads()
         added = []
         for index, plane in enumerate(planes, len(kept)):
-            packed = allocate(self.handle.plane_bytes, STAGGER * index)
+            packed = _allocate_page(self.handle.plane_bytes, index)
             _pack_plane(self.handle, plane, packed, threads)
             added.append(packed)
-        packed = allocate(self.handle.decoder_bytes(bits), STAGGER * MAX_BITS)
+        packed = _allocate_page(self.handle.decoder_bytes(bits), MAX_BITS)
         _pack_decoder(self.handle, bits, decoder, packed)
         return self._with((*kept, *added), {bits: packed})
 
@@ -183,6 +184,14 @@ def _allocate(sizes: Sequence[int]) -> list[Tensor]:
     if huge:
         native.advise_huge(whole.data_ptr() + skip, huge)
     return [whole[skip + start : skip + start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def _allocate_page(size: int, place: int) -> Tensor:
+    """Memory of its own for the plane `place`, or for a decoder: MAX_BITS.
+
+    Lying at another distance from a page's start than its neighbours costs a page; small ones do without.
+    """
+    return allocate(size, STAGGER * place if size >= STAGGERED else 0)
 
 
 def _expect(name: str, tensor: Tensor, count: int) -> None:
