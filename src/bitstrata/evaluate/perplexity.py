@@ -67,7 +67,7 @@ def evaluate(
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
     tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
-    original = _reference(reference, quantized, where)
+    original = load_reference(reference, quantized, where)
     length = context_length(quantized, seq_len, reporter)
 
     batches = list(_batches(evaluation_windows(tokenizer, documents, length, max_tokens)))
@@ -133,12 +133,13 @@ def context_length(model: PreTrainedModel, seq_len: int | None, reporter: Report
     return int(limit)
 
 
-def _reference(
+def load_reference(
     reference: str | Path | PreTrainedModel | None, quantized: PreTrainedModel, device: torch.device
 ) -> PreTrainedModel | None:
+    """The model to compare with, in the dtype of `quantized`. Raises ModelError if it has another vocabulary."""
     if reference is None:
         return None
-    original = reference if isinstance(reference, PreTrainedModel) else _load_reference(reference, quantized.dtype)
+    original = reference if isinstance(reference, PreTrainedModel) else _read_reference(reference, quantized.dtype)
     sizes = [model.config.get_text_config().vocab_size for model in (original, quantized)]
     if sizes[0] != sizes[1]:
         raise ModelError(
@@ -149,7 +150,7 @@ def _reference(
     return original.eval()
 
 
-def _load_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     folder = resolve(reference, kind="reference model")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
