@@ -15,30 +15,34 @@ from scipy.sparse import csr_array
 from ..errors import CheckError
 from .problem import Array, Problem
 
+GAP = 1e-6  # of the best sum of costs, in parts of it: closer than costs are measured
+
 
 def solve(problem: Problem) -> Array:
     """The allocation with the least sum of single costs within the limit."""
+    limit = problem.limit
+    while True:  # HiGHS keeps constraints to a relative tolerance; bytes are kept exactly
+        chosen = _knapsack(problem, limit)
+        excess = problem.size(chosen) - problem.limit
+        if excess <= 0:
+            return chosen
+        limit -= excess
+
+
+def _knapsack(problem: Problem, limit: int) -> Array:
     count = len(problem.unit)
-    cost = problem.single / max(float(problem.single.max()), 1e-30)
     one_each = csr_array((np.ones(count), (problem.unit, np.arange(count))), shape=(len(problem.units), count))
-    scale = 1 / max(float(problem.limit), 1.0)
+    unit_of_bytes = max(limit / 1e4, 1.0)
     result = milp(
-        cost,
+        problem.single / max(float(problem.single.max()), 1e-30),
         integrality=np.ones(count),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(csr_array(problem.bytes[None] * scale), -np.inf, problem.limit * scale),
+            LinearConstraint(csr_array(problem.bytes[None] / unit_of_bytes), -np.inf, limit / unit_of_bytes),
         ],
-        options={"mip_rel_gap": 1e-6},
+        options={"mip_rel_gap": GAP},
     )
     if result.x is None:
         raise CheckError(f"HiGHS found no allocation: {result.message}")
-    chosen = np.array([first + result.x[first : last + 1].argmax() for first, last in _ranges(problem)])
-    if problem.size(chosen) > problem.limit:  # within HiGHS's tolerance of the limit, not within the limit
-        raise CheckError(f"HiGHS exceeded the limit by {problem.size(chosen) - problem.limit} bytes")
-    return chosen
-
-
-def _ranges(problem: Problem) -> list[tuple[int, int]]:
-    return list(zip(problem.lowest, problem.highest, strict=True))
+    return problem.lowest + np.array([part.argmax() for part in np.split(result.x, problem.lowest[1:])])

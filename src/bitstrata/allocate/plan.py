@@ -84,7 +84,8 @@ def plan(
         windows, seq_len, seed: how many windows of how many tokens, and which.
 
     Raises:
-        UsageError: a budget below the smallest plan (the message says the least), an unknown solver, bounds without a plan.
+        UsageError: a budget below the smallest plan (the message says the least), an unknown solver, bounds that
+            leave no plan.
         PlanError: a sensitivity file of another model, text or settings.
     """
     reporter = (reporter or Reporter()).fresh()

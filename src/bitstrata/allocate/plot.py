@@ -38,7 +38,6 @@ def draw(
 
     Raises UsageError for a format that matplotlib does not know.
     """
-    import matplotlib.pyplot as plt
     from matplotlib.figure import Figure
 
     def loss(plan: Plan | dict[str, int]) -> float:
@@ -63,10 +62,10 @@ def draw(
     axes.plot(*zip(*line, strict=True), color="tab:blue", linewidth=1.2, label="plans")
     shown = {"this plan": "o", "random": "x"}
     for row in rows:
-        value = row.predicted if heldout is None else row.measured
-        if row.name in shown and value is not None:
+        marked = row.predicted if heldout is None else row.measured
+        if row.name in shown and marked is not None:
             color = "tab:blue" if row.name == "this plan" else "tab:red"
-            axes.plot(row.total_bytes / 1e6, value, shown[row.name], color=color, label=row.name)
+            axes.plot(row.total_bytes / 1e6, marked, shown[row.name], color=color, label=row.name)
     axes.set_yscale("log")
     axes.set_xlabel("MB, all weights")
     axes.set_ylabel(f"divergence, nats a token ({'predicted' if heldout is None else 'held-out text'})")
@@ -77,4 +76,3 @@ def draw(
             figure.savefig(path, bbox_inches="tight")
     except ValueError as error:
         raise UsageError(f"cannot draw {path}: {error}", hint="use a name that ends in .svg or .png") from error
-    plt.close("all")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from transformers import TextStreamer
 
-from ..models import choose_bits, load, load_tokenizer, resolve
+from ..models import choose_bits, highest_bits, load, load_tokenizer, parse_bits_or_plan, resolve
 from ..runtime import generate
 from .output import DEVICE_OPTION, JSON_OPTION, show
 
@@ -15,7 +15,7 @@ from .output import DEVICE_OPTION, JSON_OPTION, show
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, OUT or OUT:BITS.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    bits: Annotated[int | None, typer.Option(help="Precision; the highest by default.")] = None,
+    bits: Annotated[str | None, typer.Option(help="Precision, or a plan's file; the highest by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
@@ -28,8 +28,8 @@ def command(
     json: bool = JSON_OPTION,
 ) -> None:
     """Continue PROMPT at the chosen bits, streaming to the terminal."""
-    target, chosen = choose_bits(model, bits)
-    loaded = load(target, bits=chosen, device=device, max_bits=chosen)
+    target, chosen = choose_bits(model, None if bits is None else parse_bits_or_plan(bits))
+    loaded = load(target, bits=chosen, device=device, max_bits=None if chosen is None else highest_bits(chosen))
     tokenizer = load_tokenizer(resolve(target))
     streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     result = generate(
@@ -50,4 +50,5 @@ def command(
         return
     speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
     accepted = "" if result.acceptance is None else f", {result.acceptance:.0%} of drafts at {draft_bits} bits accepted"
-    typer.echo(f"[{result.bits} bits, {result.tokens} tokens{speed}{accepted}]", err=True)
+    precision = f"{result.bits} bits" if isinstance(result.bits, int) else f"plan {result.bits}"
+    typer.echo(f"[{precision}, {result.tokens} tokens{speed}{accepted}]", err=True)

@@ -4,6 +4,7 @@ from .discover import Discovery, LeftOut, LinearInfo, discover
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .load import choose_bits, load, load_tokenizer, parse_target
+from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
 from .source import SourceModel, all_finite, context_limit, resolve
 
 __all__ = [
@@ -16,12 +17,16 @@ __all__ = [
     "SourceModel",
     "all_finite",
     "attach",
+    "bits_name",
     "choose_bits",
     "context_limit",
     "discover",
     "find_head",
+    "highest_bits",
     "load",
     "load_tokenizer",
+    "parse_bits_or_plan",
+    "parse_bits_or_plans",
     "parse_target",
     "resolve",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -15,10 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..checkpoint import CheckpointReader
+from ..checkpoint import CheckpointReader, Plan
 from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
 from ..nn import Bits, bits_state
 from .source import first_line, resolve
+
+Chosen = TypeVar("Chosen", bound=int | Plan)
 
 
 def parse_target(target: str) -> tuple[str, int | None]:
@@ -29,7 +31,7 @@ def parse_target(target: str) -> tuple[str, int | None]:
     return target, None
 
 
-def choose_bits(target: str, bits: int | None) -> tuple[str, int | None]:
+def choose_bits(target: str, bits: Chosen | None) -> tuple[str, Chosen | int | None]:
     """The folder or hub id, and the bits, from `OUT[:BITS]` and a separate `bits`.
 
     A folder that exists under the whole name is taken as it is. Raises UsageError if both name bits
@@ -81,11 +83,14 @@ def load(
     Raises:
         CheckpointError: something is missing or malformed; the tensor and file are named.
         UnsupportedBitsError: `bits` or `max_bits` is not available in the file.
+        PlanError: `bits` is a Plan for another checkpoint.
     """
     folder = resolve(path_or_id, kind="bitstrata checkpoint")
     reader = CheckpointReader(folder, max_bits=max_bits, verify=verify)
     if isinstance(bits, int) and bits not in reader.bits:
         raise UnsupportedBitsError(bits, reader.bits, where=str(folder))
+    if isinstance(bits, Plan):
+        bits.check(reader)
     where = pick_device(device)
 
     # On a CPU the mapped file is the weight; elsewhere transformers copies tensor by tensor.
