@@ -1,7 +1,8 @@
 """Bits for each layer from a budget: what layers cost, solvers, and the order of pages."""
 
 from .objective import Objective
-from .plan import SOLVERS, page_order, plan
+from .order import page_order
+from .plan import SOLVERS, plan
 from .problem import Bounds, Problem, random_allocation
 from .report import PlanReport, PlanRow
 from .sensitivity import SENSITIVITY_FILE, Sensitivity, Settings, measure_sensitivity

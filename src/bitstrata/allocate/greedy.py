@@ -1,12 +1,14 @@
 """`greedy`: what saves most for its bytes goes first, then batches of moves are tried on the true loss.
 
-The first stage also gives the universal order of pages: from everything at its lowest bits, the unit whose
-next bits save most predicted loss for their bytes is raised, until all are at their highest.
+The first stage walks from everything at its lowest bits upward, always raising the unit whose next bits save
+most predicted loss for their bytes, and from everything at its highest downward, always lowering the
+unit whose bits cost least; the better of the two is taken. (Going up alone can stall: where layers were
+quantized for each other's errors, no single one gains by itself.)
 
 The second is ScaleBITS's (arXiv 2602.17698): the best share of the units goes up one step and as many
-of the worst go down as pay for it, all at once. If the true loss falls that is the new allocation, else the share is
-halved, until it is less than one unit. ScaleBITS ranks by gradients at the quantized point; here the sketches give the
-change at the current allocation, so nothing is differentiated.
+of the worst go down as pay for it, all at once. If the true loss falls that is the new allocation, else
+the share is halved, until it is less than one unit. ScaleBITS ranks by gradients at the quantized point;
+here the sketches give the change at the current allocation, so nothing is differentiated.
 """
 
 from __future__ import annotations
@@ -21,28 +23,22 @@ ROUNDS = 32
 
 def solve(problem: Problem) -> Array:
     """The greedy allocation, refined by batches if the true loss can be measured."""
-    x = problem.lowest
-    for move in order(problem):
-        raised = x.copy()
-        raised[problem.unit[move]] = move
-        if problem.size(raised) > problem.limit:
-            break
-        x = raised
-    return _batches(problem, problem.fill(x))
+    return _batches(problem, min(climb(problem), problem.fill(slide(problem)), key=problem.loss))
 
 
-def order(problem: Problem) -> list[int]:
-    """The choices that lead from the lowest allocation to the highest, one unit each; bytes do not limit it.
+def climb(problem: Problem) -> Array:
+    """From the lowest up, as far as bytes reach, by the most loss saved for a byte; bits may be skipped."""
+    return problem.fill(problem.lowest)
 
-    A choice may skip bits: where decoders change their kind the next bits alone can be a bad bargain.
-    """
-    x, found = problem.lowest.copy(), []
-    while (x < problem.highest).any():
+
+def slide(problem: Problem) -> Array:
+    """From the highest down until it fits, by the least loss added for a byte; bits may be skipped."""
+    x = problem.highest.copy()
+    while problem.size(x) > problem.limit:
         loss, size = problem.changes(x)
-        best = int(np.where(size > 0, loss / np.maximum(size, 1), np.inf).argmin())
+        best = int(np.where(size < 0, loss / np.maximum(-size, 1), np.inf).argmin())
         x[problem.unit[best]] = best
-        found.append(best)
-    return found
+    return x
 
 
 def _batches(problem: Problem, x: Array) -> Array:

@@ -32,14 +32,14 @@ def solve(problem: Problem) -> Array:
 def _knapsack(problem: Problem, limit: int) -> Array:
     count = len(problem.unit)
     one_each = csr_array((np.ones(count), (problem.unit, np.arange(count))), shape=(len(problem.units), count))
-    unit_of_bytes = max(limit / 1e4, 1.0)
+    unit_of_bytes = int(np.gcd.reduce(problem.bytes))
     result = milp(
         problem.single / max(float(problem.single.max()), 1e-30),
         integrality=np.ones(count),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(csr_array(problem.bytes[None] / unit_of_bytes), -np.inf, limit / unit_of_bytes),
+            LinearConstraint(csr_array(problem.bytes[None] / unit_of_bytes), -np.inf, limit // unit_of_bytes),
         ],
         options={"mip_rel_gap": GAP},
     )

@@ -15,6 +15,7 @@ from . import milp, waterfill
 from .problem import Array, Problem
 
 NEAR = 256  # choices that double moves are made of: the best for their bytes
+LEAST_GAIN = 1e-5  # of the loss: smaller ones are below what was measured
 TRIALS = 16  # moves tried on the true loss after the last one that helped
 
 
@@ -43,16 +44,20 @@ def uniform_starts(problem: Problem) -> list[Array]:
 
 def descend(problem: Problem, x: Array) -> Array:
     """`x` after the best moves of one or two units, until none lowers the predicted loss."""
+    x, row, loss = x.copy(), problem.products[:, x].sum(1), problem.loss(x)
     while True:
-        move, change = next(iter(moves(problem, x, 1)), ((), 0.0))
-        if change >= -1e-9 * max(problem.loss(x), 1e-12):
+        move, change = next(iter(moves(problem, x, 1, row)), ((), 0.0))
+        if change >= -LEAST_GAIN * max(loss, 1e-12):
             return x
-        x = apply(problem, x, move)
+        loss += change
+        for choice in move:
+            row += problem.products[choice] - problem.products[x[problem.unit[choice]]]  # Q is symmetric
+            x[problem.unit[choice]] = choice
 
 
-def moves(problem: Problem, x: Array, count: int) -> list[tuple[tuple[int, ...], float]]:
+def moves(problem: Problem, x: Array, count: int, row: Array | None = None) -> list[tuple[tuple[int, ...], float]]:
     """The `count` best moves of one or two units that fit: (choices, change of the predicted loss), best first."""
-    loss, size = problem.changes(x)
+    loss, size = problem.changes(x, row)
     room = problem.limit - problem.size(x)
     own = x[problem.unit] == np.arange(len(loss))
     alone = np.flatnonzero((size <= room) & ~own)
@@ -60,6 +65,8 @@ def moves(problem: Problem, x: Array, count: int) -> list[tuple[tuple[int, ...],
         ((int(j),), float(loss[j])) for j in alone[loss[alone].argsort()[:count]]
     ]
     near = _near(problem, loss, size, own)
+    if len(near) < 2:
+        return found
     both = loss[near][:, None] + loss[near][None] + problem.pair_changes(x, near)
     same = problem.unit[near][:, None] == problem.unit[near][None]
     both[same | (size[near][:, None] + size[near][None] > room)] = np.inf

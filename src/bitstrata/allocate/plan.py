@@ -17,8 +17,6 @@ from ..checkpoint import (
     CheckpointReader,
     Fingerprint,
     ModelSizes,
-    Page,
-    PageOrder,
     Plan,
     bytes_text,
     parse_budget,
@@ -31,6 +29,7 @@ from ..models.source import SourceModel
 from ..progress import Reporter
 from . import greedy, milp, paired, waterfill
 from .objective import Objective
+from .order import page_order
 from .problem import Array, Bounds, Problem, random_allocation
 from .report import PlanReport, PlanRow
 from .sensitivity import SENSITIVITY_FILE, Measure, Sensitivity, Settings, measure_sensitivity
@@ -112,40 +111,37 @@ def plan(
         measured = _Measured.of(reader, text, reference, measure, windows, seq_len, seed, device, reporter)
     found = _sensitivity(path, reader, measured, reporter)
 
-    def problem_for(bytes_limit: int) -> Problem:
-        return Problem.build(
-            found,
-            sizes,
-            bytes_limit,
-            together=together,
-            bounds=bounds,
-            true_loss=None if measured is None else measured.calibration.loss,
-        )
-
-    problem = problem_for(limit)
+    problem = Problem.build(
+        found,
+        sizes,
+        limit,
+        together=together,
+        bounds=bounds,
+        true_loss=None if measured is None else measured.calibration.loss,
+    )
     x = SOLVERS[solver](problem)
     size = sizes.of_plan(problem.plan(x))
     rows = _rows(problem, x, found, reader, sizes, measured, seed)
-    target = found.settings.reference or f"its own {found.base_bits} bits"
     provenance = {
         "budget": str(budget),
         "solver": solver,
         "bytes": size.total,
         "bpw": size.bpw,
-        "divergence_from": target,
+        "divergence_from": found.target,
         "predicted": rows[0].predicted,
         "measured": rows[0].measured,
     }
     made = Plan(problem.plan(x), Fingerprint.of(reader), str(budget), provenance)
     if output is not None:
         made.save(output)
-    if pages:
-        page_order(problem, found, reader).save(folder / PAGES_FILE)
+    order = page_order(problem, found, reader) if pages or plot is not None else None
+    if pages and order is not None:
+        order.save(folder / PAGES_FILE)
         reporter.say(f"wrote {folder / PAGES_FILE}")
-    if plot is not None:
+    if plot is not None and order is not None:
         from .plot import draw
 
-        draw(Path(plot), problem_for, found, reader, sizes, rows, measured.heldout if measured else None)
+        draw(Path(plot), order, found, reader, sizes, rows, measured.heldout if measured else None)
     return PlanReport(
         model=str(model),
         budget=str(budget),
@@ -153,7 +149,7 @@ def plan(
         plan=made,
         size=size,
         rows=tuple(rows),
-        target=target,
+        target=found.target,
         heldout_tokens=measured.heldout.positions if measured else 0,
         notes=tuple(reporter.notes),
     )
@@ -245,23 +241,3 @@ def _rows(
         loss = measured.heldout.loss(bits) if measured else None
         rows.append(PlanRow.of(name, sizes.of_plan(bits), found.predict(bits), loss))
     return rows
-
-
-def page_order(problem: Problem, found: Sensitivity, reader: CheckpointReader) -> PageOrder:
-    """The order of pages in which each saves most for its bytes after those before it."""
-    x, pages = problem.lowest.copy(), []
-    for choice in greedy.order(problem):
-        unit = problem.unit[choice]
-        raised = x.copy()
-        raised[unit] = choice
-        pages.append(
-            Page(
-                layers=list(problem.units[unit]),
-                from_bits=int(problem.bits[x[unit]]),
-                to_bits=int(problem.bits[choice]),
-                bytes=problem.size(raised) - problem.size(x),
-                saving=found.corrected(problem.loss(x)) - found.corrected(problem.loss(raised)),
-            )
-        )
-        x = raised
-    return PageOrder(pages, Fingerprint.of(reader), {"divergence_from": found.settings.reference or "itself"})

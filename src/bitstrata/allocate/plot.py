@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import CheckpointReader, ModelSizes, Plan
+from ..checkpoint import CheckpointReader, ModelSizes, PageOrder, Plan
 from ..errors import UsageError, disk_errors
-from . import paired
 from .objective import Objective
-from .problem import Problem
 from .report import PlanRow
 from .sensitivity import Sensitivity
 
@@ -27,7 +25,7 @@ def require_matplotlib() -> None:
 
 def draw(
     path: Path,
-    problem_for: Callable[[int], Problem],
+    order: PageOrder,
     found: Sensitivity,
     reader: CheckpointReader,
     sizes: ModelSizes,
@@ -46,12 +44,9 @@ def draw(
     staircase = [Plan.uniform(reader.spec, bits) for bits in reader.spec.bits]
     x = [sizes.of_plan(plan).total / 1e6 for plan in staircase]
     y = [loss(plan) for plan in staircase]
-    low, high = (sizes.of_plan(staircase[end]).weights for end in (0, -1))
-    line = []
-    for limit in np.linspace(low, high, BUDGETS):
-        problem = problem_for(int(limit))
-        plan = problem.plan(paired.descend(problem, problem.fill(problem.lowest)))
-        line.append((sizes.of_plan(plan).total / 1e6, loss(plan)))
+    low, high = (sizes.of_plan(staircase[end]).total for end in (0, -1))
+    plans = [order.plan_for(sizes, f"{int(budget)}B") for budget in np.linspace(low, high, BUDGETS)]
+    line = [(sizes.of_plan(plan).total / 1e6, loss(plan)) for plan in plans]
 
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
@@ -59,7 +54,7 @@ def draw(
     axes.plot(x, y, "s", color="0.4", label="uniform")
     for bits, at, value in zip(reader.spec.bits, x, y, strict=True):
         axes.annotate(str(bits), (at, value), textcoords="offset points", xytext=(5, 5), color="0.4")
-    axes.plot(*zip(*line, strict=True), color="tab:blue", linewidth=1.2, label="plans")
+    axes.plot(*zip(*line, strict=True), color="tab:blue", linewidth=1.2, label="prefixes of the order of pages")
     shown = {"this plan": "o", "random": "x"}
     for row in rows:
         marked = row.predicted if heldout is None else row.measured

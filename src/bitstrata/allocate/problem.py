@@ -148,10 +148,13 @@ class Problem:
         """Predicted loss of an allocation, before the curve."""
         return self.constant + float(self.linear[x].sum() + self.products[np.ix_(x, x)].sum())
 
-    def changes(self, x: Array) -> tuple[Array, Array]:
-        """What it does to the predicted loss and to the bytes to move each choice's unit to it alone, [M] each."""
+    def changes(self, x: Array, row: Array | None = None) -> tuple[Array, Array]:
+        """What it does to the predicted loss and to the bytes to move each choice's unit to it alone, [M] each.
+
+        `row`: Q summed over the columns x, for callers that keep it up to date.
+        """
         own = x[self.unit]  # the choice that each one would replace
-        row = self.products[:, x].sum(1)
+        row = self.products[:, x].sum(1) if row is None else row
         loss = self.linear - self.linear[own] + 2 * (row - row[own])
         return loss + self._pairs(own, np.arange(len(own)), np.arange(len(own))), self.bytes - self.bytes[own]
 

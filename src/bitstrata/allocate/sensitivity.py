@@ -91,6 +91,11 @@ class Sensitivity:
     products: Array | None = None
 
     @property
+    def target(self) -> str:
+        """What losses are divergences from, in words."""
+        return self.settings.reference or f"its own {self.base_bits} bits"
+
+    @property
     def rows(self) -> list[tuple[str, int]]:
         """(layer, bits) of each row of `products` but the last."""
         return [(layer, bits) for layer, losses in self.losses.items() for bits in losses]
