@@ -23,7 +23,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,16 +99,15 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict[str, object]:
 
         problem = Problem.build(found, sizes, limit, true_loss=true_loss)
         unrefined = Problem.build(found, sizes, limit)
-        by_solver: dict[str, Callable[[], dict[str, int]]] = {
-            name: lambda solver=solver: problem.plan(solver(problem)) for name, solver in SOLVERS.items()
-        }
-        by_solver["paired*"] = lambda: unrefined.plan(SOLVERS["paired"](unrefined))
-        by_solver["pages"] = lambda: dict(order.plan_for(sizes, f"{limit + sizes.fixed}B"))
         losses, predicted = {}, {}
         for name in SOLVER_ORDER:
             tried.clear()
             started = time.perf_counter()
-            plan = by_solver[name]()
+            if name == "pages":
+                plan = dict(order.plan_for(sizes, f"{limit + sizes.fixed}B"))
+            else:
+                solver = SOLVERS[name.rstrip("*")]
+                plan = problem.plan(solver(unrefined if name.endswith("*") else problem))
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
             evaluations[name] += len(tried)
             losses[name], predicted[name] = heldout.loss(plan), found.predict(plan)

@@ -1,7 +1,7 @@
 """`paired`: budget-neutral refinement. One unit goes up while another goes down, while that helps.
 
 SliM-LLM (arXiv 2405.14917) pairs groups inside one matrix; here whole layers are paired, because a layer's
-rows share one number of planes in the format. Starts: the exact knapsack, the closed form and the
+rows share one number of planes in the format. Starts: the exact knapsack, the greedy walks and the
 uniform plans that fit. Each is improved by the best single or double move of the predicted loss, interactions between
 layers counted, until none is left. The last word has the true loss, if it can be measured: it chooses
 among the results and tries the next most promising moves.
@@ -11,28 +11,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import milp, waterfill
+from . import greedy, milp
 from .problem import Array, Problem
 
 NEAR = 256  # choices that double moves are made of: the best for their bytes
 LEAST_GAIN = 1e-5  # of the loss: smaller ones are below what was measured
+BEST = 3  # predictions compared on the true loss
 TRIALS = 16  # moves tried on the true loss after the last one that helped
+MOST_TRIALS = 48  # in all
 
 
 def solve(problem: Problem) -> Array:
     """The best allocation found, within the limit."""
-    starts = [milp.solve(problem), waterfill.solve(problem), *uniform_starts(problem)]
+    starts = [milp.solve(problem), greedy.climb(problem), greedy.slide(problem), *uniform_starts(problem)]
     found = {tuple(x): x for x in (descend(problem, start) for start in starts)}
     ranked = sorted(found.values(), key=problem.loss)
     if problem.true_loss is None:
         return ranked[0]
-    measured = [(problem.true_loss(problem.plan(x)), number) for number, x in enumerate(ranked[:3])]
-    loss, number = min(measured)
-    return polish(problem, ranked[number], loss)
+    candidates = [*ranked[:BEST], starts[-1]]  # the uniform plan itself too: never worse than that
+    loss, number = min((problem.true_loss(problem.plan(x)), number) for number, x in enumerate(candidates))
+    return polish(problem, candidates[number], loss)
 
 
 def uniform_starts(problem: Problem) -> list[Array]:
-    """The largest uniform allocation that fits, and everything at its lowest."""
+    """Everything at its lowest, and the largest uniform allocation that fits."""
     starts = [problem.lowest]
     for bits in sorted(set(problem.bits.tolist())):
         at_most = np.bincount(problem.unit, problem.bits <= bits, len(problem.units)).astype(np.int64)
@@ -108,6 +110,8 @@ def polish(problem: Problem, x: Array, loss: float) -> Array:
             other = apply(problem, x, move)
             if tuple(other) in tried:
                 continue
+            if len(tried) > MOST_TRIALS:
+                return x
             tried.add(tuple(other))
             measured = problem.true_loss(problem.plan(other))
             if measured < loss:
