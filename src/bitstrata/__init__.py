@@ -8,6 +8,7 @@ Importing bitstrata registers its checkpoints with transformers, so
 `AutoModelForCausalLM.from_pretrained("out")` works too.
 """
 
+from .allocate import plan
 from .bench import bench
 from .demo import demo
 from .errors import BitstrataError
@@ -31,6 +32,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "plan",
     "quantize",
     "resize",
     "use_bits",

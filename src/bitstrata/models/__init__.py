@@ -5,6 +5,7 @@ from .fit import fit_budget
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .load import choose_bits, load, load_tokenizer, parse_target
+from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
 from .resize import Resized, resize
 from .source import SourceModel, all_finite, context_limit, resolve
 
@@ -19,13 +20,17 @@ __all__ = [
     "SourceModel",
     "all_finite",
     "attach",
+    "bits_name",
     "choose_bits",
     "context_limit",
     "discover",
     "find_head",
     "fit_budget",
+    "highest_bits",
     "load",
     "load_tokenizer",
+    "parse_bits_or_plan",
+    "parse_bits_or_plans",
     "parse_target",
     "resize",
     "resolve",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -17,13 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..checkpoint import Budget, CheckpointReader, parse_budget
+from ..checkpoint import Budget, CheckpointReader, Plan, parse_budget
 from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
 from ..nn import Bits, bits_state
 from ..progress import Reporter
 from .fit import fit_budget
 from .resize import Pages, Size
 from .source import first_line, resolve
+
+Chosen = TypeVar("Chosen", bound=int | Plan)
 
 
 def parse_target(target: str) -> tuple[str, int | None]:
@@ -34,7 +36,7 @@ def parse_target(target: str) -> tuple[str, int | None]:
     return target, None
 
 
-def choose_bits(target: str, bits: int | None) -> tuple[str, int | None]:
+def choose_bits(target: str, bits: Chosen | None) -> tuple[str, Chosen | int | None]:
     """The folder or hub id, and the bits, from `OUT[:BITS]` and a separate `bits`.
 
     A folder that exists under the whole name is taken as it is. Raises UsageError if both name bits
@@ -98,7 +100,7 @@ def load(
 
     Raises:
         CheckpointError: something is missing or malformed; the tensor and file are named.
-        PlanError: `plan`, or the page order, is malformed or of another model, or there is none.
+        PlanError: a plan or the page order is malformed or of another model, or there is no order.
         UnsupportedBitsError: `bits` or `max_bits` is not available in the file.
         UsageError: a budget below the smallest plan, or more than one way of saying how much to load.
         ResourceError: with `fit`, not even the smallest plan fits into memory.
@@ -115,6 +117,8 @@ def load(
     reader = CheckpointReader(folder, max_bits=max_bits, verify=verify is not False, paged=paged)
     if isinstance(bits, int) and not paged and bits not in reader.bits:
         raise UnsupportedBitsError(bits, reader.bits, where=str(folder))
+    if isinstance(bits, Plan):
+        bits.check(reader)
     if paged:
         pages = Pages(folder, verify=verify is True, dtype=dtype)
         size: Size

@@ -125,7 +125,7 @@ class Pages:
         if not path.is_file():
             raise PlanError(
                 f"{self.folder} has no {PAGES_FILE}, which says what a budget buys",
-                hint="`bitstrata plan OUT --pages` makes it once; or give a plan",
+                hint="make it once: `bitstrata plan OUT --budget 3bpw --text FILE --pages`; or give a plan",
             )
         order = PageOrder.load(path)
         order.check(checkpoint, self.sizes)
@@ -154,7 +154,7 @@ class Pages:
                     layer.hold(weight)
                     if layer.fused is not None:
                         layer.fused.forget()
-                state.adopt({name: plan[name] for name in self.sizes.layers})
+                state.adopt({name: plan[name] for name in self.sizes.layers}, str(plan))
             seconds = time.perf_counter() - started
             return self._report(reader, held, plan, changed, reader.bytes_read - start, seconds)
 

@@ -21,8 +21,9 @@ from .bits import Bits, BitsState, Precision, RowBits
 class ResidentPlan(Mapping[str, int]):
     """Layer name -> the bits that are in memory now; a resize changes them under whoever holds it."""
 
-    def __init__(self, bits: Mapping[str, int]) -> None:
-        self._bits = dict(bits)
+    def __init__(self) -> None:
+        self._bits: dict[str, int] = {}
+        self._name = "plan"
 
     def __getitem__(self, layer: str) -> int:
         return self._bits[layer]
@@ -32,6 +33,9 @@ class ResidentPlan(Mapping[str, int]):
 
     def __len__(self) -> int:
         return len(self._bits)
+
+    def __str__(self) -> str:
+        return self._name
 
     def __repr__(self) -> str:
         return f"ResidentPlan({self._bits})"
@@ -99,7 +103,7 @@ class ResidentState(BitsState):
 
     def __init__(self, layers: Mapping[str, tuple[int, ...]]) -> None:
         self.layers = dict(layers)
-        self.plan = ResidentPlan({})
+        self.plan = ResidentPlan()
         self.steps = Steps()
 
     @property
@@ -130,9 +134,9 @@ class ResidentState(BitsState):
         values = set(self.plan.values())
         return tuple(values) if len(values) == 1 else ()
 
-    def adopt(self, plan: Mapping[str, int]) -> None:
-        """`plan` is what is in memory from now on."""
-        self.plan._bits = dict(plan)
+    def adopt(self, plan: Mapping[str, int], name: str = "plan") -> None:
+        """`plan`, of this name, is what is in memory from now on."""
+        self.plan._bits, self.plan._name = dict(plan), name
 
     def of(self, layer: str) -> int | Tensor:
         return self.plan[layer]
