@@ -6,6 +6,7 @@ Layers are made one at a time in the kernels' own layout, so memory is the model
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from ..checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, write_checkpoint
 from ..models import attach, discover, find_head
 from ..models.modules import set_submodule
 from ..nn import BitsState, FixedBits, PlaneEmbedding, PlaneLinear, TiedHead
@@ -99,12 +101,7 @@ def random_model(
         head_bits: planes for the output head and the embedding as well, at this precision; else they stay in `dtype`.
         blocks: build only as many decoder blocks.
     """
-    config = copy.deepcopy(config)
-    if blocks is not None:
-        config.num_hidden_layers = blocks
-    generator = torch.Generator().manual_seed(seed)
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model, generator = _empty_model(config, dtype, blocks), torch.Generator().manual_seed(seed)
     linears = discover(model).linears
     state = BitsState(bits, {linear.name: bits for linear in linears})
     for linear in linears:
@@ -138,13 +135,50 @@ def dense_model(
     config: PreTrainedConfig, *, dtype: torch.dtype = torch.bfloat16, blocks: int | None = None, seed: int = 0
 ) -> PreTrainedModel:
     """The same model with ordinary random weights."""
+    model = _empty_model(config, dtype, blocks)
+    _fill(model, dtype, torch.Generator().manual_seed(seed))
+    return model.eval().requires_grad_(False)
+
+
+def random_checkpoint(
+    folder: Path,
+    config: PreTrainedConfig,
+    bits: tuple[int, ...],
+    *,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    blocks: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Write what `random_model` makes as a checkpoint; all of it is in memory meanwhile. The head stays in `dtype`."""
+    model, generator = _empty_model(config, dtype, blocks), torch.Generator().manual_seed(seed)
+    layers, entries = {}, []
+    for linear in discover(model).linears:
+        layers[linear.name] = LayerSpec(
+            in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias
+        )
+    spec = QuantizationSpec(method="random", bits=list(bits), group_size=group_size, layers=layers)
+    for name, layer in layers.items():
+        weight = random_weight(layer.out_features, layer.in_features, bits, group_size, generator)
+        entries += entries_of(name, weight)
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") in layers:
+            entries.append(TensorEntry.of(name, torch.empty(0, dtype=dtype)))
+        else:
+            entries.append(TensorEntry.of(name, _random_parameter(parameter.shape, dtype, generator)))
+    model.config.architectures = [type(model).__name__]
+    described = model.config.to_dict() | {"quantization_config": spec.model_dump(exclude_none=True)}
+    write_checkpoint(folder, described, entries)
+
+
+def _empty_model(config: PreTrainedConfig, dtype: torch.dtype, blocks: int | None) -> PreTrainedModel:
+    """The model of `config`, of only `blocks` decoder blocks if given, with its parameters on meta."""
     config = copy.deepcopy(config)
     if blocks is not None:
         config.num_hidden_layers = blocks
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    _fill(model, dtype, torch.Generator().manual_seed(seed))
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _fill(model: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> None:
@@ -154,10 +188,11 @@ def _fill(model: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> N
             if parameter is None or not parameter.is_meta:
                 continue
             if id(parameter) not in made:
-                value = torch.empty(parameter.shape, dtype=dtype)
-                if parameter.dim() == 1:
-                    value.fill_(1)
-                else:
-                    value.normal_(0, 0.02, generator=generator)
+                value = _random_parameter(parameter.shape, dtype, generator)
                 made[id(parameter)] = nn.Parameter(value, requires_grad=False)
             module._parameters[key] = made[id(parameter)]
+
+
+def _random_parameter(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    value = torch.empty(shape, dtype=dtype)
+    return value.fill_(1) if len(shape) == 1 else value.normal_(0, 0.02, generator=generator)

@@ -5,6 +5,7 @@ from .embedding import PlaneEmbedding, TiedHead
 from .fused import fuse
 from .layers import multiplied_layers, prepare_layers, steady_rows
 from .linear import PlaneLinear
+from .resident import ResidentState
 
 __all__ = [
     "Bits",
@@ -13,6 +14,7 @@ __all__ = [
     "PlaneEmbedding",
     "PlaneLinear",
     "Precision",
+    "ResidentState",
     "RowBits",
     "TiedHead",
     "bits_state",

@@ -13,7 +13,7 @@ There is no module-level state: two models never affect each other. Setting it c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +77,26 @@ class BitsState:
         self.value: Bits = max(supported)
         if value is not None:
             self.set(value)
+
+    @property
+    def default(self) -> Precision:
+        """What runs where nobody names bits: the highest supported."""
+        return max(self.supported)
+
+    def keep(self, value: Precision | None) -> Precision:
+        """`value`, or the default, for somebody who will run at it for a while; raises as `set` does.
+
+        A plan becomes a copy of its own, in the order of the model's layers.
+        """
+        checked = self.default if value is None else self.check(value)
+        if isinstance(checked, Mapping):
+            return {layer: checked[layer] for layer in self.layers}
+        assert isinstance(checked, int)
+        return checked
+
+    def still(self) -> AbstractContextManager[None]:
+        """Inside, the weights are not exchanged by another thread."""
+        return nullcontext()
 
     def set(self, value: Bits) -> Bits:
         """Switch to `value` and return the previous one.

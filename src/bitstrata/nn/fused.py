@@ -90,6 +90,10 @@ class FusedGroup:
             current.results[id(member)] = (weight, bits, result)
         return y
 
+    def forget(self) -> None:
+        """Drop results that wait, and the weights they were computed with."""
+        self._rounds = []
+
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members}  # a copy starts with nothing waiting
 

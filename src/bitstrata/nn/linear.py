@@ -33,11 +33,19 @@ class PlaneLinear(PlaneModule):
         group_size: int,
         decoder: str = "affine",
         bias: bool = False,
+        paged: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_features, out_features, bits=bits, group_size=group_size, decoder=decoder, device=device, dtype=dtype
+            in_features,
+            out_features,
+            bits=bits,
+            group_size=group_size,
+            decoder=decoder,
+            paged=paged,
+            device=device,
+            dtype=dtype,
         )
         self.name, self.bits_state = name, state
         self.fused: FusedGroup | None = None
@@ -79,16 +87,16 @@ class PlaneLinear(PlaneModule):
         return super().bytes_read(self.bits_state.bits if isinstance(self.bits_state, FixedBits) else bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        bits = self.bits_state.of(self.name)
-        if self.prepared is None:
+        bits, prepared = self.bits_state.of(self.name), self.prepared
+        if prepared is None:
             if isinstance(bits, Tensor):
                 y = plane_linear_rows(x, self.plane_weight(), expand_rows(bits.to(x.device), x.shape[:-1]))
             else:
                 y = plane_linear(x, self.plane_weight((bits,)), bits)
         elif isinstance(bits, Tensor):
-            (y,) = prepared_linear(x, [self.prepared], expand_rows(bits.to(x.device), x.shape[:-1]))
+            (y,) = prepared_linear(x, [prepared], expand_rows(bits.to(x.device), x.shape[:-1]))
         elif self.fused is not None and self.fused.can_share(x):
             y = self.fused.output(self, x, bits)
         else:
-            (y,) = prepared_linear(x, [self.prepared], bits)
+            (y,) = prepared_linear(x, [prepared], bits)
         return y if self.bias is None else y + self.bias

@@ -92,8 +92,12 @@ class Forward:
         does something that batches here do not.
         """
         self._require_usable()
-        supported = bits_state(self.model).supported
-        high, low = max(supported), min(supported)
+        with bits_state(self.model).still():
+            self._check()
+
+    def _check(self) -> None:
+        state = bits_state(self.model)
+        high, low = state.default, min(state.supported, default=state.default)
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         one, other = ([(step * stride) % vocabulary for step in range(PROBE)] for stride in (7, 11))
         expected = torch.stack([self._alone(one, high), self._alone(other[: PROBE - 3], low)])
@@ -122,7 +126,7 @@ class Forward:
                 hint="its attention or positions work in a way that the engine does not know",
             )
 
-    def _alone(self, tokens: list[int], bits: int) -> Tensor:
+    def _alone(self, tokens: list[int], bits: Precision) -> Tensor:
         ids = torch.tensor([tokens], device=self.model.device)
         logits: Tensor = self.model(input_ids=ids, use_cache=False, bits=bits).logits
         return logits[0, -1].float()

@@ -139,21 +139,18 @@ class Limits:
         return size - prompt if asked is None else asked
 
     def precision(self, bits: Precision | None) -> Precision:
-        """`bits`, or the model's highest; a plan as a copy of its own, in the order of the model's layers.
+        """`bits`, or the model's default, as BitsState.keep gives them.
 
         Raises UnsupportedBitsError and UsageError as BitsState.set does.
         """
-        if isinstance(bits, Mapping):
-            self.state.check(bits)
-            return {layer: bits[layer] for layer in self.state.layers}
-        if bits is None:
-            return max(self.state.supported)
-        self._check_bits(bits)
-        return bits
+        if bits is not None and not isinstance(bits, Mapping):
+            self._check_bits(bits)
+        return self.state.keep(bits)
 
     def _check_bits(self, bits: int) -> None:
-        if isinstance(bits, bool) or not isinstance(bits, int) or bits not in self.state.supported:
+        if isinstance(bits, bool) or not isinstance(bits, int):
             raise UnsupportedBitsError(bits, self.state.supported)
+        self.state.check(bits)
 
     def _check_stop(self, stop: Sequence[str | int]) -> None:
         if isinstance(stop, str) or any(isinstance(item, bool) or not isinstance(item, (str, int)) for item in stop):
