@@ -247,6 +247,8 @@ def main() -> None:
         burst_seconds=args.burst_seconds,
         seed=args.seed,
     )
+    if len(times) < 2:
+        parser.error(f"{len(times)} requests come in {args.seconds:g} s at this machine's speed: give more --seconds")
     prompts = prompts_of(args, model, len(times))
     news = lengths(len(times), bench.least, bench.most, seed=args.seed)
 

@@ -102,6 +102,16 @@ def test_policies_leave_requests_with_a_plan_alone(model, code, alone, plans):
         assert engine.stats().tokens_by_bits.keys() == {"2", "3", "4", "plan"}
 
 
+def test_a_models_own_forward_takes_a_plan_for_each_sequence(model, code, plans):
+    ids = torch.tensor([code[:12], code[50:62], code[90:102]])
+    with torch.no_grad():
+        together = model(ids, bits=RowBits((plans[0], 3), torch.tensor([0, 1, 0]))).logits
+        for row, bits in enumerate((plans[0], 3, plans[0])):
+            torch.testing.assert_close(together[row], model(ids[row : row + 1], bits=bits).logits[0], rtol=0, atol=0.3)
+            other = model(ids[row : row + 1], bits=2).logits[0]
+            assert (together[row] - other).abs().max() > 1
+
+
 @pytest.mark.parametrize(
     ("change", "min_bits", "error", "message"),
     [

@@ -107,8 +107,9 @@ class LoadPolicy(Policy):
     Behind: at least `queue` requests wait for a place, or the time per token is above the target.
     Room: nobody waits, and the time per token is below `low` times the target, for `dwell_ms` on end. Between the
     two nothing changes. Steps lie at least `dwell_ms` apart; an engine that was without work starts at the top again.
-    `prompts=1` lowers prompts as well: for where they cost less at fewer bits (a bench at 32 rows tells), and at the
-    price of every token that reads them.
+    So the target must lie well above what one request alone takes, or the top comes back only with an empty engine.
+    `prompts=1` lowers prompts as well: for where they cost less at fewer bits (`bitstrata bench OUT --rows 32`), and
+    at the price of every token that reads them.
     """
 
     name: ClassVar[str] = "load"
