@@ -101,3 +101,26 @@ def test_what_cannot_be_decoded_is_refused(isa):
             call(bits=bits)
     with pytest.raises(ValueError, match="unknown type"):
         call(kind=3)
+
+
+@isas
+@dtypes
+def test_many_rows_meet_few_shapes_of_matrix_products(isa, dtype, monkeypatch):
+    """In 16 bits every new number of rows costs memory that never comes back; in fp32 it does not."""
+    packed = BlockedWeight.pack(random_weight(N, K))
+    (kernel,) = (kernel for kernel in module.cpu_kernels() if kernel.name == isa)
+    seen = set()
+    linear = torch.nn.functional.linear
+
+    def watched(x, weight):
+        seen.add(x.shape[0])
+        return linear(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    for rows in range(module.FEW_ROWS + 1, 101):
+        x = torch.randn(rows, K).to(dtype)
+        y = kernel.linear(x, packed, 3)
+        assert y.shape == (rows, N)
+        alone = kernel.linear(torch.cat([x[-1:], x]), packed, 3)[0]  # the last row in another place
+        torch.testing.assert_close(y[-1], alone, rtol=0.02, atol=0.02)
+    assert seen == (set(range(17, 102)) if dtype == torch.float32 else {32, 64, 96, 128})

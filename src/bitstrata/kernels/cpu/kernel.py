@@ -30,6 +30,9 @@ from .extension import native
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FEW_ROWS = 16
 TILE_WEIGHTS = 1 << 22  # decoded at a time for many rows: 8 MB in bf16
+# For 16-bit matrix products torch's oneDNN compiles a kernel for each number of rows that it meets, and keeps it: a
+# server's memory would grow with every new length of a prompt (benchmarks/serving.py --soak). So rows come in steps.
+ROW_STEP = 32
 
 
 class CpuKernel:
@@ -104,12 +107,15 @@ class CpuKernel:
         out_features, columns = weight.out_features, weight.in_features
         step = max(1, TILE_WEIGHTS // columns // BLOCK_ROWS) * BLOCK_ROWS
         tile = torch.empty(min(step, out_features), columns, dtype=x.dtype)
+        rows = x.shape[0]
+        if x.dtype != torch.float32:
+            x = torch.nn.functional.pad(x, (0, 0, 0, -rows % ROW_STEP))
         y = torch.empty(x.shape[0], out_features, dtype=x.dtype)
         for first in range(0, out_features, step):
             last = min(out_features, first + step)
             weight.handle.decode(self.isa, bits, first, last, tile.data_ptr(), TYPES[x.dtype], torch.get_num_threads())
             y[:, first:last] = torch.nn.functional.linear(x, tile[: last - first])
-        return y
+        return y[:rows]
 
     def lookup(self, index: Tensor, weight: PlaneWeight | BlockedWeight, bits: int, dtype: torch.dtype) -> Tensor:
         """The blocks that hold the rows are decoded a tile at a time, each block once."""
