@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..kernels import plane_linear, plane_linear_rows, prepared_linear
 from ..planes.weights import PlaneWeight
-from .bits import BitsState, FixedBits, expand_rows
+from .bits import BitsState, FixedBits, Precision, expand_rows
 from .fused import FusedGroup
 from .stored import PlaneModule
 
@@ -82,9 +82,11 @@ class PlaneLinear(PlaneModule):
             layer.bias.data.copy_(bias)
         return layer
 
-    def bytes_read(self, bits: int) -> int:
-        """Bytes of the stored tensors that a product needs while the model runs at `bits`."""
-        return super().bytes_read(self.bits_state.bits if isinstance(self.bits_state, FixedBits) else bits)
+    def bytes_read(self, bits: Precision) -> int:
+        """Bytes of the stored tensors that a product needs while the model runs at `bits`, an int or a plan."""
+        if isinstance(self.bits_state, FixedBits):
+            bits = self.bits_state.bits
+        return super().bytes_read(bits if isinstance(bits, int) else bits[self.name])
 
     def forward(self, x: Tensor) -> Tensor:
         bits, prepared = self.bits_state.of(self.name), self.prepared
