@@ -90,13 +90,15 @@ def test_a_model_with_one_plans_pages(checkpoint, tokenizer, plan, planned):
 
 def test_min_bits_of_the_server_are_for_requests_that_say_none(checkpoint, tokenizer):
     model = bitstrata.load(checkpoint, dtype=torch.float32)
-    with Engine(model, tokenizer, policy=PositionPolicy(tokens=4)) as engine:
-        with served(create_app(engine, tokenizer, Settings("small", min_bits=3)), engine) as server:
+    with (
+        Engine(model, tokenizer, policy=PositionPolicy(tokens=4)) as engine,
+        served(create_app(engine, tokenizer, Settings("small", min_bits=3)), engine) as server,
+    ):
 
-            def bits(**asked):
-                return server.post(COMPLETIONS, {**ASK, "ignore_eos": True, **asked}).json["usage"]["bits"]
+        def bits(**asked):
+            return server.post(COMPLETIONS, {**ASK, "ignore_eos": True, **asked}).json["usage"]["bits"]
 
-            assert bits() == {"4": 4, "3": 8}
-            assert bits(min_bits=2) == {"4": 4, "3": 4, "2": 4}
-            assert bits(min_bits=4) == {"4": 12}
-            assert bits(bits=2) == {"2": 12}, "below the server's least only because it was asked for"
+        assert bits() == {"4": 4, "3": 8}
+        assert bits(min_bits=2) == {"4": 4, "3": 4, "2": 4}
+        assert bits(min_bits=4) == {"4": 12}
+        assert bits(bits=2) == {"2": 12}, "below the server's least only because it was asked for"

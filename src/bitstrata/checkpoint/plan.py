@@ -169,7 +169,7 @@ def read_file(path: Path, schema: type[File], version: int, what: str) -> File:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PlanError(f"there is no {what} {path}") from None
+        raise PlanError(f"there is no {what} {path}", hint="`bitstrata plan` writes them") from None
     except OSError as error:
         raise PlanError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -88,8 +88,9 @@ def command(
             hint="leave --bits, --plan, --policy and --min-bits out",
         )
     with bind(host, port) as bound:
+        most = chosen if isinstance(chosen, int) else None  # a plan that requests may choose is not all there is
         room = cache_tokens or max_requests * CACHE_TOKENS
-        loaded = load_sized(target, None, budget=budget, fit=fit, context=room if fit else None, device=device)
+        loaded = load_sized(target, most, budget=budget, fit=fit, context=room if fit else None, device=device)
         folder = resolve(target)
         tokenizer = load_tokenizer(folder)
         name = served_model_name or (folder.resolve().name if Path(target).is_dir() else target)
