@@ -92,11 +92,11 @@ def serving(engine, tokenizer) -> Callable[..., AbstractContextManager[Served]]:
 
 @pytest.fixture
 def with_engine(checkpoint, tokenizer) -> Callable[..., AbstractContextManager[Served]]:
-    """with_engine(max_requests=..., ...) -> a server with a model and an engine of its own."""
+    """with_engine(dtype, max_requests=..., ...) -> a server with a model and an engine of its own."""
 
     @contextmanager
-    def start(**limits: Any) -> Iterator[Served]:
-        own = bitstrata.load(checkpoint, dtype=torch.float32)
+    def start(dtype: torch.dtype = torch.float32, **limits: Any) -> Iterator[Served]:
+        own = bitstrata.load(checkpoint, dtype=dtype)
         with Engine(own, tokenizer, **limits) as running:
             with served(create_app(running, tokenizer, Settings(NAME)), running) as server:
                 yield server

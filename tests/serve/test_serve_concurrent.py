@@ -8,6 +8,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
+import torch
 from http_calls import CHAT, COMPLETIONS, events, eventually, read_all
 
 
@@ -90,12 +91,15 @@ def test_bits_that_change_on_the_way_are_counted(server):
     assert {chunk["bits"] for chunk in chunks} == {None, 4, 2}
 
 
-def test_memory_stays_flat_over_2000_requests(server):
-    """The first 500 warm up allocators and caches; the next 1500 may add next to nothing."""
+def test_memory_stays_flat_over_2000_requests(with_engine, seed):
+    """In bf16, with prompts of many lengths. The first 500 warm up; the next 1,500 may add next to nothing."""
     process = psutil.Process()
+    chance = random.Random(seed)
+    lengths = [chance.randint(1, 40) for _ in range(2000)]
 
     def ask(number: int) -> int:
-        body = {"prompt": f"x = {number}", "max_tokens": 2, "bits": 2 + number % 3, "logprobs": 2, "temperature": 0.5}
+        prompt = [5 + number % 1000] * lengths[number]
+        body = {"prompt": prompt, "max_tokens": 2, "bits": 2 + number % 3, "logprobs": 2, "temperature": 0.5}
         if number % 4 == 0:
             connection = server.connect(COMPLETIONS, {**body, "stream": True})
             if number % 8 == 0:
@@ -113,6 +117,7 @@ def test_memory_stays_flat_over_2000_requests(server):
         gc.collect()
         return process.memory_info().rss
 
-    before = ask_all(range(500))
-    after = ask_all(range(500, 2000))
+    with with_engine(torch.bfloat16) as server:
+        before = ask_all(range(500))
+        after = ask_all(range(500, 2000))
     assert after - before < 8e6, f"{(after - before) / 1e6:.1f} MB more after 1,500 requests"
