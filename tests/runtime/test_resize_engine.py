@@ -14,9 +14,10 @@ import bitstrata
 from bitstrata.checkpoint import CheckpointReader, ModelSizes
 from bitstrata.demo.run import MODEL
 from bitstrata.errors import CheckpointError, UnsupportedBitsError, UsageError
+from bitstrata.models import load_tokenizer
 from bitstrata.nn import PlaneLinear, bits_state
 from bitstrata.progress import Reporter
-from bitstrata.runtime import Engine, Request
+from bitstrata.runtime import Conversation, Engine, Request
 
 QUIET = Reporter(quiet=True)
 WAIT = 120
@@ -245,3 +246,15 @@ def test_generate_and_its_bits(model):
             model.generate(ids, max_new_tokens=4, bits=3)
         with pytest.raises(UsageError, match="plan"):
             model.generate(ids, max_new_tokens=4, draft_bits=2)
+
+
+def test_a_conversation_runs_the_plan_in_memory(model):
+    talk = Conversation(model, load_tokenizer(MODEL), max_new_tokens=4, reporter=QUIET)
+    assert talk.bits is bits_state(model).plan
+    assert talk.reply("def f").bits == "4"
+    model.resize(3)
+    talk.bits = 3
+    model.resize("9MB", reporter=QUIET)
+    assert talk.reply("def f").bits == "9MB"
+    with pytest.raises(UnsupportedBitsError):
+        talk.bits = 2

@@ -172,5 +172,6 @@ class ResidentState(BitsState):
         bits = sorted(set(self.plan.values()))
         held = f"{bits[0]} bits a layer" if len(bits) == 1 else f"a plan of {bits[0]} to {bits[-1]} bits a layer"
         error = UnsupportedBitsError(asked, bits, where=f"this model: in memory is {held}")
-        error.hint = f"leave bits out to run what is in memory, or call model.resize({asked})"
+        resize = f"model.resize({asked})" if isinstance(asked, int) else "model.resize"
+        error.hint = f"leave bits out to run what is in memory, or call {resize}"
         return error
