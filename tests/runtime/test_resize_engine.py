@@ -237,6 +237,29 @@ def test_a_resize_from_inside_a_step_is_refused(model):
     model.resize(2)
 
 
+def test_a_resize_from_inside_a_step_does_not_wait_for_one_that_waits_for_the_step(model):
+    layer = next(layer for layer in model.modules() if isinstance(layer, PlaneLinear) and layer.name)
+    state, refused = bits_state(model), []
+
+    def inside(*_):
+        other = threading.Thread(target=lambda: model.resize(3), daemon=True)
+        other.start()
+        while not state.steps._changing:
+            pass
+        try:
+            model.resize(2)
+        except UsageError as error:
+            refused.append(error)
+
+    hook = layer.register_forward_hook(inside)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]))
+    hook.remove()
+    model.resize(5)
+    assert len(refused) == 1
+    assert set(state.plan.values()) == {5}
+
+
 def test_generate_and_its_bits(model):
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():

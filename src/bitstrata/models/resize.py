@@ -142,6 +142,7 @@ class Pages:
         """Let `model` hold and run `plan`. Raises CheckpointError, and leaves it as it is, if a page cannot be read."""
         state = bits_state(model)
         assert isinstance(state, ResidentState)
+        state.steps.check_outside()  # before the lock: who holds it may be waiting for the caller's step
         with self._resizing:
             started = time.perf_counter()
             _, reader = self._open()

@@ -66,12 +66,16 @@ class Steps:
                     del self._inside[me]
                     self._changed.notify_all()
 
+    def check_outside(self) -> None:
+        """Raise UsageError where the caller is in a step: it would wait for itself."""
+        if threading.get_ident() in self._inside:
+            raise UsageError("a model cannot be resized from inside its own forward pass")
+
     @contextmanager
     def change(self) -> Iterator[None]:
         """No step is under way inside. Raises UsageError where the caller itself is in one."""
+        self.check_outside()
         with self._changed:
-            if threading.get_ident() in self._inside:
-                raise UsageError("a model cannot be resized from inside its own forward pass")
             self._changed.wait_for(lambda: not self._changing)
             self._changing = True
             try:
