@@ -7,6 +7,7 @@ its own so that nothing else moves its memory:
     load     at each budget: seconds, bytes read, and the growth of the process's memory beside the plan's figure
     jumps    resizes between these budgets, in random order: the same
     steps    resizes by one page of the order, up and down: seconds (median, 95th percentile), bytes read per byte added
+    pass     a forward pass of one token at 4 bits: the model of pages beside one that was loaded whole, interleaved
 
 Memory is what Linux counts as resident (/proc/self/smaps_rollup): anonymous memory holds the planned layers, mapped
 files the unquantized tensors as far as they are touched. Bytes read are those that the process asked the system for
@@ -171,6 +172,22 @@ def resizes(folder: Path, budgets: list[str], steps: int) -> dict[str, Any]:
     return {"jumps": jumps, "steps": summary}
 
 
+def passes(folder: Path) -> dict[str, Any]:
+    """Milliseconds of a pass of one token, after growing to 4 bits plane by plane."""
+    paged, whole = bitstrata.load(folder, plan=2), bitstrata.load(folder, max_bits=4, bits=4)
+    for bits in (3, 4):
+        paged.resize(bits)
+    times: dict[str, list[float]] = {"paged": [], "whole": []}
+    with torch.no_grad():
+        for _ in range(30):
+            for name, model in (("paged", paged), ("whole", whole)):
+                started = time.perf_counter()
+                model(torch.tensor([[1]]))
+                times[name].append(1e3 * (time.perf_counter() - started))
+    medians = {name: round(statistics.median(some), 3) for name, some in times.items()}
+    return {"pass": {**medians, "paged_over_whole": round(medians["paged"] / medians["whole"], 3)}}
+
+
 def child(folder: Path, arguments: argparse.Namespace, task: str, budgets: list[str]) -> dict[str, Any]:
     """Run one measurement in a process of its own."""
     command = [sys.executable, __file__, "--task", task, "--folder", str(folder), "--budgets", ",".join(budgets)]
@@ -187,14 +204,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--task", choices=("load", "resize"), help=argparse.SUPPRESS)
+    parser.add_argument("--task", choices=("load", "resize", "pass"), help=argparse.SUPPRESS)
     parser.add_argument("--budgets", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.task:
         budgets = arguments.budgets.split(",")
-        folder, is_load = arguments.folder, arguments.task == "load"
-        print(json.dumps(loads(folder, budgets) if is_load else resizes(folder, budgets, arguments.steps)))
+        tasks = {
+            "load": lambda: loads(arguments.folder, budgets),
+            "resize": lambda: resizes(arguments.folder, budgets, arguments.steps),
+            "pass": lambda: passes(arguments.folder),
+        }
+        print(json.dumps(tasks[arguments.task]()))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch) / "model"
@@ -212,11 +233,13 @@ def main() -> None:
             "loads": [child(folder, arguments, "load", [budgets[0], budget]) for budget in budgets],
         }
         result |= child(folder, arguments, "resize", budgets)
+        result |= child(folder, arguments, "pass", budgets)
     for name in ("loads", "jumps"):
         print(name)
         for entry in result[name]:
             print("  ", entry)
     print("steps", json.dumps(result["steps"], indent=2))
+    print("pass", result["pass"])
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -241,7 +241,12 @@ def copy_of(folder, tmp_path):
 
 
 def test_ways_of_saying_how_much_exclude_each_other(folder):
-    for given in ({"plan": 3, "budget": "5GB"}, {"plan": 3, "max_bits": 3}, {"budget": "5GB", "fit": True}):
+    for given in (
+        {"plan": 3, "budget": "5GB"},
+        {"plan": 3, "max_bits": 3},
+        {"plan": 3, "bits": 3},
+        {"budget": "5GB", "fit": True},
+    ):
         with pytest.raises(UsageError, match="how much to load"):
             bitstrata.load(folder, **given)
     with pytest.raises(UsageError, match="context"):
@@ -263,8 +268,6 @@ def test_bits_that_are_not_in_memory_are_refused(folder, seed):
         logits(model, bits=2)
     with pytest.raises(UsageError, match="not the one in memory"):
         logits(model, bits=dict.fromkeys(plan, 2))
-    with pytest.raises(UnsupportedBitsError):
-        bitstrata.load(folder, bits=4, plan=3)
 
 
 def test_generation_that_named_the_bits_goes_on_after_a_resize(folder):

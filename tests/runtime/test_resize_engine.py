@@ -14,9 +14,10 @@ import bitstrata
 from bitstrata.checkpoint import CheckpointReader, ModelSizes
 from bitstrata.demo.run import MODEL
 from bitstrata.errors import CheckpointError, UnsupportedBitsError, UsageError
+from bitstrata.models import load_tokenizer
 from bitstrata.nn import PlaneLinear, bits_state
 from bitstrata.progress import Reporter
-from bitstrata.runtime import Engine, Request
+from bitstrata.runtime import Conversation, Engine, Request
 
 QUIET = Reporter(quiet=True)
 WAIT = 120
@@ -236,6 +237,29 @@ def test_a_resize_from_inside_a_step_is_refused(model):
     model.resize(2)
 
 
+def test_a_resize_from_inside_a_step_does_not_wait_for_one_that_waits_for_the_step(model):
+    layer = next(layer for layer in model.modules() if isinstance(layer, PlaneLinear) and layer.name)
+    state, refused = bits_state(model), []
+
+    def inside(*_):
+        other = threading.Thread(target=lambda: model.resize(3), daemon=True)
+        other.start()
+        while not state.steps._changing:
+            pass
+        try:
+            model.resize(2)
+        except UsageError as error:
+            refused.append(error)
+
+    hook = layer.register_forward_hook(inside)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]))
+    hook.remove()
+    model.resize(5)
+    assert len(refused) == 1
+    assert set(state.plan.values()) == {5}
+
+
 def test_generate_and_its_bits(model):
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
@@ -245,3 +269,15 @@ def test_generate_and_its_bits(model):
             model.generate(ids, max_new_tokens=4, bits=3)
         with pytest.raises(UsageError, match="plan"):
             model.generate(ids, max_new_tokens=4, draft_bits=2)
+
+
+def test_a_conversation_runs_the_plan_in_memory(model):
+    talk = Conversation(model, load_tokenizer(MODEL), max_new_tokens=4, reporter=QUIET)
+    assert talk.bits is bits_state(model).plan
+    assert talk.reply("def f").bits == "4"
+    model.resize(3)
+    talk.bits = 3
+    model.resize("9MB", reporter=QUIET)
+    assert talk.reply("def f").bits == "9MB"
+    with pytest.raises(UnsupportedBitsError):
+        talk.bits = 2

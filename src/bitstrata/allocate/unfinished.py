@@ -63,10 +63,11 @@ class Unfinished:
             return
         before = identity if isinstance(identity, dict) else {}
         parts = [
-            f"{name} {found.get(key)!r}, now {wanted!r}"
+            f"{key} {found.get(key)!r}, now {wanted!r}"
             for name, settings in self._identity.items()
+            for found in [before.get(name) or {}]
             for key, wanted in settings.items()
-            if (found := before.get(name) or {}).get(key) != wanted
+            if found.get(key) != wanted
         ]
         raise PlanError(
             f"{self.path} holds an unfinished measurement under other settings: {'; '.join(parts) or 'unknown ones'}",

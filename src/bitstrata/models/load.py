@@ -105,17 +105,17 @@ def load(
         UsageError: a budget below the smallest plan, or more than one way of saying how much to load.
         ResourceError: with `fit`, not even the smallest plan fits into memory.
     """
-    sizes = {"max_bits": max_bits, "plan": plan, "budget": budget, "fit": fit or None}
-    given = [name for name, value in sizes.items() if value is not None]
-    if len(given) > 1:
+    pages_of = {"plan": plan, "budget": budget, "fit": fit or None}
+    paged = any(value is not None for value in pages_of.values())
+    given = [name for name, value in {"bits": bits, "max_bits": max_bits, **pages_of}.items() if value is not None]
+    if paged and len(given) > 1:
         raise UsageError(f"{' and '.join(given)} each say how much to load", hint="give one of them")
     if context is not None and not fit:
         raise UsageError("context says how much memory `fit` leaves for the cache", hint="give it together with fit")
-    paged = max_bits is None and bool(given)
     folder = resolve(path_or_id, kind="bitstrata checkpoint")
     where = pick_device(device)
     reader = CheckpointReader(folder, max_bits=max_bits, verify=verify is not False, paged=paged)
-    if isinstance(bits, int) and not paged and bits not in reader.bits:
+    if isinstance(bits, int) and bits not in reader.bits:
         raise UnsupportedBitsError(bits, reader.bits, where=str(folder))
     if isinstance(bits, Plan):
         bits.check(reader)
@@ -123,7 +123,7 @@ def load(
         pages = Pages(folder, verify=verify is True, dtype=dtype)
         size: Size
         if fit:
-            size = fit_budget(pages.sizes, _config(folder), where, context, dtype)
+            size = fit_budget(pages.sizes, _config(folder), where, context, dtype, reporter=reporter)
         elif budget is not None:
             size = parse_budget(budget)
         else:

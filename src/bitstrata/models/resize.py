@@ -80,6 +80,7 @@ class Pages:
         self.sizes = ModelSizes.of(checkpoint, dtype)
         self._checkpoint: CheckpointReader | None = checkpoint
         self._reader: PageReader | None = PageReader(checkpoint, verify=verify)
+        self._order: tuple[tuple[int, int], PageOrder] | None = None  # and when the file was written, and its size
         self._resizing = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,16 +128,21 @@ class Pages:
                 f"{self.folder} has no {PAGES_FILE}, which says what a budget buys",
                 hint="make it once: `bitstrata plan OUT --budget 3bpw --text FILE --pages`; or give a plan",
             )
-        order = PageOrder.load(path)
-        order.check(checkpoint, self.sizes)
+        status = path.stat()
+        stamp = status.st_mtime_ns, status.st_size
+        if self._order is None or self._order[0] != stamp:
+            order = PageOrder.load(path)
+            order.check(checkpoint, self.sizes)
+            self._order = stamp, order
         if room > largest.weights:
             reporter.note(f"the budget {budget} is above the whole model, {bytes_text(largest.total)}: all is loaded")
-        return order.plan_for(self.sizes, budget)
+        return self._order[1].plan_for(self.sizes, budget)
 
     def resize(self, model: PreTrainedModel, plan: Plan) -> Resized:
         """Let `model` hold and run `plan`. Raises CheckpointError, and leaves it as it is, if a page cannot be read."""
         state = bits_state(model)
         assert isinstance(state, ResidentState)
+        state.steps.check_outside()  # before the lock: who holds it may be waiting for the caller's step
         with self._resizing:
             started = time.perf_counter()
             _, reader = self._open()

@@ -66,12 +66,16 @@ class Steps:
                     del self._inside[me]
                     self._changed.notify_all()
 
+    def check_outside(self) -> None:
+        """Raise UsageError where the caller is in a step: it would wait for itself."""
+        if threading.get_ident() in self._inside:
+            raise UsageError("a model cannot be resized from inside its own forward pass")
+
     @contextmanager
     def change(self) -> Iterator[None]:
         """No step is under way inside. Raises UsageError where the caller itself is in one."""
+        self.check_outside()
         with self._changed:
-            if threading.get_ident() in self._inside:
-                raise UsageError("a model cannot be resized from inside its own forward pass")
             self._changed.wait_for(lambda: not self._changing)
             self._changing = True
             try:
@@ -172,5 +176,6 @@ class ResidentState(BitsState):
         bits = sorted(set(self.plan.values()))
         held = f"{bits[0]} bits a layer" if len(bits) == 1 else f"a plan of {bits[0]} to {bits[-1]} bits a layer"
         error = UnsupportedBitsError(asked, bits, where=f"this model: in memory is {held}")
-        error.hint = f"leave bits out to run what is in memory, or call model.resize({asked})"
+        resize = f"model.resize({asked})" if isinstance(asked, int) else "model.resize"
+        error.hint = f"leave bits out to run what is in memory, or call {resize}"
         return error
