@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -118,13 +119,14 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], waits: lis
         if ours or packet is aten.scalar_tensor:  # torch's own, in the middle of another operation
             asked = CUDA
     there = bool(ours) if asked is None else asked.type == "cuda"
-    if there and kwargs.get("generator") is not None:
-        raise RuntimeError(f"{function}: expected a generator for cuda, found one for {kwargs['generator'].device}")
+    generator = kwargs.get("generator")
+    if generator is not None and (generator._cdata in DeviceGenerator.wrapped) != there:
+        raise RuntimeError(f"{function}: expected a generator for {'cuda' if there else 'cpu'}, not this one")
 
-    leaving = packet is aten._to_copy and ours and not there
-    arriving = packet is aten.copy_ and ours and not isinstance(args[0], DeviceTensor)
+    crossing = packet is aten._to_copy and bool(ours) != there
+    crossing |= packet is aten.copy_ and isinstance(args[0], DeviceTensor) != isinstance(args[1], DeviceTensor)
     masked = packet in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
-    if ours and (leaving or arriving or masked or packet in WAITING):
+    if crossing or (ours and (masked or packet in WAITING)):
         waits.append(str(function))
 
     given = {id(leaf.host): leaf for leaf in ours}  # what is changed in place is handed back as it came
@@ -177,6 +179,25 @@ class Pretended(TorchDispatchMode):
         return run(function, args, kwargs or {}, self.waits)
 
 
+class DeviceGenerator(torch.Generator):
+    """A generator of cuda:0. torch wraps generators anew on their way; what they wrap tells them apart."""
+
+    wrapped: ClassVar[dict[int, DeviceGenerator]] = {}
+
+    def __init__(self) -> None:
+        self.wrapped[self._cdata] = self  # kept, so that no other comes to lie there
+
+    device = property(lambda self: CUDA)
+
+    def manual_seed(self, seed: int) -> DeviceGenerator:
+        super().manual_seed(seed)
+        return self
+
+
+def make_generator(device: Any = "cpu") -> torch.Generator:
+    return DeviceGenerator() if torch.device(device).type == "cuda" else torch._C.Generator(device)
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -201,23 +222,29 @@ def attention(
 def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     """A machine with one GPU. Its kernel is the reference, from weights in the layout of the Triton kernels."""
 
-    unpacked: dict[int, tuple[TiledWeight, PlaneWeight]] = {}  # by identity, which lasts while the weight is held
+    kept: dict[int, Any] = {}  # a weight that a caller holds, by identity: as stored, and decoded
 
     def stored_of(weight: PlaneWeight | TiledWeight) -> PlaneWeight:
         if isinstance(weight, PlaneWeight):
             return weight
-        if id(weight) not in unpacked:
-            unpacked[id(weight)] = weight, weight.unpack()
-        return unpacked[id(weight)][1]
+        if id(weight) not in kept:
+            kept[id(weight)] = weight, weight.unpack(), {}
+        stored: PlaneWeight = kept[id(weight)][1]
+        return stored
+
+    def dense_of(weight: TiledWeight, bits: int, dtype: torch.dtype) -> Tensor:
+        stored = stored_of(weight)
+        decoded: dict[Any, Tensor] = kept[id(weight)][2]
+        if (bits, dtype) not in decoded:
+            decoded[bits, dtype] = decode(stored, bits, dtype)
+        return decoded[bits, dtype]
 
     def product(self: Any, x: Tensor, weight: TiledWeight, bits: int | Tensor) -> Tensor:
-        stored = stored_of(weight)
         if isinstance(bits, Tensor):  # no wait for the device, as in the real kernel
-            every = torch.stack([nn.functional.linear(x, decode(stored, value, x.dtype)) for value in stored.bits])
-            known = torch.tensor(stored.bits, device=x.device)
-            chosen = (bits[:, None] == known).T.unsqueeze(-1)
-            return torch.where(chosen, every, 0).sum(0).masked_fill(~chosen.any(0), float("nan"))
-        return nn.functional.linear(x, decode(stored, bits, x.dtype))
+            every = [nn.functional.linear(x, dense_of(weight, value, x.dtype)) for value in weight.bits]
+            chosen = torch.stack([(bits == value).unsqueeze(1) for value in weight.bits])
+            return torch.where(chosen, torch.stack(every), 0).sum(0).masked_fill(~chosen.any(0), float("nan"))
+        return nn.functional.linear(x, dense_of(weight, bits, x.dtype))
 
     def lookup(self: Any, index: Tensor, weight: PlaneWeight | TiledWeight, bits: int, dtype: torch.dtype) -> Tensor:
         return decode(stored_of(weight).take(index), bits, dtype)
@@ -229,12 +256,14 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
             "current_device": 0,
             "get_device_name": "Pretended GPU",
             "get_device_capability": (9, 0),
-            "mem_get_info": (1 << 33, 1 << 33),
+            "mem_get_info": (1 << 25, 1 << 33),
+            "get_device_properties": SimpleNamespace(L2_cache_size=1 << 12),
             "set_device": None,
             "synchronize": None,
             "empty_cache": None,
         }.items():
             patched.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+        patched.setattr(torch, "Generator", make_generator)
         patched.setattr(nn.functional, "scaled_dot_product_attention", attention)
         patched.setattr(type(KERNEL), "_one", product)
         patched.setattr(type(KERNEL), "lookup", lookup)
