@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,8 +181,10 @@ def test_tuning_keeps_what_was_fastest(small, launched, cache, capfd):
     assert result["linear"], "what was found is measured"
 
 
-def test_the_fastest_that_the_device_can_run_with_one_number_of_warps(pretended, launched, cache, monkeypatch):
+def test_the_fastest_that_the_device_can_run_with_one_number_of_warps(gpu, launched, cache, monkeypatch):
     """Pretended times: 2 bits like four warps best, 3 bits two, a little; four blocks cannot run."""
+    if not is_pretended(gpu):
+        pytest.skip("times are pretended")
     from triton.runtime.errors import OutOfResources
 
     asked = []
@@ -216,10 +220,7 @@ def test_another_result_is_not_kept(small, launched, cache, monkeypatch):
     monkeypatch.setattr(launch, "few_rows", lambda x, w, b, c=None: right(x, w, b, c) * (1 if c is None else 1.1))
     with pytest.raises(CheckError, match=r"differ by 0.1 at 2 bits, \[48, 128\]"):
         tune.tune([(48, 128)], (2,), [1], device=torch.device(small), rounds=1)
-    assert (
-        "few_rows" not in (cache / "bitstrata/triton/pretended-gpu.json").read_text()
-        or not config._measured("pretended-gpu").few_rows
-    )
+    assert config._measured("pretended-gpu").few_rows == {}
 
 
 def test_where_there_is_no_gpu_there_is_nothing_to_tune(capfd):
@@ -242,3 +243,44 @@ def test_a_folder_that_cannot_be_written_is_noticed_first(small, cache, capfd):
 def test_threads_are_not_for_gpus(small, capfd):
     assert command(["bench", "--shapes", "48x128", "--threads", "2", "--device", small], debug=False) == 2
     assert "threads are the CPU's" in capfd.readouterr().err
+
+
+@pytest.fixture
+def script():
+    """benchmarks/gpu.py."""
+    found = importlib.util.spec_from_file_location("gpu_script", Path(__file__).parents[2] / "benchmarks" / "gpu.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_script(small, launched, script, tmp_path, capfd, monkeypatch):
+    if is_pretended(small):
+        monkeypatch.setattr(script, "bench_model", partial(model.bench_model, context=8, tokens=2, rounds=1))
+    monkeypatch.setattr(script, "parse_shapes", lambda text: [(48, 128), (1024, 8)])
+    output = tmp_path / "gpu.json"
+    arguments = ["--bits", "2,3", "--rows", "1,17", "--rounds", "1", "--device", small, "--model", "tiny", "--tune"]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments, "--output", str(output)])
+    assert script.main() == 0, capfd.readouterr().err
+    said = capfd.readouterr().out.splitlines()
+    report = json.loads(said[-1])
+    assert json.loads(output.read_text()) == report
+    assert {"gpu", "cuda", "torch", "triton", "transformers", "bitstrata"} <= report["machine"].keys()
+    assert report["copy_bytes_per_s"] > 0
+    wide = [row for row in report["linear"] if row["out_features"] == 48]
+    names = {1: {"2 bits", "3 bits", "bf16", "fp32"}, 17: {"2 bits", "3 bits", "mixed bits", "bf16", "fp32"}}
+    if wide:  # a real GPU's caches hold more copies than there are layers in a model
+        assert {rows: {row["name"] for row in wide if row["rows"] == rows} for rows in (1, 17)} == names
+        by_name = {row["name"]: row for row in wide if row["rows"] == 17}
+        assert by_name["3 bits"]["bytes"] < by_name["mixed bits"]["bytes"] < 2 * by_name["3 bits"]["bytes"]
+    assert len(report["models"]) == 5
+    assert len(report["tuned"]) == 8
+    assert any("int4" in note for note in report["notes"])
+
+
+def test_the_benchmark_script_needs_a_gpu(script, capfd, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--device", "cpu"])
+    assert script.main() == 2
+    said = capfd.readouterr()
+    assert "this benchmark needs a GPU" in said.err
+    assert said.out == ""

@@ -89,7 +89,7 @@ def bench_linear(
     """Time y = x @ W^T for W [out_features, in_features] at each of `bits` and of `rows`.
 
     Args:
-        mixed: also rows that take `bits` in turn, in one call.
+        mixed: where there are several rows, also rows that take `bits` in turn, in one call.
         peers: further contenders for an input [rows, in_features], in the memory regime only.
 
     A matrix of which MOST_COPIES do not exceed the cache is measured from cache only. Raises CheckError before
@@ -102,7 +102,7 @@ def bench_linear(
     asked: dict[int, dict[str, int | Tensor]] = {count: {f"{value} bits": value for value in bits} for count in rows}
     if mixed:
         turns = torch.tensor(bits, device=device)
-        for count in rows:
+        for count in (count for count in rows if count > 1):
             asked[count]["mixed bits"] = turns[torch.arange(count, device=device) % len(bits)]
     errors = {
         (count, name): verify(inputs[count], stored, first, value)
