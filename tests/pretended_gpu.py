@@ -120,7 +120,7 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], waits: lis
             asked = CUDA
     there = bool(ours) if asked is None else asked.type == "cuda"
     generator = kwargs.get("generator")
-    if generator is not None and (generator._cdata in DeviceGenerator.wrapped) != there:
+    if generator is not None and (generator._cdata in Generator.on_device) != there:
         raise RuntimeError(f"{function}: expected a generator for {'cuda' if there else 'cpu'}, not this one")
 
     crossing = packet is aten._to_copy and bool(ours) != there
@@ -179,23 +179,25 @@ class Pretended(TorchDispatchMode):
         return run(function, args, kwargs or {}, self.waits)
 
 
-class DeviceGenerator(torch.Generator):
-    """A generator of cuda:0. torch wraps generators anew on their way; what they wrap tells them apart."""
+class Generator(torch.Generator):
+    """In the place of torch's, of any device. torch wraps generators anew on their way: what they wrap tells them."""
 
-    wrapped: ClassVar[dict[int, DeviceGenerator]] = {}
+    on_device: ClassVar[dict[int, Generator]] = {}
 
-    def __init__(self) -> None:
-        self.wrapped[self._cdata] = self  # kept, so that no other comes to lie there
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        made = super().__new__(cls)
+        if torch.device(device).type == "cuda":
+            cls.on_device[made._cdata] = made  # kept, so that no other comes to lie there
+        return made
 
-    device = property(lambda self: CUDA)
+    def __init__(self, device: Any = "cpu") -> None:
+        pass
 
-    def manual_seed(self, seed: int) -> DeviceGenerator:
+    device = property(lambda self: CUDA if self._cdata in self.on_device else torch.device("cpu"))
+
+    def manual_seed(self, seed: int) -> Generator:
         super().manual_seed(seed)
         return self
-
-
-def make_generator(device: Any = "cpu") -> torch.Generator:
-    return DeviceGenerator() if torch.device(device).type == "cuda" else torch._C.Generator(device)
 
 
 def attention(
@@ -263,7 +265,7 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
             "empty_cache": None,
         }.items():
             patched.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
-        patched.setattr(torch, "Generator", make_generator)
+        patched.setattr(torch, "Generator", Generator)
         patched.setattr(nn.functional, "scaled_dot_product_attention", attention)
         patched.setattr(type(KERNEL), "_one", product)
         patched.setattr(type(KERNEL), "lookup", lookup)

@@ -15,7 +15,7 @@ from bitstrata.errors import UnsupportedBitsError
 from bitstrata.kernels.triton import TiledWeight
 
 PROMPT = torch.tensor([[0, 5, 9, 11]])
-STEPS = 5
+STEPS = 3
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def decoded(model, step, bits):
 
 def test_a_step_over_a_static_cache_is_one_graph_for_each_bits(model, counter):
     step = torch.compile(model, fullgraph=True, backend=counter)
-    for bits in (4, 2, 3, 2, 4, 3):
+    for bits in (4, 2, 4, 2):
         torch.testing.assert_close(decoded(model, step, bits), decoded(model, model, bits))
-    assert counter.frame_count == 3
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("shape", [(1,), ()], ids=["one-a-sequence", "one-for-all"])
@@ -70,11 +70,11 @@ def test_generate_with_a_static_cache_at_any_bits(model, counter):
     config._compile_all_devices = True
     settings = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": STEPS, "do_sample": False}
     settings["pad_token_id"] = 0
-    for bits in (4, 2, 3, torch.tensor([2]), torch.tensor([3])):
+    for bits in (4, 2, torch.tensor([2]), torch.tensor([3])):
         expected = model.generate(PROMPT, bits=bits, **settings)
         static = {"cache_implementation": "static", "compile_config": config}
         assert torch.equal(model.generate(PROMPT, bits=bits, **settings, **static), expected)
-    assert counter.frame_count == 4  # three bits, and one for tensors
+    assert counter.frame_count == 3  # two bits, and one for tensors
 
 
 def test_a_step_waits_for_nothing(pretended, checkpoint):
@@ -100,7 +100,7 @@ def test_launching_a_kernel_waits_for_nothing(pretended, decoder, seed):
     planes = tuple(plane.to("cuda:0") for plane in weight.planes)
     decoders = {bits: tensor.to("cuda:0") for bits, tensor in weight.decoders.items()}
     there = TiledWeight(planes, decoders, 19, 269, 64, weight.kind)
-    launched = []
+    index, launched = torch.tensor([3, 5], device="cuda:0"), []
 
     class Recorder:
         def __init__(self, name):
@@ -118,7 +118,7 @@ def test_launching_a_kernel_waits_for_nothing(pretended, decoder, seed):
             one = launch.few_rows if rows <= config.FEW_ROWS else launch.tiles
             assert one(x, there, 3).shape == (rows, 19)
             assert launch.few_rows(x, there, torch.full((rows,), 3, device="cuda:0")).shape == (rows, 19)
-        launch.decode(there, 2, torch.bfloat16, torch.tensor([3, 5], device="cuda:0"))
+        launch.decode(there, 2, torch.bfloat16, index)
     assert len(launched) == 7
     assert pretended.waits == []
 
