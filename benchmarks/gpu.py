@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitstrata.bench.clock import current
 from bitstrata.bench.linear import Contender, LinearResult, bench_linear, beyond_cache
 from bitstrata.bench.machine import Bandwidth, describe
 from bitstrata.bench.model import ModelResult, bench_model
@@ -143,6 +144,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             f"this benchmark needs a GPU and its kernels; on {options.device} the kernel is {kernel}",
             hint="`bitstrata env` says what can run here, and why not",
         )
+    with current(options.device):
+        return measured(options, kernel)
+
+
+def measured(options: argparse.Namespace, kernel: str) -> dict[str, Any]:
     notes: list[str] = []
     tuned: list[Any] = []
     if options.tune:

@@ -265,6 +265,7 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
             "empty_cache": None,
         }.items():
             patched.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+        patched.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patched.setattr(torch, "Generator", Generator)
         patched.setattr(nn.functional, "scaled_dot_product_attention", attention)
         patched.setattr(type(KERNEL), "_one", product)

@@ -13,7 +13,11 @@ JOBS = {
     "bpdq": ({"method": "bpdq", "options": {"iterations": 1}, "bits": "3"}, 0.02),
     "gptq": ({"method": "gptq", "options": {}, "bits": "3"}, 0.02),
     "nested-tuned": (
-        {"method": "nested", "options": {"iterations": 1, "sweeps": 1, "tune_steps": 2, "tune_tokens": 64}},
+        {
+            "method": "nested",
+            "options": {"iterations": 1, "sweeps": 1, "tune_steps": 2, "tune_tokens": 64},
+            "bits": "2,4",
+        },
         0.02,
     ),
     "rtn-with-head": ({**RTN, "head_bits": 5}, 1e-4),

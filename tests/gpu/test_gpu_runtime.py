@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -115,7 +116,27 @@ def test_evaluate_and_the_command_line(gpu, checkpoint, source, text, capfd):
     for mine, expected in zip(*results, strict=True):
         assert mine["nll"] == pytest.approx(expected["nll"], rel=1e-3)
         assert mine["kld"] == pytest.approx(expected["kld"], rel=1e-2)
-    assert command(["generate", str(checkpoint), PROMPT, "--device", gpu], debug=False) == 0
+    assert command(["generate", str(checkpoint), PROMPT, "--max-new-tokens", "4", "--device", gpu], debug=False) == 0
+
+
+def test_kernels_run_on_the_device_of_the_tensors(pretended, checkpoint, monkeypatch):
+    """Triton would launch on the current one."""
+    entered = []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        entered.append(wanted)
+        yield
+
+    model = bitstrata.load(checkpoint, device="cuda:0", dtype=torch.float32)
+    ids = torch.tensor([[0, 5]], device="cuda:0")
+    monkeypatch.setattr(torch.cuda, "device", device)
+    model(ids)
+    assert entered == []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    model(ids)
+    assert set(entered) == {torch.device("cuda:0")}
+    assert len(entered) >= 15  # seven layers in each of two blocks, and the head
 
 
 def test_the_pretended_device_is_as_strict_as_a_real_one(pretended):

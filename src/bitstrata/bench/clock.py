@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -76,6 +77,11 @@ def device_seconds(run: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1e3
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """`device` as the one whose streams and graphs are meant."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def wait(device: torch.device) -> None:

@@ -20,6 +20,7 @@ from ..models.load import pick_device
 from ..nn import BitsState, PlaneLinear, bits_state, parse_bits
 from ..planes.weights import MAX_BITS
 from ..progress import Reporter
+from .clock import current
 from .linear import REGIMES, LinearResult, bench_linear
 from .machine import Bandwidth, describe
 from .model import ModelResult, bench_model
@@ -170,9 +171,22 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        return _bench(
-            model, shapes, bits, counts, whole, head_bits, blocks, regimes, rounds, group_size, where, tune, reporter
-        )
+        with current(where):
+            return _bench(
+                model,
+                shapes,
+                bits,
+                counts,
+                whole,
+                head_bits,
+                blocks,
+                regimes,
+                rounds,
+                group_size,
+                where,
+                tune,
+                reporter,
+            )
     finally:
         torch.set_num_threads(before)
 
