@@ -61,7 +61,7 @@ def check_tunable(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
 def tune(
     shapes: Iterable[tuple[int, int]],
     bits: Sequence[int],
-    rows: Iterable[int],
+    rows: Sequence[int],
     *,
     device: torch.device,
     group_size: int = 128,

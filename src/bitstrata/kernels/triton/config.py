@@ -122,7 +122,7 @@ def _read(path: Path) -> Measured:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise KernelError(
             f"{path} is not a file of measured configurations: {error}",
-            hint="delete it, or measure again with `bitstrata bench --tune`",
+            hint="delete it; `bitstrata bench --tune` makes a new one",
         ) from error
 
 
