@@ -66,21 +66,25 @@ def shape_config(name: str) -> PreTrainedConfig:
 def random_weight(
     out_features: int, in_features: int, bits: tuple[int, ...], group_size: int, generator: torch.Generator
 ) -> PlaneWeight:
-    """Planes of coin tosses, and scales that fall by half from plane to plane as in a trained weight."""
-    words = words_per_row(in_features)
+    """Planes of coin tosses, and scales that fall by half from plane to plane as in a trained weight.
+
+    They are on the generator's device.
+    """
+    words, device = words_per_row(in_features), generator.device
     last = in_features % 32
     planes = []
     for _ in range(max(bits)):
-        plane = torch.randint(-(2**31), 2**31, (out_features, words), dtype=torch.int32, generator=generator)
+        size = (out_features, words)
+        plane = torch.randint(-(2**31), 2**31, size, dtype=torch.int32, generator=generator, device=device)
         if last:
             plane[:, -1] &= (1 << last) - 1  # padding bits are 0
         planes.append(plane)
     groups = group_count(in_features, group_size)
     decoders = {}
     for value in bits:
-        size = in_features**-0.5 * torch.exp2(-torch.arange(value, dtype=torch.float32)).view(-1, 1, 1)
-        scale = size * (0.75 + 0.5 * torch.rand(value, out_features, groups, generator=generator))
-        offset = 0.1 * size[0] * torch.randn(out_features, groups, generator=generator)
+        step = in_features**-0.5 * torch.exp2(-torch.arange(value, dtype=torch.float32, device=device)).view(-1, 1, 1)
+        scale = step * (0.75 + 0.5 * torch.rand(value, out_features, groups, generator=generator, device=device))
+        offset = 0.1 * step[0] * torch.randn(out_features, groups, generator=generator, device=device)
         decoders[value] = AffineDecoder(scale.half(), offset.half())
     return PlaneWeight(tuple(planes), decoders, in_features, group_size)
 
@@ -94,6 +98,7 @@ def random_model(
     dtype: torch.dtype = torch.bfloat16,
     blocks: int | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """A causal model of this shape whose linears in the decoder blocks run from random planes at any of `bits`.
 
@@ -101,7 +106,8 @@ def random_model(
         head_bits: planes for the output head and the embedding as well, at this precision; else they stay in `dtype`.
         blocks: build only as many decoder blocks.
     """
-    model, generator = _empty_model(config, dtype, blocks), torch.Generator().manual_seed(seed)
+    model = _skeleton(config, blocks, dtype, device)
+    generator = torch.Generator(device).manual_seed(seed)
     linears = discover(model).linears
     state = BitsState(bits, {linear.name: bits for linear in linears})
     for linear in linears:
@@ -132,11 +138,16 @@ def _put_head(
 
 
 def dense_model(
-    config: PreTrainedConfig, *, dtype: torch.dtype = torch.bfloat16, blocks: int | None = None, seed: int = 0
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    blocks: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """The same model with ordinary random weights."""
-    model = _empty_model(config, dtype, blocks)
-    _fill(model, dtype, torch.Generator().manual_seed(seed))
+    model = _skeleton(config, blocks, dtype, device)
+    _fill(model, dtype, torch.Generator(device).manual_seed(seed))
     return model.eval().requires_grad_(False)
 
 
@@ -151,7 +162,7 @@ def random_checkpoint(
     seed: int = 0,
 ) -> None:
     """Write what `random_model` makes as a checkpoint; all of it is in memory meanwhile. The head stays in `dtype`."""
-    model, generator = _empty_model(config, dtype, blocks), torch.Generator().manual_seed(seed)
+    model, generator = _skeleton(config, blocks, dtype, "cpu"), torch.Generator().manual_seed(seed)
     layers, entries = {}, []
     for linear in discover(model).linears:
         layers[linear.name] = LayerSpec(
@@ -171,13 +182,21 @@ def random_checkpoint(
     write_checkpoint(folder, described, entries)
 
 
-def _empty_model(config: PreTrainedConfig, dtype: torch.dtype, blocks: int | None) -> PreTrainedModel:
-    """The model of `config`, of only `blocks` decoder blocks if given, with its parameters on meta."""
+def _skeleton(
+    config: PreTrainedConfig, blocks: int | None, dtype: torch.dtype, device: torch.device | str
+) -> PreTrainedModel:
+    """The model of `config`, of only `blocks` decoder blocks if given.
+
+    Its parameters are on meta, its buffers, such as rotary frequencies, on `device`.
+    """
     config = copy.deepcopy(config)
     if blocks is not None:
         config.num_hidden_layers = blocks
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
     return model
 
 
@@ -194,5 +213,5 @@ def _fill(model: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> N
 
 
 def _random_parameter(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    value = torch.empty(shape, dtype=dtype)
+    value = torch.empty(shape, dtype=dtype, device=generator.device)
     return value.fill_(1) if len(shape) == 1 else value.normal_(0, 0.02, generator=generator)

@@ -129,7 +129,7 @@ class BlockedWeight:
         threads = torch.get_num_threads()
         planes = []
         for packed in self.planes:
-            plane = torch.empty(self.out_features, words, dtype=torch.int32)
+            plane = torch.empty(self.out_features, words, dtype=torch.int32, device="cpu")
             self.handle.unpack_plane(packed.data_ptr(), plane.data_ptr(), threads)
             planes.append(plane)
         return PlaneWeight(
@@ -138,7 +138,7 @@ class BlockedWeight:
 
     def _decoder(self, bits: int) -> Decoder:
         shapes = decoder_shapes(self.kind, bits, self.out_features, self.in_features, self.group_size)
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+        tensors = {name: torch.empty(shape, dtype=dtype, device="cpu") for name, (dtype, shape) in shapes.items()}
         if self.kind == "codebook":
             table = tensors[f"table_{bits}"]
             table.flatten()[:] = self.decoders[bits].view(SCALE_DTYPE)[: table.numel()]
@@ -178,7 +178,8 @@ def _allocate(sizes: Sequence[int]) -> list[Tensor]:
     for size in sizes:
         starts.append(end)
         end += -(-size // ALIGNMENT) * ALIGNMENT + (SKEW if size >= HUGE_PAGE // 4 else 0)
-    whole = torch.empty(end + (HUGE_PAGE if end >= HUGE_PAGE else ALIGNMENT), dtype=torch.uint8)
+    room = end + (HUGE_PAGE if end >= HUGE_PAGE else ALIGNMENT)
+    whole = torch.empty(room, dtype=torch.uint8, device="cpu")  # whatever torch's default device is
     skip = -whole.data_ptr() % (HUGE_PAGE if end >= HUGE_PAGE else ALIGNMENT)
     huge = end // HUGE_PAGE * HUGE_PAGE
     if huge:
