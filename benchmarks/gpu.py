@@ -1,247 +1,189 @@
 """How fast products with bit-planes are on this GPU: bytes, floor, time, and the same product in other formats.
 
-    python benchmarks/gpu.py                        every shape, bits and number of rows
-    python benchmarks/gpu.py --shapes 4096x14336 --bits 2,4 --rows 1,8
-    python benchmarks/gpu.py --tune                 first search the shapes of programs, and keep the fastest
+    python benchmarks/gpu.py                                   every shape, bits and number of rows; then whole models
+    python benchmarks/gpu.py --shapes 4096x14336 --bits 2,4 --rows 1,8 --model none
+    python benchmarks/gpu.py --tune                            first search the shapes of programs, and keep the fastest
 
-The floor of a product is the bytes of its planes and scales over the bandwidth of a copy, measured first. Several
-weights take turns, together larger than the L2 cache, because a model does not find its weights there either; all
-calls of a round are in one CUDA graph, as in serving, so that what is measured is the device and not Python. Each
-number is the median of rounds. Before a kernel is timed its result is compared with the reference; a kernel that is
-wrong is not timed and the exit code is 5. The last line of standard output is one JSON object.
+It is `bitstrata bench --device cuda` with more beside it. The floor of a product is the bytes of its planes and scales
+over the bandwidth of a copy, measured between the others. Several weights take turns, together larger than the L2
+cache, because a model does not find its weights there either; all calls of a round are in one CUDA graph, as in
+serving, so that what is measured is the device and not Python. Each number is the median of rounds in which all take
+turns: planes at each bits, rows that take the bits in turn ("mixed"), torch's dense product in bf16 and fp32, and
+torch's int4 product. Then tokens a second of whole models over a static cache, a step one CUDA graph: at each bits, in
+bf16, and of one graph for all bits.
+
+Before a kernel is timed its result is compared with float64; if one is wrong nothing is reported and the exit code is
+5. The last line of standard output is one JSON object; --output FILE writes it there too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitstrata.planes import AffineDecoder, PlaneWeight, decode
+from bitstrata.bench.clock import current
+from bitstrata.bench.linear import Contender, LinearResult, bench_linear, beyond_cache
+from bitstrata.bench.machine import Bandwidth, describe
+from bitstrata.bench.model import ModelResult, bench_model
+from bitstrata.bench.random_model import SHAPES, dense_model, random_model, shape_config
+from bitstrata.bench.run import parse_shapes
+from bitstrata.bench.tune import tune
+from bitstrata.errors import BitstrataError, UsageError
+from bitstrata.kernels import Problem, select
+from bitstrata.models.load import pick_device
+from bitstrata.nn import parse_bits
+from bitstrata.progress import Reporter
 
-SHAPES = "4096x14336,14336x4096,8192x28672,4096x4096"  # out_features x in_features
-GIB = 1 << 30
+LAYERS = "4096x14336,14336x4096,8192x28672,4096x4096"  # out_features x in_features
+GROUP_SIZE = 128
+INT4_TILES = 8  # torch's own choice of its inner layout
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--shapes", default=SHAPES, help="out_features x in_features, comma-separated")
+    parser.add_argument("--shapes", default=LAYERS, help="out_features x in_features, comma-separated")
     parser.add_argument("--bits", default="2,3,4")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,256,2048")
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--model", default="llama-3.1-8b", choices=[*SHAPES, "none"], help="of the whole models")
+    parser.add_argument("--blocks", type=int, help="only as many decoder blocks of it")
+    parser.add_argument("--head-bits", type=int, help="planes for its output head and embedding; bf16 otherwise")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tune", action="store_true", help="search and save the fastest program shapes")
-    options = parser.parse_args()
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--tune", action="store_true", help="first search and keep the fastest shapes of programs")
+    parser.add_argument("--output", type=Path, help="write the JSON into this file too")
+    return parser.parse_args()
+
+
+def int4_peer(out_features: int, in_features: int, device: torch.device) -> Callable[[Tensor], list[Contender]] | str:
+    """torch's int4 product as a contender for an input, or why it cannot be had."""
+    if out_features % 8 or in_features % 1024:
+        return "torch's int4 product does not take this shape"
+    codes = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device=device)
+    groups = in_features // GROUP_SIZE
+    scales = torch.rand(groups, out_features, 2, dtype=torch.bfloat16, device=device)
+    copies = max(2, -(-beyond_cache(device) // (codes.nbytes + scales.nbytes)))
     try:
-        options.shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
-        options.bits = [int(bits) for bits in options.bits.split(",")]
-        options.rows = [int(rows) for rows in options.rows.split(",")]
-    except ValueError as error:
-        parser.error(str(error))
-    if any(len(shape) != 2 or min(shape) < 1 for shape in options.shapes):
-        parser.error("a shape is out_features x in_features, e.g. 4096x14336")
-    if not all(1 <= bits <= 8 for bits in options.bits) or min(options.rows) < 1 or options.group_size < 1:
-        parser.error("bits lie in 1..8; rows and the group size are positive")
-    return options
+        weights = [torch.ops.aten._convert_weight_to_int4pack(codes, INT4_TILES) for _ in range(copies)]
+    except (RuntimeError, NotImplementedError) as error:
+        return f"no int4 product of torch: {str(error).splitlines()[0]}"
+
+    def contenders(x: Tensor) -> list[Contender]:
+        def product(index: int) -> object:
+            return torch.ops.aten._weight_int4pack_mm(x, weights[index], GROUP_SIZE, scales)
+
+        return [Contender("torch int4", None, codes.nbytes + scales.nbytes, copies, product)]
+
+    return contenders
 
 
-def random_weight(n: int, k: int, bits: Sequence[int], group_size: int, seed: int) -> PlaneWeight:
-    """Random planes, and scales like those of a quantized weight, on the GPU."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    words, groups = -(-k // 32), -(-k // group_size)
-
-    def plane() -> Tensor:
-        bound = 2**31
-        made = torch.randint(-bound, bound, (n, words), dtype=torch.int32, device="cuda", generator=generator)
-        if k % 32:
-            made[:, -1] &= (1 << k % 32) - 1
-        return made
-
-    planes = tuple(plane() for _ in range(max(bits)))
-    decoders = {}
-    for value in bits:
-        size = torch.exp2(-torch.arange(value, device="cuda").float()).view(-1, 1, 1)
-        noise = torch.rand(value, n, groups, device="cuda", generator=generator)
-        offset = torch.randn(n, groups, device="cuda", generator=generator)
-        decoders[value] = AffineDecoder((size * (0.6 + 0.3 * noise)).half(), (0.1 * offset).half())
-    return PlaneWeight(planes, decoders, k, group_size)
+def line(result: LinearResult, beside: Sequence[LinearResult]) -> str:
+    """One result, and its ratio to torch's int4 product of the same rows."""
+    int4 = next((other.time for other in beside if other.name == "torch int4" and other.rows == result.rows), None)
+    return (
+        f"{result.out_features:>6} x {result.in_features:<6} {result.name:>10} {result.rows:>5} rows "
+        f"{result.bytes / 1e6:8.1f} MB {result.time * 1e6:9.1f} us {result.floor / result.time:6.1%} of floor "
+        f"{result.ratio_bf16:6.2f} x bf16" + ("" if int4 is None else f" {int4 / result.time:6.2f} x int4")
+    )
 
 
-def milliseconds(calls: Sequence[Callable[[], object]], rounds: int) -> float:
-    """Median time of one of `calls`, run one after the other from a graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:  # compiles and warms up
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(max(1, 20 // len(calls))):
-            for call in calls:
-                call()
-    count = max(1, 20 // len(calls)) * len(calls)
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / count)
-    return statistics.median(times)
+def layers(options: argparse.Namespace, bandwidth: Bandwidth, notes: list[str]) -> list[LinearResult]:
+    results: list[LinearResult] = []
+    for out_features, in_features in options.shapes:
+        peer = int4_peer(out_features, in_features, options.device)
+        if isinstance(peer, str):
+            notes.append(f"{out_features}x{in_features}: {peer}")
+        found = bench_linear(
+            out_features,
+            in_features,
+            bits=options.bits,
+            rows=options.rows,
+            bandwidth=bandwidth,
+            group_size=GROUP_SIZE,
+            regimes=["memory"],
+            rounds=options.rounds,
+            device=options.device,
+            mixed=True,
+            peers=None if isinstance(peer, str) else peer,
+        )
+        if not found:
+            notes.append(f"{out_features}x{in_features} is too small to be read from memory")
+        for result in found:
+            print(line(result, found), flush=True)
+        results += found
+    return [result.beside(bandwidth.bytes_per_second) for result in results]
 
 
-def copy_bandwidth(rounds: int) -> float:
-    """Bytes a second that a copy reads and writes."""
-    source = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (milliseconds([lambda: target.copy_(source)], rounds) / 1e3)
-
-
-def is_right(y: Tensor, x: Tensor, dense: Tensor, baseline: Tensor) -> bool:
-    """At most twice the error of the dense product, and a unit in the last place."""
-    exact = x.double() @ dense.T
-    error = (y.double() - exact).abs().nan_to_num(nan=float("inf")).max()
-    limit = 2 * (baseline.double() - exact).abs().max() + torch.finfo(y.dtype).eps * exact.abs().max()
-    return bool(error <= limit)
-
-
-def int4_peer(n: int, k: int, group_size: int, copies: int) -> Callable[[Tensor], list[Callable[[], object]]] | str:
-    """Calls of torch's int4 product for an input, or why it cannot be had."""
-    if n % 8 or k % 1024 or group_size not in (32, 64, 128, 256):
-        return "shape not supported"
-    try:
-        weights = []
-        for _ in range(copies):
-            codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
-            weights.append(torch.ops.aten._convert_weight_to_int4pack(codes, 8))
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    scales = torch.rand(k // group_size, n, 2, dtype=torch.bfloat16, device="cuda")
-
-    def calls(x: Tensor) -> list[Callable[[], object]]:
-        x = x.bfloat16()
-        return [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, group_size, scales) for w in weights]
-
-    return calls
-
-
-def tune(tiled: list[Any], x: Tensor, bits: int, rounds: int) -> dict[str, Any]:
-    """The fastest few-row program for one weight's shape, by its key."""
-    from bitstrata.kernels.triton import config, launch
-
-    def seconds(candidate: config.FewRows) -> float:
-        return milliseconds([lambda w=w: launch.few_rows(x, w, bits, candidate) for w in tiled], rounds) / 1e3
-
-    return {config.key(tiled[0], bits): config.best(config.few_rows_candidates(), seconds)}
-
-
-def measure_shape(n: int, k: int, options: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
-    from bitstrata.kernels.triton import KERNEL, TiledWeight, config
-
-    dtype = getattr(torch, options.dtype)
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    results = []
-    smallest = n * k * min(options.bits) // 8
-    copies = max(2, -(-3 * l2 // smallest))
-    weights = [random_weight(n, k, options.bits, options.group_size, seed) for seed in range(copies)]
-    tiled = [TiledWeight.pack(weight) for weight in weights]
-    if options.tune:
-        one = torch.randn(1, k, dtype=dtype, device="cuda")
-        chosen: dict[str, Any] = {}
-        for bits in options.bits:
-            chosen |= tune(tiled, one, bits, options.rounds)
-        print(f"tuned {n}x{k}: {config.save(torch.device('cuda', 0), chosen)}", file=sys.stderr)
-    dense = [torch.randn(n, k, dtype=dtype, device="cuda") for _ in range(max(2, -(-3 * l2 // (2 * n * k))))]
-    int4 = int4_peer(n, k, options.group_size, copies)
-    exact = {bits: decode(weights[0], bits, torch.float64) for bits in options.bits}
-    for rows in options.rows:
-        x = torch.randn(rows, k, dtype=dtype, device="cuda")
-        cublas = milliseconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense], options.rounds)
-        peer = int4 if isinstance(int4, str) else milliseconds(int4(x), options.rounds)
-        mixed = torch.tensor(options.bits, device="cuda")[torch.arange(rows, device="cuda") % len(options.bits)]
-        for bits in [*options.bits, "mixed"]:
-            asked = mixed if bits == "mixed" else bits
-            y = KERNEL.linear_many(x, [tiled[0]], asked)[0]
-            for value in options.bits if bits == "mixed" else [bits]:
-                mine = mixed == value if bits == "mixed" else slice(None)
-                if not len(x[mine]):
-                    continue
-                baseline = torch.nn.functional.linear(x[mine], exact[value].to(dtype))
-                if not is_right(y[mine], x[mine], exact[value], baseline):
-                    raise SystemExit(f"WRONG: {n}x{k} bits={bits} rows={rows}: nothing is reported")
-            ms = milliseconds([lambda w=w, x=x, b=asked: KERNEL.linear_many(x, [w], b) for w in tiled], options.rounds)
-            top = max(options.bits) if bits == "mixed" else bits
-            used = [tiled[0].decoders[b].nbytes for b in options.bits] if bits == "mixed" else []
-            read = tiled[0].bytes_read(top) + (sum(used) - used[options.bits.index(top)] if used else 0)
-            floor = read / bandwidth * 1e3
-            result = {
-                "out_features": n,
-                "in_features": k,
-                "bits": bits,
-                "rows": rows,
-                "bytes": read,
-                "floor_ms": floor,
-                "ms": ms,
-                "share_of_floor": floor / ms,
-                "dense_ms": cublas,
-                "times_dense": cublas / ms,
-                "int4_ms": peer if not isinstance(peer, str) else None,
-                "times_int4": peer / ms if not isinstance(peer, str) else None,
-            }
-            results.append(result)
-            print(
-                f"{n:>6} x {k:<6} {bits!s:>5} bits {rows:>5} rows {read / 1e6:8.1f} MB {ms * 1e3:9.1f} us "
-                f"{floor / ms:6.1%} of floor {cublas / ms:6.2f} x dense "
-                + (f"{peer / ms:6.2f} x int4" if not isinstance(peer, str) else f"(int4: {peer})"),
-                flush=True,
-            )
+def models(options: argparse.Namespace, bandwidth: Bandwidth) -> list[ModelResult]:
+    if options.model == "none":
+        return []
+    config, device = shape_config(options.model), options.device
+    shape: dict[str, Any] = {"blocks": options.blocks, "device": device}
+    planes = random_model(config, options.bits, group_size=GROUP_SIZE, head_bits=options.head_bits, **shape)
+    dense = dense_model(config, **shape)
+    results = bench_model(planes, options.model, options.bits, bandwidth.bytes_per_second, dense=dense)
+    for result in results:
+        print(f"{result.name:>40} {result.tokens_per_second:8.1f} tokens/s {result.share:6.1%} of ceiling", flush=True)
     return results
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    options.shapes, options.bits = parse_shapes(options.shapes), parse_bits(options.bits)
+    options.rows = [int(rows) for rows in options.rows.split(",")]
+    options.device = pick_device(options.device)
+    kernel = select(Problem(options.device.type, torch.bfloat16, 1, "affine")).name
+    if options.device.type != "cuda" or kernel == "reference":
+        raise UsageError(
+            f"this benchmark needs a GPU and its kernels; on {options.device} the kernel is {kernel}",
+            hint="`bitstrata env` says what can run here, and why not",
+        )
+    with current(options.device):
+        return measured(options, kernel)
+
+
+def measured(options: argparse.Namespace, kernel: str) -> dict[str, Any]:
+    notes: list[str] = []
+    tuned: list[Any] = []
+    if options.tune:
+        tuned, path = tune(options.shapes, options.bits, options.rows, device=options.device, reporter=Reporter())
+        notes.append(f"the fastest shapes of programs are in {path}")
+    bandwidth = Bandwidth(torch.get_num_threads(), options.device)
+    bandwidth.sample()
+    print(f"{torch.cuda.get_device_name(options.device)}: a copy moves {bandwidth.bytes_per_second / 1e12:.2f} TB/s")
+    linear = layers(options, bandwidth, notes)
+    return {
+        "kernel": kernel,
+        "machine": describe(torch.get_num_threads(), options.device),
+        "copy_bytes_per_s": bandwidth.bytes_per_second,
+        "group_size": GROUP_SIZE,
+        "tuned": [asdict(item) for item in tuned],
+        "linear": [asdict(result) for result in linear],
+        "models": [asdict(result) for result in models(options, bandwidth)],
+        "blocks": options.blocks,
+        "notes": notes,
+    }
 
 
 def main() -> int:
     options = parse()
-    if not torch.cuda.is_available():
-        print("error: no CUDA device; this benchmark needs one", file=sys.stderr)
-        return 3
-    from bitstrata.kernels import Problem
-    from bitstrata.kernels.triton import KERNEL
-
-    reason = KERNEL.can_run(Problem("cuda", getattr(torch, options.dtype), 1, "affine"))
-    if reason is not None:
-        print(f"error: the Triton kernels cannot run here: {reason}", file=sys.stderr)
-        return 3
-    bandwidth = copy_bandwidth(options.rounds)
-    properties = torch.cuda.get_device_properties(0)
-    print(f"{properties.name}: copy {bandwidth / 1e12:.2f} TB/s, L2 {properties.L2_cache_size >> 20} MiB", flush=True)
-    results: list[dict[str, Any]] = []
     try:
-        for n, k in options.shapes:
-            results += measure_shape(n, k, options, bandwidth)
-    except SystemExit as wrong:
-        print(wrong.code, file=sys.stderr)
-        return 5
-    report = {
-        "device": properties.name,
-        "copy_bytes_per_s": bandwidth,
-        "versions": {name: metadata.version(name) for name in ("bitstrata", "torch", "triton")},
-        "cuda": torch.version.cuda,
-        "dtype": options.dtype,
-        "group_size": options.group_size,
-        "results": results,
-    }
-    print(json.dumps(report))
+        report = run(options)
+    except BitstrataError as error:
+        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    for note in report["notes"]:
+        print(note, file=sys.stderr)
+    text = json.dumps(report)
+    if options.output is not None:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
     return 0
 
 

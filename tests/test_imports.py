@@ -17,6 +17,7 @@ ROOMS = [
     "errors",
     "version",
     "progress",
+    "memory",
     "planes",
     "checkpoint",
     "kernels",
@@ -25,6 +26,7 @@ ROOMS = [
     "calibrate",
     "evaluate",
     "quantize",
+    "allocate",
     "runtime",
     "serve",
     "bench",
@@ -43,7 +45,9 @@ PUBLIC = {
     "generate",
     "inspect",
     "load",
+    "plan",
     "quantize",
+    "resize",
     "use_bits",
 }
 
@@ -159,7 +163,7 @@ def test_functions_stay_functions_after_every_submodule_is_imported():
         "for module in pkgutil.walk_packages(bitstrata.__path__, 'bitstrata.'):\n"
         "    if triton or not module.name.startswith('bitstrata.kernels.triton.'):\n"
         "        importlib.import_module(module.name)\n"
-        "for name in ('quantize', 'evaluate', 'eval', 'demo', 'load', 'generate', 'inspect', 'env', 'use_bits'):\n"
+        "for name in set(bitstrata.__all__) - {'__version__'}:\n"
         "    assert callable(getattr(bitstrata, name)), name\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

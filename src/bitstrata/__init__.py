@@ -8,11 +8,12 @@ Importing bitstrata registers its checkpoints with transformers, so
 `AutoModelForCausalLM.from_pretrained("out")` works too.
 """
 
+from .allocate import plan
 from .bench import bench
 from .demo import demo
 from .errors import BitstrataError
 from .evaluate import evaluate
-from .models import load
+from .models import load, resize
 from .nn import use_bits
 from .quantize import quantize
 from .runtime import env, generate, inspect
@@ -31,6 +32,8 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "plan",
     "quantize",
+    "resize",
     "use_bits",
 ]

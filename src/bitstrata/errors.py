@@ -9,6 +9,7 @@
     │   ├── CheckpointError               a bitstrata checkpoint is malformed
     │   ├── ModelError                    a source model cannot be quantized
     │   ├── TextError                     a calibration or evaluation text is unusable
+    │   ├── PlanError                     a plan, page order or sensitivity file is malformed or of another model
     │   └── JobError                      an unfinished job does not fit the command
     ├── PreflightError                    everything found wrong before a job starts
     ├── ResourceError                 4   memory or disk ran out
@@ -79,6 +80,10 @@ class ModelError(InputError):
 
 class TextError(InputError):
     """A text is empty, too short or not text."""
+
+
+class PlanError(InputError):
+    """A plan, a page order or a sensitivity file is malformed, or was made for another model."""
 
 
 class JobError(InputError):

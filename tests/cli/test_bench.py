@@ -10,7 +10,7 @@ import torch
 from bitstrata.bench import verify as checks
 from bitstrata.kernels import registry
 
-QUICK = ("--rounds", "1")
+QUICK = ("--rounds", "1", "--device", "cpu")
 
 
 def test_layers_of_given_shapes(cli):
@@ -118,5 +118,5 @@ def test_a_model_larger_than_memory_says_how_deep_it_may_be(cli, monkeypatch):
         available = 5e9
 
     monkeypatch.setattr("psutil.virtual_memory", Little)
-    outcome = cli("bench", "--shapes", "llama-3.1-8b", "--whole")
+    outcome = cli("bench", "--shapes", "llama-3.1-8b", "--whole", "--device", "cpu")
     outcome.refused(outcome.code, "5.0 GB are free", "--blocks")

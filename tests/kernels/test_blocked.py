@@ -237,3 +237,24 @@ def test_padding_stays_small_for_the_shapes_of_models():
     for shape, group_size in (((64, 1024), 128), ((48, 1024), 64), ((64, 960), 32)):
         weight = random_weight(*shape, group_size=group_size)
         assert BlockedWeight.pack(weight).bytes_read(4) <= 1.07 * weight.bytes_read(4)
+
+
+@decoders
+def test_torchs_default_device_does_not_matter(decoder, seed):
+    weight = random_weight(35, 70, (2, 4), 32, decoder, seed)
+    x = torch.randn(20, 70, generator=torch.Generator().manual_seed(seed))
+    bits = torch.full((20,), 4)
+    kernel = registry.select(registry.Problem("cpu", x.dtype, 1, weight.kind))
+    index = torch.tensor([3, 34])
+
+    def everything():
+        packed = BlockedWeight.pack(weight)
+        ys = [kernel.linear(x[:3], packed, 4), kernel.linear(x, packed, 2), kernel.linear_rows(x, packed, bits)]
+        return packed.unpack(), [*ys, kernel.lookup(index, packed, 4, x.dtype)]
+
+    _, expected = everything()
+    with torch.device("meta"):
+        stored, results = everything()
+    assert_same_weight(stored, weight)
+    for y, wanted in zip(results, expected, strict=True):
+        assert torch.equal(y, wanted)

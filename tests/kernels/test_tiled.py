@@ -124,33 +124,53 @@ def test_the_package_does_not_import_triton():
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config._measured.cache_clear()
-    yield
+    yield tmp_path
     config._measured.cache_clear()
 
 
-@pytest.mark.usefixtures("folder")
-def test_measured_shapes_of_programs_are_kept_and_used():
-    tiled = TiledWeight.pack(random_weight(40, 600, (2, 3), 64))
-    by_rule = config.few_rows(tiled, 2, 1, False)
-    seconds = {candidate: float(index) for index, candidate in enumerate(config.few_rows_candidates())}
-    seconds[config.FewRows(4, 2, 96)] = -1.0
-    best = config.best(config.few_rows_candidates(), seconds.__getitem__)
-    assert best != by_rule
-    path = config.save(torch.device("cpu"), {config.key(tiled, 2): best})
-    config.save(torch.device("cpu"), {config.key(tiled, 3): config.ManyRows(1, 4, 32, 3)})
-    assert path.name == "default.json"
-    assert config.few_rows(tiled, 2, 1, False) == best
-    assert config.few_rows(tiled, 2, 16, False).warps == best.warps  # a row is the same in any batch
-    assert config.few_rows(tiled, 3, 1, False).blocks == by_rule.blocks  # nothing was measured for 3 bits
-    assert config.many_rows(tiled, 3, 100) == config.ManyRows(1, 4, 32, 3)
+def test_measured_shapes_of_programs_are_kept_and_used(folder):
+    tiled = TiledWeight.pack(random_weight(40, 600, (2, 3, 4), 64))
+    other = TiledWeight.pack(random_weight(24, 600, (2,), 64))
+    by_rule, cpu = config.few_rows(tiled, 2, 1, False), torch.device("cpu")
+    few = {bits: config.FewRows(4, 16, 96) for bits in (2, 3)}
+    many = config.ManyRows(1, 4, 32, 3)
+    path = config.save(cpu, config.Measured({config.shape_key(tiled): few}))
+    assert path == folder / "bitstrata" / "triton" / "default.json"
+    config.save(cpu, config.Measured(many_rows={config.many_rows_key(tiled, 3, 100): many}))
+    assert config.few_rows(tiled, 2, 1, False) == few[2] != by_rule
+    for bits, rows, mixed in ((2, 16, False), (4, 1, False), (4, 8, True)):  # a row is the same in any company
+        chosen = config.few_rows(tiled, bits, rows, mixed)
+        assert (chosen.warps, chosen.blocks) == (16, 1)  # blocks as by rule: nothing was measured for this
+    assert config.few_rows(other, 2, 1, False) == replace(by_rule, warps=config.few_rows(other, 2, 1, False).warps)
+    assert config.many_rows(tiled, 3, 65) == config.many_rows(tiled, 3, 128) == many
+    assert config.many_rows(tiled, 3, 64) != many != config.many_rows(tiled, 3, 129)
 
 
-def test_candidates_that_cannot_run_are_passed_over():
-    def seconds(candidate):
-        if candidate.warps != 4:
-            raise RuntimeError("out of resource")
-        return candidate.blocks
+def test_the_users_numbers_win_over_the_packages_shape_by_shape(folder, monkeypatch):
+    monkeypatch.setattr(config, "FOLDER", folder / "package")
+    cpu, here, there = torch.device("cpu"), config.FewRows(1, 2, 0), config.FewRows(1, 4, 0)
+    config.save(cpu, config.Measured({"40x600": {2: here}, "16x256": {2: here}}), config.FOLDER)
+    config.save(cpu, config.Measured({"40x600": {3: there}}))
+    assert config._measured("default").few_rows == {"40x600": {3: there}, "16x256": {2: here}}
 
-    assert config.best(config.few_rows_candidates(), seconds).warps == 4
-    with pytest.raises(RuntimeError, match="no configuration"):
-        config.best([config.FewRows(1, 2, 0)], seconds)
+
+BAD_FILES = {
+    "no json": "{",
+    "a list": "[]",
+    "unknown field": '{"few_rows": {"1x1": {"2": {"blocks": 1, "warps": 2, "registers": 0, "colour": 1}}}}',
+    "three warps": '{"few_rows": {"1x1": {"2": {"blocks": 1, "warps": 3, "registers": 0}}}}',
+    "two numbers of warps": '{"few_rows": {"1x1": {"2": {"blocks": 1, "warps": 2, "registers": 0}, '
+    '"3": {"blocks": 1, "warps": 4, "registers": 0}}}}',
+    "no stages": '{"many_rows": {"1x1x2x32": {"blocks": 1, "warps": 4, "rows": 32, "stages": 0}}}',
+    "bits of words": '{"few_rows": {"1x1": {"two": {"blocks": 1, "warps": 2, "registers": 0}}}}',
+}
+
+
+@pytest.mark.parametrize("content", BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_a_file_that_was_damaged_is_named(folder, content):
+    path = folder / "bitstrata" / "triton" / "default.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(KernelError, match=r"default\.json is not a file of measured configurations") as caught:
+        config.few_rows(TiledWeight.pack(random_weight(16, 32, (2,), 32)), 2, 1, False)
+    assert "delete it" in caught.value.hint

@@ -190,12 +190,16 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, ca
         def load(*_, **__):
             raise AssertionError("the model was loaded")
 
-        patched.setattr("bitstrata.cli.serve.load", load)
+        patched.setattr("bitstrata.cli.serve.load_sized", load)
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
             refused(capfd, 2, "in use", "--port", arguments=[str(checkpoint), "--port", port])
         refused(capfd, 2, "cannot serve at", arguments=[str(checkpoint), "--host", "no.such.host.invalid"])
         refused(capfd, 2, "API key", arguments=[str(checkpoint), "--api-key", ""])
+        refused(capfd, 2, "policy", "load, position", arguments=[str(checkpoint), "--policy", "hope"])
+        refused(capfd, 2, "NAME=FILE", arguments=[str(checkpoint), "--plan", "3=plan.json"])
+        refused(capfd, 3, "no-such.json", arguments=[str(checkpoint), "--plan", "small=no-such.json"])
+        refused(capfd, 2, "one plan's pages", arguments=[str(checkpoint), "--fit", "--min-bits", "2"])
         refused(capfd, 2, "given twice", arguments=[f"{checkpoint}:3", "--bits", "2"])
         patched.setattr(importlib.util, "find_spec", lambda _: None)
         refused(capfd, 2, "fastapi", "pip install 'bitstrata[serve]'", arguments=[str(checkpoint)])

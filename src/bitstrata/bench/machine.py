@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -12,8 +13,11 @@ import transformers
 
 from ..kernels import cpu
 from ..version import __version__
+from .clock import timer
 
+CPU = torch.device("cpu")
 BANDWIDTH_BYTES = 1 << 29  # beyond any last-level cache share a process gets
+COPY_BYTES = 1 << 31  # on a GPU, whose caches and launches take longer to outweigh
 
 
 def processor_name() -> str:
@@ -27,9 +31,9 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe(threads: int) -> dict[str, str | int]:
-    """Processor, versions and threads, for the head of a report."""
-    return {
+def describe(threads: int, device: torch.device = CPU) -> dict[str, str | int]:
+    """Processor, versions and threads, for the head of a report; of a GPU its name, CUDA and triton too."""
+    machine: dict[str, str | int] = {
         "processor": processor_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
@@ -38,17 +42,41 @@ def describe(threads: int) -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+    if device.type == "cuda":
+        gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "triton": installed("triton")}
+        machine = {**{key: value or "none" for key, value in gpu.items()}, **machine}
+    return machine
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 class Bandwidth:
-    """Streaming reads of a large buffer with all threads; sampled along with what it is compared to."""
+    """How fast memory is; sampled along with what is compared to it.
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    CPU: streaming reads of a large buffer with all threads. GPU: a large copy, what it reads and what it writes.
+    """
+
+    def __init__(self, threads: int, device: torch.device = CPU) -> None:
+        self.threads, self.device = threads, device
         self.samples: list[float] = []
-        self._buffer = torch.ones(BANDWIDTH_BYTES // 8, dtype=torch.int64)
+        if device.type != "cuda":
+            self._buffer = torch.ones(BANDWIDTH_BYTES // 8, dtype=torch.int64, device=device)
+            return
+        size = min(COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
+        self._buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(self._buffer)
+        self._copy = timer(lambda _: target.copy_(self._buffer), 1, device)
 
     def sample(self) -> None:
+        if self.device.type == "cuda":
+            self.samples.append(2 * self._buffer.nbytes / self._copy())
+            return
         started = time.perf_counter()
         cpu.read_all(self._buffer, self.threads)
         self.samples.append(self._buffer.nbytes / (time.perf_counter() - started))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from ..models import bytes_per_token
 from ..nn import bits_state
+from .clock import captured, wait
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class ModelResult:
     """A model at `bits` (None: an unquantized twin in `name`). Times in seconds.
 
     bytes: that one token reads: planes and decoders of the quantized layers, and every other matrix.
-    switch: time of changing to these bits between two tokens; None for a dense model.
+    switch: time of changing to these bits between two tokens; None for a dense model, and for a graph of its own.
     """
 
     name: str
@@ -35,13 +38,16 @@ class ModelResult:
 class Decoder:
     """A sequence being continued greedily, one token a step."""
 
-    def __init__(self, model: PreTrainedModel, context: int, bits: int | None) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, bits: int | Tensor | None) -> None:
         self.model, self.bits = model, bits
-        self.cache = DynamicCache(config=model.config)
-        ids = torch.arange(context).remainder(int(model.config.vocab_size)).unsqueeze(0)
+        self.cache = self._new_cache(context)
+        ids = torch.arange(context, device=model.device).remainder(int(model.config.vocab_size)).unsqueeze(0)
         self.token = self._run(ids)
 
-    def _run(self, ids: torch.Tensor) -> torch.Tensor:
+    def _new_cache(self, context: int) -> Cache:
+        return DynamicCache(config=self.model.config)
+
+    def _run(self, ids: Tensor) -> Tensor:
         extra = {} if self.bits is None else {"bits": self.bits}
         with torch.no_grad():
             out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **extra)
@@ -49,6 +55,46 @@ class Decoder:
 
     def step(self) -> None:
         self.token = self._run(self.token)
+
+    def rewind(self) -> None:
+        """Start over where memory is bounded."""
+
+
+class StaticDecoder(Decoder):
+    """The same in place, over a static cache with room for `room` tokens: a step can be captured in a CUDA graph.
+
+    bits may be an integer tensor [1] on the model's device: a captured step then runs at what it holds at the time.
+    """
+
+    def __init__(self, model: PreTrainedModel, context: int, bits: int | Tensor | None, room: int) -> None:
+        self.context, self.room = context, room
+        super().__init__(model, context, bits)
+        self.first = self.token.clone()
+
+    def _new_cache(self, context: int) -> Cache:
+        return StaticCache(config=self.model.config, max_cache_len=context + self.room)
+
+    def step(self) -> None:
+        self.token.copy_(self._run(self.token))
+
+    def rewind(self) -> None:
+        """Back to the end of the prompt; the addresses that a graph knows stay."""
+        self.token.copy_(self.first)
+        for layer in self.cache.layers:
+            assert isinstance(layer, StaticLayer)
+            layer.cumulative_length.fill_(self.context)  # on the device, so that a step moves on without the host
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is timed: `step` makes a token; `prepare` comes before a round. bits None: a dense model."""
+
+    label: str
+    bits: int | None
+    decoder: Decoder
+    step: Callable[[], object]
+    prepare: Callable[[], object]
+    switch: Callable[[], float] | None
 
 
 def bench_model(
@@ -62,25 +108,71 @@ def bench_model(
     tokens: int = 16,
     rounds: int = 5,
 ) -> list[ModelResult]:
-    """Tokens a second of `model` at each of `bits`, and of `dense`, taking turns round by round."""
-    decoders: list[tuple[str, Decoder]] = [(f"{name} {value} bits", Decoder(model, context, value)) for value in bits]
-    if dense is not None:
-        decoders.append((f"{name} {dtype_name(dense)}", Decoder(dense, context, None)))
-    speeds: list[list[float]] = [[] for _ in decoders]
+    """Tokens a second of `model` at each of `bits`, and of `dense`, taking turns round by round.
+
+    On a GPU a step is a CUDA graph: one for each of `bits`, and one more that runs at any of them, whichever a tensor
+    on the device holds, so that it survives a switch.
+    """
+    runs = _graph_runs if model.device.type == "cuda" else _eager_runs
+    contenders = runs(model, name, bits, dense, context, tokens)
+    speeds: list[list[float]] = [[] for _ in contenders]
     for _ in range(rounds):
-        for index, (_, decoder) in enumerate(decoders):
-            decoder.step()
+        for index, run in enumerate(contenders):
+            run.prepare()
+            run.step()
+            wait(model.device)
             started = time.perf_counter()
             for _ in range(tokens):
-                decoder.step()
+                run.step()
+            wait(model.device)
             speeds[index].append(tokens / (time.perf_counter() - started))
     results = []
-    for (label, decoder), samples in zip(decoders, speeds, strict=True):
-        size = bytes_per_token(decoder.model, decoder.bits)
+    for run, samples in zip(contenders, speeds, strict=True):
+        size = bytes_per_token(run.decoder.model, run.bits)
         speed, floor = statistics.median(samples), bytes_per_second / size
-        switch = None if decoder.bits is None else switch_time(model, decoder.bits)
-        results.append(ModelResult(label, decoder.bits, size, speed, floor, speed / floor, switch))
+        switch = None if run.switch is None else run.switch()
+        results.append(ModelResult(run.label, run.bits, size, speed, floor, speed / floor, switch))
     return results
+
+
+def _eager_runs(
+    model: PreTrainedModel, name: str, bits: Sequence[int], dense: PreTrainedModel | None, context: int, tokens: int
+) -> list[_Run]:
+    runs = []
+    for value in bits:
+        decoder = Decoder(model, context, value)
+        switch = partial(switch_time, model, value)
+        runs.append(_Run(f"{name} {value} bits", value, decoder, decoder.step, decoder.rewind, switch))
+    if dense is not None:
+        decoder = Decoder(dense, context, None)
+        runs.append(_Run(f"{name} {dtype_name(dense)}", None, decoder, decoder.step, decoder.rewind, None))
+    return runs
+
+
+def _graph_runs(
+    model: PreTrainedModel, name: str, bits: Sequence[int], dense: PreTrainedModel | None, context: int, tokens: int
+) -> list[_Run]:
+    room = tokens + 1
+
+    def run(label: str, value: int | None, decoder: StaticDecoder) -> _Run:
+        return _Run(f"{name} {label}", value, decoder, captured(decoder.step), decoder.rewind, None)
+
+    runs = [run(f"{value} bits", value, StaticDecoder(model, context, value, room)) for value in bits]
+    if dense is not None:
+        runs.append(run(dtype_name(dense), None, StaticDecoder(dense, context, None, room)))
+    anything = torch.tensor([max(bits)], dtype=torch.int32, device=model.device)
+    shared = StaticDecoder(model, context, anything, room)
+    step = captured(shared.step)
+
+    def prepare(value: int) -> None:
+        anything.fill_(value)
+        shared.rewind()
+
+    for value in bits:
+        switch = partial(_fill_time, anything, value)
+        label = f"{name} {value} bits, graph for any"
+        runs.append(_Run(label, value, shared, step, partial(prepare, value), switch))
+    return runs
 
 
 def dtype_name(model: PreTrainedModel) -> str:
@@ -98,4 +190,14 @@ def switch_time(model: nn.Module, bits: int, repeats: int = 1000) -> float:
         state.set(bits)
         samples.append(time.perf_counter() - started)
     state.value = before
+    return statistics.median(samples)
+
+
+def _fill_time(held: Tensor, bits: int, repeats: int = 200) -> float:
+    """Seconds that the host takes to ask for other bits of a graph, the median of `repeats`."""
+    samples = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        held.fill_(bits)
+        samples.append(time.perf_counter() - started)
     return statistics.median(samples)

@@ -6,6 +6,7 @@ Layers are made one at a time in the kernels' own layout, so memory is the model
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from ..checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, write_checkpoint
 from ..models import attach, discover, find_head
 from ..models.modules import set_submodule
 from ..nn import BitsState, FixedBits, PlaneEmbedding, PlaneLinear, TiedHead
@@ -64,21 +66,25 @@ def shape_config(name: str) -> PreTrainedConfig:
 def random_weight(
     out_features: int, in_features: int, bits: tuple[int, ...], group_size: int, generator: torch.Generator
 ) -> PlaneWeight:
-    """Planes of coin tosses, and scales that fall by half from plane to plane as in a trained weight."""
-    words = words_per_row(in_features)
+    """Planes of coin tosses, and scales that fall by half from plane to plane as in a trained weight.
+
+    They are on the generator's device.
+    """
+    words, device = words_per_row(in_features), generator.device
     last = in_features % 32
     planes = []
     for _ in range(max(bits)):
-        plane = torch.randint(-(2**31), 2**31, (out_features, words), dtype=torch.int32, generator=generator)
+        size = (out_features, words)
+        plane = torch.randint(-(2**31), 2**31, size, dtype=torch.int32, generator=generator, device=device)
         if last:
             plane[:, -1] &= (1 << last) - 1  # padding bits are 0
         planes.append(plane)
     groups = group_count(in_features, group_size)
     decoders = {}
     for value in bits:
-        size = in_features**-0.5 * torch.exp2(-torch.arange(value, dtype=torch.float32)).view(-1, 1, 1)
-        scale = size * (0.75 + 0.5 * torch.rand(value, out_features, groups, generator=generator))
-        offset = 0.1 * size[0] * torch.randn(out_features, groups, generator=generator)
+        step = in_features**-0.5 * torch.exp2(-torch.arange(value, dtype=torch.float32, device=device)).view(-1, 1, 1)
+        scale = step * (0.75 + 0.5 * torch.rand(value, out_features, groups, generator=generator, device=device))
+        offset = 0.1 * step[0] * torch.randn(out_features, groups, generator=generator, device=device)
         decoders[value] = AffineDecoder(scale.half(), offset.half())
     return PlaneWeight(tuple(planes), decoders, in_features, group_size)
 
@@ -92,6 +98,7 @@ def random_model(
     dtype: torch.dtype = torch.bfloat16,
     blocks: int | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """A causal model of this shape whose linears in the decoder blocks run from random planes at any of `bits`.
 
@@ -99,12 +106,8 @@ def random_model(
         head_bits: planes for the output head and the embedding as well, at this precision; else they stay in `dtype`.
         blocks: build only as many decoder blocks.
     """
-    config = copy.deepcopy(config)
-    if blocks is not None:
-        config.num_hidden_layers = blocks
-    generator = torch.Generator().manual_seed(seed)
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = _skeleton(config, blocks, dtype, device)
+    generator = torch.Generator(device).manual_seed(seed)
     linears = discover(model).linears
     state = BitsState(bits, {linear.name: bits for linear in linears})
     for linear in linears:
@@ -135,16 +138,66 @@ def _put_head(
 
 
 def dense_model(
-    config: PreTrainedConfig, *, dtype: torch.dtype = torch.bfloat16, blocks: int | None = None, seed: int = 0
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    blocks: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """The same model with ordinary random weights."""
+    model = _skeleton(config, blocks, dtype, device)
+    _fill(model, dtype, torch.Generator(device).manual_seed(seed))
+    return model.eval().requires_grad_(False)
+
+
+def random_checkpoint(
+    folder: Path,
+    config: PreTrainedConfig,
+    bits: tuple[int, ...],
+    *,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    blocks: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Write what `random_model` makes as a checkpoint; all of it is in memory meanwhile. The head stays in `dtype`."""
+    model, generator = _skeleton(config, blocks, dtype, "cpu"), torch.Generator().manual_seed(seed)
+    layers, entries = {}, []
+    for linear in discover(model).linears:
+        layers[linear.name] = LayerSpec(
+            in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias
+        )
+    spec = QuantizationSpec(method="random", bits=list(bits), group_size=group_size, layers=layers)
+    for name, layer in layers.items():
+        weight = random_weight(layer.out_features, layer.in_features, bits, group_size, generator)
+        entries += entries_of(name, weight)
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") in layers:
+            entries.append(TensorEntry.of(name, torch.empty(0, dtype=dtype)))
+        else:
+            entries.append(TensorEntry.of(name, _random_parameter(parameter.shape, dtype, generator)))
+    model.config.architectures = [type(model).__name__]
+    described = model.config.to_dict() | {"quantization_config": spec.model_dump(exclude_none=True)}
+    write_checkpoint(folder, described, entries)
+
+
+def _skeleton(
+    config: PreTrainedConfig, blocks: int | None, dtype: torch.dtype, device: torch.device | str
+) -> PreTrainedModel:
+    """The model of `config`, of only `blocks` decoder blocks if given.
+
+    Its parameters are on meta, its buffers, such as rotary frequencies, on `device`.
+    """
     config = copy.deepcopy(config)
     if blocks is not None:
         config.num_hidden_layers = blocks
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    _fill(model, dtype, torch.Generator().manual_seed(seed))
-    return model.eval().requires_grad_(False)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    return model
 
 
 def _fill(model: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> None:
@@ -154,10 +207,11 @@ def _fill(model: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> N
             if parameter is None or not parameter.is_meta:
                 continue
             if id(parameter) not in made:
-                value = torch.empty(parameter.shape, dtype=dtype)
-                if parameter.dim() == 1:
-                    value.fill_(1)
-                else:
-                    value.normal_(0, 0.02, generator=generator)
+                value = _random_parameter(parameter.shape, dtype, generator)
                 made[id(parameter)] = nn.Parameter(value, requires_grad=False)
             module._parameters[key] = made[id(parameter)]
+
+
+def _random_parameter(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    value = torch.empty(shape, dtype=dtype, device=generator.device)
+    return value.fill_(1) if len(shape) == 1 else value.normal_(0, 0.02, generator=generator)

@@ -16,13 +16,16 @@ from ..errors import ResourceError, UnsupportedBitsError, UsageError
 from ..evaluate.report import render
 from ..kernels import Problem, select
 from ..models import choose_bits, load
+from ..models.load import pick_device
 from ..nn import BitsState, PlaneLinear, bits_state, parse_bits
 from ..planes.weights import MAX_BITS
 from ..progress import Reporter
+from .clock import current
 from .linear import REGIMES, LinearResult, bench_linear
 from .machine import Bandwidth, describe
 from .model import ModelResult, bench_model
 from .random_model import SHAPES, dense_model, random_model, shape_config
+from .tune import Tuned, check_tunable, tune
 
 DEFAULT_SHAPES = "4096x4096,14336x4096,4096x14336,2048x8192"
 
@@ -37,18 +40,36 @@ class Bench:
     linear: tuple[LinearResult, ...]
     models: tuple[ModelResult, ...]
     notes: tuple[str, ...]
+    tuned: tuple[Tuned, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
         head = ", ".join(f"{key} {value}" for key, value in self.machine.items())
-        parts = [f"{head}\nkernel {self.kernel}; memory streams {self.bandwidth / 1e9:.1f} GB/s"]
+        what = "a copy moves" if "gpu" in self.machine else "memory streams"
+        parts = [f"{head}\nkernel {self.kernel}; {what} {self.bandwidth / 1e9:.1f} GB/s"]
+        if self.tuned:
+            parts.append(self._tuned_table())
         if self.linear:
             parts.append(self._linear_table())
         if self.models:
             parts.append(self._model_table())
         return "\n\n".join([*parts, *self.notes])
+
+    def _tuned_table(self) -> str:
+        rows = [
+            [
+                f"{t.out_features}x{t.in_features}",
+                str(t.bits),
+                str(t.rows),
+                ", ".join(f"{name} {value}" for name, value in t.config.items()),
+                f"{1e6 * t.before:.1f}",
+                f"{1e6 * t.time:.1f}",
+            ]
+            for t in self.tuned
+        ]
+        return render("tuned: shapes of programs", ["N x K", "bits", "rows", "fastest", "before us", "us"], rows)
 
     def _linear_table(self) -> str:
         rows = [
@@ -98,6 +119,8 @@ def bench(
     regimes: Sequence[str] = REGIMES,
     rounds: int = 7,
     group_size: int = 128,
+    device: str = "auto",
+    tune: bool = False,
     reporter: Reporter | None = None,
 ) -> Bench:
     """Check the kernels against float64, then time them.
@@ -111,9 +134,11 @@ def bench(
         whole: with a known model's name, decode a whole model of this shape with random weights too.
         head_bits: there, planes for the output head and the embedding as well; bf16 otherwise.
         blocks: there, only as many decoder blocks, for machines with less memory.
+        device: auto, cpu, cuda, cuda:1. On a GPU calls are timed in CUDA graphs, and whole models over a static cache.
+        tune: on a GPU, first search the fastest shapes of programs for these layers, and keep them for this device.
 
     Raises:
-        UsageError: arguments that cannot be used.
+        UsageError: arguments that cannot be used; KernelError, one of them, if there is nothing to tune.
         CheckError: a kernel is wrong; nothing is reported then.
         ResourceError: a whole model that does not fit into free memory.
     """
@@ -137,11 +162,31 @@ def bench(
     if rounds < 1:
         raise UsageError(f"rounds must be at least 1, got {rounds}", hint="give an odd number, such as 7")
     counts = _counts(rows)
+    where = pick_device(device)
+    if where.type == "cuda" and threads is not None:
+        raise UsageError("threads are the CPU's", hint="leave --threads out, or add --device cpu")
+    if tune:
+        check_tunable(where)
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        return _bench(model, shapes, bits, counts, whole, head_bits, blocks, regimes, rounds, group_size, reporter)
+        with current(where):
+            return _bench(
+                model,
+                shapes,
+                bits,
+                counts,
+                whole,
+                head_bits,
+                blocks,
+                regimes,
+                rounds,
+                group_size,
+                where,
+                tune,
+                reporter,
+            )
     finally:
         torch.set_num_threads(before)
 
@@ -157,13 +202,15 @@ def _bench(
     regimes: Sequence[str],
     rounds: int,
     group_size: int,
+    device: torch.device,
+    tuning: bool,
     reporter: Reporter,
 ) -> Bench:
     loaded: PreTrainedModel | None = None
     notes: list[str] = []
     if model is not None:
         target, named = choose_bits(str(model), None)
-        loaded = load(target, device="cpu")
+        loaded = load(target, device=device)
         chosen = parse_bits(bits) if bits is not None else (named,) if named else bits_state(loaded).supported
         for value in chosen:
             if value not in bits_state(loaded).supported:
@@ -179,8 +226,12 @@ def _bench(
         chosen = parse_bits(bits) if bits is not None else (2, 3, 4)
         sizes = parse_shapes(shapes or DEFAULT_SHAPES)
         if whole:
-            _check_memory(shape_config(str(shapes)), max(chosen), blocks)
-    bandwidth = Bandwidth(torch.get_num_threads())
+            _check_memory(shape_config(str(shapes)), max(chosen), blocks, device)
+    tuned: list[Tuned] = []
+    if tuning:
+        tuned, path = tune(sizes, chosen, rows, device=device, group_size=group_size, rounds=rounds, reporter=reporter)
+        notes.append(f"the fastest shapes of programs are in {path}")
+    bandwidth = Bandwidth(torch.get_num_threads(), device)
     results: list[LinearResult] = []
     for out_features, in_features in sizes:
         reporter.say(f"layer {out_features}x{in_features}")
@@ -193,6 +244,7 @@ def _bench(
             group_size=group_size,
             regimes=regimes,
             rounds=rounds,
+            device=device,
         )
         if "memory" in regimes and all(result.regime != "memory" for result in measured):
             notes.append(f"{out_features}x{in_features} is too small to be read from memory")
@@ -202,25 +254,26 @@ def _bench(
     models: list[ModelResult] = []
     if loaded is not None:
         reporter.say("the whole model")
-        dense = dense_model(_plain(loaded.config), dtype=loaded.dtype)
+        dense = dense_model(_plain(loaded.config), dtype=loaded.dtype, device=device)
         models = bench_model(loaded, Path(str(model)).name, chosen, bandwidth.bytes_per_second, dense=dense)
         notes.append("the dense model has the same shape and random weights")
     elif whole:
         config = shape_config(str(shapes))
         reporter.say(f"a whole model of {shapes}'s shape")
-        random = random_model(config, chosen, group_size=group_size, head_bits=head_bits, blocks=blocks)
-        dense = dense_model(config, blocks=blocks)
+        random = random_model(config, chosen, group_size=group_size, head_bits=head_bits, blocks=blocks, device=device)
+        dense = dense_model(config, blocks=blocks, device=device)
         models = bench_model(random, str(shapes), chosen, bandwidth.bytes_per_second, dense=dense)
         head = "bf16" if head_bits is None else f"{head_bits} bits"
         notes.append(f"random weights, {blocks or config.num_hidden_layers} blocks, output head in {head}")
-    kernel = select(Problem("cpu", torch.bfloat16, 1, "affine")).name
+    kernel = select(Problem(device.type, torch.bfloat16, 1, "affine")).name
     return Bench(
-        describe(torch.get_num_threads()),
+        describe(torch.get_num_threads(), device),
         kernel,
         bandwidth.bytes_per_second,
         tuple(result.beside(bandwidth.bytes_per_second) for result in results),
         tuple(models),
         tuple(notes),
+        tuple(tuned),
     )
 
 
@@ -259,7 +312,7 @@ def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _check_memory(config: PreTrainedConfig, bits: int, blocks: int | None) -> None:
+def _check_memory(config: PreTrainedConfig, bits: int, blocks: int | None, device: torch.device) -> None:
     """Both models are in memory at once."""
     depth = blocks or config.num_hidden_layers
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -267,7 +320,7 @@ def _check_memory(config: PreTrainedConfig, bits: int, blocks: int | None) -> No
     weights = depth * (attention + 3 * hidden * inner)
     head = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     needed = 2 * (weights + head) + weights * (bits + 2) / 8 + 2 * head
-    free = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise ResourceError(
             f"the two models need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",

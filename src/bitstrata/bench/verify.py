@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckError
-from ..kernels import PreparedWeight, Problem, plane_linear, prepared_linear, select
+from ..kernels import PreparedWeight, Problem, plane_linear, plane_linear_rows, prepared_linear, select
 from ..planes import PlaneWeight, decode
 
 ROWS_CHECKED = 256
@@ -15,30 +15,34 @@ INT8_LIMIT = 0.02
 EXACT_LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-def run(x: Tensor, weight: PlaneWeight | PreparedWeight, bits: int) -> Tensor:
-    """x @ W_bits^T through the kernel that the registry picks."""
-    if isinstance(weight, PlaneWeight):
-        return plane_linear(x, weight, bits)
-    return prepared_linear(x, [weight], bits)[0]
+def run(x: Tensor, weight: PlaneWeight | PreparedWeight, bits: int | Tensor) -> Tensor:
+    """x @ W_bits^T, or row r at bits[r], through the kernel that the registry picks."""
+    if not isinstance(weight, PlaneWeight):
+        return prepared_linear(x, [weight], bits)[0]
+    return plane_linear_rows(x, weight, bits) if isinstance(bits, Tensor) else plane_linear(x, weight, bits)
 
 
-def verify(x: Tensor, stored: PlaneWeight, weight: PlaneWeight | PreparedWeight, bits: int) -> float:
+def verify(x: Tensor, stored: PlaneWeight, weight: PlaneWeight | PreparedWeight, bits: int | Tensor) -> float:
     """The relative RMS error of the kernel at `bits` against float64, on the first and the last output rows.
 
-    x [rows, K]. Raises CheckError if it is beyond what the kernel may do.
+    x [rows, K]; bits for all rows, or one a row. Raises CheckError if it is beyond what the kernel may do.
     """
     y = run(x, weight, bits).double()
     last = stored.out_features
     spans = [(0, min(ROWS_CHECKED, last)), (max(0, last - ROWS_CHECKED), last)]
-    columns = torch.cat([torch.arange(*span) for span in spans])
-    exact = torch.cat([decode(stored.rows(*span), bits, torch.float64) for span in spans])
-    expected = x.double() @ exact.T
+    columns = torch.cat([torch.arange(*span, device=x.device) for span in spans])
+    expected = y.new_empty(len(x), len(columns))
+    for value in bits.unique().tolist() if isinstance(bits, Tensor) else [bits]:
+        exact = torch.cat([decode(stored.rows(*span), value, torch.float64) for span in spans])
+        chosen = bits == value if isinstance(bits, Tensor) else slice(None)
+        expected[chosen] = x[chosen].double() @ exact.T
     error = float((y[:, columns] - expected).norm() / expected.norm())
     kernel = select(Problem(x.device.type, x.dtype, x.shape[0], stored.kind))
     limit = max(INT8_LIMIT if kernel.activations == "int8" else 0.0, EXACT_LIMIT[x.dtype])
     if not error <= limit:
+        what = "mixed" if isinstance(bits, Tensor) else bits
         raise CheckError(
-            f"kernel {kernel.name} is wrong at {bits} bits, {x.shape[0]} rows, [{last}, {x.shape[1]}]: "
+            f"kernel {kernel.name} is wrong at {what} bits, {x.shape[0]} rows, [{last}, {x.shape[1]}]: "
             f"relative error {error:.2g}, allowed {limit:.2g}",
             hint="nothing is reported; please report this with the output of `bitstrata env`",
         )

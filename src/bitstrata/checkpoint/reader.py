@@ -86,6 +86,25 @@ class Shard:
             raise CheckpointError(f"tensor {name} is missing from {self.path}")
 
 
+def check_spec(tensor: str, file: str, found: TensorSpec, expected: TensorSpec) -> None:
+    """CheckpointError unless a tensor's dtype and shape are the expected ones."""
+    if found != expected:
+        raise CheckpointError(
+            f"{tensor} in {file}: expected {expected[0]} {list(expected[1])}, found {found[0]} {list(found[1])}"
+        )
+
+
+def check_values(tensor: str, file: str, value: Tensor) -> None:
+    """CheckpointError unless a tensor of planes or decoders has values that a reader can use."""
+    if value.dtype == torch.float16 and not all(bool(bound.isfinite()) for bound in value.aminmax()):
+        raise CheckpointError(f"{tensor} in {file} holds NaN or infinity", hint="the file is damaged")
+    if UNIT.search(tensor) and not bool(is_byte_unit(value).all()):
+        raise CheckpointError(
+            f"{tensor} in {file} holds a unit with more than four significant bits, below 2^-14 or negative",
+            hint="the file is damaged",
+        )
+
+
 class CheckpointReader:
     """A checkpoint folder, opened lazily.
 
@@ -94,13 +113,17 @@ class CheckpointReader:
         max_bits: only planes 0..max_bits-1 and decoders up to it are looked at; files that hold
             nothing else need not exist. Layers with a role are read whole.
         verify: compare the sha256 of every file that is opened with the one in the index.
+        paged: look only at what every plan of the model needs; planes and decoders of the planned layers are somebody
+            else's concern (PageReader).
 
     Raises:
         CheckpointError: anything missing or malformed, named.
         UnsupportedBitsError: no supported bits are at or below `max_bits`.
     """
 
-    def __init__(self, folder: str | Path, *, max_bits: int | None = None, verify: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, max_bits: int | None = None, verify: bool = False, paged: bool = False
+    ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder", hint="pass the OUT folder of `bitstrata quantize`")
@@ -110,7 +133,7 @@ class CheckpointReader:
         self.bits = tuple(bits for bits in self.spec.bits if bits <= self.max_bits)
         if not self.bits:
             raise UnsupportedBitsError(f"<= {max_bits}", self.spec.bits, where=str(self.folder))
-        self._verify = verify
+        self._verify, self.paged = verify, paged
         self._shards: dict[str, Shard] = {}
         self._digests: dict[str, str] = {}
         self.weight_map = self._read_weight_map()
@@ -139,24 +162,28 @@ class CheckpointReader:
                 raise CheckpointError(
                     f"{bias} in {self.weight_map[bias]}: expected shape {[spec.out_features]}, found {list(found)}"
                 )
-            for name, expected in self.spec.layer_tensors(layer, self.max_bits).items():
-                actual = self._shard_with(name).spec(name)
-                if actual != expected:
-                    raise CheckpointError(
-                        f"{name} in {self.weight_map[name]}: expected {expected[0]} {list(expected[1])}, "
-                        f"found {actual[0]} {list(actual[1])}"
-                    )
+            for name, expected in self._layer_tensors(layer).items():
+                check_spec(name, self.weight_map.get(name, ""), self._shard_with(name).spec(name), expected)
+
+    def _layer_tensors(self, layer: str) -> dict[str, TensorSpec]:
+        """The tensors of `layer` that this reader looks at."""
+        if self.paged and self.spec.layers[layer].role is None:
+            return {}
+        return self.spec.layer_tensors(layer, self.max_bits)
 
     def shard(self, file: str) -> Shard:
         """The shard `file`, opened and (with `verify`) compared with its digest, once."""
         if file not in self._shards:
             shard = Shard(self.folder / file)
-            if self._verify and self._digests:
-                self._check_digest(file)
+            if self._verify:
+                self.check_digest(file)
             self._shards[file] = shard
         return self._shards[file]
 
-    def _check_digest(self, file: str) -> None:
+    def check_digest(self, file: str) -> None:
+        """Raise CheckpointError unless `file` has the digest that the index has of it; reads all of it."""
+        if not self._digests:
+            return
         with open(self.folder / file, "rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
         if found != self._digests.get(file):
@@ -174,16 +201,8 @@ class CheckpointReader:
     def read(self, tensor: str) -> Tensor:
         """One tensor, memory-mapped; scales, offsets and tables are checked to be finite."""
         value = self._shard_with(tensor).read(tensor)
-        if value.dtype == torch.float16 and tensor not in self.common_names() and not bool(value.isfinite().all()):
-            raise CheckpointError(
-                f"{tensor} in {self.weight_map[tensor]} holds NaN or infinity", hint="the file is damaged"
-            )
-        if UNIT.search(tensor) and tensor not in self.common_names() and not bool(is_byte_unit(value).all()):
-            raise CheckpointError(
-                f"{tensor} in {self.weight_map[tensor]} holds a unit with more than four significant bits, "
-                "below 2^-14 or negative",
-                hint="the file is damaged",
-            )
+        if tensor not in self.common_names():
+            check_values(tensor, self.weight_map[tensor], value)
         return value
 
     def layer(self, name: str) -> PlaneWeight:
@@ -210,20 +229,32 @@ class CheckpointReader:
         return self._common
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor a model at up to `max_bits` needs, memory-mapped, under its module's name."""
+        """Every tensor a model at up to `max_bits` needs, memory-mapped, under its module's name.
+
+        With `paged` the tensors of planned layers are left out.
+        """
         return dict(self._state_items())
 
     def _state_items(self) -> Iterator[tuple[str, Tensor]]:
         for name in sorted(self.common_names()):
             yield name, self.read(name)
         for layer in self.spec.layers:
-            for name in self.spec.layer_tensors(layer, self.max_bits):
+            for name in self._layer_tensors(layer):
                 yield name, self.read(name)
 
     @property
     def has_digests(self) -> bool:
         """Whether the index carries digests; `save_pretrained` writes none."""
         return bool(self._digests)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """File name -> sha256 as the index has them; empty if it has none."""
+        return dict(self._digests)
+
+    def tensor_spec(self, tensor: str) -> TensorSpec:
+        """(dtype, shape) of a stored tensor from its file's header."""
+        return self._shard_with(tensor).spec(tensor)
 
     def missing_guards(self) -> list[str]:
         """Quantized layers without the placeholder that makes foreign loaders fail loudly."""

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import CheckpointError
 from ..planes.pack import words_per_row
-from ..planes.weights import MAX_BITS, Kind, decoder_shapes
+from ..planes.weights import MAX_BITS, Kind, decoder_bytes, decoder_shapes
 
 QUANT_METHOD = "bitstrata"
 FORMAT_VERSION = 3  # the highest that is read; what needs no higher one is still written as 1
@@ -55,11 +55,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class LayerSpec(_Strict):
+class LayerSpec(Strict):
     """One quantized layer. `bits` and `group_size` are given only where they differ from the model's.
 
     A layer may have more bits than the model, never fewer: the model runs uniformly at each of its own.
@@ -85,7 +85,7 @@ class LayerSpec(_Strict):
         return self.role != "embedding" or self.tied is not None
 
 
-class QuantizationSpec(_Strict):
+class QuantizationSpec(Strict):
     """`quantization_config` of a bitstrata checkpoint (FORMAT.md)."""
 
     quant_method: Literal["bitstrata"] = "bitstrata"
@@ -190,21 +190,29 @@ class QuantizationSpec(_Strict):
         """Bytes stored for layer `name`: all planes and decoders."""
         return sum(map(tensor_bytes, self.layer_tensors(name).values()))
 
+    def prefix_bytes(self, name: str, bits: int) -> int:
+        """Bytes of layer `name` at `bits`, one of its own: planes 0..bits-1 and that decoder."""
+        layer = self.layers[name]
+        rows, columns = layer.out_features, layer.in_features
+        planes = 4 * bits * rows * words_per_row(columns)
+        return planes + decoder_bytes(layer.decoder, bits, rows, columns, self.layer_group_size(name))
+
     def bytes_read(self, bits: int) -> int:
         """Bytes that one token reads of the quantized layers at `bits`: the prefix and its decoders.
 
         An output head counts with all its planes, the one row of an embedding with nothing.
         """
-        total = 0
-        for layer, described in self.layers.items():
-            if described.role is not None:
-                total += self.layer_bytes(layer) if described.is_multiplied else 0
-                continue
-            for name, spec in self.layer_tensors(layer).items():
-                kind, _, index = name.rpartition(".")[2].partition("_")
-                if int(index) < bits if kind == "plane" else int(index) == bits:
-                    total += tensor_bytes(spec)
-        return total
+        return self.fixed_bytes_read + sum(self.prefix_bytes(name, bits) for name in self.planned_layers)
+
+    @property
+    def fixed_bytes_read(self) -> int:
+        """What a token reads of the layers with a role, whatever bits the model runs at."""
+        return sum(self.layer_bytes(name) for name in self.whole_layers if self.layers[name].is_multiplied)
+
+    @property
+    def planned_layers(self) -> tuple[str, ...]:
+        """The layers whose bits a plan gives, in their order in the file: those without a role."""
+        return tuple(name for name, layer in self.layers.items() if layer.role is None)
 
     @property
     def weight_count(self) -> int:

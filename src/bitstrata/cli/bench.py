@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..bench import bench
-from .output import JSON_OPTION, show
+from .output import DEVICE_OPTION, JSON_OPTION, show
 
 
 def command(
@@ -28,6 +28,10 @@ def command(
     blocks: Annotated[int | None, typer.Option(help="With --whole: only as many decoder blocks.")] = None,
     regime: Annotated[str, typer.Option(help="cache, memory, or both.")] = "both",
     rounds: Annotated[int, typer.Option(help="Rounds of which the median is taken.")] = 7,
+    device: str = DEVICE_OPTION,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="On a GPU: first search the fastest shapes of programs, and keep them.")
+    ] = False,
     json: bool = JSON_OPTION,
 ) -> None:
     """Check the kernels, then time them beside memory bandwidth and torch."""
@@ -42,5 +46,7 @@ def command(
         blocks=blocks,
         regimes=("cache", "memory") if regime == "both" else (regime,),
         rounds=rounds,
+        device=device,
+        tune=tune,
     )
     show(result, as_json=json)

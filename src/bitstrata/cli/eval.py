@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from ..evaluate import evaluate
-from ..nn import parse_bits
 from .output import DEVICE_OPTION, JSON_OPTION, show
 
 
 def command(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder or hub id.")],
     text: Annotated[str, typer.Option(help="UTF-8 text, documents separated by <|endoftext|>; or stdlib.")],
-    bits: Annotated[str | None, typer.Option(help="Bits to measure: 2,3,4. All by default.")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Bits and plans to measure: 2,3,plan.json. All bits by default.")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="The original model, for kld and agreement.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a window (default 2048).")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many predicted tokens.")] = None,
@@ -26,7 +27,7 @@ def command(
     result = evaluate(
         model,
         text,
-        bits=None if bits is None else parse_bits(bits),
+        bits=bits,
         reference=reference,
         seq_len=seq_len,
         max_tokens=max_tokens,

@@ -7,15 +7,16 @@ from typing import Annotated
 import typer
 from transformers import TextStreamer
 
-from ..models import choose_bits, load, load_tokenizer, resolve
+from ..models import choose_bits, load_tokenizer, parse_bits_or_plan, resolve
 from ..runtime import generate
 from .output import DEVICE_OPTION, JSON_OPTION, show
+from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
 
 
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, OUT or OUT:BITS.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    bits: Annotated[int | None, typer.Option(help="Precision; the highest by default.")] = None,
+    bits: Annotated[str | None, typer.Option(help="Precision, or a plan's file; the highest by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
@@ -24,12 +25,18 @@ def command(
         int | None, typer.Option(help="Draft tokens at this precision, check them at --bits.")
     ] = None,
     draft_tokens: Annotated[int, typer.Option(help="The most tokens drafted at a time.")] = 4,
+    budget: str | None = BUDGET_OPTION,
+    fit: bool = FIT_OPTION,
     device: str = DEVICE_OPTION,
     json: bool = JSON_OPTION,
 ) -> None:
     """Continue PROMPT at the chosen bits, streaming to the terminal."""
-    target, chosen = choose_bits(model, bits)
-    loaded = load(target, bits=chosen, device=device, max_bits=chosen)
+    target, chosen = choose_bits(model, None if bits is None else parse_bits_or_plan(bits))
+    context = None
+    if fit:  # 1: a BOS that the tokenizer may leave to us
+        context = len(load_tokenizer(resolve(target)).encode(prompt)) + 1 + max_new_tokens
+    most = chosen if isinstance(chosen, int) else None
+    loaded = load_sized(target, chosen, budget=budget, fit=fit, context=context, device=device, max_bits=most)
     tokenizer = load_tokenizer(resolve(target))
     streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     result = generate(
@@ -50,4 +57,5 @@ def command(
         return
     speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
     accepted = "" if result.acceptance is None else f", {result.acceptance:.0%} of drafts at {draft_bits} bits accepted"
-    typer.echo(f"[{result.bits} bits, {result.tokens} tokens{speed}{accepted}]", err=True)
+    precision = f"{result.bits} bits" if isinstance(result.bits, int) else f"plan {result.bits}"
+    typer.echo(f"[{precision}, {result.tokens} tokens{speed}{accepted}]", err=True)

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import BitstrataError
 from ..version import __version__
-from . import bench, chat, demo, env, eval, generate, inspect, quantize, serve
+from . import bench, chat, demo, env, eval, generate, inspect, plan, quantize, serve
 
 # what typer raises for a wrong command line: click's class or, in newer versions, typer's copy of it
 _CommandLineError: type[Exception] = next(
@@ -46,7 +46,7 @@ def _options(
         raise typer.Exit
 
 
-for _verb in (demo, quantize, eval, generate, chat, serve, inspect, bench, env):
+for _verb in (demo, quantize, plan, eval, generate, chat, serve, inspect, bench, env):
     app.command(_verb.__name__.rpartition(".")[2])(_verb.command)
 
 

@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
+from ..checkpoint import Plan
 from ..errors import UsageError
-from ..models import choose_bits, load, load_tokenizer, resolve
+from ..models import bits_name, choose_bits, load_tokenizer, parse_bits_or_plan, resolve
 from ..progress import Reporter
-from ..runtime import Engine
+from ..runtime import Engine, parse_policy
 from .output import DEVICE_OPTION
+from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+CACHE_TOKENS = 512  # to leave room for with --fit, a request
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -28,7 +31,20 @@ def command(
     served_model_name: Annotated[
         str | None, typer.Option(help="The model's name; by default the folder's or hub id.")
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="For requests that name none; the highest by default.")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="For requests that name none: bits, or a plan's file; the highest by default.")
+    ] = None,
+    plan: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: requests choose this plan as MODEL:NAME; repeatable.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="What lowers bits: fixed, load:target_ms=50, position:tokens=32 or entropy.")
+    ] = "fixed",
+    min_bits: Annotated[
+        int | None, typer.Option(help="How low the policy may go with requests that do not say; not at all by default.")
+    ] = None,
+    budget: str | None = BUDGET_OPTION,
+    fit: bool = FIT_OPTION,
     max_requests: Annotated[int, typer.Option(help="Requests served at a time; others wait.")] = 16,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused.")] = 256,
     max_connections: Annotated[int, typer.Option(help="HTTP requests under way; more are refused.", min=1)] = 512,
@@ -63,15 +79,28 @@ def command(
     reporter = Reporter()
     if api_key is None and host not in LOCAL:
         reporter.note(f"anyone who reaches {host} can use this server: it has no --api-key")
-    target, chosen = choose_bits(model, bits)
+    target, chosen = choose_bits(model, None if bits is None else parse_bits_or_plan(bits))
+    plans = _plans(plan or [])
+    rule = parse_policy(policy)
+    if isinstance(chosen, Plan):
+        plans[chosen.name] = chosen
+    if (budget is not None or fit) and (chosen is not None or plans or min_bits is not None or policy != "fixed"):
+        raise UsageError(
+            "with --budget or --fit the model holds one plan's pages and runs nothing else",
+            hint="leave --bits, --plan, --policy and --min-bits out",
+        )
     with bind(host, port) as bound:
-        loaded = load(target, bits=chosen, device=device)
+        most = chosen if isinstance(chosen, int) else None  # a plan that requests may choose is not all there is
+        room = cache_tokens or max_requests * CACHE_TOKENS
+        loaded = load_sized(target, most, budget=budget, fit=fit, context=room if fit else None, device=device)
         folder = resolve(target)
         tokenizer = load_tokenizer(folder)
         name = served_model_name or (folder.resolve().name if Path(target).is_dir() else target)
         settings = Settings(
             name=name,
-            bits=chosen,
+            bits=chosen.name if isinstance(chosen, Plan) else chosen,
+            min_bits=min_bits,
+            plans=plans,
             api_key=api_key,
             default_max_tokens=default_max_tokens,
             max_prompt_tokens=max_prompt_tokens,
@@ -80,11 +109,30 @@ def command(
             allowed_origins=tuple(allowed_origin or ()),
         )
         engine = Engine(
-            loaded, tokenizer, max_requests=max_requests, cache_tokens=cache_tokens, max_waiting=max_waiting
+            loaded,
+            tokenizer,
+            max_requests=max_requests,
+            cache_tokens=cache_tokens,
+            max_waiting=max_waiting,
+            policy=rule,
         )
         with engine:
             app = create_app(engine, tokenizer, settings)
             catalog = app.state.service.catalog
-            supported = ", ".join(map(str, catalog.supported))
-            ready = f"serving {name} at {address(bound)}/v1 with bits {supported} ({catalog.default} by default)"
+            choice = f"bits {', '.join(map(str, catalog.precisions))} (" if catalog.precisions else "(plan "
+            ready = f"serving {name} at {address(bound)}/v1 with {choice}{bits_name(catalog.default)} by default)"
             serve(app, bound, grace=grace, say=reporter.say, ready=ready)
+
+
+def _plans(given: list[str]) -> dict[str, Plan]:
+    """NAME=FILE, by name. Raises UsageError for a name that requests could not say, PlanError for a file."""
+    plans = {}
+    for text in given:
+        name, _, file = text.partition("=")
+        sayable = name.isascii() and name.isprintable() and not name.isdigit() and not set(name) & set(": /")
+        if not name or not file or not sayable:
+            raise UsageError(
+                f"--plan {text!r} cannot be used", hint="--plan NAME=FILE, the name without spaces, colons and slashes"
+            )
+        plans[name] = Plan.load(file)
+    return plans

@@ -11,10 +11,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibrate import evaluation_windows, read_text
+from ..checkpoint import CheckpointReader, Plan, is_checkpoint
 from ..errors import ModelError, TextError, UnsupportedBitsError, UsageError
-from ..models import context_limit, load, load_tokenizer, resolve
+from ..models import (
+    bits_name,
+    context_limit,
+    highest_bits,
+    load,
+    load_tokenizer,
+    parse_bits_or_plans,
+    resolve,
+)
 from ..models.load import pick_device
-from ..nn import bits_state, multiplied_layers, parse_bits, use_bits
+from ..nn import PlaneLinear, bits_state, multiplied_layers, use_bits
 from ..progress import Reporter
 from .divergence import Measured, Tally
 from .report import BitsResult, Evaluation
@@ -26,7 +35,7 @@ DEFAULT_SEQ_LEN = 2048
 def evaluate(
     model: str | Path | PreTrainedModel,
     text: str | Path,
-    bits: str | Sequence[int] | int | None = None,
+    bits: str | Sequence[int | Plan] | int | Plan | None = None,
     reference: str | Path | PreTrainedModel | None = None,
     seq_len: int | None = None,
     max_tokens: int | None = None,
@@ -40,20 +49,20 @@ def evaluate(
     Args:
         model: a checkpoint folder, hub id, or a loaded quantized model.
         text: a UTF-8 file, documents separated by `<|endoftext|>`; or `stdlib`.
-        bits: which bits to measure; all supported by default.
+        bits: which bits or plans to measure, `2,3,plan.json` or the like; all supported bits by default.
         reference: the original model, for KL divergence and agreement.
         seq_len: window length in tokens; lowered to the model's context with a message.
         max_tokens: stop after so many predicted tokens.
         tokenizer: needed only when `model` is a loaded model without a folder.
 
     Raises:
-        UnsupportedBitsError, TextError, ModelError, CheckpointError: the input named in the message.
+        UnsupportedBitsError, PlanError, TextError, ModelError, CheckpointError: the input named in the message.
     """
     reporter = (reporter or Reporter()).fresh()
     documents = read_text(text, part="heldout")
     where = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
     asked = _asked(bits)
-    highest = None if asked is None else max(asked)
+    highest = None if asked is None else max(map(highest_bits, asked))
     # float32 on a CPU: exact, and no slower there; elsewhere the dtype the model is stored in
     dtype = torch.float32 if where.type == "cpu" else None
     quantized = (
@@ -62,12 +71,14 @@ def evaluate(
     state = bits_state(quantized)
     chosen = state.supported if asked is None else asked
     for value in chosen:
-        if value not in state.supported:
+        if isinstance(value, int) and value not in state.supported:
             raise UnsupportedBitsError(value, state.supported)
+        if isinstance(value, Plan) and is_checkpoint(Path(str(quantized.name_or_path))):
+            value.check(CheckpointReader(str(quantized.name_or_path)))
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
     tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
-    original = _reference(reference, quantized, where)
+    original = load_reference(reference, quantized, where)
     length = context_length(quantized, seq_len, reporter)
 
     batches = list(_batches(evaluation_windows(tokenizer, documents, length, max_tokens)))
@@ -87,9 +98,10 @@ def evaluate(
                     tally.add(_logits(quantized, ids, real), ids[:, 1:][real[:, 1:]], expected)
             steps.step()
 
-    weights = bytes_by_bits(quantized, chosen)
     count = sum(layer.in_features * layer.out_features for layer in multiplied_layers(quantized))
-    results = tuple(_row(value, tally.result(), weights[value], count) for value, tally in tallies.items())
+    results = tuple(
+        _row(value, tally.result(), bytes_read(quantized, value), count) for value, tally in tallies.items()
+    )
     base = baseline.result() if original is not None else None
     return Evaluation(
         model=str(quantized.name_or_path),
@@ -102,24 +114,26 @@ def evaluate(
     )
 
 
-def _asked(bits: str | Sequence[int] | int | None) -> tuple[int, ...] | None:
+def _asked(bits: str | Sequence[int | Plan] | int | Plan | None) -> tuple[int | Plan, ...] | None:
     if bits is None:
         return None
     if isinstance(bits, str):
-        return parse_bits(bits)
-    return (bits,) if isinstance(bits, int) else tuple(bits)
+        return parse_bits_or_plans(bits)
+    return (bits,) if isinstance(bits, (int, Plan)) else tuple(bits)
 
 
-def bytes_by_bits(model: PreTrainedModel, bits: Sequence[int]) -> dict[int, int]:
-    """Bytes that one token reads of the quantized layers of `model` at each bits, an output head included."""
-    layers = multiplied_layers(model)
-    return {value: sum(layer.bytes_read(value) for layer in layers) for value in bits}
+def bytes_read(model: PreTrainedModel, bits: int | Plan) -> int:
+    """Bytes that one token reads of the quantized layers of `model` at `bits`, an output head included."""
+    total = 0
+    for layer in multiplied_layers(model):
+        name = layer.name if isinstance(layer, PlaneLinear) else ""
+        total += layer.bytes_read(bits if isinstance(bits, int) else bits.get(name, 0))  # an output head has its own
+    return total
 
 
-def _row(bits: int, measured: Measured, size: int, count: int) -> BitsResult:
-    return BitsResult(
-        bits, measured.perplexity, measured.nll, measured.kld, measured.top1_agreement, 8 * size / count, size
-    )
+def _row(bits: int | Plan, measured: Measured, size: int, count: int) -> BitsResult:
+    name, bpw = bits_name(bits), 8 * size / count
+    return BitsResult(name, measured.perplexity, measured.nll, measured.kld, measured.top1_agreement, bpw, size)
 
 
 def context_length(model: PreTrainedModel, seq_len: int | None, reporter: Reporter) -> int:
@@ -133,12 +147,13 @@ def context_length(model: PreTrainedModel, seq_len: int | None, reporter: Report
     return int(limit)
 
 
-def _reference(
+def load_reference(
     reference: str | Path | PreTrainedModel | None, quantized: PreTrainedModel, device: torch.device
 ) -> PreTrainedModel | None:
+    """The model to compare with, in the dtype of `quantized`. Raises ModelError if it has another vocabulary."""
     if reference is None:
         return None
-    original = reference if isinstance(reference, PreTrainedModel) else _load_reference(reference, quantized.dtype)
+    original = reference if isinstance(reference, PreTrainedModel) else _read_reference(reference, quantized.dtype)
     sizes = [model.config.get_text_config().vocab_size for model in (original, quantized)]
     if sizes[0] != sizes[1]:
         raise ModelError(
@@ -149,7 +164,7 @@ def _reference(
     return original.eval()
 
 
-def _load_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     folder = resolve(reference, kind="reference model")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -1,6 +1,6 @@
 """One operation on many machines: y = x @ W_bits^T, bits an int or one per row."""
 
-from .api import plane_linear, plane_linear_rows, plane_lookup, prepare, prepared_linear, prepared_lookup
+from .api import plane_linear, plane_linear_rows, plane_lookup, prepare, prepared_linear, prepared_lookup, without_pages
 from .registry import KernelReport, PreparedWeight, Problem, describe, select
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "prepared_linear",
     "prepared_lookup",
     "select",
+    "without_pages",
 ]

@@ -271,13 +271,33 @@ def prepared_lookup(index: Tensor, weight: PreparedWeight, bits: int, dtype: tor
 def prepare(weight: PlaneWeight, dtype: torch.dtype) -> PreparedWeight | None:
     """`weight` in the layout of the kernel that runs one row of `dtype` on its device; None to keep it as it is."""
     device = weight.planes[0].device.type
+    _warn_without_kernels(device)
+    return select(Problem(device, dtype, 1, weight.kind)).prepare(weight)
+
+
+def without_pages(
+    kind: str, out_features: int, in_features: int, group_size: int, device: str, dtype: torch.dtype
+) -> PreparedWeight | None:
+    """A weight [N, K] without planes and decoders, in the layout that `prepare` would choose; None for the stored one.
+
+    Args:
+        kind: of its decoders; device, dtype: where it will run, and that of the activations.
+    """
+    _warn_without_kernels(device)
+    layout = select(Problem(device, dtype, 1, kind)).layout
+    if layout is None:
+        return None
+    empty: PreparedWeight = LAYOUTS[layout]((), {}, out_features, in_features, group_size, kind)
+    return empty
+
+
+def _warn_without_kernels(device: str) -> None:
     if device == "cpu" and cpu.missing:
         warnings.warn(
             f"CPU kernels cannot be used: {cpu.missing}. The reference kernel is many times slower; install "
             "bitstrata again where there is a C++17 compiler (GCC or Clang).",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return select(Problem(device, dtype, 1, weight.kind)).prepare(weight)
 
 
 def _is_plain(x: Tensor) -> bool:

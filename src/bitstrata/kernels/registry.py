@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..planes.weights import PlaneWeight
+from ..planes.pack import words_per_row
+from ..planes.weights import Decoder, PlaneWeight, decoder_kind, decoder_shapes, decoder_tensors
 
 ENVIRONMENT = "BITSTRATA_KERNEL"
 
@@ -59,6 +60,35 @@ class PreparedWeight(Protocol):
     def unpack(self) -> PlaneWeight:
         """The stored layout again, bit for bit."""
         ...
+
+    def with_pages(self, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> PreparedWeight:
+        """A weight at `bits` alone: this one's planes 0..bits-1 as far as it has them, shared, then `planes`.
+
+        Planes and decoder come in the stored order, on the weight's device. This weight stays as it is. Raises
+        ValueError if the planes are not as many as are missing, or their shapes or those of the decoder do not fit.
+        """
+        ...
+
+
+def check_pages(weight: PreparedWeight, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> None:
+    """Raise ValueError unless `weight.with_pages` can use these: kernels trust the addresses they get."""
+    missing = max(0, bits - len(weight.planes))
+    if len(planes) != missing:
+        raise ValueError(f"{bits} bits need {missing} planes more than there are, got {len(planes)}")
+    rows, columns = weight.out_features, weight.in_features
+    for plane in planes:
+        _check_tensor("plane", plane, {"plane": (torch.int32, (rows, words_per_row(columns)))})
+    if decoder.kind != decoder_kind(weight.kind, bits):
+        raise ValueError(f"{bits} bits of a weight with {weight.kind} decoders cannot have one of {decoder.kind}")
+    expected = decoder_shapes(weight.kind, bits, rows, columns, weight.group_size)
+    for name, tensor in decoder_tensors(decoder, bits).items():
+        _check_tensor(name, tensor, expected)
+
+
+def _check_tensor(name: str, tensor: Tensor, expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    dtype, shape = expected[name]
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
 
 
 class Kernel(Protocol):

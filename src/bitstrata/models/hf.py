@@ -9,7 +9,8 @@ A loaded model's class is a subclass, with the same name, whose `forward` and `g
 from __future__ import annotations
 
 import inspect
-from functools import cache, wraps
+from collections.abc import Callable
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,18 @@ from ..nn import (
     FixedBits,
     PlaneEmbedding,
     PlaneLinear,
+    ResidentState,
+    RowBits,
     bits_state,
     fuse,
     prepare_layers,
     use_bits,
 )
+from ..progress import Reporter
 from .attention import use_grouped_sdpa
 from .head import check_untied, put_embedding
 from .modules import linear_of, set_submodule, submodule
+from .resize import Resized, Size, resize
 from .speculation import Speculation, speculate
 
 
@@ -45,8 +50,10 @@ class BitstrataConfig(QuantizationConfigMixin):
     Raises CheckpointError naming the field that is wrong.
     """
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, *, paged: bool = False, **fields: Any) -> None:
+        """`paged` is never in a file: `load` asks with it for layers that start without pages."""
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.paged = paged
         self.spec = QuantizationSpec.parse({"quant_method": QUANT_METHOD, **fields}, "the model's config.json")
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +75,7 @@ class BitstrataQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if checkpoint_files:
             CheckpointReader(Path(checkpoint_files[0]).parent)  # names whatever is missing or malformed
-        replace_layers(model, self.quantization_config.spec)
+        replace_layers(model, self.quantization_config.spec, paged=self.quantization_config.paged)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -86,14 +93,16 @@ class BitstrataQuantizer(HfQuantizer):
         return True
 
 
-def replace_layers(model: PreTrainedModel, spec: QuantizationSpec) -> BitsState:
+def replace_layers(model: PreTrainedModel, spec: QuantizationSpec, *, paged: bool = False) -> BitsState:
     """Put planes in the place of every layer that `spec` names; those without a role share one BitsState.
+
+    Args:
+        paged: those start without pages (models/resize.py).
 
     Raises CheckpointError if a layer is not in the model or has another size there.
     """
-    state = BitsState(
-        tuple(spec.bits), {name: spec.layer_bits(name) for name, layer in spec.layers.items() if layer.role is None}
-    )
+    layers = {name: spec.layer_bits(name) for name in spec.planned_layers}
+    state = ResidentState(layers) if paged else BitsState(tuple(spec.bits), layers)
     for name, layer in spec.layers.items():
         place = linear_of(model, name, layer) if layer.role != "embedding" else submodule(model, name)
         weight = place.weight
@@ -116,6 +125,7 @@ def replace_layers(model: PreTrainedModel, spec: QuantizationSpec) -> BitsState:
             state=state if layer.role is None else FixedBits(bits[0]),
             bits=bits,
             bias=layer.bias,
+            paged=paged and layer.role is None,
             **shared,
         )
         set_submodule(model, name, linear)
@@ -139,13 +149,20 @@ def _class_with_bits(base: Any) -> Any:
 
     @wraps(base.forward)
     def forward(self: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> Any:
+        state = bits_state(self)
+        if isinstance(state, ResidentState):
+            return _step(state, bits, partial(base.forward, self, *args, **kwargs))
         if bits is None:
-            current = bits_state(self).value
-            if not isinstance(current, torch.Tensor):
+            current = state.value
+            if not isinstance(current, (torch.Tensor, RowBits)):
                 return base.forward(self, *args, **kwargs)
             bits = current
-        if isinstance(bits, torch.Tensor):
-            bits = _one_a_token(bits, kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds"))
+        if isinstance(bits, (torch.Tensor, RowBits)):
+            ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+            if isinstance(bits, RowBits):
+                bits = RowBits(bits.choices, _one_a_token(bits.rows, ids, embeddings))
+            else:
+                bits = _one_a_token(bits, ids, embeddings)
         with use_bits(self, bits):
             return base.forward(self, *args, **kwargs)
 
@@ -175,6 +192,18 @@ def _class_with_bits(base: Any) -> Any:
             )
         return base.resize_token_embeddings(self, *args, **kwargs)
 
+    @wraps(base.save_pretrained)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(bits_state(self), ResidentState):
+            raise UsageError(
+                f"this {base.__name__} holds only the pages of its plan, which is no checkpoint",
+                hint=f"copy {self.name_or_path}, or load it without a plan or budget and save that",
+            )
+        return base.save_pretrained(self, *args, **kwargs)
+
+    def resize_bits(self: Any, size: Size, *, reporter: Reporter | None = None) -> Resized:
+        return resize(self, size, reporter=reporter)
+
     def reduce(self: Any, protocol: Any) -> Any:
         return _blank, (base,), self.__dict__
 
@@ -188,6 +217,8 @@ def _class_with_bits(base: Any) -> Any:
         "forward": forward,
         "generate": generate,
         "resize_token_embeddings": resize_token_embeddings,
+        "save_pretrained": save_pretrained,
+        "resize": resize_bits,
         "__reduce_ex__": reduce,  # the class is made here, so pickle and copy cannot look it up by name
         "_takes_bits": True,
         "__module__": base.__module__,
@@ -195,6 +226,16 @@ def _class_with_bits(base: Any) -> Any:
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (base,), members)
+
+
+def _step(state: ResidentState, bits: Bits | None, forward: Callable[[], Any]) -> Any:
+    """One forward pass at the plan in memory; `bits` may only say so. Compilers trace it without the lock."""
+    if bits is not None:
+        state.check(bits)
+    if torch.compiler.is_compiling():
+        return forward()
+    with state.still():
+        return forward()
 
 
 def _with_draft(model: Any, bits: Bits | None, speculation: Speculation, kwargs: dict[str, Any]) -> dict[str, Any]:

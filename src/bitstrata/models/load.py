@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -11,14 +12,20 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from ..checkpoint import CheckpointReader
+from ..checkpoint import Budget, CheckpointReader, Plan, parse_budget
 from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
 from ..nn import Bits, bits_state
+from ..progress import Reporter
+from .fit import fit_budget
+from .resize import Pages, Size
 from .source import first_line, resolve
+
+Chosen = TypeVar("Chosen", bound=int | Plan)
 
 
 def parse_target(target: str) -> tuple[str, int | None]:
@@ -29,7 +36,7 @@ def parse_target(target: str) -> tuple[str, int | None]:
     return target, None
 
 
-def choose_bits(target: str, bits: int | None) -> tuple[str, int | None]:
+def choose_bits(target: str, bits: Chosen | None) -> tuple[str, Chosen | int | None]:
     """The folder or hub id, and the bits, from `OUT[:BITS]` and a separate `bits`.
 
     A folder that exists under the whole name is taken as it is. Raises UsageError if both name bits
@@ -62,31 +69,67 @@ def load(
     device: str | torch.device = "auto",
     max_bits: int | None = None,
     *,
+    plan: int | Mapping[str, int] | str | Path | None = None,
+    budget: str | Budget | None = None,
+    fit: bool = False,
+    context: int | None = None,
     dtype: torch.dtype | None = None,
-    verify: bool = True,
+    verify: bool | None = None,
+    reporter: Reporter | None = None,
 ) -> PreTrainedModel:
-    """Load a quantized model.
+    """Load a quantized model: whole, or with `plan`, `budget` or `fit` only the pages of one plan.
+
+    A model with one plan's pages runs that plan and nothing else, holds its bytes and no more, and has
+    `resize(plan_or_budget)` (models/resize.py).
 
     Args:
         path_or_id: a folder written by `bitstrata quantize`, or a hub id of one.
         bits: what it runs at until told otherwise; the highest loaded by default.
         device: auto, cpu, cuda, cuda:N.
         max_bits: read only planes 0..max_bits-1 from disk; higher bits are then not available.
+        plan: bits for every quantized layer, a file that `bitstrata plan` wrote, or one int for all layers.
+        budget: "600MB" for the whole model, "3.2bpw"; needs the page order that `bitstrata plan` stores in the folder.
+        fit: the largest budget that the free memory leaves (models/fit.py).
+        context: with `fit`, tokens to leave room for in the cache of keys and values; the model's context by default.
         dtype: of activations and unquantized weights; the stored one by default.
-        verify: compare each file with the digest in the index (reads the files once).
+        verify: compare each file with the digest in the index, which reads the files once. By default all of them, but
+            of a model with one plan's pages only those that are read whole.
 
     Returns:
         A transformers model whose `forward` and `generate` take `bits=`.
 
     Raises:
         CheckpointError: something is missing or malformed; the tensor and file are named.
+        PlanError: a plan or the page order is malformed or of another model, or there is no order.
         UnsupportedBitsError: `bits` or `max_bits` is not available in the file.
+        UsageError: a budget below the smallest plan, or more than one way of saying how much to load.
+        ResourceError: with `fit`, not even the smallest plan fits into memory.
     """
+    pages_of = {"plan": plan, "budget": budget, "fit": fit or None}
+    paged = any(value is not None for value in pages_of.values())
+    given = [name for name, value in {"bits": bits, "max_bits": max_bits, **pages_of}.items() if value is not None]
+    if paged and len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} each say how much to load", hint="give one of them")
+    if context is not None and not fit:
+        raise UsageError("context says how much memory `fit` leaves for the cache", hint="give it together with fit")
     folder = resolve(path_or_id, kind="bitstrata checkpoint")
-    reader = CheckpointReader(folder, max_bits=max_bits, verify=verify)
+    where = pick_device(device)
+    reader = CheckpointReader(folder, max_bits=max_bits, verify=verify is not False, paged=paged)
     if isinstance(bits, int) and bits not in reader.bits:
         raise UnsupportedBitsError(bits, reader.bits, where=str(folder))
-    where = pick_device(device)
+    if isinstance(bits, Plan):
+        bits.check(reader)
+    if paged:
+        pages = Pages(folder, verify=verify is True, dtype=dtype)
+        size: Size
+        if fit:
+            size = fit_budget(pages.sizes, _config(folder), where, context, dtype, reporter=reporter)
+        elif budget is not None:
+            size = parse_budget(budget)
+        else:
+            assert plan is not None
+            size = Path(plan) if isinstance(plan, str) else plan
+        chosen = pages.plan(size, reporter or Reporter())
 
     # On a CPU the mapped file is the weight; elsewhere transformers copies tensor by tensor.
     placement: dict[str, Any] = {} if where.type == "cpu" else {"device_map": {"": where}}
@@ -94,6 +137,9 @@ def load(
     model.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    if paged:
+        model.bitstrata_pages = pages  # type: ignore[assignment]
+        pages.resize(model, chosen)
     if bits is not None:
         bits_state(model).set(bits)
     return model
@@ -105,8 +151,11 @@ def _build(
     """The model with the reader's tensors in it; CheckpointError unless they fit it one to one."""
     tensors = reader.state_dict()
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        config.quantization_config = _restricted(config.quantization_config, reader)
+        config: Any = _config(folder)
+        if reader.paged:
+            config.quantization_config = dict(config.quantization_config, paged=True)
+        else:
+            config.quantization_config = _restricted(config.quantization_config, reader)
         model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
         model, info = model_class.from_pretrained(
             None,
@@ -130,6 +179,16 @@ def _build(
             )
     built: PreTrainedModel = model
     return built
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise CheckpointError(f"{folder} has no usable config.json: {first_line(error)}") from error
+    return config
 
 
 def _restricted(raw: dict[str, Any], reader: CheckpointReader) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import LayerSpec
 from ..errors import CheckpointError
-from ..nn import PlaneLinear, TiedHead
+from ..nn import PlaneLinear, Precision, TiedHead
 from .discover import linear_info
 
 
@@ -41,7 +41,7 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def bytes_per_token(model: PreTrainedModel, bits: int | None) -> int:
+def bytes_per_token(model: PreTrainedModel, bits: Precision | None) -> int:
     """Bytes of weights that one decoding step reads; of the input embedding only a row, which is left out.
 
     bits may be None for a model that is not quantized.

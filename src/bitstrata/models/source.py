@@ -227,7 +227,7 @@ class SourceModel:
         dtype, shape = self.spec(stored)
         if not shape:
             return self.map(stored).clone()
-        result = torch.empty(shape, dtype=dtype)
+        result = torch.empty(shape, dtype=dtype, device="cpu")
         step = max(1, READ_BYTES // max(1, result[:1].nbytes))
         for start in range(0, shape[0], step):
             # opened anew for each stretch, so that only one stretch of the file is resident at a time

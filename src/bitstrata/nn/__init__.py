@@ -1,10 +1,11 @@
 """The layer that runs from planes, and the state that tells it at how many bits."""
 
-from .bits import Bits, BitsState, FixedBits, bits_state, parse_bits, use_bits
+from .bits import Bits, BitsState, FixedBits, Precision, RowBits, bits_state, parse_bits, use_bits
 from .embedding import PlaneEmbedding, TiedHead
 from .fused import fuse
 from .layers import multiplied_layers, prepare_layers, steady_rows
 from .linear import PlaneLinear
+from .resident import ResidentState
 
 __all__ = [
     "Bits",
@@ -12,6 +13,9 @@ __all__ = [
     "FixedBits",
     "PlaneEmbedding",
     "PlaneLinear",
+    "Precision",
+    "ResidentState",
+    "RowBits",
     "TiedHead",
     "bits_state",
     "fuse",

@@ -3,8 +3,9 @@
 All quantized layers of one model share one BitsState. It holds
 
     an int           the uniform plan,
-    a plan           a mapping from layer name to bits, or
-    a tensor         integers, one entry a row: [rows], or [batch] / [batch, sequence] of the input.
+    a plan           a mapping from layer name to bits,
+    a tensor         integers, one entry a row: [rows], or [batch] / [batch, sequence] of the input, or
+    a RowBits        rows at different plans, or some at plans and some at uniform bits.
 
 There is no module-level state: two models never affect each other. Setting it copies no weights.
 """
@@ -12,7 +13,8 @@ There is no module-level state: two models never affect each other. Setting it c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,44 @@ from torch import Tensor, nn
 from ..errors import UnsupportedBitsError, UsageError
 from ..planes.weights import MAX_BITS
 
-Bits = int | Mapping[str, int] | Tensor
+Precision = int | Mapping[str, int]  # of one sequence: uniform bits, or a plan
+
+
+@dataclass(frozen=True, eq=False)
+class RowBits:
+    """For a batch whose rows run at different plans.
+
+    Args:
+        choices: what the rows run at; each is that of at least one row.
+        rows: for every row the index of its choice; integers, shaped as a tensor of per-row bits would be.
+
+    Raises UsageError for a choice that is neither an int nor a plan, and for rows that are not indices of choices
+    (on a GPU, where looking would wait for it, only for those that are not integers).
+    """
+
+    choices: tuple[Precision, ...]
+    rows: Tensor
+    _known: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for choice in self.choices:
+            if not isinstance(choice, (int, Mapping)):
+                raise UsageError(f"the choices of RowBits are ints and plans, got {choice!r}")
+        _check_integers(self.rows)
+        if self.rows.device.type == "cpu" and not set(self.rows.unique().tolist()) <= set(range(len(self.choices))):
+            raise UsageError(f"rows of RowBits are indices of its {len(self.choices)} choices")
+
+    def of(self, layer: str) -> int | Tensor:
+        """The bits of `layer`: an int where all choices agree, else one entry a row, int8 in the shape of `rows`."""
+        bits = tuple(choice if isinstance(choice, int) else choice[layer] for choice in self.choices)
+        if len(set(bits)) == 1:
+            return bits[0]
+        if bits not in self._known:  # few combinations serve all layers: on a GPU each copies once, not once a layer
+            self._known[bits] = torch.tensor(bits, dtype=torch.int8, device=self.rows.device)[self.rows.long()]
+        return self._known[bits]
+
+
+Bits = Precision | Tensor | RowBits
 
 
 class BitsState:
@@ -39,6 +78,26 @@ class BitsState:
         if value is not None:
             self.set(value)
 
+    @property
+    def default(self) -> Precision:
+        """What runs where nobody names bits: the highest supported."""
+        return max(self.supported)
+
+    def keep(self, value: Precision | None) -> Precision:
+        """`value`, or the default, for somebody who will run at it for a while; raises as `set` does.
+
+        A plan becomes a copy of its own, in the order of the model's layers.
+        """
+        checked = self.default if value is None else self.check(value)
+        if isinstance(checked, Mapping):
+            return {layer: checked[layer] for layer in self.layers}
+        assert isinstance(checked, int)
+        return checked
+
+    def still(self) -> AbstractContextManager[None]:
+        """Inside, the weights are not exchanged by another thread."""
+        return nullcontext()
+
     def set(self, value: Bits) -> Bits:
         """Switch to `value` and return the previous one.
 
@@ -47,10 +106,11 @@ class BitsState:
             UsageError: a plan that does not name the model's layers, or a tensor that is not of integers.
         """
         previous = self.value
-        self.value = self._checked(value)
+        self.value = self.check(value)
         return previous
 
-    def _checked(self, value: Bits) -> Bits:
+    def check(self, value: Bits) -> Bits:
+        """`value`, if `set` would take it; raises as `set` does."""
         if isinstance(value, bool):
             raise UsageError(f"bits must be an int, a plan or a tensor, got {value!r}")
         if isinstance(value, int):
@@ -59,8 +119,11 @@ class BitsState:
                     return known  # a constant: a compiler may hold `value` as a symbol
             raise UnsupportedBitsError(value, self.supported)
         if isinstance(value, Tensor):
-            if value.dtype.is_floating_point or value.dtype == torch.bool:
-                raise UsageError(f"per-row bits must be an integer tensor, got {value.dtype}")
+            _check_integers(value)
+            return value
+        if isinstance(value, RowBits):
+            for choice in value.choices:
+                self.check(choice)
             return value
         if isinstance(value, Mapping):
             self._check_plan(value)
@@ -84,7 +147,7 @@ class BitsState:
         """The bits of layer `layer`: an int, or the tensor of per-row bits."""
         if isinstance(self.value, (int, Tensor)):
             return self.value
-        return self.value[layer]
+        return self.value.of(layer) if isinstance(self.value, RowBits) else self.value[layer]
 
 
 class FixedBits:
@@ -133,6 +196,11 @@ def expand_rows(row_bits: Tensor, shape: torch.Size) -> Tensor:
         f"per-row bits of shape {list(row_bits.shape)} do not fit an input of {list(shape)} rows",
         hint="give one entry a sequence of the batch, or one a token",
     )
+
+
+def _check_integers(rows: Tensor) -> None:
+    if rows.dtype.is_floating_point or rows.dtype == torch.bool:
+        raise UsageError(f"per-row bits must be an integer tensor, got {rows.dtype}")
 
 
 def bits_state(model: nn.Module) -> BitsState:

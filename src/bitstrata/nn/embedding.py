@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import plane_linear, plane_lookup, prepared_linear, prepared_lookup
 from ..planes.weights import PlaneWeight
+from .bits import Precision
 from .stored import PlaneModule
 
 
@@ -111,7 +112,7 @@ class TiedHead(nn.Module):
         """The embedding's placeholder, for code that asks a layer's dtype."""
         return self.embedding.get_buffer("weight")
 
-    def bytes_read(self, bits: int) -> int:
+    def bytes_read(self, bits: Precision) -> int:
         """Bytes of the stored tensors that a product reads, whatever the model's `bits`."""
         return self.embedding.bytes_read(self.embedding.bits[0])
 

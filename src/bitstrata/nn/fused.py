@@ -83,18 +83,28 @@ class FusedGroup:
         together = [layer]
         if self._wasted < WASTED:
             others = [m for m in self.members if m is not layer and id(m) not in current.results]
-            together += [member for member in others if member.bits_state.of(member.name) == bits]
+            together += [member for member in others if _is_at(member, bits)]
         weights = [member.prepared for member in together if member.prepared is not None]
         y, *more = prepared_linear(current.input, weights, bits)
         for member, weight, result in zip(together[1:], weights[1:], more, strict=True):
             current.results[id(member)] = (weight, bits, result)
         return y
 
+    def forget(self) -> None:
+        """Drop results that wait, and the weights they were computed with."""
+        self._rounds = []
+
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members}  # a copy starts with nothing waiting
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["members"])  # type: ignore[misc]
+
+
+def _is_at(member: PlaneLinear, bits: int) -> bool:
+    """Whether `member` runs at `bits` in all rows."""
+    now = member.bits_state.of(member.name)
+    return isinstance(now, int) and now == bits
 
 
 def fuse(model: nn.Module) -> int:

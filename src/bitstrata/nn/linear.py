@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..kernels import plane_linear, plane_linear_rows, prepared_linear
 from ..planes.weights import PlaneWeight
-from .bits import BitsState, FixedBits, expand_rows
+from .bits import BitsState, FixedBits, Precision, expand_rows
 from .fused import FusedGroup
 from .stored import PlaneModule
 
@@ -33,11 +33,19 @@ class PlaneLinear(PlaneModule):
         group_size: int,
         decoder: str = "affine",
         bias: bool = False,
+        paged: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_features, out_features, bits=bits, group_size=group_size, decoder=decoder, device=device, dtype=dtype
+            in_features,
+            out_features,
+            bits=bits,
+            group_size=group_size,
+            decoder=decoder,
+            paged=paged,
+            device=device,
+            dtype=dtype,
         )
         self.name, self.bits_state = name, state
         self.fused: FusedGroup | None = None
@@ -74,21 +82,23 @@ class PlaneLinear(PlaneModule):
             layer.bias.data.copy_(bias)
         return layer
 
-    def bytes_read(self, bits: int) -> int:
-        """Bytes of the stored tensors that a product needs while the model runs at `bits`."""
-        return super().bytes_read(self.bits_state.bits if isinstance(self.bits_state, FixedBits) else bits)
+    def bytes_read(self, bits: Precision) -> int:
+        """Bytes of the stored tensors that a product needs while the model runs at `bits`, an int or a plan."""
+        if isinstance(self.bits_state, FixedBits):
+            bits = self.bits_state.bits
+        return super().bytes_read(bits if isinstance(bits, int) else bits[self.name])
 
     def forward(self, x: Tensor) -> Tensor:
-        bits = self.bits_state.of(self.name)
-        if self.prepared is None:
+        bits, prepared = self.bits_state.of(self.name), self.prepared
+        if prepared is None:
             if isinstance(bits, Tensor):
                 y = plane_linear_rows(x, self.plane_weight(), expand_rows(bits.to(x.device), x.shape[:-1]))
             else:
                 y = plane_linear(x, self.plane_weight((bits,)), bits)
         elif isinstance(bits, Tensor):
-            (y,) = prepared_linear(x, [self.prepared], expand_rows(bits.to(x.device), x.shape[:-1]))
+            (y,) = prepared_linear(x, [prepared], expand_rows(bits.to(x.device), x.shape[:-1]))
         elif self.fused is not None and self.fused.can_share(x):
             y = self.fused.output(self, x, bits)
         else:
-            (y,) = prepared_linear(x, [self.prepared], bits)
+            (y,) = prepared_linear(x, [prepared], bits)
         return y if self.bias is None else y + self.bias

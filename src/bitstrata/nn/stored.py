@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import PreparedWeight, prepare
+from ..kernels import PreparedWeight, prepare, without_pages
 from ..planes.pack import words_per_row
-from ..planes.weights import Decoder, PlaneWeight, decoder_bytes, decoder_shapes, make_decoder
+from ..planes.weights import Decoder, PlaneWeight, decoder_bytes, decoder_shapes, make_decoder, map_decoder
 
 _PREPARED = "prepared_"
 
@@ -25,7 +25,12 @@ class PlaneModule(nn.Module):
     live in buffers `prepared_<i>` that no checkpoint sees. `state_dict` gives the stored ones all
     the same, and loading, moving or `plane_weight` bring them back.
 
+    A `paged` module starts without planes and decoders. `with_pages` makes a weight for one bits value from what it
+    holds and the pages that are missing, `hold` puts it in place; `bits` is then that value, and the module is in every
+    respect one that was quantized for it alone.
+
     Args:
+        bits: the supported ones; of a paged module, those that it may get pages for.
         decoder: "affine" or "codebook".
         dtype: of the placeholder.
     """
@@ -38,23 +43,25 @@ class PlaneModule(nn.Module):
         bits: tuple[int, ...],
         group_size: int,
         decoder: str = "affine",
+        paged: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.bits, self.group_size, self.decoder = bits, group_size, decoder
+        self.group_size, self.decoder, self.paged = group_size, decoder, paged
+        self.bits: tuple[int, ...] = () if paged else bits
         self.prepared: PreparedWeight | None = None
         words = words_per_row(in_features)
-        for index in range(max(bits)):
+        for index in range(max(self.bits, default=0)):
             self.register_buffer(f"plane_{index}", torch.zeros(out_features, words, dtype=torch.int32, device=device))
-        self._decoder_keys: dict[int, tuple[str, ...]] = {}
-        for value in bits:
-            shapes = decoder_shapes(decoder, value, out_features, in_features, group_size)
-            self._decoder_keys[value] = tuple(shapes)
-            for key, (kind, shape) in shapes.items():
+        for value in self.bits:
+            for key, (kind, shape) in self._decoder_shapes(value).items():
                 self.register_buffer(key, torch.zeros(shape, dtype=kind, device=device))
         self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device))
+
+    def _decoder_shapes(self, bits: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return decoder_shapes(self.decoder, bits, self.out_features, self.in_features, self.group_size)
 
     def plane_weight(self, bits: tuple[int, ...] | None = None) -> PlaneWeight:
         """The weight as stored, with the decoders for `bits` (all of them by default).
@@ -72,7 +79,7 @@ class PlaneModule(nn.Module):
             )
         decoders: dict[int, Decoder] = {}
         for value in chosen:
-            tensors = {key: getattr(self, key) for key in self._decoder_keys[value]}
+            tensors = {key: getattr(self, key) for key in self._decoder_shapes(value)}
             decoders[value] = make_decoder(self.decoder, value, tensors)
         planes = tuple(getattr(self, f"plane_{index}") for index in range(max(chosen)))
         return PlaneWeight(planes, decoders, self.in_features, self.group_size)
@@ -85,30 +92,60 @@ class PlaneModule(nn.Module):
     def prepare(self) -> None:
         """Re-lay the weight for the kernel that runs here, if it wants a layout of its own."""
         placeholder = self._buffers["weight"]
-        if self.prepared is not None or placeholder is None or placeholder.is_meta:
+        if self.prepared is not None or not self.bits or placeholder is None or placeholder.is_meta:
             return
-        prepared = prepare(self.plane_weight(), placeholder.dtype)
-        if prepared is None:
-            return
-        self._forget_weight()
-        self.prepared = prepared
-        for index, tensor in enumerate([*prepared.planes, *prepared.decoders.values()]):
-            self.register_buffer(f"{_PREPARED}{index}", tensor, persistent=False)
+        stored = self.plane_weight()
+        if self.paged:
+            prepared = self._without_pages()
+            if prepared is not None:
+                prepared = prepared.with_pages(self.bits[0], stored.planes, stored.decoders[self.bits[0]])
+        else:
+            prepared = prepare(stored, placeholder.dtype)
+        if prepared is not None:
+            self.hold(prepared)
 
     def restore(self) -> None:
         """Bring the stored tensors back into the module; the opposite of `prepare`."""
-        if self.prepared is None:
-            return
-        stored = self.plane_weight()
-        self._forget_weight()
-        self.prepared = None
-        for key, tensor in stored.tensors().items():
-            self.register_buffer(key, tensor)
+        if self.prepared is not None:
+            self.hold(self.plane_weight())
 
-    def _forget_weight(self) -> None:
-        for key in [key for key in self._buffers if key != "weight"]:
-            del self._buffers[key]
-            self._non_persistent_buffers_set.discard(key)
+    def with_pages(self, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> PlaneWeight | PreparedWeight:
+        """The weight at `bits` alone: the planes that the module holds as far as they go, shared, then `planes`.
+
+        The module stays as it is. `planes` and `decoder` in the stored order, on any device.
+        """
+        device = self.get_buffer("weight").device
+        planes = [plane.to(device) for plane in planes]
+        decoder = map_decoder(decoder, lambda tensor, _: tensor.to(device))
+        held = self.prepared if self.bits else self._without_pages()
+        if held is not None:
+            return held.with_pages(bits, planes, decoder)
+        kept = [getattr(self, f"plane_{index}") for index in range(min(bits, max(self.bits, default=0)))]
+        return PlaneWeight((*kept, *planes), {bits: decoder}, self.in_features, self.group_size)
+
+    def hold(self, weight: PlaneWeight | PreparedWeight) -> None:
+        """Hold `weight`, of this module's shape, and nothing else. What is computing with the former one keeps it."""
+        buffers = {"weight": self._buffers["weight"]}
+        if isinstance(weight, PlaneWeight):
+            buffers |= weight.tensors()
+            prepared = None
+        else:
+            prepared = weight
+            held = [*weight.planes, *weight.decoders.values()]
+            buffers |= {f"{_PREPARED}{index}": tensor for index, tensor in enumerate(held)}
+        self._non_persistent_buffers_set = {key for key in buffers if key.startswith(_PREPARED)}
+        self._buffers, self.bits, self.prepared = buffers, weight.bits, prepared
+
+    def _without_pages(self) -> PreparedWeight | None:
+        placeholder = self.get_buffer("weight")
+        return without_pages(
+            self.decoder,
+            self.out_features,
+            self.in_features,
+            self.group_size,
+            placeholder.device.type,
+            placeholder.dtype,
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

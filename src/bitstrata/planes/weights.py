@@ -121,6 +121,11 @@ def byte_unit(largest: Tensor) -> Tensor:
     return ((wanted / step).ceil() * step).clamp_max(61440.0).to(SCALE_DTYPE)
 
 
+def decoder_kind(kind: str, bits: int) -> str:
+    """What the decoder for `bits` is in a layer of `kind`: "affine", "affine8" or "codebook"."""
+    return "affine" if kind == "affine8" and bits > BYTE_BITS else kind
+
+
 def decoder_shapes(
     kind: str, bits: int, rows: int, columns: int, group_size: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -5,17 +5,23 @@ from .conversation import Conversation, encode_turns
 from .environment import Environment, env
 from .generation import Generation, continue_prompt, encode_prompt, generate
 from .inspection import Inspection, inspect
+from .policy import POLICIES, EntropyPolicy, LoadPolicy, Policy, PositionPolicy, parse_policy
 
 __all__ = [
+    "POLICIES",
     "Conversation",
     "Engine",
     "EngineStats",
+    "EntropyPolicy",
     "Environment",
     "Event",
     "Finished",
     "Generation",
     "Handle",
     "Inspection",
+    "LoadPolicy",
+    "Policy",
+    "PositionPolicy",
     "Request",
     "Token",
     "continue_prompt",
@@ -24,4 +30,5 @@ __all__ = [
     "env",
     "generate",
     "inspect",
+    "parse_policy",
 ]

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ..errors import UnsupportedBitsError, UsageError
-from ..nn import bits_state
+from ..errors import UsageError
+from ..nn import Precision, bits_state
 from ..progress import Reporter
 from .generation import Generation, continue_tokens, encode_prompt
 
@@ -41,8 +41,8 @@ class Conversation:
         **settings: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.supported = bits_state(model).supported
-        self._bits = max(self.supported)
+        self._state = bits_state(model)
+        self._bits = self._state.default
         if bits is not None:
             self.bits = bits
         self.has_template = bool(tokenizer.chat_template)
@@ -54,15 +54,18 @@ class Conversation:
         self.reset()
 
     @property
-    def bits(self) -> int:
-        """Of the next reply."""
+    def bits(self) -> Precision:
+        """Of the next reply: a number, or the plan in memory where that is all there is."""
         return self._bits
 
     @bits.setter
     def bits(self, value: int) -> None:
-        if value not in self.supported:
-            raise UnsupportedBitsError(value, self.supported)
-        self._bits = value
+        self._bits = self._state.keep(value)
+
+    @property
+    def supported(self) -> tuple[int, ...]:
+        """The numbers that `bits` may be set to."""
+        return self._state.supported
 
     def reset(self) -> None:
         """Forget all turns but the system instruction."""
@@ -75,7 +78,8 @@ class Conversation:
         """
         turns = [*self._turns, {"role": "user", "content": text}]
         settings = {**self._settings, "bits": self.bits, "streamer": streamer}
-        if settings.get("draft_bits") is not None and settings["draft_bits"] >= self.bits:
+        draft, bits = settings.get("draft_bits"), self.bits
+        if draft is not None and isinstance(bits, int) and draft >= bits:
             settings["draft_bits"] = None  # this precision is no dearer than its draft
         ids = encode_turns(self.tokenizer, turns)
         result = continue_tokens(self.model, self.tokenizer, ids, text, **settings)  # type: ignore[arg-type]

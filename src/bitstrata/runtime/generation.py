@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
+from ..checkpoint import Plan
 from ..errors import InputError, UsageError
-from ..models import choose_bits, context_limit, load, load_tokenizer, resolve
-from ..nn import bits_state
+from ..models import bits_name, choose_bits, context_limit, highest_bits, load, load_tokenizer, resolve
+from ..nn import Precision, bits_state
 from ..progress import Reporter
 
 
@@ -21,13 +22,13 @@ from ..progress import Reporter
 class Generation:
     """A continuation. `tokens` counts the new tokens; tokens_per_second leaves the prompt's pass out.
 
-    `bits` is None for a model that is not quantized. acceptance: share of the tokens drafted at `draft_bits` that
-    `bits` agreed with.
+    `bits` is None for a model that is not quantized, and a plan's name for a plan. acceptance: share of the tokens
+    drafted at `draft_bits` that `bits` agreed with.
     """
 
     prompt: str
     text: str
-    bits: int | None
+    bits: int | str | None
     tokens: int
     seconds: float
     tokens_per_second: float | None
@@ -61,7 +62,7 @@ class _Clock(BaseStreamer):
 def generate(
     model: str | Path | PreTrainedModel,
     prompt: str,
-    bits: int | None = None,
+    bits: int | Plan | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     *,
@@ -78,7 +79,7 @@ def generate(
 
     Args:
         model: a checkpoint folder or hub id, `OUT` or `OUT:BITS`; or a loaded model.
-        bits: the precision; else the one in `OUT:BITS`; else the highest.
+        bits: the precision, or a plan; else the one in `OUT:BITS`; else the highest.
         temperature: 0 takes the most likely token every time; above 0 samples.
         draft_bits: draft up to `draft_tokens` tokens at a time at this precision and check them at `bits`
             (models/speculation.py); what is generated stays that of `bits`.
@@ -93,14 +94,14 @@ def generate(
         raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max_new_tokens be at least 1")
     if not isinstance(model, PreTrainedModel):
         target, bits = choose_bits(str(model), bits)
-        model = load(target, bits=bits, device=device, max_bits=bits)
+        model = load(target, bits=bits, device=device, max_bits=None if bits is None else highest_bits(bits))
     tokenizer = tokenizer or load_tokenizer(resolve(str(model.name_or_path)))
     state = bits_state(model)
     return continue_prompt(
         model,
         tokenizer,
         prompt,
-        bits=bits if bits is not None else max(state.supported),
+        bits=bits if bits is not None else state.default,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -135,7 +136,7 @@ def continue_tokens(
     ids: list[int],
     prompt: str,
     *,
-    bits: int | None,
+    bits: Precision | None,
     max_new_tokens: int,
     reporter: Reporter,
     temperature: float = 0.0,
@@ -178,7 +179,7 @@ def continue_tokens(
     return Generation(
         prompt=prompt,
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
-        bits=bits,
+        bits=None if bits is None else bits_name(bits),
         tokens=len(new),
         seconds=time.perf_counter() - started,
         tokens_per_second=(len(arrived) - 1) / between if between > 0 else None,

@@ -17,6 +17,7 @@ from fastapi import Response
 from pydantic import BaseModel
 
 from ..errors import InputError
+from ..nn import Precision
 from ..runtime import Request, Token
 from .failures import ApiError, closing, translate
 from .flight import Arrival, Flight
@@ -74,9 +75,10 @@ class Wish:
 class _Choice:
     """One reply in the making."""
 
-    def __init__(self, index: int, text: ReplyText, service: Service, started: float) -> None:
+    def __init__(self, index: int, text: ReplyText, asked: Precision | None, service: Service, started: float) -> None:
         self.index, self._text, self._service, self._started = index, text, service, started
-        self.bits: Counter[int] = Counter()
+        self._plan = str(asked)  # of tokens without bits of their own: the plan's name
+        self.bits: Counter[str] = Counter()
         self.latest: int | None = None  # bits of the latest token
         self.finish: FinishReason | None = None
         self._first = self._last = 0.0
@@ -100,8 +102,9 @@ class _Choice:
             self._first = when
             self._service.metrics.first_token.observe(when - self._started)
         self.latest = token.bits
-        self.bits[token.bits] += 1
-        self._service.metrics.tokens.labels(str(token.bits)).inc()
+        bits = self._plan if token.bits is None else str(token.bits)
+        self.bits[bits] += 1
+        self._service.metrics.tokens.labels(bits).inc()
         offset = self._text.length
         text = self._text.push(token.id)
         return Part(self.index, text, (Placed(token, offset),), self._end("stop") if self._text.stopped else None)
@@ -125,7 +128,7 @@ class _Answer:
         for index, request in enumerate(requests):
             context = request.prompt_ids if wish.continues else ()
             text = ReplyText(service.tokenizer, context, body.stop)
-            self._choices.append(_Choice(index, text, service, started))
+            self._choices.append(_Choice(index, text, request.bits, service, started))
 
     async def parts(self) -> AsyncIterator[Part]:
         async for arrival in self.flight.arrivals():
@@ -162,19 +165,19 @@ class _Answer:
 
     @property
     def usage(self) -> Usage:
-        counts = sum((choice.bits for choice in self._choices), Counter[int]())
+        counts = sum((choice.bits for choice in self._choices), Counter[str]())
         return Usage(
             prompt_tokens=self._prompt_tokens,
             completion_tokens=counts.total(),
             total_tokens=self._prompt_tokens + counts.total(),
-            bits={str(bits): counts[bits] for bits in sorted(counts)},
+            bits={bits: counts[bits] for bits in sorted(counts)},
         )
 
     @property
     def bits(self) -> int | None:
-        """The precision of all tokens; None if there are several."""
+        """The bits of all tokens; None if there are several, or for a plan."""
         found = {bits for choice in self._choices for bits in choice.bits}
-        return found.pop() if len(found) == 1 else None
+        return int(next(iter(found))) if len(found) == 1 and min(found).isdigit() else None
 
 
 async def answer(service: Service, http: HttpRequest, body: GenerationBody, wish: Wish, form: Form) -> Response:
@@ -198,12 +201,15 @@ def engine_requests(service: Service, body: GenerationBody, wish: Wish) -> list[
     """`n` for each prompt. Raises ApiError for what is too many or too long."""
     count = body.n or 1
     service.check_choices(len(wish.prompts), count)
-    bits = service.catalog.bits(body.model, body.bits)
+    bits = service.catalog.precision(body.model, body.bits)
+    min_bits = body.min_bits
+    if min_bits is None and isinstance(bits, int) and service.settings.min_bits is not None:
+        min_bits = min(bits, service.settings.min_bits)
     return [
         Request(
             prompt,
             bits=bits,
-            min_bits=body.min_bits,
+            min_bits=min_bits,
             max_new_tokens=_room(service, len(prompt), wish),
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,

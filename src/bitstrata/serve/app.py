@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..runtime import Engine
 from ..version import __version__
-from . import failures
+from . import failures, playground
 from .answer import Wish, answer
 from .forms import ChatForm, CompletionForm
 from .guard import Guard
@@ -39,7 +39,7 @@ def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Set
     """The ASGI application that serves `engine`; `app.state.service` is what its parts share.
 
     The engine stays its maker's, who closes it.
-    Raises UnsupportedBitsError if settings.bits is not among the engine's.
+    Raises UnsupportedBitsError or UsageError if settings.bits or a plan is not of the engine's model.
     """
     service = Service(engine, tokenizer, settings)
     # No /docs: FastAPI's page loads its program from another site.
@@ -48,6 +48,7 @@ def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Set
     failures.install(app)
     _add_generation(app, service)
     _add_information(app, service)
+    app.include_router(playground.router)
     app.add_middleware(Guard, service=service)
     if settings.allowed_origins:  # outside of the guard: a preflight request carries no key
         app.add_middleware(
@@ -61,7 +62,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None, responses=_answers(ChatReply))
     async def chat_completions(http: Request, body: ChatBody) -> Response:
         """Answer a conversation, whole or, with `stream`, as server-sent events that end with `[DONE]`."""
-        service.catalog.bits(body.model, body.bits)  # refused before anything is tokenized
+        service.catalog.precision(body.model, body.bits)  # refused before anything is tokenized
         prompt = await chat_prompt(service.tokenizer, body.messages)
         wish = Wish(
             prompts=[prompt],
@@ -75,7 +76,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=None, responses=_answers(CompletionReply))
     async def completions(http: Request, body: CompletionBody) -> Response:
         """Continue texts or tokens, whole or, with `stream`, as server-sent events that end with `[DONE]`."""
-        service.catalog.bits(body.model, body.bits)
+        service.catalog.precision(body.model, body.bits)
         service.check_choices(len(body.prompt), body.n or 1)
         wish = Wish(
             prompts=await completion_prompts(service.tokenizer, body.prompt),
@@ -90,7 +91,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", responses=_refusals(401))
     async def models() -> ModelList:
-        """The model under each of its names: `name` at the default bits, `name:2`, `name:3` and so on."""
+        """The model under each of its names: `name` by default, `name:2`, `name:3`, and plans' names."""
         return ModelList(data=service.catalog.cards)
 
     @app.get("/v1/models/{model:path}", responses=_refusals(401, 404))

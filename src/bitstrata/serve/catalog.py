@@ -1,11 +1,12 @@
-"""The names a model is served under: `name` at the default bits, and `name:BITS`."""
+"""The names a model is served under: `name` as it runs by default, `name:BITS`, and `name:PLAN` for named plans."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from ..errors import UnsupportedBitsError
+from ..nn import Precision
 from .failures import ApiError, translate
 from .replies import ModelCard
 
@@ -13,26 +14,37 @@ from .replies import ModelCard
 class Catalog:
     """
     Args:
-        bytes_per_token: bytes of weights that one token reads, for each supported bits.
-        default: the bits of `name` alone.
+        precisions: what requests may choose: bits under themselves, plans under their names. Empty for a model
+            that holds one plan's pages and runs nothing else.
+        default: of `name` alone.
+        size: bytes of weights that one token reads at a precision.
         longest: the longest prompt and reply together, in tokens; None without a limit.
-
-    Raises UnsupportedBitsError if `default` is not supported.
+        chat_template: whether the tokenizer has one.
     """
 
     def __init__(
-        self, name: str, supported: Sequence[int], bytes_per_token: Mapping[int, int], default: int, longest: int | None
+        self,
+        name: str,
+        precisions: Mapping[int | str, Precision],
+        default: Precision,
+        size: Callable[[Precision], int],
+        longest: int | None,
+        chat_template: bool,
     ) -> None:
-        if default not in supported:
-            raise UnsupportedBitsError(default, supported)
-        self.name, self.supported, self.default = name, tuple(supported), default
+        self.name, self.precisions, self.default = name, precisions, default
         created = int(time.time())
 
-        def card(identifier: str, bits: int) -> ModelCard:
-            size = bytes_per_token[bits]
-            return ModelCard(id=identifier, created=created, bits=bits, bytes_per_token=size, max_model_len=longest)
+        def card(identifier: str, precision: Precision) -> ModelCard:
+            return ModelCard(
+                id=identifier,
+                created=created,
+                bits=precision if isinstance(precision, int) else None,
+                bytes_per_token=size(precision),
+                max_model_len=longest,
+                chat_template=chat_template,
+            )
 
-        self.cards = [card(name, default), *(card(f"{name}:{bits}", bits) for bits in supported)]
+        self.cards = [card(name, default), *(card(f"{name}:{key}", value) for key, value in precisions.items())]
 
     def card(self, identifier: str) -> ModelCard:
         """Raises ApiError 404 for a name that is not served."""
@@ -41,23 +53,30 @@ class Catalog:
                 return card
         raise self._unknown(identifier)
 
-    def bits(self, model: str | None, bits: int | None) -> int:
-        """The precision that a request asks for, by its model's name and its field `bits`.
+    def precision(self, model: str | None, bits: int | str | None) -> Precision:
+        """What a request asks for, by its model's name and its field `bits`.
 
         Raises ApiError: 404 for an unknown name, 400 for bits that the model does not have or that contradict.
         """
-        named: int | None = None
+        named: int | str | None = None
         if model is not None and model != self.name:
             head, _, tail = model.rpartition(":")
-            if head != self.name or not (tail.isascii() and tail.isdigit()) or len(tail) > 3:
+            named = int(tail) if tail.isascii() and tail.isdigit() and len(tail) <= 3 else tail
+            if head != self.name or (isinstance(named, str) and named not in self.precisions):
                 raise self._unknown(model)
-            named = int(tail)
         if named is not None and bits is not None and named != bits:
-            raise ApiError(400, f"model says {named} bits and bits says {bits}; give one of them", param="bits")
-        chosen = named if named is not None else bits if bits is not None else self.default
-        if chosen not in self.supported:
-            raise translate(UnsupportedBitsError(chosen, self.supported))
-        return chosen
+            raise ApiError(400, f"model says {named} and bits says {bits}; give one of them", param="bits")
+        wanted = named if named is not None else bits
+        if wanted is None:
+            return self.default
+        if wanted in self.precisions:
+            return self.precisions[wanted]
+        supported = [key for key in self.precisions if isinstance(key, int)]
+        if isinstance(wanted, int) and supported:
+            raise translate(UnsupportedBitsError(wanted, supported))
+        names = ", ".join(str(key) for key in self.precisions)
+        hint = f"there are {names}" if names else "this server holds one plan's pages and runs nothing else"
+        raise ApiError(400, f"bits {wanted} cannot be used: {hint}", param="bits", code="unsupported_bits")
 
     def _unknown(self, model: str) -> ApiError:
         names = ", ".join(card.id for card in self.cards)

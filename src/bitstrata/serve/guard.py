@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .failures import ApiError, busy, closing
 from .service import Service
 
-OPEN = {"/health"}  # paths that need no key and are served however much there is to do
+OPEN = {"/", "/health"}  # paths that need no key and are served however much there is to do
 BODY_SECONDS = 60  # for a client to send its body
 # A client that is still sending when the connection closes may never see the answer, so a body that is too
 # large is read to its end, within reason.

@@ -32,9 +32,10 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "bitstrata"
-    bits: int
+    bits: int | None = Field(description="null for a plan, which gives every layer its own")
     bytes_per_token: int = Field(description="bytes of weights read for one token of one request")
     max_model_len: int | None = Field(description="the longest prompt and reply together, in tokens")
+    chat_template: bool = Field(description="whether the tokenizer has one: without, chats are continued as plain text")
 
 
 class ModelList(BaseModel):
@@ -46,7 +47,7 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    bits: dict[str, int] = Field(description="bits -> how many of the new tokens they computed")
+    bits: dict[str, int] = Field(description="bits, or a plan's name -> how many of the new tokens they computed")
 
 
 class TokenLogprob(BaseModel):
@@ -76,7 +77,7 @@ class _Reply(BaseModel):
     created: int
     model: str
     bits: int | None = Field(
-        description="that computed all tokens, or a chunk's latest; null if there are several (usage.bits), or none yet"
+        description="that computed all tokens, or a chunk's latest; null for none yet, several (usage.bits) or a plan"
     )
 
 

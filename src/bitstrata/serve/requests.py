@@ -37,6 +37,12 @@ def _prompt(value: Any) -> list[str] | list[list[int]]:
     raise ValueError("must be a text, a list of texts, a list of tokens (ints) or a list of such lists, and not empty")
 
 
+def _bits(value: Any) -> int | str | None:
+    if value is None or type(value) is int or (isinstance(value, str) and value and not value.isdigit()):
+        return value
+    raise ValueError("must be a whole number, or the name of a plan")
+
+
 def _tokens(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
@@ -73,6 +79,11 @@ Stop = Annotated[
         }
     ),
 ]
+Bits = Annotated[
+    int | str | None,
+    PlainValidator(_bits),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "[^0-9]"}, {"type": "null"}]}),
+]
 Prompt = Annotated[
     list[str] | list[list[int]],
     PlainValidator(_prompt),
@@ -108,7 +119,7 @@ class GenerationBody(Body):
     """What both kinds of requests have in common."""
 
     model: Text | None = Field(None, description="NAME, or NAME:BITS for a precision; the only model if left out")
-    bits: int | None = Field(None, description="planes to use; only where `model` does not say")
+    bits: Bits = Field(None, description="planes to use, or a plan's name; only where `model` does not say")
     min_bits: int | None = Field(None, description="the least that a policy may lower this request to; `bits` if null")
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, description="0 is greedy; 1 if left out")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import UnsupportedBitsError, UsageError
 from ..models import bytes_per_token
+from ..nn import BitsState, Precision
 from ..runtime import Engine
 from .catalog import Catalog
 from .failures import ApiError
@@ -19,16 +22,20 @@ class Service:
     """Lives in one event loop; the engine has a thread of its own.
 
     active: HTTP requests under way. closing: no new ones are taken.
-    Raises UnsupportedBitsError if settings.bits is not among the engine's.
+    Raises UnsupportedBitsError or UsageError if settings.bits or a plan is not of the engine's model.
     """
 
     def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
-        limits = engine.limits
-        supported = limits.bits
-        sizes = {bits: bytes_per_token(engine.model, bits) for bits in supported}
-        default = settings.bits if settings.bits is not None else max(supported)
-        self.catalog = Catalog(settings.name, supported, sizes, default, limits.longest)
+        precisions = _precisions(engine.limits.state, settings)
+        self.catalog = Catalog(
+            settings.name,
+            precisions,
+            engine.limits.precision(precisions.get(settings.bits) if settings.bits is not None else None),
+            lambda precision: bytes_per_token(engine.model, precision),
+            engine.limits.longest,
+            bool(tokenizer.chat_template),
+        )
         self.metrics = Metrics(engine)
         self.names = TokenNames(tokenizer)
         self.active = 0
@@ -46,3 +53,19 @@ class Service:
         if self.closing:
             return "closing"
         return "ok" if self.engine.is_open else "failed"
+
+
+def _precisions(state: BitsState, settings: Settings) -> dict[int | str, Precision]:
+    """What requests may choose. Raises UnsupportedBitsError and UsageError for settings that do not fit the model."""
+    if not isinstance(state.default, int):
+        if settings.bits is not None or settings.min_bits is not None or settings.plans:
+            raise UsageError("a model that holds one plan's pages runs nothing else", hint="leave bits and plans out")
+        return {}
+    for bits in (settings.bits, settings.min_bits):
+        if isinstance(bits, int) and bits not in state.supported:
+            raise UnsupportedBitsError(bits, state.supported)
+    for plan in settings.plans.values():
+        state.check(plan)
+    found: dict[int | str, Precision] = {bits: bits for bits in state.supported}
+    found.update({name: replace(plan, name=name) for name, plan in settings.plans.items()})
+    return found

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..checkpoint import Plan
 
 
 @dataclass(frozen=True)
@@ -10,7 +13,9 @@ class Settings:
     """
     Args:
         name: what the model is called; `name:BITS` is the same model at those bits.
-        bits: of requests that name none; the model's highest if None.
+        bits: of requests that name none, an int or a plan's name; the model's highest if None.
+        min_bits: the least that the engine's policy may lower requests to that say no min_bits; None never lowers them.
+        plans: what requests may choose by name, `name:PLAN`.
         api_key: what every request but /health must carry; None lets everyone in.
         default_max_tokens: new tokens of a chat request that says no number, or what the context leaves if less.
         max_prompt_tokens: of one prompt; by default only the model's context and the cache limit it.
@@ -21,7 +26,9 @@ class Settings:
     """
 
     name: str
-    bits: int | None = None
+    bits: int | str | None = None
+    min_bits: int | None = None
+    plans: Mapping[str, Plan] = field(default_factory=dict)
     api_key: str | None = None
     default_max_tokens: int = 512
     max_prompt_tokens: int | None = None

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...memory import HUGE_PAGE, allocate
 from ...planes.pack import words_per_row
 from ...planes.weights import (
+    MAX_BITS,
     SCALE_DTYPE,
     CodebookDecoder,
     Decoder,
@@ -24,13 +26,15 @@ from ...planes.weights import (
     decoder_tensors,
     make_decoder,
 )
+from ..registry import check_pages
 from .extension import native
 
 BLOCK_ROWS = 16
 LAYOUT = "blocked"
-HUGE_PAGE = 1 << 21
 ALIGNMENT = 64  # a vector
-SKEW = 4096 + 320  # planes are read side by side: at a distance of a power of two they would meet in the same banks
+STAGGER = 320  # planes are read side by side: at a distance of a power of two they would meet in the same banks
+STAGGERED = 1 << 18  # bytes from which a plane of its own memory is kept apart from the others so
+SKEW = 4096 + STAGGER
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,25 @@ class BlockedWeight:
         room = _allocate(sizes)
         planes = room[: len(weight.planes)]
         for plane, packed in zip(weight.planes, planes, strict=True):
-            plane = plane.contiguous()  # kept until it is read
-            layout.pack_plane(plane.data_ptr(), packed.data_ptr(), threads)
+            _pack_plane(layout, plane, packed, threads)
         decoders = {}
         for (bits, decoder), packed in zip(weight.decoders.items(), room[len(planes) :], strict=True):
-            if isinstance(decoder, CodebookDecoder):
-                packed.view(SCALE_DTYPE).zero_()[: decoder.table.numel()] = decoder.table.flatten()
-            else:
-                tensors = [tensor.contiguous() for tensor in decoder_tensors(decoder, bits).values()]
-                layout.pack_scales(bits, *_addresses(tensors), packed.data_ptr())
+            _pack_decoder(layout, bits, decoder, packed)
             decoders[bits] = packed
         return cls(tuple(planes), decoders, weight.out_features, weight.in_features, weight.group_size, kind)
+
+    def with_pages(self, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> BlockedWeight:
+        """See PreparedWeight. Each tensor has memory of its own, so that dropping it gives its memory back."""
+        check_pages(self, bits, planes, decoder)
+        kept, threads = self.planes[:bits], torch.get_num_threads()
+        added = []
+        for index, plane in enumerate(planes, len(kept)):
+            packed = _allocate_page(self.handle.plane_bytes, index)
+            _pack_plane(self.handle, plane, packed, threads)
+            added.append(packed)
+        packed = _allocate_page(self.handle.decoder_bytes(bits), MAX_BITS)
+        _pack_decoder(self.handle, bits, decoder, packed)
+        return self._with((*kept, *added), {bits: packed})
 
     def unpack(self) -> PlaneWeight:
         """The weight as stored, in tensors of its own."""
@@ -117,7 +129,7 @@ class BlockedWeight:
         threads = torch.get_num_threads()
         planes = []
         for packed in self.planes:
-            plane = torch.empty(self.out_features, words, dtype=torch.int32)
+            plane = torch.empty(self.out_features, words, dtype=torch.int32, device="cpu")
             self.handle.unpack_plane(packed.data_ptr(), plane.data_ptr(), threads)
             planes.append(plane)
         return PlaneWeight(
@@ -126,13 +138,26 @@ class BlockedWeight:
 
     def _decoder(self, bits: int) -> Decoder:
         shapes = decoder_shapes(self.kind, bits, self.out_features, self.in_features, self.group_size)
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+        tensors = {name: torch.empty(shape, dtype=dtype, device="cpu") for name, (dtype, shape) in shapes.items()}
         if self.kind == "codebook":
             table = tensors[f"table_{bits}"]
             table.flatten()[:] = self.decoders[bits].view(SCALE_DTYPE)[: table.numel()]
         else:
             self.handle.unpack_scales(bits, *_addresses(list(tensors.values())))
         return make_decoder(self.kind, bits, tensors)
+
+
+def _pack_plane(layout: Any, plane: Tensor, packed: Tensor, threads: int) -> None:
+    plane = plane.contiguous()  # kept until it is read
+    layout.pack_plane(plane.data_ptr(), packed.data_ptr(), threads)
+
+
+def _pack_decoder(layout: Any, bits: int, decoder: Decoder, packed: Tensor) -> None:
+    if isinstance(decoder, CodebookDecoder):
+        packed.view(SCALE_DTYPE).zero_()[: decoder.table.numel()] = decoder.table.flatten()
+    else:
+        tensors = [tensor.contiguous() for tensor in decoder_tensors(decoder, bits).values()]
+        layout.pack_scales(bits, *_addresses(tensors), packed.data_ptr())
 
 
 def _flags(kind: str) -> tuple[bool, bool]:
@@ -153,12 +178,21 @@ def _allocate(sizes: Sequence[int]) -> list[Tensor]:
     for size in sizes:
         starts.append(end)
         end += -(-size // ALIGNMENT) * ALIGNMENT + (SKEW if size >= HUGE_PAGE // 4 else 0)
-    whole = torch.empty(end + (HUGE_PAGE if end >= HUGE_PAGE else ALIGNMENT), dtype=torch.uint8)
+    room = end + (HUGE_PAGE if end >= HUGE_PAGE else ALIGNMENT)
+    whole = torch.empty(room, dtype=torch.uint8, device="cpu")  # whatever torch's default device is
     skip = -whole.data_ptr() % (HUGE_PAGE if end >= HUGE_PAGE else ALIGNMENT)
     huge = end // HUGE_PAGE * HUGE_PAGE
     if huge:
         native.advise_huge(whole.data_ptr() + skip, huge)
     return [whole[skip + start : skip + start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def _allocate_page(size: int, place: int) -> Tensor:
+    """Memory of its own for the plane `place`, or for a decoder: MAX_BITS.
+
+    Lying at another distance from a page's start than its neighbours costs a page; small ones do without.
+    """
+    return allocate(size, STAGGER * place if size >= STAGGERED else 0)
 
 
 def _expect(name: str, tensor: Tensor, count: int) -> None:

@@ -83,7 +83,7 @@ class CpuKernel:
         assert native is not None
         if x.stride(1) != 1:
             x = x.contiguous()
-        ys = [torch.empty(x.shape[0], weight.out_features, dtype=x.dtype) for weight in weights]
+        ys = [x.new_empty(x.shape[0], weight.out_features) for weight in weights]
         row_bits = None
         if isinstance(bits, Tensor):
             row_bits = bits.to(device="cpu", dtype=torch.int8).contiguous()
@@ -106,11 +106,11 @@ class CpuKernel:
     def _from_tiles(self, x: Tensor, weight: BlockedWeight, bits: int) -> Tensor:
         out_features, columns = weight.out_features, weight.in_features
         step = max(1, TILE_WEIGHTS // columns // BLOCK_ROWS) * BLOCK_ROWS
-        tile = torch.empty(min(step, out_features), columns, dtype=x.dtype)
+        tile = x.new_empty(min(step, out_features), columns)
         rows = x.shape[0]
         if x.dtype != torch.float32:
             x = torch.nn.functional.pad(x, (0, 0, 0, -rows % ROW_STEP))
-        y = torch.empty(x.shape[0], out_features, dtype=x.dtype)
+        y = x.new_empty(x.shape[0], out_features)
         for first in range(0, out_features, step):
             last = min(out_features, first + step)
             weight.handle.decode(self.isa, bits, first, last, tile.data_ptr(), TYPES[x.dtype], torch.get_num_threads())
@@ -139,7 +139,7 @@ class CpuKernel:
         return result
 
     def _tiles_of_rows(self, x: Tensor, weight: BlockedWeight, row_bits: Tensor) -> Tensor:
-        y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype)
+        y = x.new_empty(x.shape[0], weight.out_features)
         for bits in torch.unique(row_bits).tolist():
             chosen = row_bits == bits
             y[chosen] = self.linear(x[chosen], weight, bits)

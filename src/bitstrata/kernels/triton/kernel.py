@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -76,7 +77,8 @@ class TritonKernel:
             return [x.new_empty(0, weight.out_features) for weight in weights]
         if x.stride(1) != 1:
             x = x.contiguous()
-        return [self._one(x, weight, bits) for weight in weights]
+        with _current(x.device):
+            return [self._one(x, weight, bits) for weight in weights]
 
     def _one(self, x: Tensor, weight: TiledWeight, bits: int | Tensor) -> Tensor:
         launch, rows = _launch(), len(x)
@@ -92,8 +94,16 @@ class TritonKernel:
         """Rows `index` of the weight; an index on a device that is out of range gives the nearest row."""
         if isinstance(weight, PlaneWeight):
             weight, index = TiledWeight.pack(weight.take(index)), torch.arange(len(index), device=index.device)
-        rows: Tensor = _launch().decode(weight, bits, dtype, index)
+        with _current(index.device):
+            rows: Tensor = _launch().decode(weight, bits, dtype, index)
         return rows
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, wherever the tensors are: make it `device`."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _tiled(weight: PlaneWeight | TiledWeight) -> TiledWeight:

@@ -21,7 +21,7 @@ Padding is zeros: rows without weights and columns that only meet activations th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,7 @@ from ...planes.weights import (
     PlaneWeight,
     group_count,
 )
+from ..registry import check_pages
 
 LAYOUT = "tiled"
 BLOCK_ROWS = 16
@@ -136,11 +137,16 @@ class TiledWeight:
         if len({decoder.kind == "codebook" for decoder in weight.decoders.values()}) > 1:
             raise ValueError("a weight with affine and codebook decoders cannot be packed")
         shape = cls((), {}, weight.out_features, weight.in_features, weight.group_size, weight.kind)
-        planes = tuple(
-            torch.cat([shape._tile(plane[start:stop]) for start, stop in shape._steps()]) for plane in weight.planes
-        )
+        planes = tuple(map(shape._pack_plane, weight.planes))
         decoders = {bits: shape._pack_decoder(decoder) for bits, decoder in weight.decoders.items()}
         return cls(planes, decoders, weight.out_features, weight.in_features, weight.group_size, weight.kind)
+
+    def with_pages(self, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> TiledWeight:
+        """See PreparedWeight."""
+        check_pages(self, bits, planes, decoder)
+        held = (*self.planes[:bits], *map(self._pack_plane, planes))
+        decoders = {bits: self._pack_decoder(decoder)}
+        return TiledWeight(held, decoders, self.out_features, self.in_features, self.group_size, self.kind)
 
     def unpack(self) -> PlaneWeight:
         """The weight as stored, bit for bit, in tensors of its own."""
@@ -163,6 +169,10 @@ class TiledWeight:
         step = max(1, STEP // (self.chunks * CHUNK) // BLOCK_ROWS) * BLOCK_ROWS
         for start in range(0, self.out_features, step):
             yield start, min(start + step, self.out_features)
+
+    def _pack_plane(self, plane: Tensor) -> Tensor:
+        """A stored plane -> flat tiles."""
+        return torch.cat([self._tile(plane[start:stop]) for start, stop in self._steps()])
 
     def _tile(self, plane: Tensor) -> Tensor:
         """Stored words of consecutive rows, starting at a multiple of 16 -> flat tiles."""

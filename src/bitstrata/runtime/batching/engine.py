@@ -7,7 +7,8 @@
 
 A round of the thread: drop what was cancelled; admit waiting requests, first come first served, while
 there are places and room in the cache; pack what each has to feed into batches (packing.py); run
-them, and give every request its next token. A request reads its bits anew each round.
+them, and give every request its next token. Each round the policy chooses the bits of every request
+that has a choice; the others run at what their handles say then.
 
 Greedy tokens are those of `model.generate(bits=...)` alone. Settings of the model's generation config other than
 its end-of-sequence tokens (penalties and the like) are not applied.
@@ -17,47 +18,27 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
 from ...models import context_limit
-from ...nn import bits_state, steady_rows
+from ...nn import Precision, bits_state, steady_rows
+from ..policy import LoadView, Policy, RequestView, Steps, choose_bits
 from .attention import Span
 from .forward import Forward
 from .memory import BLOCK, Range, TokenPool
 from .packing import Segment, Waiting, pack
 from .request import REASONS, Event, Finished, Handle, Limits, Request, Token
-from .sampling import Choice, Sampler, choose
+from .sampling import Choice, Sampler, choose, normalised_entropy
+from .stats import EngineStats, Pace
 
 STOP_TOKENS = 4  # a character may take this many tokens, so a stop text of n lies within the last 4 n and a few
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine is doing and has done.
-
-    cache_tokens, cache_used_tokens: of the cache, and reserved now; cache_bytes: of all layers' tensors.
-    prompt_tokens, new_tokens, batches: since the start. finished: requests by reason.
-    """
-
-    running: int
-    waiting: int
-    cache_tokens: int
-    cache_used_tokens: int
-    cache_bytes: int
-    prompt_tokens: int
-    new_tokens: int
-    batches: int
-    finished: dict[str, int]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass
@@ -68,9 +49,11 @@ class _Running:
     tokens: list[int]
     most: int  # new tokens it may make
     sampler: Sampler
+    steps: Steps  # the policy's, of this request
     place: Range | None = None
     past: int = 0
     new: list[int] = field(default_factory=list)
+    entropy: float | None = None  # of the last distribution, if the policy wants it
 
 
 class Engine:
@@ -84,6 +67,7 @@ class Engine:
         cache_tokens: room for the prompts and new tokens of all running requests together.
             By default 512 for each, or the model's context if that is less, and at least 2,048.
         max_waiting: requests that may wait for a place.
+        policy: what lowers requests that have min_bits, for this engine alone; nothing by default.
 
     `limits` says what requests it can take.
 
@@ -101,9 +85,9 @@ class Engine:
         max_batch_tokens: int = 512,
         cache_tokens: int | None = None,
         max_waiting: int = 1024,
+        policy: Policy | None = None,
     ) -> None:
         self.model = model
-        supported = bits_state(model).supported
         context = _steady_context(model)
         if cache_tokens is None:
             cache_tokens = max(2048, max_requests * min(512, context or 512))
@@ -116,10 +100,10 @@ class Engine:
                 hint=f"at least 1, 1, {least} and {2 * BLOCK}",
             )
         self.max_requests, self.max_batch_tokens, self.max_waiting = max_requests, max_batch_tokens, max_waiting
-        self._tokenizer = tokenizer
+        self._tokenizer, self._policy = tokenizer, policy or Policy()
         self._pool = TokenPool(cache_tokens)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        self.limits = Limits(supported, vocabulary, context, self._pool.tokens, tokenizer is not None)
+        self.limits = Limits(bits_state(model), vocabulary, context, self._pool.tokens, tokenizer is not None)
         self._eos = _end_tokens(model)
         self._changed = threading.Condition()  # guards what follows, down to the counters
         self._waiting: deque[_Running] = deque()
@@ -129,6 +113,8 @@ class Engine:
         self._failure: BaseException | None = None
         self._prompt_tokens = self._new_tokens = self._batches = 0
         self._finished = Counter(dict.fromkeys(REASONS, 0))
+        self._tokens_by_bits: Counter[str] = Counter()
+        self._pace = Pace()
         self._forward = Forward(model, self._pool)
         try:
             with torch.no_grad():
@@ -167,10 +153,10 @@ class Engine:
                 raise ClosedError("the engine is closed", hint="start another")
             if len(self._waiting) >= self.max_waiting:
                 raise ResourceError(f"{self.max_waiting} requests are waiting already", hint="try again later")
-            handle = Handle(request, self._number, self.limits.bits, listener)
+            handle = Handle(request, self._number, self.limits, listener)
             handle._wake = self._wake
             self._number += 1
-            self._waiting.append(_Running(handle, list(request.prompt_ids), most, sampler))
+            self._waiting.append(_Running(handle, list(request.prompt_ids), most, sampler, self._policy.start()))
             self._changed.notify_all()
         return handle
 
@@ -188,8 +174,10 @@ class Engine:
                 cache_tokens=self._pool.tokens,
                 cache_used_tokens=self._pool.used_tokens,
                 cache_bytes=self._pool.bytes,
+                time_per_token=self._pace.mean,
                 prompt_tokens=self._prompt_tokens,
                 new_tokens=self._new_tokens,
+                tokens_by_bits=dict(sorted(self._tokens_by_bits.items())),
                 batches=self._batches,
                 finished=dict(self._finished),
             )
@@ -230,6 +218,8 @@ class Engine:
     def _next_round(self) -> bool:
         """Wait for work, drop what was cancelled and admit what fits; False when there is nothing left to do."""
         with self._changed:
+            if not (self._running or self._waiting):
+                self._pace.clear()
             self._changed.wait_for(lambda: self._running or self._waiting or self._closing)
             everything = [*self._running.values(), *self._waiting]
             drop = self._closing == "drop"
@@ -249,9 +239,11 @@ class Engine:
             return bool(self._running) or self._closing is None
 
     def _round(self) -> None:
+        started = time.monotonic()
+        decoding = any(item.new for item in self._running.values())
         waiting = [
-            Waiting(number, item.past, len(item.tokens) - item.past, item.handle.bits)
-            for number, item in self._running.items()
+            Waiting(item.handle.number, item.past, len(item.tokens) - item.past, bits)
+            for item, bits in self._bits(started)
         ]
         for batch in pack(waiting, self.max_batch_tokens, self._steady):
             try:
@@ -260,6 +252,25 @@ class Engine:
                 for segment in batch:
                     if segment.owner in self._running:
                         self._end(self._running[segment.owner], Finished("error", error))
+        if decoding:  # whoever was decoding waited this long for its token
+            with self._changed:
+                self._pace.add(time.monotonic() - started)
+
+    def _bits(self, now: float) -> list[tuple[_Running, Precision]]:
+        """At what every running request runs in the round that begins now."""
+        asked = [(item, item.handle.bits) for item in self._running.values()]
+        supported = self.limits.state.supported
+        views = {
+            item.handle.number: RequestView(bits, item.handle.request.min_bits, supported, len(item.new), item.entropy)
+            for item, bits in asked
+            if isinstance(bits, int)
+        }
+        with self._changed:
+            waiting = len(self._waiting)
+        most = max((len(view.ladder) - 1 for view in views.values()), default=0)
+        self._policy.observe(LoadView(now, waiting, self._pace.mean, most))
+        chosen = {number: choose_bits(self._running[number].steps, view) for number, view in views.items()}
+        return [(item, chosen.get(item.handle.number, bits)) for item, bits in asked]
 
     def _run(self, batch: list[Segment]) -> None:
         items = [self._running[segment.owner] for segment in batch]
@@ -277,18 +288,24 @@ class Engine:
             item.past += segment.length
         if not rows:
             return
-        choices = choose(logits if len(rows) == len(batch) else logits[rows], [items[row].sampler for row in rows])
+        logits = logits if len(rows) == len(batch) else logits[rows]
+        if self._policy.wants_entropy:
+            for row, entropy in zip(rows, normalised_entropy(logits).tolist(), strict=True):
+                items[row].entropy = entropy
+        choices = choose(logits, [items[row].sampler for row in rows])
         for row, choice in zip(rows, choices, strict=True):
             if isinstance(choice, BitstrataError):
                 self._end(items[row], Finished("error", choice))
             else:
                 self._take(items[row], choice, batch[row].bits)
 
-    def _take(self, item: _Running, choice: Choice, bits: int) -> None:
+    def _take(self, item: _Running, choice: Choice, precision: Precision) -> None:
         item.tokens.append(choice.token)
         item.new.append(choice.token)
+        bits = precision if isinstance(precision, int) else None
         with self._changed:
             self._new_tokens += 1
+            self._tokens_by_bits["plan" if bits is None else str(bits)] += 1
         item.handle._emit(Token(choice.token, bits, choice.logprob, choice.top))
         if self._stops(item, choice.token):
             self._end(item, Finished("stop"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import BitstrataError, UsageError
-from ...nn import bits_state
+from ...nn import Bits, Precision, RowBits, bits_state
 from .attention import NAME, FlatBatch, Span
 from .memory import BLOCK, TokenPool
 
@@ -64,7 +64,7 @@ class Forward:
             self._own_attention = None
         self.pool.clear()
 
-    def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[int]) -> Tensor:
+    def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Precision]) -> Tensor:
         """Logits [spans, V] float32 after the last token of each span; each span's tokens run at its own bits."""
         device = self.model.device
         positions = [span.past + step for span in spans for step in range(span.length)]
@@ -75,12 +75,13 @@ class Forward:
         last = torch.tensor([span.length for span in spans], device=device).cumsum(0) - 1
         batch = FlatBatch(self.pool, spans, places, gather=self._gather)
         extra: dict[str, Any] = {"logits_to_keep": last} if self._can_keep else {}
-        row_bits: int | Tensor = bits[0]
-        if len(set(bits)) > 1:  # one precision for all is an int: kernels have less to do
-            each = [value for span, value in zip(spans, bits, strict=True) for _ in range(span.length)]
-            row_bits = torch.tensor([each], dtype=torch.int8, device=device)
         logits: Tensor = self.model(
-            input_ids=ids, position_ids=position_ids, use_cache=False, bitstrata_batch=batch, bits=row_bits, **extra
+            input_ids=ids,
+            position_ids=position_ids,
+            use_cache=False,
+            bitstrata_batch=batch,
+            bits=_row_bits(bits, [span.length for span in spans], device),
+            **extra,
         ).logits[0]
         return (logits if self._can_keep else logits[last]).float()
 
@@ -91,8 +92,12 @@ class Forward:
         does something that batches here do not.
         """
         self._require_usable()
-        supported = bits_state(self.model).supported
-        high, low = max(supported), min(supported)
+        with bits_state(self.model).still():
+            self._check()
+
+    def _check(self) -> None:
+        state = bits_state(self.model)
+        high, low = state.default, min(state.supported, default=state.default)
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         one, other = ([(step * stride) % vocabulary for step in range(PROBE)] for stride in (7, 11))
         expected = torch.stack([self._alone(one, high), self._alone(other[: PROBE - 3], low)])
@@ -121,7 +126,24 @@ class Forward:
                 hint="its attention or positions work in a way that the engine does not know",
             )
 
-    def _alone(self, tokens: list[int], bits: int) -> Tensor:
+    def _alone(self, tokens: list[int], bits: Precision) -> Tensor:
         ids = torch.tensor([tokens], device=self.model.device)
         logits: Tensor = self.model(input_ids=ids, use_cache=False, bits=bits).logits
         return logits[0, -1].float()
+
+
+def _row_bits(bits: Sequence[Precision], lengths: Sequence[int], device: torch.device) -> Bits:
+    """What the model is told when `lengths[i]` rows run at bits[i]: the simplest form that says it.
+
+    One precision for all is no tensor, and kernels have less to do.
+    """
+    choices: list[Precision] = []
+    for value in bits:
+        if value not in choices:
+            choices.append(value)
+    if len(choices) == 1:
+        return choices[0]
+    rows = [choices.index(value) for value, length in zip(bits, lengths, strict=True) for _ in range(length)]
+    if all(isinstance(choice, int) for choice in choices):
+        return torch.tensor([[choices[row] for row in rows]], dtype=torch.int8, device=device)
+    return RowBits(tuple(choices), torch.tensor([rows], device=device))

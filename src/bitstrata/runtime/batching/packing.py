@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...nn import Precision
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -25,7 +27,7 @@ class Segment:
     owner: int
     past: int
     length: int
-    bits: int
+    bits: Precision
     is_last: bool
 
 
@@ -36,7 +38,7 @@ class Waiting:
     owner: int
     past: int
     length: int
-    bits: int
+    bits: Precision
 
 
 def pack(waiting: Sequence[Waiting], max_tokens: int, steady: int | None) -> list[list[Segment]]:
@@ -48,7 +50,7 @@ def pack(waiting: Sequence[Waiting], max_tokens: int, steady: int | None) -> lis
     if steady is None:
         ordered = sorted(waiting, key=lambda item: item.length > 1)
         return [batch] if (batch := _fill(ordered, max_tokens, 0, max_tokens)) else []
-    short = sorted((item for item in waiting if item.length <= steady), key=lambda item: item.bits)
+    short = sorted((item for item in waiting if item.length <= steady), key=lambda item: _order(item.bits))
     batches: list[list[Segment]] = []
     rows = steady
     for item in short:  # in order of bits: a batch at one precision is faster than a mixed one
@@ -59,6 +61,13 @@ def pack(waiting: Sequence[Waiting], max_tokens: int, steady: int | None) -> lis
         rows += item.length
     long = _fill([item for item in waiting if item.length > steady], max_tokens, steady, steady)
     return [*batches, long] if long else batches
+
+
+def _order(bits: Precision) -> tuple[float, tuple[int, ...]]:
+    """Equal precisions lie together, a plan where its mean is. Plans come in one order of layers."""
+    if isinstance(bits, int):
+        return bits, ()
+    return sum(bits.values()) / max(1, len(bits)), tuple(bits.values())
 
 
 def _fill(items: Sequence[Waiting], max_tokens: int, steady: int, most: int) -> list[Segment]:

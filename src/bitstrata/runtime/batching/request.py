@@ -7,10 +7,11 @@ follows, steers and cancels it, from any thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...errors import InputError, UnsupportedBitsError, UsageError
+from ...nn import BitsState, Precision
 
 REASONS = ("stop", "length", "cancelled", "error")
 
@@ -21,8 +22,8 @@ class Request:
 
     Args:
         prompt_ids: the prompt's tokens, BOS included where the model wants one.
-        bits: the precision; the model's highest if None.
-        min_bits: the least that whoever lowers bits under load may go to; `bits` if None, so never lower.
+        bits: the precision: an int, or a plan (layer name -> bits); the model's highest if None.
+        min_bits: the least that the engine's policy may lower an int `bits` to; `bits` if None, so never lower.
         max_new_tokens: at most so many tokens; None for as many as the model's context and the engine's cache leave.
         temperature: 0 takes the most likely token every time; above 0 samples from softmax(logits / temperature).
         top_p: sample from the smallest set of most likely tokens whose probability reaches top_p.
@@ -33,7 +34,7 @@ class Request:
     """
 
     prompt_ids: Sequence[int]
-    bits: int | None = None
+    bits: Precision | None = None
     min_bits: int | None = None
     max_new_tokens: int | None = 64
     temperature: float = 0.0
@@ -50,11 +51,11 @@ class Token:
 
     logprob: ln of its probability at temperature 1, before top_p; None unless asked for.
     top: the likeliest tokens at this place with theirs, likeliest first.
-    bits: the precision that computed it.
+    bits: the precision that computed it; None where that was the request's plan.
     """
 
     id: int
-    bits: int
+    bits: int | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
@@ -72,9 +73,9 @@ Event = Token | Finished
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine can take: supported bits, the model's vocabulary and the longest sequence, in tokens."""
+    """What an engine can take: the model's bits and plans, its vocabulary and the longest sequence, in tokens."""
 
-    bits: tuple[int, ...]
+    state: BitsState
     vocabulary: int
     context: int | None
     cache_tokens: int
@@ -90,15 +91,19 @@ class Limits:
         """How many new tokens `request` may make.
 
         Raises:
-            UnsupportedBitsError: bits or min_bits that the model does not have.
+            UnsupportedBitsError: bits or min_bits that the model does not have, in a plan as well.
             InputError: an empty prompt, a token outside the vocabulary, a prompt that leaves no room for a new token.
             UsageError: anything else that is wrong with it.
         """
-        for bits in (request.bits, request.min_bits):
-            if bits is not None and (isinstance(bits, bool) or bits not in self.bits):
-                raise UnsupportedBitsError(bits, self.bits)
-        if request.min_bits is not None and request.min_bits > (request.bits or max(self.bits)):
-            raise UsageError(f"min_bits={request.min_bits} is above bits={request.bits or max(self.bits)}")
+        bits = self.precision(request.bits)
+        if request.min_bits is not None:
+            self._check_bits(request.min_bits)
+            if not isinstance(bits, int):
+                raise UsageError(
+                    f"min_bits={request.min_bits} cannot go with a plan", hint="policies lower bits that are an int"
+                )
+            if request.min_bits > bits:
+                raise UsageError(f"min_bits={request.min_bits} is above bits={bits}")
         if not request.temperature >= 0 or request.temperature == float("inf") or not 0 < request.top_p <= 1:
             raise UsageError(
                 f"temperature={request.temperature}, top_p={request.top_p} cannot be used",
@@ -133,6 +138,20 @@ class Limits:
             )
         return size - prompt if asked is None else asked
 
+    def precision(self, bits: Precision | None) -> Precision:
+        """`bits`, or the model's default, as BitsState.keep gives them.
+
+        Raises UnsupportedBitsError and UsageError as BitsState.set does.
+        """
+        if bits is not None and not isinstance(bits, Mapping):
+            self._check_bits(bits)
+        return self.state.keep(bits)
+
+    def _check_bits(self, bits: int) -> None:
+        if isinstance(bits, bool) or not isinstance(bits, int):
+            raise UnsupportedBitsError(bits, self.state.supported)
+        self.state.check(bits)
+
     def _check_stop(self, stop: Sequence[str | int]) -> None:
         if isinstance(stop, str) or any(isinstance(item, bool) or not isinstance(item, (str, int)) for item in stop):
             raise UsageError(f"stop must be a sequence of texts and token ids, got {stop!r}")
@@ -157,12 +176,9 @@ class Handle:
     `request` is what was asked for. Events are kept, so `events` may be called more than once and late.
     """
 
-    def __init__(
-        self, request: Request, number: int, supported: tuple[int, ...], listener: Callable[[Event], None] | None
-    ) -> None:
+    def __init__(self, request: Request, number: int, limits: Limits, listener: Callable[[Event], None] | None) -> None:
         self.request, self.number = request, number
-        self._bits = request.bits if request.bits is not None else max(supported)
-        self._supported = supported
+        self._limits, self._bits = limits, limits.precision(request.bits)
         self._listener = listener
         self._changed = threading.Condition()
         self._events: list[Event] = []
@@ -171,18 +187,16 @@ class Handle:
         self._wake: Callable[[], None] = lambda: None
 
     @property
-    def bits(self) -> int:
-        """The precision of the tokens to come; the engine reads it at each step."""
+    def bits(self) -> Precision:
+        """The precision of the tokens to come, before a policy lowers it; the engine reads it at each step."""
         return self._bits
 
-    def set_bits(self, bits: int) -> None:
-        """Go on at `bits`. What the cache holds of earlier tokens stays as it was computed.
+    def set_bits(self, bits: Precision) -> None:
+        """Go on at `bits`, an int or a plan. What the cache holds of earlier tokens stays as it was computed.
 
-        Raises UnsupportedBitsError for bits that the model does not have.
+        Raises UnsupportedBitsError for bits that the model does not have, UsageError for a plan that is not its.
         """
-        if isinstance(bits, bool) or bits not in self._supported:
-            raise UnsupportedBitsError(bits, self._supported)
-        self._bits = bits
+        self._bits = self._limits.precision(bits)
 
     def cancel(self) -> None:
         """End the request soon, with the reason "cancelled" unless it ends by itself before; no-op once it ended."""

@@ -7,6 +7,7 @@ draws the same ones whatever else is in the batch.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,14 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice | CheckEr
         else:
             choices.append(_with_logprobs(logits[row], taken[row], sampler.logprobs))
     return choices
+
+
+def normalised_entropy(logits: Tensor) -> Tensor:
+    """How flat the distribution of each row is, -sum_v p ln p / ln V: 0 for one certain token, 1 for all alike.
+
+    logits: float32 [rows, V]; returns float32 [rows].
+    """
+    return torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1) / math.log(max(2, logits.shape[-1]))
 
 
 def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:

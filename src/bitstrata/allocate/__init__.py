@@ -1,0 +1,24 @@
+"""Bits for each layer from a budget: what layers cost, solvers, and the order of pages."""
+
+from .objective import Objective
+from .order import page_order
+from .plan import SOLVERS, plan
+from .problem import Bounds, Problem, random_allocation
+from .report import PlanReport, PlanRow
+from .sensitivity import SENSITIVITY_FILE, Sensitivity, Settings, measure_sensitivity
+
+__all__ = [
+    "SENSITIVITY_FILE",
+    "SOLVERS",
+    "Bounds",
+    "Objective",
+    "PlanReport",
+    "PlanRow",
+    "Problem",
+    "Sensitivity",
+    "Settings",
+    "measure_sensitivity",
+    "page_order",
+    "plan",
+    "random_allocation",
+]

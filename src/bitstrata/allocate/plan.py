@@ -1,0 +1,243 @@
+"""`bitstrata.plan`: the best bits for every layer within a budget, predicted, measured and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..calibrate import calibration_windows, read_text, text_digest
+from ..checkpoint import (
+    PAGES_FILE,
+    Budget,
+    CheckpointReader,
+    Fingerprint,
+    ModelSizes,
+    Plan,
+    bytes_text,
+    parse_budget,
+)
+from ..errors import UsageError
+from ..evaluate import load_reference
+from ..models import context_limit, load, load_tokenizer, resolve
+from ..models.load import pick_device
+from ..models.source import SourceModel
+from ..progress import Reporter
+from . import greedy, milp, paired, waterfill
+from .objective import Objective
+from .order import page_order
+from .problem import Array, Bounds, Problem, random_allocation
+from .report import PlanReport, PlanRow
+from .sensitivity import SENSITIVITY_FILE, Measure, Sensitivity, Settings, measure_sensitivity
+
+SOLVERS: dict[str, Callable[[Problem], Array]] = {
+    "paired": paired.solve,
+    "milp": milp.solve,
+    "greedy": greedy.solve,
+    "waterfill": waterfill.solve,
+}
+DEFAULT_SEQ_LEN = 512
+
+
+def plan(
+    model: str | Path,
+    budget: str | Budget,
+    solver: str = "paired",
+    text: str | Path | None = None,
+    reference: str | Path | None = None,
+    *,
+    output: str | Path | None = None,
+    pages: bool = False,
+    plot: str | Path | None = None,
+    sensitivity: str | Path | None = None,
+    measure: Measure = "kld",
+    together: bool = False,
+    min_bits: Mapping[str, int] | None = None,
+    max_bits: Mapping[str, int] | None = None,
+    windows: int = 16,
+    seq_len: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> PlanReport:
+    """Find the bits of every layer that lose least within `budget`.
+
+    Args:
+        model: a checkpoint folder or hub id.
+        budget: `600MB`, `1.8GiB`: all weights in memory; `3.2bpw`: bits read for each quantized weight.
+        solver: paired (the best), milp, greedy or waterfill.
+        text: a UTF-8 file, or `stdlib`: some windows to measure layers on, others to compare the plan on. Not needed
+            once layers are measured; the plan is then neither refined nor compared by its true loss.
+        reference: the original model. Losses are divergences from it, else from the model's own highest bits.
+        output: where the plan is written.
+        pages: also write the order of pages beside the checkpoint, in which every budget is a prefix.
+        plot: where a picture of loss against bytes is written (extra `plots`).
+        sensitivity: where layers' losses are kept; `bitstrata_sensitivity.json` beside the checkpoint by default.
+        measure: kld, or hessian: one pass instead of one for each layer and bits, and a worse guide.
+        together: equal bits for layers that share a kernel call (q, k and v; gate and up).
+        min_bits, max_bits: name pattern (`*.down_proj`) -> the least or most bits of the layers that match.
+        windows, seq_len, seed: how many windows of how many tokens, and which.
+
+    Raises:
+        UsageError: a budget below the smallest plan (the message says the least), an unknown solver, bounds that
+            leave no plan.
+        PlanError: a sensitivity file of another model, text or settings.
+    """
+    reporter = (reporter or Reporter()).fresh()
+    budget = parse_budget(budget)
+    if solver not in SOLVERS:
+        raise UsageError(f"there is no solver {solver!r}", hint=f"solvers: {', '.join(SOLVERS)}")
+    if plot is not None:
+        from .plot import require_matplotlib
+
+        require_matplotlib()
+    folder = resolve(model, kind="bitstrata checkpoint")
+    reader = CheckpointReader(folder)
+    sizes = ModelSizes.of(reader)
+    limit = sizes.limit(budget)
+    bounds = Bounds(min_bits or {}, max_bits or {})
+    bounds.check(list(sizes.layers))
+    largest = sizes.of_plan(sizes.largest)
+    if limit >= largest.weights:
+        reporter.note(f"the budget {budget} is above everything there is: all planes are {bytes_text(largest.total)}")
+
+    path = Path(sensitivity) if sensitivity is not None else folder / SENSITIVITY_FILE
+    measured = None
+    if text is not None:
+        measured = _Measured.of(reader, text, reference, measure, windows, seq_len, seed, device, reporter)
+    found = _sensitivity(path, reader, measured, reporter)
+
+    problem = Problem.build(
+        found,
+        sizes,
+        limit,
+        together=together,
+        bounds=bounds,
+        true_loss=None if measured is None else measured.calibration.loss,
+    )
+    x = SOLVERS[solver](problem)
+    size = sizes.of_plan(problem.plan(x))
+    rows = _rows(problem, x, found, reader, sizes, measured, seed)
+    provenance = {
+        "budget": str(budget),
+        "solver": solver,
+        "bytes": size.total,
+        "bpw": size.bpw,
+        "divergence_from": found.target,
+        "predicted": rows[0].predicted,
+        "measured": rows[0].measured,
+    }
+    made = Plan(problem.plan(x), Fingerprint.of(reader), str(budget), provenance)
+    if output is not None:
+        made.save(output)
+    order = page_order(problem, found, reader) if pages or plot is not None else None
+    if pages and order is not None:
+        order.save(folder / PAGES_FILE)
+        reporter.say(f"wrote {folder / PAGES_FILE}")
+    if plot is not None and order is not None:
+        from .plot import draw
+
+        draw(Path(plot), order, found, reader, sizes, rows, measured.heldout if measured else None)
+    return PlanReport(
+        model=str(model),
+        budget=str(budget),
+        solver=solver,
+        plan=made,
+        size=size,
+        rows=tuple(rows),
+        target=found.target,
+        heldout_tokens=measured.heldout.positions if measured else 0,
+        notes=tuple(reporter.notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What measures true losses: on the windows that layers are measured on, and on others."""
+
+    settings: Settings
+    calibration: Objective
+    heldout: Objective
+    windows: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        reader: CheckpointReader,
+        text: str | Path,
+        reference: str | Path | None,
+        measure: Measure,
+        windows: int,
+        seq_len: int | None,
+        seed: int,
+        device: str,
+        reporter: Reporter,
+    ) -> _Measured:
+        documents = read_text(text)
+        where = pick_device(device)
+        tokenizer = load_tokenizer(reader.folder)
+        # float32 on a CPU, as in `evaluate`: exact there, and no slower
+        model: PreTrainedModel = load(reader.folder, device=where, dtype=torch.float32 if where.type == "cpu" else None)
+        length = min(seq_len or DEFAULT_SEQ_LEN, context_limit(model.config) or DEFAULT_SEQ_LEN)
+        if seq_len is not None and length < seq_len:
+            reporter.note(f"seq-len lowered from {seq_len} to {length}, the model's context")
+        cut = calibration_windows(
+            tokenizer, documents, num_samples=windows, seq_len=length, num_heldout=windows, seed=seed
+        )
+        if len(cut.calibration) < windows:
+            reporter.note(f"the text has {len(cut.calibration)} windows to measure on, not {windows}")
+        original = load_reference(reference, model, where)
+        digests = None if reference is None else SourceModel(resolve(reference, kind="reference model")).digests()
+        settings = Settings(
+            measure=measure,
+            text=Path(text).name,
+            text_sha256=text_digest(documents),
+            reference=None if reference is None else Path(reference).name,
+            reference_sha256=None if digests is None else text_digest([f"{k} {v}" for k, v in sorted(digests.items())]),
+            windows=len(cut.calibration),
+            seq_len=length,
+            seed=seed,
+        )
+        calibration, heldout = (Objective(model, ids, original) for ids in (cut.calibration, cut.heldout))
+        return cls(settings, calibration, heldout, cut.calibration)
+
+
+def _sensitivity(path: Path, reader: CheckpointReader, measured: _Measured | None, reporter: Reporter) -> Sensitivity:
+    if path.exists():
+        return Sensitivity.load(path, reader, None if measured is None else measured.settings)
+    if measured is None:
+        raise UsageError(
+            f"the layers of {reader.folder} have not been measured yet: there is no {path}",
+            hint="give a text to measure them on: --text FILE",
+        )
+    reporter.say(f"measuring what each layer costs; {path} keeps it for other budgets")
+    return measure_sensitivity(measured.calibration, reader, measured.settings, path, measured.windows, reporter)
+
+
+def _rows(
+    problem: Problem,
+    x: Array,
+    found: Sensitivity,
+    reader: CheckpointReader,
+    sizes: ModelSizes,
+    measured: _Measured | None,
+    seed: int,
+) -> list[PlanRow]:
+    """The plan, the uniform plans around it, and a random plan of the same size."""
+    own = sizes.of_plan(problem.plan(x)).weights
+    candidates = {"this plan": problem.plan(x)}
+    uniform = {bits: Plan.uniform(reader.spec, bits) for bits in reader.spec.bits}
+    weights = {bits: sizes.of_plan(plan).weights for bits, plan in uniform.items()}
+    below = [bits for bits in uniform if weights[bits] <= own]
+    above = [bits for bits in uniform if weights[bits] > own]
+    candidates |= {f"uniform {bits}": dict(uniform[bits]) for bits in (*below[-1:], *above[:1])}
+    candidates["random"] = problem.plan(random_allocation(problem, seed))
+    rows = []
+    for name, bits in candidates.items():
+        loss = measured.heldout.loss(bits) if measured else None
+        rows.append(PlanRow.of(name, sizes.of_plan(bits), found.predict(bits), loss))
+    return rows

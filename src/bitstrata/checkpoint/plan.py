@@ -1,0 +1,188 @@
+"""Plans: the bits of every layer, as a value and as a small JSON file.
+
+A plan is a mapping from layer name to bits and goes wherever bits go. It names the layers without a
+role; an output head or an embedding in planes has one precision (FORMAT.md). A plan remembers which
+checkpoint it was made for: `layout` is a digest of everything that decides which bits exist and how
+many bytes they are, `weights` one of the files' digests. Another checkpoint is refused, not tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from ..errors import PlanError
+from .reader import CheckpointReader
+from .schema import QuantizationSpec, Strict
+from .writer import write_json
+
+PLAN_VERSION = 1
+File = TypeVar("File", bound=Strict)
+
+
+class Fingerprint(Strict):
+    """Which checkpoint something was made for.
+
+    layout: sha256 of every layer's name, shape, bits, group size, decoder and role.
+    weights: sha256 of the digests in the index; None where it has none, as after `save_pretrained`.
+    """
+
+    layout: str
+    weights: str | None = None
+
+    @classmethod
+    def of(cls, checkpoint: CheckpointReader | QuantizationSpec) -> Fingerprint:
+        """That of a checkpoint; a spec alone knows no digests."""
+        if isinstance(checkpoint, QuantizationSpec):
+            return cls(layout=_digest(_layout(checkpoint)))
+        digests = checkpoint.digests
+        return cls(layout=_digest(_layout(checkpoint.spec)), weights=_digest(digests) if digests else None)
+
+    def check(self, checkpoint: CheckpointReader | QuantizationSpec, what: str) -> None:
+        """Raise PlanError if `what` (e.g. "plan.json") was made for another checkpoint than this."""
+        other = Fingerprint.of(checkpoint)
+        where = f" in {checkpoint.folder}" if isinstance(checkpoint, CheckpointReader) else ""
+        if self.layout != other.layout:
+            raise PlanError(
+                f"{what} was made for another model than the one{where or ' given'}: "
+                "its layers, their shapes or bits differ",
+                hint="make one for this model with `bitstrata plan OUT --budget ...`",
+            )
+        if self.weights and other.weights and self.weights != other.weights:
+            raise PlanError(
+                f"{what} was made for other weights than those{where}: the model was quantized again since",
+                hint="make it again with `bitstrata plan OUT --budget ...`",
+            )
+
+
+def _layout(spec: QuantizationSpec) -> list[Any]:
+    return [
+        [name, layer.out_features, layer.in_features, spec.layer_bits(name), spec.layer_group_size(name),
+         layer.decoder, layer.bias, layer.role, layer.tied]
+        for name, layer in sorted(spec.layers.items())
+    ]  # fmt: skip
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class _PlanFile(Strict):
+    kind: Literal["bitstrata plan"] = "bitstrata plan"
+    version: int
+    model: Fingerprint | None = None
+    name: str = ""
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    bits: dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(Mapping[str, int]):
+    """Layer name -> bits; usable wherever bits are. Equal to any mapping with the same items.
+
+    model: the checkpoint it was made for; None for one made by hand.
+    name: what tables and messages call it; `load` takes the file's name if there is none in it.
+    provenance: how it was made: budget, solver, predicted and measured loss; free form.
+    """
+
+    bits: Mapping[str, int]
+    model: Fingerprint | None = None
+    name: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", dict(self.bits))
+
+    def __getitem__(self, layer: str) -> int:
+        return self.bits[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.bits)
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.bits.items()))
+
+    def __str__(self) -> str:
+        return self.name or "plan"
+
+    @classmethod
+    def uniform(cls, spec: QuantizationSpec, bits: int) -> Plan:
+        """Every layer at `bits`."""
+        return cls(dict.fromkeys(spec.planned_layers, bits), Fingerprint.of(spec), name=str(bits))
+
+    def check(self, checkpoint: CheckpointReader | QuantizationSpec) -> None:
+        """Raise PlanError unless this plan was made for that checkpoint and names its layers and their bits."""
+        what = f"the plan {self.name}" if self.name else "the plan"
+        spec = checkpoint if isinstance(checkpoint, QuantizationSpec) else checkpoint.spec
+        layers = {name: spec.layer_bits(name) for name in spec.planned_layers}
+        if self.model is not None:
+            self.model.check(checkpoint, what)
+        for name in self.bits:
+            if name not in layers:
+                raise PlanError(
+                    f"{what} names layer {name}, which the model "
+                    + ("keeps at one precision" if name in spec.layers else "does not have")
+                )
+        missing = [name for name in layers if name not in self.bits]
+        if missing:
+            raise PlanError(
+                f"{what} lacks layer {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+                hint="a plan gives bits for every quantized layer by name",
+            )
+        for name, bits in self.bits.items():
+            if bits not in layers[name]:
+                raise PlanError(
+                    f"{what} asks for {bits} bits of layer {name}, which has {', '.join(map(str, layers[name]))}"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON; the file appears whole or not at all."""
+        file = _PlanFile(
+            version=PLAN_VERSION,
+            model=self.model,
+            name=self.name,
+            provenance=dict(self.provenance),
+            bits=dict(self.bits),
+        )
+        write_json(Path(path), file.model_dump(exclude_none=True))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """A plan from a file. Raises PlanError naming what is malformed."""
+        path = Path(path)
+        file = read_file(path, _PlanFile, PLAN_VERSION, "plan")
+        return cls(file.bits, file.model, file.name or path.stem, file.provenance)
+
+
+def read_file(path: Path, schema: type[File], version: int, what: str) -> File:
+    """The JSON file `path` as `schema`. Raises PlanError naming the file, the field and what is wrong with it."""
+    hint = f"is this a {what}? `bitstrata plan` writes them"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"there is no {what} {path}", hint="`bitstrata plan` writes them") from None
+    except OSError as error:
+        raise PlanError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path} is not valid JSON: {error}", hint=hint) from error
+    found = raw.get("version") if isinstance(raw, dict) else None
+    if isinstance(found, int) and found > version:
+        raise PlanError(
+            f"{path} has version {found}; this bitstrata reads up to {version}",
+            hint="upgrade bitstrata: pip install -U bitstrata",
+        )
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise PlanError(f"{path}: {place + ': ' if place else ''}{first['msg']}", hint=hint) from error

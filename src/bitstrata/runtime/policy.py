@@ -1,0 +1,243 @@
+"""Policies: at how many bits the next token of each request is computed, where the request leaves a choice.
+
+A request asks for `bits` and, if it may be lowered, `min_bits`. The model's bits between the two are
+its ladder, highest first. A policy only says how many steps down the ladder a request is now:
+
+    bits = ladder[min(steps, len(ladder) - 1)]
+
+so no policy can leave [min_bits, bits], and a request without min_bits, whose ladder is one rung, is
+never lowered. Prompts are fed at `bits`: all later tokens read their keys and values, and many rows
+at a time are bound by arithmetic, not by the planes read. Only `load` can be told to lower them too.
+
+    fixed      every request at its bits
+    load       down while requests queue or tokens come late, up again when there is room
+    position   a step down every so many new tokens: errors early in a text spread into the rest of it
+               (PMPD, arXiv 2410.13461)
+    entropy    down while the model is sure of its tokens, up when it is not (the signal of FlexQuant,
+               arXiv 2506.12024; thresholds and mean are ours)
+
+Nothing here reads a clock or a model: time, load and entropies come in as values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class RequestView:
+    """What a policy sees of a request before each token.
+
+    bits, min_bits: as asked for. supported: of the model, ascending. new_tokens: made so far; 0 for the prompt, or
+    a part of it.
+    entropy: of the distribution that gave the last of them (`normalised_entropy`), in [0, 1]; None without one,
+    or if the policy does not want it.
+    """
+
+    bits: int
+    min_bits: int | None
+    supported: tuple[int, ...]
+    new_tokens: int
+    entropy: float | None = None
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """The bits that it may run at, highest first."""
+        if self.min_bits is None:
+            return (self.bits,)
+        low = min(self.min_bits, self.bits)
+        return tuple(bits for bits in reversed(self.supported) if low <= bits <= self.bits)
+
+
+@dataclass(frozen=True)
+class LoadView:
+    """What a policy sees of the engine before each round.
+
+    now: seconds, on a clock that never goes back. waiting: requests that found no place.
+    time_per_token: seconds between two tokens of a request, a mean over the recent past; None if none were made
+    since the engine was last without work. steps: of the longest ladder among the running requests.
+    """
+
+    now: float
+    waiting: int
+    time_per_token: float | None
+    steps: int
+
+
+Steps = Callable[[RequestView], int]  # of one request: how far down its ladder; holds what is remembered of it
+
+
+def choose_bits(steps: Steps, request: RequestView) -> int:
+    """The bits at which the request's next token is computed, or its prompt and with that its first new token."""
+    ladder = request.ladder
+    return ladder[min(max(steps(request), 0), len(ladder) - 1)]
+
+
+@dataclass
+class Policy:
+    """Every request at its own bits; the base of the others. An object belongs to one engine: it may remember."""
+
+    name: ClassVar[str] = "fixed"
+    wants_entropy: ClassVar[bool] = False
+
+    def observe(self, load: LoadView) -> None:
+        """Called before each round."""
+
+    def start(self) -> Steps:
+        """Called for each request when it is submitted; the result before each of its tokens."""
+        return lambda request: 0
+
+    def __str__(self) -> str:
+        given = ",".join(f"{item.name}={getattr(self, item.name):g}" for item in fields(self) if item.init)
+        return f"{self.name}:{given}" if given else self.name
+
+    def _require(self, fine: bool, expected: str) -> None:
+        if not fine:
+            raise UsageError(f"policy {self} cannot be used", hint=expected)
+
+
+@dataclass
+class LoadPolicy(Policy):
+    """All requests go a step down when the engine is behind, and a step up when it has had room for a while.
+
+    Behind: at least `queue` requests wait for a place, or the time per token is above the target.
+    Room: nobody waits, and the time per token is below `low` times the target, for `dwell_ms` on end. Between the
+    two nothing changes. Steps lie at least `dwell_ms` apart; an engine that was without work starts at the top again.
+    So the target must lie well above what one request alone takes, or the top comes back only with an empty engine.
+    `prompts=1` lowers prompts as well: for where they cost less at fewer bits (`bitstrata bench OUT --rows 32`), and
+    at the price of every token that reads them.
+    """
+
+    name: ClassVar[str] = "load"
+    target_ms: float
+    low: float = 0.7
+    queue: int = 4
+    dwell_ms: float = 500.0
+    prompts: int = 0
+    steps: int = field(default=0, init=False)  # down, now
+    _changed: float = field(default=float("-inf"), init=False, repr=False)
+    _no_room: float = field(default=float("-inf"), init=False, repr=False)  # when there was none for the last time
+
+    def __post_init__(self) -> None:
+        fine = self.target_ms > 0 and 0 < self.low < 1 and self.queue >= 1 and self.dwell_ms >= 0
+        self._require(
+            fine and self.prompts in (0, 1),
+            "target_ms above 0, low between 0 and 1, queue at least 1, dwell_ms at least 0, prompts 0 or 1",
+        )
+
+    def observe(self, load: LoadView) -> None:
+        late = 0.0 if load.time_per_token is None else load.time_per_token * 1000 / self.target_ms
+        behind, room = load.waiting >= self.queue or late > 1, load.waiting == 0 and late < self.low
+        if not room:
+            self._no_room = load.now
+        dwell = self.dwell_ms / 1000
+        if load.now - self._changed < dwell:
+            return
+        steps = self.steps
+        if behind:
+            steps = max(steps, min(steps + 1, load.steps))
+        elif room and load.time_per_token is None:
+            steps = 0
+        elif room and load.now - self._no_room >= dwell:
+            steps = max(0, min(steps, load.steps) - 1)
+        if steps != self.steps:
+            self.steps, self._changed = steps, load.now
+
+    def start(self) -> Steps:
+        return lambda request: self.steps if request.new_tokens or self.prompts else 0
+
+
+@dataclass
+class PositionPolicy(Policy):
+    """`tokens` new tokens at `bits`, as many at the next lower, and so on down to min_bits."""
+
+    name: ClassVar[str] = "position"
+    tokens: int = 32
+
+    def __post_init__(self) -> None:
+        self._require(self.tokens >= 1, "tokens must be at least 1")
+
+    def start(self) -> Steps:
+        return lambda request: request.new_tokens // self.tokens
+
+
+@dataclass
+class EntropyPolicy(Policy):
+    """Each request goes a step down while the mean entropy of its tokens is below `low`, up while above `high`.
+
+    The mean is exponential, the newest token counting `weight`. Steps of a request lie at least `hold` tokens apart,
+    and the first `hold` tokens are at its bits.
+    """
+
+    name: ClassVar[str] = "entropy"
+    wants_entropy: ClassVar[bool] = True
+    low: float = 0.15
+    high: float = 0.3
+    weight: float = 0.2
+    hold: int = 4
+
+    def __post_init__(self) -> None:
+        fine = 0 <= self.low < self.high <= 1 and 0 < self.weight <= 1 and self.hold >= 1
+        self._require(fine, "0 <= low < high <= 1, weight above 0 and at most 1, hold at least 1")
+
+    def start(self) -> Steps:
+        return _Sureness(self)
+
+
+class _Sureness:
+    """The steps of one request under an EntropyPolicy."""
+
+    def __init__(self, policy: EntropyPolicy) -> None:
+        self._policy = policy
+        self._mean: float | None = None
+        self._steps = self._seen = self._changed = 0
+
+    def __call__(self, request: RequestView) -> int:
+        if request.entropy is None or request.new_tokens == self._seen:
+            return self._steps
+        policy, self._seen = self._policy, request.new_tokens
+        before = request.entropy if self._mean is None else self._mean
+        self._mean = before + policy.weight * (request.entropy - before)
+        if request.new_tokens - self._changed >= policy.hold:
+            wanted = self._steps + (self._mean < policy.low) - (self._mean > policy.high)
+            wanted = min(max(wanted, 0), len(request.ladder) - 1)
+            if wanted != self._steps:
+                self._steps, self._changed = wanted, request.new_tokens
+        return self._steps
+
+
+POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (Policy, LoadPolicy, PositionPolicy, EntropyPolicy)}
+
+
+def parse_policy(text: str) -> Policy:
+    """A policy from what a user types: its name, then settings, as in `load:target_ms=50,low=0.6`.
+
+    Raises UsageError for an unknown policy or setting, a value that is not a number, or one that cannot be used.
+    """
+    name, _, settings = text.strip().partition(":")
+    kind = POLICIES.get(name)
+    if kind is None:
+        raise UsageError(f"policy {text!r} is not known", hint=f"one of {', '.join(POLICIES)}")
+    known = {item.name: int if item.type == "int" else float for item in fields(kind) if item.init}
+    given: dict[str, float] = {}
+    for part in filter(None, settings.split(",")):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key not in known:
+            hint = f"it knows {', '.join(known)}" if known else "it has no settings"
+            raise UsageError(f"policy {name} has no setting {key!r}", hint=hint)
+        if key in given:
+            raise UsageError(f"policy {name}: {key} is given twice")
+        try:
+            given[key] = known[key](value)
+        except ValueError:
+            what = "a whole number" if known[key] is int else "a number"
+            raise UsageError(f"policy {name}: {key}={value} must be {what}") from None
+    if kind is LoadPolicy and "target_ms" not in given:
+        raise UsageError(
+            "policy load needs a target for the time per token", hint="for example load:target_ms=50, in milliseconds"
+        )
+    return kind(**given)

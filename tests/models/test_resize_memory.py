@@ -1,0 +1,61 @@
+"""The process holds what the plan says, and what is dropped goes back to the system."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from page_orders import write_order
+from transformers import LlamaConfig
+
+from bitstrata.bench.random_model import random_checkpoint
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+
+SCRIPT = """
+import gc, random, re, sys
+import torch
+import bitstrata
+from bitstrata.checkpoint import CheckpointReader, plan_bytes
+from bitstrata.nn import bits_state
+from bitstrata.progress import Reporter
+
+def anonymous():
+    gc.collect()
+    return 1024 * int(re.search(r"^RssAnon:\\s+(\\d+)", open("/proc/self/status").read(), re.M)[1])
+
+folder, quiet, draw = sys.argv[1], Reporter(quiet=True), random.Random(0)
+reader = CheckpointReader(folder)
+ids = torch.arange(4)[None]
+bitstrata.load(folder, plan=2, reporter=quiet)(ids)  # what the libraries keep
+start = anonymous()
+model = bitstrata.load(folder, plan=8, reporter=quiet)
+for size in (8, "30MB", 2, "45MB", 3, 8, "25MB"):
+    model.resize(size, reporter=quiet)
+    with torch.no_grad():
+        model(ids)
+    held, planned = anonymous() - start, plan_bytes(reader, bits_state(model).plan).weights
+    print(size, held, planned)
+"""
+
+
+def test_resident_memory_is_within_two_percent_of_the_plans_figure(tmp_path):
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=512,
+        max_position_embeddings=64,
+    )
+    random_checkpoint(tmp_path / "out", config, (2, 3, 5, 8))
+    write_order(tmp_path / "out")
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "out")]
+    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    rows = [(size, int(held), int(planned)) for size, held, planned in map(str.split, lines)]
+    assert len(rows) == 7
+    assert len({planned for _, _, planned in rows}) >= 5
+    for size, held, planned in rows:
+        assert abs(held / planned - 1) < 0.02, (size, held, planned, rows)
