@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +38,17 @@ def test_milp_is_the_best_sum_there_is(seed, share):
     x = milp.solve(problem)
     assert problem.size(x) <= problem.limit
     assert problem.single[x].sum() == pytest.approx(best, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="redirects a file descriptor")
+def test_what_the_solver_library_prints_is_no_result(capfd):
+    print("before")
+    with milp.stdout_to_stderr():
+        ctypes.CDLL(None).printf(b"noise\n")
+    print("after")
+    captured = capfd.readouterr()
+    assert captured.out == "before\nafter\n"
+    assert captured.err == "noise\n"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
