@@ -222,9 +222,10 @@ def main() -> None:
             "evaluations",
         ]
         print("\n" + render(f"of {len(run['rows'])} budgets", columns, summary))
+    spec = CheckpointReader(arguments.checkpoint).spec
     result = {
         "machine": describe(torch.get_num_threads()),
-        "checkpoint": json.loads((arguments.checkpoint / "config.json").read_text())["quantization_config"]["method"],
+        "quantization": {"method": spec.method, "bits": spec.bits, "group_size": spec.group_size},
         "model": arguments.model.name,
         "settings": {key: str(value) for key, value in vars(arguments).items() if key not in ("json", "plot", "model")}
         | {"checkpoint": arguments.checkpoint.name, "text": Path(arguments.text).name}

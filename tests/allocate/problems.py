@@ -9,9 +9,12 @@ import numpy as np
 from bitstrata.allocate import Problem
 
 
-def random_problem(seed: int, *, units: int = 5, interacting: bool = True, share: float = 0.4) -> Problem:
+def random_problem(
+    seed: int, *, units: int = 5, interacting: bool = True, gaps: bool = True, share: float = 0.4
+) -> Problem:
     """`units` units with 2 to 4 choices each; the loss is a square of a sum of vectors, or a sum of squares.
 
+    gaps: whether a unit's bits may be any, as 2 and 7; else they are 2 to 5.
     share: where between the smallest and the largest allocation the limit lies.
     """
     generator = np.random.default_rng(seed)
@@ -19,7 +22,8 @@ def random_problem(seed: int, *, units: int = 5, interacting: bool = True, share
     for index in range(units):
         weights = int(generator.integers(3, 40))
         direction = generator.normal(size=3)
-        chosen = generator.choice(range(2, 9), size=generator.integers(2, 5), replace=False)
+        drawn = generator.choice(range(2, 9), size=generator.integers(2, 5), replace=False)
+        chosen = drawn if gaps else range(2, 6)
         for step, value in enumerate(sorted(chosen)):
             unit.append(index)
             bits.append(int(value))

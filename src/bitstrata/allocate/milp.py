@@ -8,6 +8,12 @@ cost_j is what the choice costs while all other layers are at the base (AdaQuant
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
@@ -33,16 +39,34 @@ def _knapsack(problem: Problem, limit: int) -> Array:
     count = len(problem.unit)
     one_each = csr_array((np.ones(count), (problem.unit, np.arange(count))), shape=(len(problem.units), count))
     unit_of_bytes = int(np.gcd.reduce(problem.bytes))
-    result = milp(
-        problem.single / max(float(problem.single.max()), 1e-30),
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(csr_array(problem.bytes[None] / unit_of_bytes), -np.inf, limit // unit_of_bytes),
-        ],
-        options={"mip_rel_gap": GAP},
-    )
+    with stdout_to_stderr():
+        result = milp(
+            problem.single / max(float(problem.single.max()), 1e-30),
+            integrality=np.ones(count),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(csr_array(problem.bytes[None] / unit_of_bytes), -np.inf, limit // unit_of_bytes),
+            ],
+            options={"mip_rel_gap": GAP},
+        )
     if result.x is None:
         raise CheckError(f"HiGHS found no allocation: {result.message}")
     return problem.lowest + np.array([part.argmax() for part in np.split(result.x, problem.lowest[1:])])
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send what C code prints to stderr: HiGHS leaves a debugging line now and then, and stdout is for results."""
+    if os.name != "posix":
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # C's own buffer, while it still goes to stderr
+        os.dup2(kept, 1)
+        os.close(kept)

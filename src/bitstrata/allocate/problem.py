@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from ..checkpoint import ModelSizes
 from ..errors import UsageError
@@ -98,9 +99,9 @@ class Problem:
                 raise UsageError(f"{', '.join(layers)} have no bits in common within the bounds")
             choices += [(index, bits) for bits in sorted(shared)]
         row = {key: number for number, key in enumerate(sensitivity.rows)}
-        members = np.zeros((len(choices), len(row)))  # which rows of the sensitivity a choice is made of
-        for number, (index, bits) in enumerate(choices):
-            members[number, [row[name, bits] for name in units[index]]] = 1
+        # which rows of the sensitivity a choice is made of, bool [M, rows]
+        pairs = [(number, row[name, b]) for number, (index, b) in enumerate(choices) for name in units[index]]
+        members = csr_array((np.ones(len(pairs)), tuple(zip(*pairs, strict=True))), (len(choices), len(row)))
         constant, linear, products = sensitivity.quadratic()
         problem = cls(
             units=units,
@@ -109,7 +110,7 @@ class Problem:
             bytes=np.array([sum(sizes.layers[name][bits] for name in units[index]) for index, bits in choices]),
             constant=constant,
             linear=members @ linear,
-            products=members @ products @ members.T,
+            products=members @ (members @ products).T,  # products are symmetric
             limit=limit,
             true_loss=true_loss,
         )

@@ -19,7 +19,9 @@ def parse_bits_or_plans(text: str) -> tuple[int | Plan, ...]:
 
 
 def parse_bits_or_plan(text: str) -> int | Plan:
-    """One number of bits or one plan."""
+    """One number of bits or one plan. Whether a model has these bits is for the model to say."""
+    if text.strip().isdigit():
+        return int(text)
     found = parse_bits_or_plans(text)
     if len(found) > 1:
         raise UsageError(f"bits {text!r} are several, one is needed", hint="give a number or a plan: 3, or plan.json")
