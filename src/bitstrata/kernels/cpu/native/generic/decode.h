@@ -43,15 +43,28 @@ inline void group_scales(const Weight& weight, int bits, int block, int group, i
   for (int i = 0; i <= bits; ++i) out[i] = float(scales[i * kBlockRows]) * (unit / float(i < bits ? 1 << i : 1));
 }
 
-// Row `row` of a block, slot s: 16 columns -> out.
+// What a row's group adds up to: by index, the offset and the first four planes; each later plane by itself.
+struct Sums {
+  alignas(64) float first[16];
+  alignas(64) float later[kMaxBits - 4][16];
+
+  Sums(const float* scales, int bits) {
+    for (int n = 0; n < 16; ++n) first[n] = scales[bits];
+    for (int i = 0; i < 4 && i < bits; ++i)
+      for (int n = 0; n < 16; ++n) first[n] += (n >> (3 - i) & 1) ? scales[i] : -scales[i];
+    for (int i = 4; i < bits; ++i)
+      for (int n = 0; n < 16; ++n) later[i - 4][n] = (n >> (7 - i) & 1) ? scales[i] : -scales[i];
+  }
+};
+
+// 16 columns of a row -> out.
 template <class S>
-inline void affine_slot(const float* scales, int bits, const float table[16], const uint8_t* high, const uint8_t* low,
-                        float* out) {
-  S::gather16(table, high, out);
+inline void affine_slot(const Sums& sums, int bits, const uint8_t* high, const uint8_t* low, float* out) {
+  S::gather16(sums.first, high, out);
   for (int i = 4; i < bits; ++i) {
-    const float scale = scales[i];
-    const int bit = 7 - i;
-    for (int b = 0; b < 16; ++b) out[b] += (low[b] >> bit & 1) ? scale : -scale;
+    alignas(64) float more[16];
+    S::gather16(sums.later[i - 4], low, more);
+    for (int b = 0; b < 16; ++b) out[b] += more[b];
   }
 }
 
@@ -79,13 +92,11 @@ void decode_unit(const Weight& weight, int bits, int block, int unit, float out[
       }
       for (int g = 0; g < groups; ++g) {
         const int group = groups > 1 ? unit * groups + g : unit / layout.units_per_group;
-        float scales[kMaxBits + 1], table[16];
+        float scales[kMaxBits + 1];
         group_scales(weight, bits, block, group, row, scales);
-        for (int n = 0; n < 16; ++n) table[n] = scales[bits];
-        for (int i = 0; i < 4 && i < bits; ++i)
-          for (int n = 0; n < 16; ++n) table[n] += (n >> (3 - i) & 1) ? scales[i] : -scales[i];
+        const Sums sums(scales, bits);
         for (int s = g * kSlots / groups; s < (g + 1) * kSlots / groups; ++s)
-          affine_slot<S>(scales, bits, table, high[s] + 16 * lane, low[s] + 16 * lane, &out[row][16 * s]);
+          affine_slot<S>(sums, bits, high[s] + 16 * lane, low[s] + 16 * lane, &out[row][16 * s]);
       }
     }
   }
