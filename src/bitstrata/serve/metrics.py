@@ -33,7 +33,7 @@ class Metrics:
         )
         self.first_token = Histogram(
             "bitstrata_time_to_first_token_seconds",
-            "From the arrival of a request to its first new token, waiting included.",
+            "From when a request enters the queue to its first new token.",
             buckets=FIRST_TOKEN,
             registry=self._registry,
         )
