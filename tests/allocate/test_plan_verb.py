@@ -132,3 +132,24 @@ def test_the_pattern_has_a_line_a_kind_and_a_digit_a_block():
     plan = {"m.layers.0.a": 2, "m.layers.0.b": 3, "m.layers.1.a": 4, "m.layers.1.b": 5, "odd": 6, "m.layers.2.b": 2}
     lines = pattern(plan).splitlines()[1:]
     assert [line.split() for line in lines] == [["a", "24"], ["b", "352"], ["odd", "6"]]
+
+
+@pytest.mark.parametrize(("tied", "head_bits"), [(False, None), (True, None), (True, 6), (False, 6)])
+def test_fixed_bytes_are_what_a_loaded_model_holds_besides_planned_layers(tmp_path, tied, head_bits):
+    model = tiny_llama(tmp_path / "llama", tie_word_embeddings=tied)
+    quantize(model, tmp_path / "out", None, **BCQ, head_bits=head_bits)
+    reader = CheckpointReader(tmp_path / "out")
+    planned = reader.spec.planned_layers
+    loaded = bitstrata.load(tmp_path / "out", device="cpu", dtype=torch.bfloat16)
+    held = {
+        tensor.data_ptr(): tensor.nbytes
+        for name, tensor in loaded.state_dict().items()
+        if name.rpartition(".")[0] not in planned and tensor.numel()
+    }
+    sizes = ModelSizes.of(reader, torch.bfloat16)
+    assert sizes.fixed == sum(held.values())
+    for bits in reader.spec.bits:
+        uniform = sizes.of_plan(Plan.uniform(reader.spec, bits))
+        assert 8 * reader.spec.bytes_read(bits) / reader.spec.weight_count == uniform.bpw
+        if bits > min(reader.spec.bits):
+            assert sizes.limit(f"{uniform.bpw!r}bpw") == uniform.weights

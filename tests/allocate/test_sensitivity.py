@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -23,7 +24,7 @@ from bitstrata.allocate import (
 from bitstrata.allocate.layer_loss import layer_losses
 from bitstrata.calibrate import calibration_windows, read_text
 from bitstrata.checkpoint import CheckpointReader, ModelSizes
-from bitstrata.errors import PlanError
+from bitstrata.errors import CheckError, PlanError
 from bitstrata.evaluate import Tally
 from bitstrata.nn import PlaneLinear, use_bits
 from bitstrata.planes import decode
@@ -102,6 +103,13 @@ def test_targets_that_are_not_kept_give_the_same_losses(model, windows, referenc
         )
 
 
+def test_a_loss_that_is_no_number_is_an_error(model, windows):
+    broken = copy.deepcopy(model)
+    broken.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(CheckError, match="the loss of 3 is nan"):
+        Objective(broken, windows).loss(3)
+
+
 def model_at(model, bits):
     return lambda ids: model(ids, bits=bits)
 
@@ -114,7 +122,7 @@ def test_the_square_predicts_small_changes(found, objective, reader):
     for _ in range(12):
         plan = {layer: int(generator.choice([3, 4])) for layer in layers}
         true = objective.loss(plan)
-        constant, linear, products = found.quadratic()
+        constant, linear, products = found.quadratic
         at = np.array([plan[layer] == bits for layer, bits in found.rows])
         square.append(np.log((constant + linear[at].sum() + products[np.ix_(at, at)].sum()) / true))
         added.append(np.log((found.base_loss + sum(found.losses[layer][b] for layer, b in plan.items())) / true))

@@ -57,6 +57,9 @@ def test_plans_are_taken_by_eval_and_generate(cli, planned, text):
         (("--budget", "4bpw", "--min-bits", "4"), 2, "need at least"),
         (("--budget", "4bpw", "--text", "nowhere.txt"), 3, "nowhere.txt"),
         (("--budget", "4bpw", "--sensitivity", "nowhere.json"), 2, "nowhere.json"),
+        (("--budget", "4bpw", "-o", "no/where/plan.json"), 2, "there is no folder no/where"),
+        (("--budget", "4bpw", "--plot", "picture.doc"), 2, "picture.doc"),
+        (("--budget", "4bpw", "--windows", "0"), 2, "windows must be at least 1"),
     ],
 )
 def test_bad_arguments(cli, planned, arguments, code, named):

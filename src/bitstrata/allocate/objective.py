@@ -16,6 +16,7 @@ sums to within sqrt(2 / SKETCH), 1.6 %. Of each position the TOP tokens likelies
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import CheckError
 from ..evaluate import Tally
 from ..nn import Bits, bits_state, use_bits
 
@@ -54,7 +56,7 @@ class Objective:
         tally = Tally()
         for target, logits, following in self._run(plan):
             tally.add(logits, following, target)
-        return float(tally.result().kld or 0.0)
+        return _finite(tally, plan)
 
     @torch.no_grad()
     def measure(self, plan: Bits) -> tuple[float, Tensor]:
@@ -70,7 +72,7 @@ class Objective:
             entries = ((p / (2 * self.positions)).sqrt() * change).cpu().flatten()
             bucket, sign = _hashes(number, len(entries))
             sketch.index_add_(0, bucket, entries.double() * sign)
-        return float(tally.result().kld or 0.0), sketch.float()
+        return _finite(tally, plan), sketch.float()
 
     def _run(self, plan: Bits) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(target logits [s, vocab], logits at `plan` [s, vocab], tokens to predict [s]), a batch at a time."""
@@ -87,6 +89,17 @@ class Objective:
         if self._keep:
             self._targets[number] = target
         return target
+
+
+def _finite(tally: Tally, plan: Bits) -> float:
+    """The divergence. Raises CheckError if it is not a number."""
+    loss = tally.result().kld
+    if loss is None or not math.isfinite(loss):
+        raise CheckError(
+            f"the loss of {plan if isinstance(plan, int) else 'a plan'} is {loss}",
+            hint="check the model with `bitstrata eval`; in 16 bits, activations may overflow",
+        )
+    return loss
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:

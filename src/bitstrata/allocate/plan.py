@@ -30,7 +30,8 @@ from ..progress import Reporter
 from . import greedy, milp, paired, waterfill
 from .objective import Objective
 from .order import page_order
-from .problem import Array, Bounds, Problem, random_allocation
+from .plot import check_picture, draw
+from .problem import Array, Bounds, Problem, find_choices, random_allocation
 from .report import PlanReport, PlanRow
 from .sensitivity import SENSITIVITY_FILE, Measure, Sensitivity, Settings, measure_sensitivity
 
@@ -91,16 +92,19 @@ def plan(
     budget = parse_budget(budget)
     if solver not in SOLVERS:
         raise UsageError(f"there is no solver {solver!r}", hint=f"solvers: {', '.join(SOLVERS)}")
+    if windows < 1 or (seq_len is not None and seq_len < 2):
+        raise UsageError(f"windows must be at least 1 and seq_len at least 2, got {windows} and {seq_len}")
+    for path in (output, plot, sensitivity):
+        if path is not None and not Path(path).parent.is_dir():
+            raise UsageError(f"{path} cannot be written: there is no folder {Path(path).parent}")
     if plot is not None:
-        from .plot import require_matplotlib
-
-        require_matplotlib()
+        check_picture(Path(plot))
     folder = resolve(model, kind="bitstrata checkpoint")
     reader = CheckpointReader(folder)
     sizes = ModelSizes.of(reader)
     limit = sizes.limit(budget)
     bounds = Bounds(min_bits or {}, max_bits or {})
-    bounds.check(list(sizes.layers))
+    find_choices(sizes, limit, together=together, bounds=bounds)  # raises if they leave no plan
     largest = sizes.of_plan(sizes.largest)
     if limit >= largest.weights:
         reporter.note(f"the budget {budget} is above everything there is: all planes are {bytes_text(largest.total)}")
@@ -139,8 +143,6 @@ def plan(
         order.save(folder / PAGES_FILE)
         reporter.say(f"wrote {folder / PAGES_FILE}")
     if plot is not None and order is not None:
-        from .plot import draw
-
         draw(Path(plot), order, found, reader, sizes, rows, measured.heldout if measured else None)
     return PlanReport(
         model=str(model),

@@ -17,10 +17,14 @@ from .sensitivity import Sensitivity
 BUDGETS = 24  # plans on the line
 
 
-def require_matplotlib() -> None:
-    """Raise UsageError if there is nothing to draw with."""
+def check_picture(path: Path) -> None:
+    """Raise UsageError if there is nothing to draw with, or it cannot draw to such a file."""
     if find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib, which is not installed", hint="pip install 'bitstrata[plots]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.suffix.removeprefix(".") not in FigureCanvasBase.filetypes:
+        raise UsageError(f"cannot draw {path}: unknown kind of picture", hint="use a name that ends in .svg or .png")
 
 
 def draw(
@@ -32,10 +36,7 @@ def draw(
     rows: Sequence[PlanRow],
     heldout: Objective | None,
 ) -> None:
-    """Draw the picture to `path`; losses are measured on held-out text if there is an objective, else predicted.
-
-    Raises UsageError for a format that matplotlib does not know.
-    """
+    """Draw the picture to `path`; losses are measured on held-out text if there is an objective, else predicted."""
     from matplotlib.figure import Figure
 
     def loss(plan: Plan | dict[str, int]) -> float:
@@ -66,8 +67,5 @@ def draw(
     axes.set_ylabel(f"divergence, nats a token ({'predicted' if heldout is None else 'held-out text'})")
     axes.legend()
     axes.grid(True, which="major", alpha=0.3)
-    try:
-        with disk_errors(path):
-            figure.savefig(path, bbox_inches="tight")
-    except ValueError as error:
-        raise UsageError(f"cannot draw {path}: {error}", hint="use a name that ends in .svg or .png") from error
+    with disk_errors(path):
+        figure.savefig(path, bbox_inches="tight")

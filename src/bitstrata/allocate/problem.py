@@ -90,20 +90,13 @@ class Problem:
         true_loss: TrueLoss | None = None,
     ) -> Problem:
         """The problem of a checkpoint. Raises UsageError if bounds and limit leave no plan."""
-        bounds.check(list(sizes.layers))
-        units = fused_units(list(sizes.layers)) if together else [(name,) for name in sizes.layers]
-        choices: list[tuple[int, int]] = []
-        for index, layers in enumerate(units):
-            shared = set.intersection(*(set(bounds.allowed(name, list(sizes.layers[name]))) for name in layers))
-            if not shared:
-                raise UsageError(f"{', '.join(layers)} have no bits in common within the bounds")
-            choices += [(index, bits) for bits in sorted(shared)]
+        units, choices = find_choices(sizes, limit, together=together, bounds=bounds)
         row = {key: number for number, key in enumerate(sensitivity.rows)}
         # which rows of the sensitivity a choice is made of, bool [M, rows]
         pairs = [(number, row[name, b]) for number, (index, b) in enumerate(choices) for name in units[index]]
         members = csr_array((np.ones(len(pairs)), tuple(zip(*pairs, strict=True))), (len(choices), len(row)))
-        constant, linear, products = sensitivity.quadratic()
-        problem = cls(
+        constant, linear, products = sensitivity.quadratic
+        return cls(
             units=units,
             unit=np.array([index for index, _ in choices]),
             bits=np.array([bits for _, bits in choices]),
@@ -114,14 +107,6 @@ class Problem:
             limit=limit,
             true_loss=true_loss,
         )
-        least = problem.size(problem.lowest)
-        if least > limit:
-            raise UsageError(
-                f"within these bounds the planned layers need at least {least} bytes, {least - limit} more than "
-                "the budget leaves them",
-                hint="raise the budget or lower the least bits",
-            )
-        return problem
 
     @cached_property
     def lowest(self) -> Array:
@@ -183,6 +168,31 @@ class Problem:
                 return x
             best = int(np.where(possible, loss / np.maximum(size, 1), np.inf).argmin())
             x[self.unit[best]] = best
+
+
+def find_choices(
+    sizes: ModelSizes, limit: int, *, together: bool, bounds: Bounds
+) -> tuple[list[tuple[str, ...]], list[tuple[int, int]]]:
+    """The units, and every (unit, bits) that may be chosen. Raises UsageError if bounds and limit leave no plan."""
+    bounds.check(list(sizes.layers))
+    units: list[tuple[str, ...]] = [(name,) for name in sizes.layers]
+    if together:
+        units = fused_units(list(sizes.layers))
+    choices: list[tuple[int, int]] = []
+    least = 0
+    for index, layers in enumerate(units):
+        shared = set.intersection(*(set(bounds.allowed(name, list(sizes.layers[name]))) for name in layers))
+        if not shared:
+            raise UsageError(f"{', '.join(layers)} have no bits in common within the bounds")
+        choices += [(index, bits) for bits in sorted(shared)]
+        least += sum(sizes.layers[name][min(shared)] for name in layers)
+    if least > limit:
+        raise UsageError(
+            f"within these bounds the planned layers need at least {least} bytes, {least - limit} more than "
+            "the budget leaves them",
+            hint="raise the budget or lower the least bits",
+        )
+    return units, choices
 
 
 def fused_units(layers: Sequence[str]) -> list[tuple[str, ...]]:

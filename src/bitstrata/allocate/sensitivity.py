@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,6 +101,7 @@ class Sensitivity:
         """(layer, bits) of each row of `products` but the last."""
         return [(layer, bits) for layer, losses in self.losses.items() for bits in losses]
 
+    @cached_property
     def quadratic(self) -> tuple[float, Array, Array]:
         """c, a [M], Q [M, M] of the predicted loss (problem.py), a row for each of `rows`."""
         if self.products is None:
@@ -110,26 +112,37 @@ class Sensitivity:
 
     def predict(self, plan: Mapping[str, int]) -> float:
         """The loss of a plan, corrected, nats a token."""
-        constant, linear, products = self.quadratic()
-        at = np.array([plan[layer] == bits for layer, bits in self.rows])
-        return self.corrected(constant + float(linear[at].sum() + products[np.ix_(at, at)].sum()))
+        return self.corrected(self._square_of(np.array([plan[layer] == bits for layer, bits in self.rows])))
 
     def corrected(self, predicted: float) -> float:
         """Nats a token for a predicted loss: a straight line in logarithms between the uniform plans' own pairs."""
-        constant, linear, products = self.quadratic()
-        offset = self.base_loss if self.products is None else 0.0  # layer losses are 0 at the base
+        x, y = self._curve
+        if not len(x) or predicted <= 0:
+            return self._offset + max(predicted, 0.0)
+        exact = np.log(predicted)
+        inside = float(np.clip(exact, x[0], x[-1]))
+        return self._offset + float(np.exp(np.interp(inside, x, y) + exact - inside))
+
+    @property
+    def _offset(self) -> float:
+        """The part of every loss that predictions do not contain: layer losses are 0 at the base."""
+        return self.base_loss if self.products is None else 0.0
+
+    @cached_property
+    def _curve(self) -> tuple[Array, Array]:
+        """Logarithms of predicted and of measured losses of the uniform plans, ascending."""
         points = []
         for bits, loss in self.uniform.items():
-            at = np.array([of == bits for _, of in self.rows])
-            raw = constant + float(linear[at].sum() + products[np.ix_(at, at)].sum())
-            if raw > 0 and loss > offset:
-                points.append((raw, loss - offset))
-        if not points or predicted <= 0:
-            return offset + max(predicted, 0.0)
-        x, y = np.log(np.array(sorted(points))).T
-        at_log = np.log(predicted)
-        inside = float(np.clip(at_log, x[0], x[-1]))
-        return offset + float(np.exp(np.interp(inside, x, y) + at_log - inside))
+            predicted = self._square_of(np.array([of == bits for _, of in self.rows]))
+            if predicted > 0 and loss > self._offset:
+                points.append((predicted, loss - self._offset))
+        logs = np.log(np.array(sorted(points)).reshape(-1, 2))
+        return logs[:, 0], np.maximum.accumulate(logs[:, 1])
+
+    def _square_of(self, at: Array) -> float:
+        """The predicted loss of the plan whose rows are chosen in `at`, bool [M]."""
+        constant, linear, products = self.quadratic
+        return constant + float(linear[at].sum() + products[np.ix_(at, at)].sum())
 
     def save(self, path: Path) -> None:
         """Write it as JSON; the file appears whole or not at all."""
@@ -178,8 +191,10 @@ def check_settings(path: Path, found: Settings, wanted: Settings) -> None:
         before, now = getattr(found, name), getattr(wanted, name)
         if before != now and name not in ("text", "reference"):
             what = {"text_sha256": "text", "reference_sha256": "reference"}.get(name, name)
+            before, now = getattr(found, what), getattr(wanted, what)
+            which = f"{before}, not {now}" if before != now else f"{now} had other contents"
             raise PlanError(
-                f"{path} was measured with another {what}: {getattr(found, what)}, not {getattr(wanted, what)}",
+                f"{path} was measured with another {what}: {which}",
                 hint="delete it to measure again, or name another file with --sensitivity",
             )
 
