@@ -28,7 +28,7 @@ from bitstrata.nn import parse_bits
         ({3}, (3,)),
         (range(2, 5), (2, 3, 4)),
         (["2-3", "5"], (2, 3, 5)),
-        (iter([2]), (2,)),
+        pytest.param(iter([2]), (2,), id="an iterator-(2,)"),
     ],
     ids=repr,
 )
