@@ -179,7 +179,7 @@ class _Measured:
         device: str,
         reporter: Reporter,
     ) -> _Measured:
-        documents = read_text(text)
+        documents = read_text(text, part="calibration")
         where = pick_device(device)
         tokenizer = load_tokenizer(reader.folder)
         # float32 on a CPU, as in `evaluate`: exact there, and no slower

@@ -62,6 +62,7 @@ def evaluate(
     documents = read_text(text, part="heldout")
     where = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
     asked = _asked(bits)
+    _check_plans(asked or (), Path(str(model.name_or_path)) if isinstance(model, PreTrainedModel) else resolve(model))
     highest = None if asked is None else max(map(highest_bits, asked))
     # float32 on a CPU: exact, and no slower there; elsewhere the dtype the model is stored in
     dtype = torch.float32 if where.type == "cpu" else None
@@ -73,8 +74,6 @@ def evaluate(
     for value in chosen:
         if isinstance(value, int) and value not in state.supported:
             raise UnsupportedBitsError(value, state.supported)
-        if isinstance(value, Plan) and is_checkpoint(Path(str(quantized.name_or_path))):
-            value.check(CheckpointReader(str(quantized.name_or_path)))
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
     tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
@@ -120,6 +119,13 @@ def _asked(bits: str | Sequence[int | Plan] | int | Plan | None) -> tuple[int | 
     if isinstance(bits, str):
         return parse_bits_or_plans(bits)
     return (bits,) if isinstance(bits, (int, Plan)) else tuple(bits)
+
+
+def _check_plans(asked: Sequence[int | Plan], folder: Path) -> None:
+    """Raise PlanError for a plan that was made for another checkpoint than the one in `folder`, if there is one."""
+    for plan in asked:
+        if isinstance(plan, Plan) and is_checkpoint(folder):
+            plan.check(CheckpointReader(folder))
 
 
 def bytes_read(model: PreTrainedModel, bits: int | Plan) -> int:
