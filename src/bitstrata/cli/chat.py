@@ -8,15 +8,19 @@ from typing import Annotated
 import typer
 from transformers import TextStreamer
 
+from ..checkpoint import bytes_text
 from ..errors import BitstrataError, UsageError
-from ..models import choose_bits, load, load_tokenizer, resolve
+from ..models import choose_bits, load_tokenizer, resize, resolve
+from ..nn import Precision
 from ..runtime import Conversation
 from .output import DEVICE_OPTION
+from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
 
-COMMANDS = """/bits N   answer at N bits from now on; /bits alone says what there is
-/reset    forget the conversation
-/help     these lines
-/quit     leave; so does the end of input"""
+COMMANDS = """/bits N       answer at N bits from now on; /bits alone says what there is
+/resize SIZE  with --budget or --fit: hold this much from now on, say 400MB, 3.2bpw or plan.json
+/reset        forget the conversation
+/help         these lines
+/quit         leave; so does the end of input"""
 
 
 def command(
@@ -28,13 +32,15 @@ def command(
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     draft_bits: Annotated[int | None, typer.Option(help="Draft tokens at this precision where it is lower.")] = None,
+    budget: str | None = BUDGET_OPTION,
+    fit: bool = FIT_OPTION,
     device: str = DEVICE_OPTION,
 ) -> None:
     """Talk to a model; its bits can change in the middle of the conversation. /help lists the commands."""
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max-new-tokens be at least 1")
     target, chosen = choose_bits(model, bits)
-    loaded = load(target, bits=chosen, device=device)
+    loaded = load_sized(target, chosen, budget=budget, fit=fit, context=None, device=device)
     tokenizer = load_tokenizer(resolve(target))
     talk = Conversation(
         loaded,
@@ -48,9 +54,9 @@ def command(
         draft_bits=draft_bits,
     )
     if draft_bits is not None and draft_bits not in talk.supported:
-        raise UsageError(f"draft-bits {draft_bits} is not among {', '.join(map(str, talk.supported))}")
+        raise UsageError(f"draft-bits {draft_bits} is not among {_choice(talk)}")
     kind = "" if talk.has_template else "; the tokenizer has no chat template, so the model continues your text"
-    _say(f"{talk.bits} bits of {', '.join(map(str, talk.supported))}{kind}; /help lists commands")
+    _say(f"{_precision(talk.bits)} of {_choice(talk)}{kind}; /help lists commands")
     while (line := _read()) is not None:
         if not line.strip():
             continue
@@ -64,7 +70,7 @@ def command(
             _say(f"{error.message}; /reset forgets the conversation")
             continue
         speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
-        _say(f"[{result.bits} bits, {result.tokens} tokens{speed}]")
+        _say(f"[{_precision(talk.bits)}, {result.tokens} tokens{speed}]")
 
 
 def _read() -> str | None:
@@ -84,18 +90,33 @@ def _obey(talk: Conversation, words: list[str]) -> bool:
             talk.reset()
             _say("forgotten")
         case ["/bits"]:
-            _say(f"{talk.bits} bits of {', '.join(map(str, talk.supported))}")
+            _say(f"{_precision(talk.bits)} of {_choice(talk)}")
         case ["/bits", value]:
             try:
                 talk.bits = int(value)
-                _say(f"{talk.bits} bits")
+                _say(_precision(talk.bits))
             except BitstrataError as error:  # before ValueError: unsupported bits are one
                 _say(f"{error.message}; {error.hint}" if error.hint else error.message)
             except ValueError:
                 _say(f"/bits takes a number, not {value!r}")
+        case ["/resize", size]:
+            try:
+                done = resize(talk.model, size)
+                _say(f"{bytes_text(done.before)} -> {bytes_text(done.after)} in {1000 * done.seconds:.0f} ms")
+            except BitstrataError as error:
+                _say(f"{error.message}; {error.hint}" if error.hint else error.message)
         case _:
             _say(COMMANDS)
     return True
+
+
+def _precision(bits: Precision) -> str:
+    return f"{bits} bits" if isinstance(bits, int) else f"plan {bits}"
+
+
+def _choice(talk: Conversation) -> str:
+    """What there is to choose from."""
+    return ", ".join(map(str, talk.supported)) or "one plan's pages"
 
 
 def _say(text: str) -> None:
