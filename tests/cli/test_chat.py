@@ -10,6 +10,7 @@ from cli_outcome import Command
 from transformers import AutoTokenizer
 
 import bitstrata
+from bitstrata.checkpoint import CheckpointReader, Plan
 from bitstrata.errors import InputError, UnsupportedBitsError, UsageError
 from bitstrata.models import load_tokenizer
 from bitstrata.runtime import Conversation, generate
@@ -119,3 +120,24 @@ def test_what_cannot_be_asked_for(quantized, cli: Command, type_in):
         assert outcome.code in (2, 3), arguments
         assert "error:" in outcome.err
         assert "Traceback" not in outcome.err
+
+
+def test_a_budget_and_another_in_the_middle(quantized, cli: Command, type_in, tmp_path):
+    plan = tmp_path / "three.json"
+    Plan.uniform(CheckpointReader(quantized).spec, 3).save(plan)
+    type_in("the cat", f"/resize {plan}", "sat", "/bits 3", "/bits 4", "/resize 1kB", "/resize nothing", "/bits")
+    outcome = cli("chat", quantized, "--budget", "5GB", "--max-new-tokens", "5", "--temperature", "0")
+    assert outcome.code == 0, outcome.err
+    said = outcome.err.splitlines()
+    assert sum(line.startswith("[plan ") for line in said) == 2
+    assert any(" -> " in line and line.endswith(" ms") for line in said)
+    assert any("bits=4 is not available" in line for line in said)
+    assert any("below the smallest" in line for line in said)
+    assert any("'nothing'" in line for line in said)
+
+
+def test_a_model_loaded_whole_is_not_resized(quantized, cli: Command, type_in):
+    type_in("/resize 400MB")
+    outcome = cli("chat", quantized)
+    assert outcome.code == 0
+    assert "cannot be resized" in outcome.err

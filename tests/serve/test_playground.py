@@ -10,6 +10,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from bitstrata.checkpoint import Plan
+from bitstrata.nn import bits_state
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="Chromium and ChromeDriver are not installed (Debian: chromium, chromium-driver)"
@@ -131,6 +134,29 @@ def test_a_moved_slider_answers_again(page, written):
     slider.send_keys(Keys.END)  # now both at the highest
     wait(page, lambda: find(page, "#agreement").text.startswith(f"All {len(written(4))} tokens agree."))
     assert answer(page, "left") == answer(page, "right") == "".join(written(4))
+
+
+def test_a_slider_moved_on_the_way_leaves_one_after_the_other(page):
+    ask(page, tokens=900)
+    wait(page, lambda: len(answer(page, "left")) > 10)
+    find(page, "#left .slider").send_keys(Keys.ARROW_RIGHT)
+    wait(page, lambda: len(answer(page, "left")) < 10)
+    wait(page, lambda: len(answer(page, "left")) > 40)
+    assert answer(page, "right") == "", "the right side still waits for the left one"
+    find(page, "#stop").click()
+
+
+def test_plans_are_on_the_sliders(browser, serving, model):
+    layers = bits_state(model).layers
+    plan = Plan({layer: 3 if "mlp" in layer else 2 for layer in layers}, name="thrifty")
+    with serving(plans={"thrifty": plan}) as server:
+        open_page(browser, server.url)
+        find(browser, "#left .slider").send_keys(Keys.ARROW_RIGHT)  # between 2 and 3 bits
+        assert find(browser, "#left .bits").text == "thrifty"
+        ask(browser, tokens=4)
+        finished(browser)
+        body = {"prompt": PROMPT, "model": "small:thrifty", "max_tokens": 4, "temperature": 0}
+        assert answer(browser, "left") == server.post("/v1/completions", body).json["choices"][0]["text"]
 
 
 def test_stop_ends_both(page):

@@ -7,9 +7,9 @@ import torch
 from http_calls import COMPLETIONS, served
 
 import bitstrata
-from bitstrata.checkpoint import Plan
-from bitstrata.errors import UnsupportedBitsError, UsageError
-from bitstrata.runtime import Engine, PositionPolicy
+from bitstrata.checkpoint import Fingerprint, Plan
+from bitstrata.errors import PlanError, UnsupportedBitsError, UsageError
+from bitstrata.runtime import Engine, PositionPolicy, Request
 from bitstrata.serve.app import create_app
 from bitstrata.serve.settings import Settings
 
@@ -54,7 +54,9 @@ def test_the_list_of_models_has_plans(serving, plan):
 
 def test_a_plan_can_be_the_default(serving, plan, planned):
     with serving(plans={"thrifty": plan}, bits="thrifty") as server:
-        assert server.post(COMPLETIONS, ASK).json["choices"][0]["token_ids"] == planned
+        reply = server.post(COMPLETIONS, ASK).json
+        assert reply["choices"][0]["token_ids"] == planned
+        assert reply["usage"]["bits"] == {"thrifty": len(planned)}
         assert server.post(COMPLETIONS, {**ASK, "bits": 4}).json["bits"] == 4
 
 
@@ -65,12 +67,21 @@ def test_names_that_are_not_there(serving, plan):
         server.post(COMPLETIONS, {**ASK, "bits": "3"}).refused(400, "whole number", param="bits")
         server.post(COMPLETIONS, {**ASK, "model": "small:thrifty", "bits": 3}).refused(400, "thrifty", "3")
         server.post(COMPLETIONS, {**ASK, "bits": "thrifty", "min_bits": 2}).refused(400, "min_bits", "plan")
+        server.post(COMPLETIONS, {**ASK, "min_bits": 1}).refused(400, "min_bits=1", "2, 3, 4", param="min_bits")
 
 
 def test_settings_that_do_not_fit_the_model(engine, tokenizer, plan):
-    for wrong in ({"bits": 7}, {"min_bits": 7}):
-        with pytest.raises(UnsupportedBitsError, match="7"):
-            create_app(engine, tokenizer, Settings("small", **wrong))
+    with pytest.raises(UnsupportedBitsError, match="7"):
+        create_app(engine, tokenizer, Settings("small", bits=7))
+    with pytest.raises(UsageError, match="min_bits=7"):
+        create_app(engine, tokenizer, Settings("small", min_bits=7))
+    with pytest.raises(UsageError, match="'thrifty'"):
+        create_app(engine, tokenizer, Settings("small", bits="thrifty"))
+    foreign = Plan(dict.fromkeys(engine.limits.state.layers, 2), Fingerprint(layout="0" * 64), name="foreign")
+    with pytest.raises(PlanError, match="another model"):
+        create_app(engine, tokenizer, Settings("small", plans={"other": foreign}))
+    with pytest.raises(PlanError, match="another model"):
+        engine.submit(Request([1], bits=foreign))
     with pytest.raises(UsageError, match="plan"):
         create_app(engine, tokenizer, Settings("small", plans={"other": Plan({"lm_head": 2})}))
 
@@ -84,6 +95,7 @@ def test_a_model_with_one_plans_pages(checkpoint, tokenizer, plan, planned):
             assert reply["choices"][0]["token_ids"] == planned
             assert reply["usage"]["bits"] == {"mixed": len(planned)}
             server.post(COMPLETIONS, {**ASK, "bits": 4}).refused(400, "one plan's pages", code="unsupported_bits")
+            server.post(COMPLETIONS, {**ASK, "min_bits": 2}).refused(400, "min_bits=2", param="min_bits")
         with pytest.raises(UsageError, match="one plan's pages"):
             create_app(engine, tokenizer, Settings("small", bits=4))
 

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from http_calls import CHAT, COMPLETIONS, JSON, WAIT, events, eventually, read_all, send
 
 import bitstrata
+from bitstrata.checkpoint import CheckpointReader, Fingerprint, Plan
 from bitstrata.cli.main import run
 
 LONG = {"prompt": "import os\n", "max_tokens": 900, "ignore_eos": True}
@@ -184,7 +185,7 @@ def refused(capfd, code: int, *said: str, arguments: list[str]) -> None:
         assert part in printed.err
 
 
-def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, capfd, monkeypatch):
+def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, capfd, monkeypatch, tmp_path):
     with monkeypatch.context() as patched:
 
         def load(*_, **__):
@@ -197,7 +198,15 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, ca
         refused(capfd, 2, "cannot serve at", arguments=[str(checkpoint), "--host", "no.such.host.invalid"])
         refused(capfd, 2, "API key", arguments=[str(checkpoint), "--api-key", ""])
         refused(capfd, 2, "policy", "load, position", arguments=[str(checkpoint), "--policy", "hope"])
-        refused(capfd, 2, "NAME=FILE", arguments=[str(checkpoint), "--plan", "3=plan.json"])
+        mixed, foreign = tmp_path / "mixed.json", tmp_path / "foreign.json"
+        plan = Plan.uniform(CheckpointReader(checkpoint).spec, 3)
+        plan.save(mixed)
+        replace(plan, model=Fingerprint(layout="0" * 64)).save(foreign)
+        refused(capfd, 2, "NAME=FILE", arguments=[str(checkpoint), "--plan", f"3={mixed}"])
+        twice = ["--plan", f"small={mixed}", "--plan", f"small={foreign}"]
+        refused(capfd, 2, "two plans called 'small'", arguments=[str(checkpoint), *twice])
+        refused(capfd, 3, "another model", arguments=[str(checkpoint), "--port", "0", "--plan", f"small={foreign}"])
+        refused(capfd, 2, "bits", arguments=[str(checkpoint), "--plan", f"small={mixed}", "--bits", "large"])
         refused(capfd, 3, "no-such.json", arguments=[str(checkpoint), "--plan", "small=no-such.json"])
         refused(capfd, 2, "one plan's pages", arguments=[str(checkpoint), "--fit", "--min-bits", "2"])
         refused(capfd, 2, "given twice", arguments=[f"{checkpoint}:3", "--bits", "2"])
@@ -208,7 +217,7 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, ca
 def test_what_the_model_or_the_engine_cannot_do(checkpoint, capfd, tmp_path):
     refused(capfd, 3, "no-model", arguments=[str(tmp_path / "no-model"), "--port", "0"])
     refused(capfd, 2, "supported bits: 2, 3, 4", arguments=[str(checkpoint), "--port", "0", "--bits", "8"])
-    refused(capfd, 2, "max_requests=0", arguments=[str(checkpoint), "--port", "0", "--max-requests", "0"])
+    refused(capfd, 2, "cache_tokens=8", arguments=[str(checkpoint), "--port", "0", "--cache-tokens", "8"])
 
 
 EXTRA = {"fastapi", "uvicorn", "starlette", "prometheus_client"}

@@ -44,9 +44,9 @@ class Fingerprint(Strict):
         digests = checkpoint.digests
         return cls(layout=_digest(_layout(checkpoint.spec)), weights=_digest(digests) if digests else None)
 
-    def check(self, checkpoint: CheckpointReader | QuantizationSpec, what: str) -> None:
+    def check(self, checkpoint: CheckpointReader | QuantizationSpec | Fingerprint, what: str) -> None:
         """Raise PlanError if `what` (e.g. "plan.json") was made for another checkpoint than this."""
-        other = Fingerprint.of(checkpoint)
+        other = checkpoint if isinstance(checkpoint, Fingerprint) else Fingerprint.of(checkpoint)
         where = f" in {checkpoint.folder}" if isinstance(checkpoint, CheckpointReader) else ""
         if self.layout != other.layout:
             raise PlanError(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoint import Plan
+from ..checkpoint import CheckpointReader, Plan
 from ..errors import UsageError
 from ..models import bits_name, choose_bits, load_tokenizer, parse_bits_or_plan, resolve
 from ..progress import Reporter
@@ -32,10 +32,11 @@ def command(
         str | None, typer.Option(help="The model's name; by default the folder's or hub id.")
     ] = None,
     bits: Annotated[
-        str | None, typer.Option(help="For requests that name none: bits, or a plan's file; the highest by default.")
+        str | None,
+        typer.Option(help="For requests that name none: bits, a plan's NAME or file; the highest by default."),
     ] = None,
     plan: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE: requests choose this plan as MODEL:NAME; repeatable.")
+        list[str] | None, typer.Option(help="NAME=FILE: a plan that requests choose as MODEL:NAME; repeatable.")
     ] = None,
     policy: Annotated[
         str, typer.Option(help="What lowers bits: fixed, load:target_ms=50, position:tokens=32 or entropy.")
@@ -45,8 +46,8 @@ def command(
     ] = None,
     budget: str | None = BUDGET_OPTION,
     fit: bool = FIT_OPTION,
-    max_requests: Annotated[int, typer.Option(help="Requests served at a time; others wait.")] = 16,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused.")] = 256,
+    max_requests: Annotated[int, typer.Option(help="Requests served at a time; others wait.", min=1)] = 16,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused.", min=1)] = 256,
     max_connections: Annotated[int, typer.Option(help="HTTP requests under way; more are refused.", min=1)] = 512,
     max_body: Annotated[int, typer.Option(help="The largest request, in bytes.", min=1)] = 4 * 1024 * 1024,
     max_prompt_tokens: Annotated[
@@ -56,7 +57,7 @@ def command(
         int, typer.Option(help="New tokens of a chat request that gives no number.", min=1)
     ] = 512,
     cache_tokens: Annotated[
-        int | None, typer.Option(help="Room for the prompts and new tokens of all running requests.")
+        int | None, typer.Option(help="Room for the prompts and new tokens of all running requests.", min=1)
     ] = None,
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="A web page's origin that may call the server (CORS); repeatable.")
@@ -79,26 +80,31 @@ def command(
     reporter = Reporter()
     if api_key is None and host not in LOCAL:
         reporter.note(f"anyone who reaches {host} can use this server: it has no --api-key")
-    target, chosen = choose_bits(model, None if bits is None else parse_bits_or_plan(bits))
     plans = _plans(plan or [])
-    rule = parse_policy(policy)
+    default = bits if bits in plans else None  # a plan's name
+    target, chosen = choose_bits(model, None if bits is None or default else parse_bits_or_plan(bits))
     if isinstance(chosen, Plan):
-        plans[chosen.name] = chosen
-    if (budget is not None or fit) and (chosen is not None or plans or min_bits is not None or policy != "fixed"):
+        default, chosen = _add(plans, chosen.name, chosen, "--bits"), None
+    rule = parse_policy(policy)
+    has_choice = bits is not None or chosen is not None or plans or min_bits is not None or policy != "fixed"
+    if (budget is not None or fit) and has_choice:
         raise UsageError(
             "with --budget or --fit the model holds one plan's pages and runs nothing else",
             hint="leave --bits, --plan, --policy and --min-bits out",
         )
     with bind(host, port) as bound:
-        most = chosen if isinstance(chosen, int) else None  # a plan that requests may choose is not all there is
+        folder = resolve(target, kind="bitstrata checkpoint")
+        if plans:
+            checkpoint = CheckpointReader(folder)
+            for made in plans.values():
+                made.check(checkpoint)
         room = cache_tokens or max_requests * CACHE_TOKENS
-        loaded = load_sized(target, most, budget=budget, fit=fit, context=room if fit else None, device=device)
-        folder = resolve(target)
+        loaded = load_sized(target, chosen, budget=budget, fit=fit, context=room if fit else None, device=device)
         tokenizer = load_tokenizer(folder)
         name = served_model_name or (folder.resolve().name if Path(target).is_dir() else target)
         settings = Settings(
             name=name,
-            bits=chosen.name if isinstance(chosen, Plan) else chosen,
+            bits=default or chosen,
             min_bits=min_bits,
             plans=plans,
             api_key=api_key,
@@ -119,20 +125,32 @@ def command(
         with engine:
             app = create_app(engine, tokenizer, settings)
             catalog = app.state.service.catalog
-            choice = f"bits {', '.join(map(str, catalog.precisions))} (" if catalog.precisions else "(plan "
-            ready = f"serving {name} at {address(bound)}/v1 with {choice}{bits_name(catalog.default)} by default)"
+            chosen_name = bits_name(catalog.default)
+            choice = ", ".join(map(str, catalog.precisions))
+            what = f"bits {choice} ({chosen_name} by default)" if choice else f"plan {chosen_name}"
+            ready = f"serving {name} at {address(bound)}/v1 with {what}"
             serve(app, bound, grace=grace, say=reporter.say, ready=ready)
 
 
 def _plans(given: list[str]) -> dict[str, Plan]:
     """NAME=FILE, by name. Raises UsageError for a name that requests could not say, PlanError for a file."""
-    plans = {}
+    plans: dict[str, Plan] = {}
     for text in given:
         name, _, file = text.partition("=")
-        sayable = name.isascii() and name.isprintable() and not name.isdigit() and not set(name) & set(": /")
-        if not name or not file or not sayable:
-            raise UsageError(
-                f"--plan {text!r} cannot be used", hint="--plan NAME=FILE, the name without spaces, colons and slashes"
-            )
-        plans[name] = Plan.load(file)
+        if not file:
+            raise UsageError(f"--plan {text!r} cannot be used", hint="--plan NAME=FILE")
+        _add(plans, name, Plan.load(file), "--plan")
     return plans
+
+
+def _add(plans: dict[str, Plan], name: str, plan: Plan, flag: str) -> str:
+    """Put `plan` among the others and return its name. Raises UsageError for one that requests could not say."""
+    if not name or not name.isascii() or not name.isprintable() or name.isdigit() or set(name) & set(": /"):
+        raise UsageError(
+            f"{flag}: a plan cannot be called {name!r}",
+            hint="--plan NAME=FILE, the name not a number and without spaces, colons and slashes",
+        )
+    if name in plans:
+        raise UsageError(f"{flag}: there are two plans called {name!r}", hint="--plan NAME=FILE gives each a name")
+    plans[name] = plan
+    return name

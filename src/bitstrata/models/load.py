@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..checkpoint import Budget, CheckpointReader, Plan, parse_budget
+from ..checkpoint import Budget, CheckpointReader, Fingerprint, Plan, parse_budget
 from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
 from ..nn import Bits, bits_state
 from ..progress import Reporter
@@ -137,6 +137,7 @@ def load(
     model.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    bits_state(model).made_from = Fingerprint.of(reader)
     if paged:
         model.bitstrata_pages = pages  # type: ignore[assignment]
         pages.resize(model, chosen)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import Fingerprint, Plan
 from ..errors import UnsupportedBitsError, UsageError
 from ..planes.weights import MAX_BITS
 
@@ -71,6 +72,8 @@ class BitsState:
         value: the bits to start with; the highest supported by default.
     """
 
+    made_from: Fingerprint | None = None  # the checkpoint, where whoever loaded the model knows it
+
     def __init__(self, supported: tuple[int, ...], layers: Mapping[str, tuple[int, ...]], value: Bits | None = None):
         self.supported = supported
         self.layers = dict(layers)
@@ -104,6 +107,7 @@ class BitsState:
         Raises:
             UnsupportedBitsError: bits without a decoder. Nothing is rounded to the nearest.
             UsageError: a plan that does not name the model's layers, or a tensor that is not of integers.
+            PlanError: a Plan that was made for another checkpoint than `made_from`.
         """
         previous = self.value
         self.value = self.check(value)
@@ -131,6 +135,8 @@ class BitsState:
         raise UsageError(f"bits must be an int, a plan (layer -> bits) or a tensor, got {type(value).__name__}")
 
     def _check_plan(self, plan: Mapping[str, int]) -> None:
+        if isinstance(plan, Plan) and plan.model is not None and self.made_from is not None:
+            plan.model.check(self.made_from, f"the plan {plan.name}".strip())
         missing, unknown = self.layers.keys() - plan.keys(), plan.keys() - self.layers.keys()
         if missing or unknown:
             example = next(iter(sorted(missing or unknown)))

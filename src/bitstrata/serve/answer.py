@@ -203,6 +203,10 @@ def engine_requests(service: Service, body: GenerationBody, wish: Wish) -> list[
     service.check_choices(len(wish.prompts), count)
     bits = service.catalog.precision(body.model, body.bits)
     min_bits = body.min_bits
+    if min_bits is not None and min_bits not in service.catalog.precisions:
+        supported = ", ".join(str(key) for key in service.catalog.precisions if isinstance(key, int)) or "none"
+        message = f"min_bits={min_bits} is not available; supported bits: {supported}"
+        raise ApiError(400, message, param="min_bits", code="unsupported_bits")
     if min_bits is None and isinstance(bits, int) and service.settings.min_bits is not None:
         min_bits = min(bits, service.settings.min_bits)
     return [

@@ -31,7 +31,7 @@ class Service:
         self.catalog = Catalog(
             settings.name,
             precisions,
-            engine.limits.precision(precisions.get(settings.bits) if settings.bits is not None else None),
+            engine.limits.state.default if settings.bits is None else precisions[settings.bits],
             lambda precision: bytes_per_token(engine.model, precision),
             engine.limits.longest,
             bool(tokenizer.chat_template),
@@ -61,11 +61,15 @@ def _precisions(state: BitsState, settings: Settings) -> dict[int | str, Precisi
         if settings.bits is not None or settings.min_bits is not None or settings.plans:
             raise UsageError("a model that holds one plan's pages runs nothing else", hint="leave bits and plans out")
         return {}
-    for bits in (settings.bits, settings.min_bits):
-        if isinstance(bits, int) and bits not in state.supported:
-            raise UnsupportedBitsError(bits, state.supported)
+    if settings.min_bits is not None and settings.min_bits not in state.supported:
+        supported = ", ".join(map(str, state.supported))
+        raise UsageError(f"min_bits={settings.min_bits} is not available", hint=f"supported bits: {supported}")
     for plan in settings.plans.values():
         state.check(plan)
     found: dict[int | str, Precision] = {bits: bits for bits in state.supported}
     found.update({name: replace(plan, name=name) for name, plan in settings.plans.items()})
+    if isinstance(settings.bits, int) and settings.bits not in found:
+        raise UnsupportedBitsError(settings.bits, state.supported)
+    if settings.bits is not None and settings.bits not in found:
+        raise UsageError(f"there is no plan {settings.bits!r}", hint=f"plans: {', '.join(settings.plans) or 'none'}")
     return found
