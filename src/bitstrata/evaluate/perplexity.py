@@ -83,7 +83,7 @@ def evaluate(
     batches = list(_batches(evaluation_windows(tokenizer, documents, length, max_tokens)))
     if not batches:
         raise TextError(f"{text} has no window of two tokens or more", hint="give a longer text")
-    tallies = {value: Tally() for value in chosen}
+    tallies = {value: Tally() for value in chosen}  # equal plans are measured once, and have a row each
     baseline = Tally()
     with torch.no_grad(), reporter.track("evaluating", len(batches), "batch") as steps:
         for windows in batches:
@@ -98,9 +98,7 @@ def evaluate(
             steps.step()
 
     count = sum(layer.in_features * layer.out_features for layer in multiplied_layers(quantized))
-    results = tuple(
-        _row(value, tally.result(), bytes_read(quantized, value), count) for value, tally in tallies.items()
-    )
+    results = tuple(_row(value, tallies[value].result(), bytes_read(quantized, value), count) for value in chosen)
     base = baseline.result() if original is not None else None
     return Evaluation(
         model=str(quantized.name_or_path),
