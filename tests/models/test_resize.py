@@ -241,7 +241,7 @@ def test_a_malformed_page_order_is_refused(folder, tmp_path, text):
     copied = copy_of(folder, tmp_path)
     (copied / PAGES_FILE).write_text(text)
     with pytest.raises(PlanError, match=PAGES_FILE):
-        bitstrata.load(copied, budget="4.5bpw")
+        bitstrata.load(copied, budget="6bpw")
 
 
 def copy_of(folder, tmp_path):

@@ -62,7 +62,7 @@ def evaluate(
     documents = read_text(text, part="heldout")
     where = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
     asked = _asked(bits)
-    _check_plans(asked or (), Path(str(model.name_or_path)) if isinstance(model, PreTrainedModel) else resolve(model))
+    _check_plans(asked or (), model)
     highest = None if asked is None else max(map(highest_bits, asked))
     # float32 on a CPU: exact, and no slower there; elsewhere the dtype the model is stored in
     dtype = torch.float32 if where.type == "cpu" else None
@@ -119,8 +119,12 @@ def _asked(bits: str | Sequence[int | Plan] | int | Plan | None) -> tuple[int | 
     return (bits,) if isinstance(bits, (int, Plan)) else tuple(bits)
 
 
-def _check_plans(asked: Sequence[int | Plan], folder: Path) -> None:
-    """Raise PlanError for a plan that was made for another checkpoint than the one in `folder`, if there is one."""
+def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedModel) -> None:
+    """Raise PlanError for a plan that was made for another checkpoint than that of `model`, if there is one."""
+    if isinstance(model, PreTrainedModel):
+        folder = Path(str(model.name_or_path))
+    else:
+        folder = resolve(model, kind="bitstrata checkpoint")
     for plan in asked:
         if isinstance(plan, Plan) and is_checkpoint(folder):
             plan.check(CheckpointReader(folder))
