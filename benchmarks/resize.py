@@ -45,7 +45,6 @@ from bitstrata.checkpoint import (
     Page,
     PageOrder,
     Plan,
-    plan_bytes,
 )
 from bitstrata.progress import Reporter
 
@@ -101,7 +100,7 @@ def asked() -> int:
 
 
 def row(budget: str, plan: Plan, folder: Path, before: dict[str, int], seconds: float, read: int) -> dict[str, Any]:
-    size, now = plan_bytes(CheckpointReader(folder, paged=True), plan), memory()
+    size, now = ModelSizes.of(CheckpointReader(folder, paged=True)).of_plan(plan), memory()
     grown = now["anonymous"] - before["anonymous"]
     return {
         "budget": budget,
@@ -135,7 +134,8 @@ def resizes(folder: Path, budgets: list[str], steps: int) -> dict[str, Any]:
     model = bitstrata.load(folder, budget=budgets[0], reporter=quiet)
     forward(model)
     start = memory()
-    least = plan_bytes(CheckpointReader(folder), Plan(model.bitstrata_pages.plan(budgets[0], quiet))).weights
+    pages = model.bitstrata_pages
+    least = pages.sizes.of_plan(pages.plan(budgets[0], quiet)).weights
     start["anonymous"] -= least
     jumps = []
     for budget in [*draw.sample(budgets, len(budgets)), *draw.sample(budgets, len(budgets))]:

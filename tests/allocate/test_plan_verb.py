@@ -70,7 +70,9 @@ def test_a_budget_in_bytes_is_kept(known):
 def test_above_everything_says_so_and_gives_everything(known):
     report = bitstrata.plan(known, "1GB")
     assert report.plan == ModelSizes.of(CheckpointReader(known)).largest
-    assert any("above everything" in note for note in report.notes)
+    assert any("above the whole model" in note for note in report.notes)
+    exactly = f"{report.size.total}B"
+    assert not bitstrata.plan(known, exactly).notes
 
 
 def test_below_the_smallest_is_refused_before_anything_is_measured(checkpoint, text):
@@ -102,8 +104,54 @@ def test_measurements_of_another_model_or_text_are_refused(known, text, original
 def test_a_picture_is_drawn(known, tmp_path):
     bitstrata.plan(known, "4bpw", plot=tmp_path / "p.svg")
     assert "<svg" in (tmp_path / "p.svg").read_text()
+    bounded = bitstrata.plan(known, "4.5bpw", plot=tmp_path / "bounded.svg", max_bits={"*": 3})
+    assert max(bounded.plan.values()) == 3
     with pytest.raises(UsageError, match="cannot draw"):
         bitstrata.plan(known, "4bpw", plot=tmp_path / "p.nothing")
+
+
+@pytest.mark.parametrize("bounds", [{"min_bits": {"*.down_proj": 3}}, {"max_bits": {"*": 3}}])
+@pytest.mark.parametrize("together", [False, True])
+def test_the_order_of_pages_knows_no_bounds(known, bounds, together):
+    free, bounded = (
+        bitstrata.plan(known, "4.5bpw", "milp", pages=True, together=together, **given) and (known / PAGES_FILE)
+        for given in ({}, bounds)
+    )
+    before = free.read_bytes()
+    reader = CheckpointReader(known)
+    PageOrder.load(bounded).check(reader, ModelSizes.of(reader))
+    assert bounded.read_bytes() == before
+    assert bitstrata.load(known, budget="4.5bpw", device="cpu") is not None
+
+
+def test_an_order_that_leads_nowhere_is_not_written(known, monkeypatch):
+    bitstrata.plan(known, "4.5bpw", "milp", pages=True)
+    before = (known / PAGES_FILE).read_bytes()
+    monkeypatch.setattr("bitstrata.allocate.order._stones", lambda problem: [problem.lowest])
+    with pytest.raises(PlanError, match="largest plan"):
+        bitstrata.plan(known, "1GB", "milp", pages=True)
+    assert (known / PAGES_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("which", ["output", "plot", "sensitivity"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_measured(checkpoint, text, tmp_path, which):
+    (tmp_path / "folder.svg").mkdir()
+    with pytest.raises(UsageError, match="it is a folder"):
+        bitstrata.plan(checkpoint, "4bpw", text=text, **SMALL, **{which: tmp_path / "folder.svg"})
+    assert not (checkpoint / SENSITIVITY_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    "given", [{"reference": "model"}, {"windows": 4}, {"windows": 16}, {"seq_len": 32}, {"measure": "kld"}]
+)
+def test_ways_of_measuring_need_a_text(known, given):
+    with pytest.raises(UsageError, match=f"{next(iter(given))} would change nothing"):
+        bitstrata.plan(known, "4bpw", **given)
+
+
+def test_the_seed_draws_the_random_plan_even_without_a_text(known):
+    random = {bitstrata.plan(known, "4.5bpw", "milp", seed=seed).rows[-1].predicted for seed in range(4)}
+    assert len(random) > 1
 
 
 def test_plans_go_where_bits_go(known, original, text, tmp_path):
@@ -118,14 +166,14 @@ def test_plans_go_where_bits_go(known, original, text, tmp_path):
             assert torch.equal(model(ids).logits, expected)
         assert not torch.equal(model(ids, bits=3).logits, expected)
     result = bitstrata.evaluate(known, text, bits=f"3,{tmp_path / 'p.json'}", reference=original, device="cpu")
-    assert [row.bits for row in result.results] == [3, "4.5bpw"]
+    assert [row.bits for row in result.results] == [3, "p"]
     sizes = ModelSizes.of(CheckpointReader(known))
     assert result.results[1].bytes == sizes.of_plan(made).weights
     assert result.results[1].bpw_read == pytest.approx(sizes.of_plan(made).bpw)
     uniform = bitstrata.evaluate(known, text, bits=[3, Plan.uniform(CheckpointReader(known).spec, 3)], device="cpu")
     assert uniform.results[0].nll == uniform.results[1].nll
     generated = bitstrata.generate(str(known), "a", bits=made, max_new_tokens=4, device="cpu")
-    assert generated.bits == "4.5bpw"
+    assert generated.bits == "4.5bpw"  # what was made a moment ago is called like its budget
 
 
 def test_the_pattern_has_a_line_a_kind_and_a_digit_a_block():

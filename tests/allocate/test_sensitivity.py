@@ -15,7 +15,6 @@ import bitstrata
 from bitstrata.allocate import (
     SENSITIVITY_FILE,
     Objective,
-    Problem,
     Sensitivity,
     Settings,
     measure_sensitivity,
@@ -181,6 +180,21 @@ def test_a_measurement_goes_on_where_it_was_stopped(found, objective, reader, wi
     assert Sensitivity.load(path, reader).losses == found.losses
 
 
+@pytest.mark.parametrize("lines", [1, 3])
+def test_a_line_that_lost_only_its_end_costs_one_measurement(lines, objective, reader, windows, tmp_path):
+    path, part = tmp_path / "s.json", tmp_path / "s.json.part"
+    with pytest.raises(KeyboardInterrupt):
+        measure(Stopping(objective, lines - 1), reader, windows, path)
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(KeyboardInterrupt):
+        measure(Stopping(objective, 4), reader, windows, path)
+    kept = [json.loads(line) for line in part.read_bytes().splitlines()]
+    assert len(kept) == 1 + max(0, lines - 2) + 4
+    with pytest.raises(KeyboardInterrupt):  # and what follows goes on from there
+        measure(Stopping(objective, 0), reader, windows, path)
+    assert [json.loads(line) for line in part.read_bytes().splitlines()] == kept
+
+
 def test_a_measurement_under_other_settings_does_not_go_on(objective, reader, windows, tmp_path):
     path = tmp_path / "s.json"
     with pytest.raises(KeyboardInterrupt):
@@ -264,9 +278,10 @@ def test_the_cheap_measure_gives_plans_too(objective, reader, windows, tmp_path)
 
 def test_the_order_of_pages_leads_from_the_smallest_plan_to_the_largest(found, reader):
     sizes = ModelSizes.of(reader)
-    problem = Problem.build(found, sizes, sizes.of_plan(sizes.largest).weights)
-    order = page_order(problem, found, reader)
-    order.check(reader, sizes)
-    assert sum(page.saving for page in order.pages) == pytest.approx(
-        found.predict(sizes.smallest) - found.predict(sizes.largest)
-    )
+    for together in (False, True):
+        order = page_order(found, reader, sizes, together=together)
+        order.check(reader, sizes)
+        assert sum(page.saving for page in order.pages) == pytest.approx(
+            found.predict(sizes.smallest) - found.predict(sizes.largest)
+        )
+        assert {len(page.layers) for page in order.pages} == ({1, 2, 3} if together else {1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from bitstrata.checkpoint import (
     Plan,
     bytes_text,
     parse_budget,
-    plan_bytes,
 )
 from bitstrata.errors import PlanError, UsageError
+from bitstrata.progress import Reporter
 
 LAYERS = {
     "a": random_weight(5, 70, seed=1),
@@ -48,10 +49,10 @@ def plan(reader):
 
 def test_bytes_are_those_of_the_tensors(reader, plan):
     expected = sum(LAYERS[name].bytes_read(bits) for name, bits in plan.items())
-    size = plan_bytes(reader, plan)
+    size = ModelSizes.of(reader).of_plan(plan)
     assert size.weights == expected
     assert size.fixed == 4 * 4 + 21 * 4 + 3 * 8  # the config names no dtype: floats are loaded as fp32
-    assert plan_bytes(reader, plan, torch.float16).fixed == 4 * 2 + 21 * 2 + 3 * 8
+    assert ModelSizes.of(reader, torch.float16).of_plan(plan).fixed == 4 * 2 + 21 * 2 + 3 * 8
     assert size.total == size.weights + size.fixed
     weights = sum(weight.out_features * weight.in_features for weight in LAYERS.values())
     assert size.bpw == pytest.approx(8 * expected / weights)
@@ -100,6 +101,25 @@ def test_a_budget_below_the_smallest_says_the_least(sizes):
         with pytest.raises(UsageError, match=f"{least.total} bytes") as caught:
             sizes.limit(budget)
         assert f"{least.bpw:.3f}bpw" in caught.value.message
+        unit = "bpw" if budget.endswith("bpw") else "MB"
+        enough = re.search(rf"at least ([0-9.]+{unit})$", caught.value.hint)[1]
+        assert sizes.limit(enough) >= least.weights
+        assert parse_budget(enough).amount < (least.bpw + 0.001 if unit == "bpw" else least.total + 1000)
+
+
+@pytest.mark.parametrize("text", ["3.25bpw", "21170000123B", "600MB", "1.8GiB"])
+def test_the_exact_form_of_a_budget_is_that_budget(text):
+    budget = parse_budget(text)
+    again = parse_budget(budget.exact)
+    assert (again.unit, again.amount) == (budget.unit, pytest.approx(budget.amount, rel=1e-12))
+
+
+def test_only_what_is_above_the_largest_plan_is_noted(sizes):
+    largest = sizes.of_plan(sizes.largest)
+    for budget, said in ((f"{largest.total}B", 0), (f"{largest.total + 1}B", 1), (f"{largest.bpw + 0.1}bpw", 1)):
+        reporter = Reporter(quiet=True)
+        sizes.note_excess(budget, reporter)
+        assert len(reporter.notes) == said
 
 
 def test_a_plan_survives_its_file(reader, plan, tmp_path):
@@ -107,15 +127,18 @@ def test_a_plan_survives_its_file(reader, plan, tmp_path):
     found = Plan.load(tmp_path / "plan.json")
     found.check(reader)
     assert found == plan == {"a": 2, "b": 4, "c": 6}
-    assert (found.model, found.name, found.provenance) == (plan.model, "small", {"budget": "3bpw"})
+    assert (found.model, found.name) == (plan.model, "plan")
+    assert found.provenance == {"budget": "3bpw", "name": "small"}
     assert hash(found) == hash(plan)
 
 
-def test_a_plan_without_a_name_is_called_like_its_file(reader, tmp_path):
-    (tmp_path / "tiny.json").write_text(json.dumps({"version": 1, "bits": {"a": 2, "b": 2, "c": 2}}))
+@pytest.mark.parametrize("named", [{}, {"name": "3.2bpw"}])
+def test_a_plan_from_a_file_is_called_like_the_file(reader, tmp_path, named):
+    (tmp_path / "tiny.json").write_text(json.dumps({"version": 1, "bits": {"a": 2, "b": 2, "c": 2}, **named}))
     found = Plan.load(tmp_path / "tiny.json")
     found.check(reader)
     assert str(found) == "tiny"
+    assert found.provenance == named
 
 
 @pytest.mark.parametrize(

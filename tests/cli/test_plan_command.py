@@ -37,10 +37,41 @@ def test_a_plan_as_a_table_and_as_json(cli, planned):
 def test_plans_are_taken_by_eval_and_generate(cli, planned, text):
     result = cli("eval", planned, "--text", text, "--bits", f"2,{planned / 'p.json'}", "--json")
     assert result.code == 0
-    assert [row["bits"] for row in json.loads(result.out)["results"]] == [2, "4.5bpw"]
+    assert [row["bits"] for row in json.loads(result.out)["results"]] == [2, "p"]
     result = cli("generate", planned, "a", "--bits", planned / "p.json", "--max-new-tokens", 2)
     assert result.code == 0
-    assert "plan 4.5bpw" in result.err
+    assert "plan p" in result.err
+
+
+def test_eval_has_a_row_for_everything_that_was_asked_for(cli, planned, text, tmp_path):
+    for name in ("same", "deeper/p"):
+        (tmp_path / f"{name}.json").parent.mkdir(exist_ok=True)
+        shutil.copy(planned / "p.json", tmp_path / f"{name}.json")
+    files = [planned / "p.json", tmp_path / "same.json", tmp_path / "deeper" / "p.json"]
+    result = cli("eval", planned, "--text", text, "--bits", ",".join(map(str, [2, *files])), "--json")
+    assert result.code == 0
+    rows = json.loads(result.out)["results"]
+    assert [row["bits"] for row in rows] == [2, str(files[0]), "same", str(files[2])]
+    assert len({json.dumps({**row, "bits": None}) for row in rows[1:]}) == 1
+
+
+def test_every_file_that_is_written_is_named(cli, planned, tmp_path):
+    result = cli("plan", planned, "--budget", "4.5bpw", "-o", tmp_path / "new.json")
+    assert f"wrote {tmp_path / 'new.json'}" in result.err
+
+
+def test_the_last_bound_that_matches_holds(cli, planned):
+    bounds = ("--min-bits", "*=2", "--min-bits", "*.down_proj=3", "--min-bits", "*=4")
+    result = cli("plan", planned, "--budget", "1GB", *bounds, "--json")
+    assert result.code == 0
+    assert set(json.loads(result.out)["bits"].values()) == {4}
+    cli("plan", planned, "--budget", "4.5bpw", *bounds).refused(2, "need at least")
+
+
+def test_a_plan_is_of_no_bits(cli, planned):
+    cli("plan", f"{planned}:3", "--budget", "4bpw").refused(
+        3, f"{planned}:3", "bits do not belong here", f"give {planned}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +89,9 @@ def test_plans_are_taken_by_eval_and_generate(cli, planned, text):
         (("--budget", "4bpw", "--text", "nowhere.txt"), 3, "nowhere.txt"),
         (("--budget", "4bpw", "--sensitivity", "nowhere.json"), 2, "nowhere.json"),
         (("--budget", "4bpw", "-o", "no/where/plan.json"), 2, "there is no folder no/where"),
+        (("--budget", "4bpw", "-o", "."), 2, "it is a folder"),
         (("--budget", "4bpw", "--plot", "picture.doc"), 2, "picture.doc"),
+        (("--budget", "4bpw", "--windows", "8", "--reference", "x"), 2, "reference, windows would change nothing"),
         (("--budget", "4bpw", "--windows", "0"), 2, "windows must be at least 1"),
     ],
 )
@@ -72,7 +105,7 @@ def test_bad_arguments(cli, planned, arguments, code, named):
 def test_too_large_a_budget_is_said(cli, planned):
     result = cli("plan", planned, "--budget", "1TB")
     assert result.code == 0
-    assert "above everything" in result.err
+    assert "above the whole model" in result.err
 
 
 def test_a_sensitivity_file_that_does_not_match(cli, planned, text, tmp_path):
@@ -94,9 +127,9 @@ def test_plans_that_cannot_be_used(cli, planned, text, tmp_path, verb):
     plan = Plan.load(planned / "p.json")
     (tmp_path / "broken.json").write_text("{")
     other = plan.model.model_copy(update={"layout": "0" * 64})
-    Plan(plan.bits, other, "foreign").save(tmp_path / "foreign.json")
+    Plan(plan.bits, other).save(tmp_path / "foreign.json")
     first = next(iter(plan))
-    Plan({**plan, first: 7}, Fingerprint.of(CheckpointReader(planned)), "high").save(tmp_path / "high.json")
+    Plan({**plan, first: 7}, Fingerprint.of(CheckpointReader(planned))).save(tmp_path / "high.json")
     for name, said in [
         ("broken", "not valid JSON"),
         ("foreign", "foreign was made for another model"),

@@ -52,7 +52,16 @@ def test_a_budget_above_everything_is_a_note(ordered: Path, cli: Command) -> Non
 
 
 def test_a_budget_without_a_page_order(quantized: Path, cli: Command) -> None:
-    cli("generate", quantized, "x", "--budget", "5GB").refused(3, "bitstrata_pages.json", "--pages")
+    low, high = totals(quantized)
+    command = f"bitstrata plan {quantized} --budget {(high - 1) / 1e6:.12g}MB --text FILE --pages"
+    cli("generate", quantized, "x", "--budget", f"{high - 1}B").refused(3, "bitstrata_pages.json", command)
+    sizes = ModelSizes.of(CheckpointReader(quantized))
+    bpw = sizes.of_plan(sizes.largest).bpw
+    cli("generate", quantized, "x", "--budget", f"{bpw - 0.01}bpw").refused(3, f"--budget {bpw - 0.01:.12g}bpw")
+    for budget, bits in ((low, 2), (high, 4), (10**9, 4)):  # these need none
+        expected = generated(cli, f"{quantized}:{bits}")["text"]
+        assert generated(cli, quantized, "--budget", f"{budget}B")["text"] == expected
+    assert generated(cli, quantized, "--fit")["bits"] == "fit"
 
 
 def test_fit_takes_what_there_is(ordered: Path, cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +76,11 @@ def test_fit_takes_what_there_is(ordered: Path, cli: Command, monkeypatch: pytes
 def test_only_one_way_of_saying_how_much(flags: tuple[object, ...], ordered: Path, cli: Command) -> None:
     cli("generate", ordered, "x", *flags).refused(2, "how much of the model")
     cli("generate", f"{ordered}:3", "x", *flags[-1:] if flags[-1] == "--fit" else flags[-2:]).refused(2, "how much")
+
+
+def test_drafts_need_all_planes(ordered: Path, cli: Command) -> None:
+    done = cli("generate", ordered, "x", "--budget", "5GB", "--draft-bits", 2)
+    done.refused(2, "only the pages of its plan", "leave draft_bits out")
 
 
 def test_of_a_plan_only_its_pages_are_read(ordered: Path, tmp_path: Path, cli: Command) -> None:

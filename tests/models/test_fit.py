@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from page_orders import write_order
@@ -10,8 +12,8 @@ from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, OPTConfig
 
 import bitstrata
 from bitstrata import memory
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
-from bitstrata.errors import ResourceError, UsageError
+from bitstrata.checkpoint import PAGES_FILE, CheckpointReader, ModelSizes
+from bitstrata.errors import PlanError, ResourceError, UsageError
 from bitstrata.models import fit
 from bitstrata.models.fit import RESERVE, cache_bytes, fit_budget
 from bitstrata.nn import bits_state
@@ -82,6 +84,7 @@ def test_load_takes_the_largest_plan_that_fits(folder, sizes, monkeypatch):
     plan = dict(bits_state(model).plan)
     assert sizes.smallest != plan != sizes.largest
     assert plan == dict(model.bitstrata_pages.plan(f"{wanted}B", QUIET))
+    assert str(bits_state(model).plan) == "fit", "the same at every start, however much was free"
     model.resize(2)
     assert dict(bits_state(model).plan) == sizes.smallest
 
@@ -96,6 +99,21 @@ def test_not_even_the_smallest_fits(folder, sizes, monkeypatch):
     assert caught.value.exit_code == 4
     monkeypatch.setattr(fit, "free_memory", lambda device: needed)
     assert dict(bits_state(bitstrata.load(folder, fit=True, reporter=QUIET)).plan) == sizes.smallest
+
+
+def test_a_missing_page_order_names_a_budget_that_can_be_given(folder, sizes, monkeypatch, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    (copied / PAGES_FILE).unlink()
+    config = AutoConfig.from_pretrained(copied)
+    wanted = total(sizes, sizes.largest) - 1
+    others = RESERVE + cache_bytes(config, 20, torch.float32)
+    monkeypatch.setattr(fit, "free_memory", lambda device: wanted + others)
+    with pytest.raises(PlanError, match=PAGES_FILE) as caught:
+        bitstrata.load(copied, fit=True, context=20, reporter=QUIET)
+    assert f"--budget {wanted / 1e6:.12g}MB" in caught.value.hint
+    monkeypatch.setattr(fit, "free_memory", lambda device: wanted + others + 1)
+    model = bitstrata.load(copied, fit=True, context=20, reporter=QUIET)
+    assert dict(bits_state(model).plan) == sizes.largest, "everything fits: no order is needed"
 
 
 @pytest.mark.parametrize("context", [0, -1])

@@ -6,13 +6,14 @@ import copy
 import pickle
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from page_orders import write_order
 
 import bitstrata
-from bitstrata.checkpoint import PAGES_FILE, CheckpointReader, ModelSizes, PageOrder, Plan, plan_bytes
+from bitstrata.checkpoint import PAGES_FILE, CheckpointReader, ModelSizes, PageOrder, Plan
 from bitstrata.errors import PlanError, UnsupportedBitsError, UsageError
 from bitstrata.kernels import registry
 from bitstrata.kernels.cpu import missing
@@ -140,7 +141,7 @@ def test_the_report_counts_what_was_read_added_and_dropped(folder):
     assert (done.layers, done.read, done.added) == (1, plane + decoder, plane + decoder)
     assert done.dropped == spec.prefix_bytes(name, 3) - 3 * plane
     assert done.after - done.before == done.added - done.dropped
-    assert done.after == plan_bytes(CheckpointReader(folder), {**plan, name: 4}).total
+    assert done.after == sizes.of_plan({**plan, name: 4}).total
     again = model.resize({**plan, name: 4})
     assert (again.layers, again.read, again.added, again.dropped) == (0, 0, 0, 0)
     assert set(done.to_json()) == {"before", "after", "added", "dropped", "read", "layers", "seconds"}
@@ -222,10 +223,17 @@ def test_a_plan_for_another_model_is_refused(folder, folders):
 def test_a_missing_page_order_names_the_command(folder, tmp_path):
     copied = copy_of(folder, tmp_path)
     (copied / PAGES_FILE).unlink()
-    with pytest.raises(PlanError, match=PAGES_FILE) as caught:
-        bitstrata.load(copied, budget="5GB")
-    assert "bitstrata plan" in caught.value.hint
+    sizes = ModelSizes.of(CheckpointReader(folder))
+    low, high = (sizes.of_plan(plan).total for plan in (sizes.smallest, sizes.largest))
+    for budget in (low + 1, high - 1):
+        with pytest.raises(PlanError, match=PAGES_FILE) as caught:
+            bitstrata.load(copied, budget=f"{budget}B")
+        assert f"bitstrata plan {copied} --budget {budget / 1e6:.12g}MB" in caught.value.hint
     assert bitstrata.load(copied, plan=3) is not None, "a plan needs no order"
+    for budget, plan in ((low, sizes.smallest), (high, sizes.largest), (2 * high, sizes.largest)):
+        model = bitstrata.load(copied, budget=f"{budget}B", reporter=QUIET)
+        assert dict(bits_state(model).plan) == plan, "nor does the smallest or the largest"
+        assert str(bits_state(model).plan) == f"{budget}B"
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"version": 1}', "[1]"])
@@ -233,7 +241,7 @@ def test_a_malformed_page_order_is_refused(folder, tmp_path, text):
     copied = copy_of(folder, tmp_path)
     (copied / PAGES_FILE).write_text(text)
     with pytest.raises(PlanError, match=PAGES_FILE):
-        bitstrata.load(copied, budget="5GB")
+        bitstrata.load(copied, budget="6bpw")
 
 
 def copy_of(folder, tmp_path):
@@ -253,12 +261,27 @@ def test_ways_of_saying_how_much_exclude_each_other(folder):
         bitstrata.load(folder, plan=3, context=10)
 
 
+@pytest.mark.parametrize("bits", ["plan.json", Path("plan.json"), 2.5, "3"])
+def test_bits_that_are_none_are_refused_before_anything_is_read(bits, tmp_path):
+    with pytest.raises(UsageError, match="neither a number of bits nor a plan") as caught:
+        bitstrata.load(tmp_path / "nowhere", bits=bits)
+    assert isinstance(bits, float) or f"plan={bits!r}" in caught.value.hint
+
+
+def test_drafts_need_all_planes(folder):
+    model = bitstrata.load(folder, plan=3)
+    with pytest.raises(UsageError, match="only the pages of its plan"):
+        model.generate(IDS, draft_bits=2, max_new_tokens=2)
+    with pytest.raises(UsageError, match="only the pages of its plan"):
+        model.generate(IDS, bits=3, draft_bits=2, max_new_tokens=2)
+
+
 def test_bits_that_are_not_in_memory_are_refused(folder, seed):
     model = bitstrata.load(folder, plan=3)
     assert torch.equal(logits(model, bits=3), logits(model))
     assert torch.equal(logits(model, bits=torch.tensor([3])), logits(model))
     for bits in (4, torch.tensor([4])):
-        with pytest.raises(UnsupportedBitsError, match="in memory is 3 bits") as caught:
+        with pytest.raises(UnsupportedBitsError, match="in memory is 3 bits a layer and nothing else") as caught:
             logits(model, bits=bits)
         assert "resize" in caught.value.hint
     plan = {**dict.fromkeys(bits_state(model).plan, 2), next(iter(bits_state(model).plan)): 5}

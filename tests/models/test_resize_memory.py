@@ -17,7 +17,7 @@ SCRIPT = """
 import gc, random, re, sys
 import torch
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, plan_bytes
+from bitstrata.checkpoint import CheckpointReader, ModelSizes
 from bitstrata.nn import bits_state
 from bitstrata.progress import Reporter
 
@@ -26,7 +26,7 @@ def anonymous():
     return 1024 * int(re.search(r"^RssAnon:\\s+(\\d+)", open("/proc/self/status").read(), re.M)[1])
 
 folder, quiet, draw = sys.argv[1], Reporter(quiet=True), random.Random(0)
-reader = CheckpointReader(folder)
+sizes = ModelSizes.of(CheckpointReader(folder))
 ids = torch.arange(4)[None]
 bitstrata.load(folder, plan=2, reporter=quiet)(ids)  # what the libraries keep
 start = anonymous()
@@ -35,7 +35,7 @@ for size in (8, "30MB", 2, "45MB", 3, 8, "25MB"):
     model.resize(size, reporter=quiet)
     with torch.no_grad():
         model(ids)
-    held, planned = anonymous() - start, plan_bytes(reader, bits_state(model).plan).weights
+    held, planned = anonymous() - start, sizes.of_plan(bits_state(model).plan).weights
     print(size, held, planned)
 """
 

@@ -5,12 +5,13 @@ from .order import page_order
 from .plan import SOLVERS, plan
 from .problem import Bounds, Problem, random_allocation
 from .report import PlanReport, PlanRow
-from .sensitivity import SENSITIVITY_FILE, Sensitivity, Settings, measure_sensitivity
+from .sensitivity import SENSITIVITY_FILE, Measure, Sensitivity, Settings, measure_sensitivity
 
 __all__ = [
     "SENSITIVITY_FILE",
     "SOLVERS",
     "Bounds",
+    "Measure",
     "Objective",
     "PlanReport",
     "PlanRow",

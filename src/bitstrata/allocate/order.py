@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..checkpoint import CheckpointReader, Fingerprint, Page, PageOrder
+from ..checkpoint import CheckpointReader, Fingerprint, ModelSizes, Page, PageOrder
 from . import paired
 from .problem import Array, Problem
 from .sensitivity import Sensitivity
@@ -19,9 +19,15 @@ from .sensitivity import Sensitivity
 STONES = 24  # budgets that are solved for, in equal ratios
 
 
-def page_order(problem: Problem, found: Sensitivity, reader: CheckpointReader) -> PageOrder:
-    """The order of pages of a checkpoint; the problem's limit does not matter."""
-    problem = replace(problem, limit=problem.size(problem.highest), true_loss=None)
+def page_order(found: Sensitivity, reader: CheckpointReader, sizes: ModelSizes, *, together: bool = False) -> PageOrder:
+    """The order of pages of a checkpoint, from its smallest plan to its largest.
+
+    Args:
+        together: a page raises all layers that share a kernel call.
+
+    Raises PlanError if no such order leads from the smallest plan to the largest.
+    """
+    problem = Problem.build(found, sizes, sizes.of_plan(sizes.largest).weights, together=together)
     x, pages = problem.lowest, []
     for stone in _stones(problem):
         while (x < stone).any():
@@ -39,7 +45,9 @@ def page_order(problem: Problem, found: Sensitivity, reader: CheckpointReader) -
                 )
             )
             x = raised
-    return PageOrder(pages, Fingerprint.of(reader), {"divergence_from": found.target})
+    order = PageOrder(pages, Fingerprint.of(reader), {"divergence_from": found.target})
+    order.check(reader, sizes)
+    return order
 
 
 def _stones(problem: Problem) -> list[Array]:

@@ -18,7 +18,6 @@ from ..checkpoint import (
     Fingerprint,
     ModelSizes,
     Plan,
-    bytes_text,
     parse_budget,
 )
 from ..errors import UsageError
@@ -41,6 +40,7 @@ SOLVERS: dict[str, Callable[[Problem], Array]] = {
     "greedy": greedy.solve,
     "waterfill": waterfill.solve,
 }
+DEFAULT_WINDOWS = 16
 DEFAULT_SEQ_LEN = 512
 
 
@@ -55,11 +55,11 @@ def plan(
     pages: bool = False,
     plot: str | Path | None = None,
     sensitivity: str | Path | None = None,
-    measure: Measure = "kld",
+    measure: Measure | None = None,
     together: bool = False,
     min_bits: Mapping[str, int] | None = None,
     max_bits: Mapping[str, int] | None = None,
-    windows: int = 16,
+    windows: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -75,28 +75,29 @@ def plan(
             once layers are measured; the plan is then neither refined nor compared by its true loss.
         reference: the original model. Losses are divergences from it, else from the model's own highest bits.
         output: where the plan is written.
-        pages: also write the order of pages beside the checkpoint, in which every budget is a prefix.
+        pages: also write the order of pages beside the checkpoint, in which every budget is a prefix. It leads from the
+            smallest plan to the largest whatever the bounds; with `together` its pages raise such layers at once.
         plot: where a picture of loss against bytes is written (extra `plots`).
         sensitivity: where layers' losses are kept; `bitstrata_sensitivity.json` beside the checkpoint by default.
-        measure: kld, or hessian: one pass instead of one for each layer and bits, and a worse guide.
+        measure: kld (the default), or hessian: one pass instead of one for each layer and bits, and a worse guide.
         together: equal bits for layers that share a kernel call (q, k and v; gate and up).
         min_bits, max_bits: name pattern (`*.down_proj`) -> the least or most bits of the layers that match.
-        windows, seq_len, seed: how many windows of how many tokens, and which.
+        windows, seq_len, seed: how many windows of how many tokens, 16 and 512 by default, and which; `seed` also draws
+            the random plan that is compared.
 
     Raises:
         UsageError: a budget below the smallest plan (the message says the least), an unknown solver, bounds that
-            leave no plan.
+            leave no plan, a file that cannot be written, ways of measuring without a text to measure on.
         PlanError: a sensitivity file of another model, text or settings.
     """
     reporter = (reporter or Reporter()).fresh()
     budget = parse_budget(budget)
     if solver not in SOLVERS:
         raise UsageError(f"there is no solver {solver!r}", hint=f"solvers: {', '.join(SOLVERS)}")
-    if windows < 1 or (seq_len is not None and seq_len < 2):
-        raise UsageError(f"windows must be at least 1 and seq_len at least 2, got {windows} and {seq_len}")
+    _check_measuring(text, reference=reference, measure=measure, windows=windows, seq_len=seq_len)
     for path in (output, plot, sensitivity):
-        if path is not None and not Path(path).parent.is_dir():
-            raise UsageError(f"{path} cannot be written: there is no folder {Path(path).parent}")
+        if path is not None:
+            _check_writable(Path(path))
     if plot is not None:
         check_picture(Path(plot))
     folder = resolve(model, kind="bitstrata checkpoint")
@@ -105,14 +106,12 @@ def plan(
     limit = sizes.limit(budget)
     bounds = Bounds(min_bits or {}, max_bits or {})
     find_choices(sizes, limit, together=together, bounds=bounds)  # raises if they leave no plan
-    largest = sizes.of_plan(sizes.largest)
-    if limit >= largest.weights:
-        reporter.note(f"the budget {budget} is above everything there is: all planes are {bytes_text(largest.total)}")
+    sizes.note_excess(budget, reporter)
 
     path = Path(sensitivity) if sensitivity is not None else folder / SENSITIVITY_FILE
     measured = None
     if text is not None:
-        measured = _Measured.of(reader, text, reference, measure, windows, seq_len, seed, device, reporter)
+        measured = _Measured.of(reader, text, reference, measure or "kld", windows, seq_len, seed, device, reporter)
     found = _sensitivity(path, reader, measured, reporter)
 
     problem = Problem.build(
@@ -138,12 +137,15 @@ def plan(
     made = Plan(problem.plan(x), Fingerprint.of(reader), str(budget), provenance)
     if output is not None:
         made.save(output)
-    order = page_order(problem, found, reader) if pages or plot is not None else None
-    if pages and order is not None:
-        order.save(folder / PAGES_FILE)
-        reporter.say(f"wrote {folder / PAGES_FILE}")
-    if plot is not None and order is not None:
-        draw(Path(plot), order, found, reader, sizes, rows, measured.heldout if measured else None)
+        reporter.say(f"wrote {output}")
+    if pages or plot is not None:
+        order = page_order(found, reader, sizes, together=together)
+        if pages:
+            order.save(folder / PAGES_FILE)
+            reporter.say(f"wrote {folder / PAGES_FILE}")
+        if plot is not None:
+            draw(Path(plot), order, found, reader, sizes, rows, measured.heldout if measured else None)
+            reporter.say(f"wrote {plot}")
     return PlanReport(
         model=str(model),
         budget=str(budget),
@@ -155,6 +157,34 @@ def plan(
         heldout_tokens=measured.heldout.positions if measured else 0,
         notes=tuple(reporter.notes),
     )
+
+
+def _check_measuring(
+    text: str | Path | None,
+    *,
+    reference: str | Path | None,
+    measure: Measure | None,
+    windows: int | None,
+    seq_len: int | None,
+) -> None:
+    """Raise UsageError for ways of measuring that make no sense, or that nothing is measured in."""
+    if (windows is not None and windows < 1) or (seq_len is not None and seq_len < 2):
+        raise UsageError(f"windows must be at least 1 and seq_len at least 2, got {windows} and {seq_len}")
+    given = {"reference": reference, "measure": measure, "windows": windows, "seq_len": seq_len}
+    idle = [name for name, value in given.items() if value is not None]
+    if text is None and idle:
+        raise UsageError(
+            f"without a text nothing is measured, so {', '.join(idle)} would change nothing",
+            hint="give the text as well (--text FILE), or leave them out to use what was measured before",
+        )
+
+
+def _check_writable(path: Path) -> None:
+    """Raise UsageError if there is no folder for the file `path`, or it is a folder itself."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"{path} cannot be written: it is a folder", hint="name a file in it")
 
 
 @dataclass(frozen=True)
@@ -173,7 +203,7 @@ class _Measured:
         text: str | Path,
         reference: str | Path | None,
         measure: Measure,
-        windows: int,
+        windows: int | None,
         seq_len: int | None,
         seed: int,
         device: str,
@@ -184,14 +214,13 @@ class _Measured:
         tokenizer = load_tokenizer(reader.folder)
         # float32 on a CPU, as in `evaluate`: exact there, and no slower
         model: PreTrainedModel = load(reader.folder, device=where, dtype=torch.float32 if where.type == "cpu" else None)
+        count = windows or DEFAULT_WINDOWS
         length = min(seq_len or DEFAULT_SEQ_LEN, context_limit(model.config) or DEFAULT_SEQ_LEN)
         if seq_len is not None and length < seq_len:
             reporter.note(f"seq-len lowered from {seq_len} to {length}, the model's context")
-        cut = calibration_windows(
-            tokenizer, documents, num_samples=windows, seq_len=length, num_heldout=windows, seed=seed
-        )
-        if len(cut.calibration) < windows:
-            reporter.note(f"the text has {len(cut.calibration)} windows to measure on, not {windows}")
+        cut = calibration_windows(tokenizer, documents, num_samples=count, seq_len=length, num_heldout=count, seed=seed)
+        if len(cut.calibration) < count:
+            reporter.note(f"the text has {len(cut.calibration)} windows to measure on, not {count}")
         original = load_reference(reference, model, where)
         digests = None if reference is None else SourceModel(resolve(reference, kind="reference model")).digests()
         settings = Settings(
@@ -217,7 +246,9 @@ def _sensitivity(path: Path, reader: CheckpointReader, measured: _Measured | Non
             hint="give a text to measure them on: --text FILE",
         )
     reporter.say(f"measuring what each layer costs; {path} keeps it for other budgets")
-    return measure_sensitivity(measured.calibration, reader, measured.settings, path, measured.windows, reporter)
+    found = measure_sensitivity(measured.calibration, reader, measured.settings, path, measured.windows, reporter)
+    reporter.say(f"wrote {path}")
+    return found
 
 
 def _rows(

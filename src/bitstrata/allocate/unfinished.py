@@ -44,11 +44,13 @@ class Unfinished:
         found: dict[Key, tuple[float, Tensor]] = {}
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):
+                if not line.endswith(b"\n"):  # cut short, be it by that alone: what follows would go on in this line
+                    break
                 try:
                     value = json.loads(line)
                     if number:
                         sketch = torch.from_numpy(unpack(value["sketch"]))
-                        if not line.endswith(b"\n") or len(sketch) != SKETCH:
+                        if len(sketch) != SKETCH:
                             break
                         found[value["layer"], int(value["bits"])] = float(value["loss"]), sketch
                 except (ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
 """Planes and decoders on disk: schema, writer, reader, validator. FORMAT.md is the one-page contract."""
 
-from .budget import Budget, ModelSizes, PlanBytes, bytes_text, parse_budget, plan_bytes
+from .budget import Budget, ModelSizes, PlanBytes, bytes_text, parse_budget
 from .fetch import PageReader
 from .pages import PAGES_FILE, Page, PageOrder
 from .plan import Fingerprint, Plan
@@ -39,7 +39,6 @@ __all__ = [
     "format_version",
     "is_checkpoint",
     "parse_budget",
-    "plan_bytes",
     "remove_leftovers",
     "validate",
     "write_checkpoint",

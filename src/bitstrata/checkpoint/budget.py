@@ -17,11 +17,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import torch
 
 from ..errors import UsageError
+from ..progress import Reporter
 from .reader import CheckpointReader
 from .schema import SAFETENSORS_DTYPES
 
@@ -31,7 +32,7 @@ UNITS = {f"{p}b": 1000**i for i, p in enumerate(_PREFIXES)} | {f"{p}ib": 1024**i
 
 @dataclass(frozen=True)
 class Budget:
-    """`amount` bytes in total, or bits read for each quantized weight; `text` is how it was written."""
+    """`amount` bytes in total, or bits read for each quantized weight; `text` is what it is called."""
 
     amount: float
     unit: str  # "bytes" or "bpw"
@@ -39,6 +40,11 @@ class Budget:
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def exact(self) -> str:
+        """The amount as `parse_budget` reads it, whatever `text` says."""
+        return f"{self.amount:.12g}bpw" if self.unit == "bpw" else f"{self.amount / 1e6:.12g}MB"
 
 
 def parse_budget(text: str | Budget) -> Budget:
@@ -137,20 +143,30 @@ class ModelSizes:
             limit = int(budget.amount * self.weight_count / 8 + 1e-6) - self.fixed_read  # 3.25bpw means 3.25, not less
         least = self.of_plan(self.smallest)
         if limit < least.weights:
+            enough = f"{_ceil(least.total / 1e6)}MB" if budget.unit == "bytes" else f"{_ceil(least.bpw)}bpw"
             raise UsageError(
                 f"the budget {budget} is below the smallest this model can be: "
                 f"{least.total} bytes ({bytes_text(least.total)}), {least.bpw:.3f}bpw",
-                hint=f"{least.fixed} of those bytes are not in planned layers; give at least {_ceil(least.total)}MB",
+                hint=f"{least.fixed} of those bytes are not in planned layers; give at least {enough}",
             )
         return limit
+
+    def note_excess(self, budget: str | Budget, reporter: Reporter) -> None:
+        """Say so where a budget is above the largest plan. Raises UsageError as `limit` does."""
+        largest = self.of_plan(self.largest)
+        if self.limit(budget) > largest.weights:
+            reporter.note(
+                f"the budget {budget} is above the whole model, {bytes_text(largest.total)} or {largest.bpw:.3f}bpw: "
+                "every layer has its highest bits"
+            )
 
     def _of_weights(self, weights: int) -> PlanBytes:
         return PlanBytes(weights, self.fixed, 8 * (weights + self.fixed_read) / self.weight_count)
 
 
-def _ceil(count: int) -> str:
-    """Megabytes, rounded up to three decimals."""
-    return f"{-(-count // 1000) / 1000:.3f}"
+def _ceil(value: float) -> str:
+    """Rounded up to three decimals."""
+    return f"{ceil(value * 1000 - 1e-6) / 1000:.3f}"
 
 
 def _config_dtype(reader: CheckpointReader) -> torch.dtype:
@@ -158,8 +174,3 @@ def _config_dtype(reader: CheckpointReader) -> torch.dtype:
     name = str(reader.config.get("dtype") or reader.config.get("torch_dtype") or "float32").removeprefix("torch.")
     found = getattr(torch, name, None)
     return found if isinstance(found, torch.dtype) else torch.float32
-
-
-def plan_bytes(reader: CheckpointReader, plan: Mapping[str, int], dtype: torch.dtype | None = None) -> PlanBytes:
-    """The bytes of `plan` in the checkpoint of `reader`, exactly."""
-    return ModelSizes.of(reader, dtype).of_plan(plan)

@@ -87,7 +87,7 @@ class Plan(Mapping[str, int]):
     """Layer name -> bits; usable wherever bits are. Equal to any mapping with the same items.
 
     model: the checkpoint it was made for; None for one made by hand.
-    name: what tables and messages call it; `load` takes the file's name if there is none in it.
+    name: what tables and messages call it; one from a file is called like the file.
     provenance: how it was made: budget, solver, predicted and measured loss; free form.
     """
 
@@ -157,10 +157,14 @@ class Plan(Mapping[str, int]):
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """A plan from a file. Raises PlanError naming what is malformed."""
+        """A plan from a file, called like the file; a name in it joins the provenance.
+
+        Raises PlanError naming what is malformed.
+        """
         path = Path(path)
         file = read_file(path, _PlanFile, PLAN_VERSION, "plan")
-        return cls(file.bits, file.model, file.name or path.stem, file.provenance)
+        named = {"name": file.name} if file.name else {}
+        return cls(file.bits, file.model, path.stem, {**file.provenance, **named})
 
 
 def read_file(path: Path, schema: type[File], version: int, what: str) -> File:

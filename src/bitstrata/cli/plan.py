@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
-from ..allocate import SOLVERS, plan
+from ..allocate import SOLVERS, Measure, plan
 from ..errors import UsageError
 from .output import DEVICE_OPTION, JSON_OPTION, show
 
@@ -31,7 +31,9 @@ def command(
     sensitivity: Annotated[
         Path | None, typer.Option(help="Where layers' losses are kept; beside the model by default.")
     ] = None,
-    measure: Annotated[str, typer.Option(help="How layers are measured: kld, or hessian (quick, rough).")] = "kld",
+    measure: Annotated[
+        str | None, typer.Option(help="How layers are measured: kld (default), or hessian (quick, rough).")
+    ] = None,
     together: Annotated[
         bool, typer.Option("--together", help="Equal bits for q, k, v and for gate, up: they share a kernel call.")
     ] = False,
@@ -39,14 +41,16 @@ def command(
         list[str] | None, typer.Option(help="At least so many bits: 3, or '*.down_proj=3'. May be repeated.")
     ] = None,
     max_bits: Annotated[list[str] | None, typer.Option(help="At most so many bits, likewise.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows to measure on, and as many to compare on.")] = 16,
+    windows: Annotated[
+        int | None, typer.Option(help="Windows to measure on, and as many to compare on (default 16).")
+    ] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a window (default 512).")] = None,
-    seed: Annotated[int, typer.Option(help="Which windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which windows, and which random plan.")] = 0,
     device: str = DEVICE_OPTION,
     json: bool = JSON_OPTION,
 ) -> None:
     """Choose the bits of every layer for a budget in bytes or bits a weight."""
-    if measure not in ("kld", "hessian"):
+    if measure not in (None, "kld", "hessian"):
         raise UsageError(f"--measure {measure!r} is not known", hint="use kld or hessian")
     result = plan(
         model,
@@ -58,7 +62,7 @@ def command(
         pages=pages,
         plot=plot,
         sensitivity=sensitivity,
-        measure="kld" if measure == "kld" else "hessian",
+        measure=cast(Measure | None, measure),
         together=together,
         min_bits=_bounds("--min-bits", min_bits),
         max_bits=_bounds("--max-bits", max_bits),
@@ -72,10 +76,11 @@ def command(
 
 def _bounds(option: str, given: list[str] | None) -> dict[str, int]:
     """`PATTERN=BITS` or `BITS` for all layers, as a mapping. Raises UsageError for anything else."""
-    found = {}
+    found: dict[str, int] = {}
     for text in given or []:
         pattern, _, bits = text.rpartition("=")
         if not bits.isdigit():
             raise UsageError(f"{option} {text!r} cannot be used", hint=f"{option} 3, or {option} '*.down_proj=3'")
+        found.pop(pattern or "*", None)  # a key that is there keeps its place, but the last that matches holds
         found[pattern or "*"] = int(bits)
     return found

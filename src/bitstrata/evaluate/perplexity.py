@@ -62,7 +62,7 @@ def evaluate(
     documents = read_text(text, part="heldout")
     where = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
     asked = _asked(bits)
-    _check_plans(asked or (), Path(str(model.name_or_path)) if isinstance(model, PreTrainedModel) else resolve(model))
+    _check_plans(asked or (), model)
     highest = None if asked is None else max(map(highest_bits, asked))
     # float32 on a CPU: exact, and no slower there; elsewhere the dtype the model is stored in
     dtype = torch.float32 if where.type == "cpu" else None
@@ -83,7 +83,7 @@ def evaluate(
     batches = list(_batches(evaluation_windows(tokenizer, documents, length, max_tokens)))
     if not batches:
         raise TextError(f"{text} has no window of two tokens or more", hint="give a longer text")
-    tallies = {value: Tally() for value in chosen}
+    tallies = {value: Tally() for value in chosen}  # equal plans are measured once, and have a row each
     baseline = Tally()
     with torch.no_grad(), reporter.track("evaluating", len(batches), "batch") as steps:
         for windows in batches:
@@ -98,9 +98,7 @@ def evaluate(
             steps.step()
 
     count = sum(layer.in_features * layer.out_features for layer in multiplied_layers(quantized))
-    results = tuple(
-        _row(value, tally.result(), bytes_read(quantized, value), count) for value, tally in tallies.items()
-    )
+    results = tuple(_row(value, tallies[value].result(), bytes_read(quantized, value), count) for value in chosen)
     base = baseline.result() if original is not None else None
     return Evaluation(
         model=str(quantized.name_or_path),
@@ -121,8 +119,12 @@ def _asked(bits: str | Sequence[int | Plan] | int | Plan | None) -> tuple[int | 
     return (bits,) if isinstance(bits, (int, Plan)) else tuple(bits)
 
 
-def _check_plans(asked: Sequence[int | Plan], folder: Path) -> None:
-    """Raise PlanError for a plan that was made for another checkpoint than the one in `folder`, if there is one."""
+def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedModel) -> None:
+    """Raise PlanError for a plan that was made for another checkpoint than that of `model`, if there is one."""
+    if isinstance(model, PreTrainedModel):
+        folder = Path(str(model.name_or_path))
+    else:
+        folder = resolve(model, kind="bitstrata checkpoint")
     for plan in asked:
         if isinstance(plan, Plan) and is_checkpoint(folder):
             plan.check(CheckpointReader(folder))

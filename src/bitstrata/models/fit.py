@@ -22,6 +22,7 @@ from ..progress import Reporter
 from .source import context_limit
 
 RESERVE = 256 << 20
+FIT = "fit"  # what the budget and its plan are called: bytes would be others at each start
 
 
 def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
@@ -74,4 +75,4 @@ def fit_budget(
         f"{bytes_text(room)} are free for the model: {bytes_text(free)} on {device} without the cache of {tokens} "
         f"tokens ({bytes_text(cache)}) and a reserve of {bytes_text(reserve)}"
     )
-    return Budget(room, "bytes", bytes_text(room))
+    return Budget(room, "bytes", FIT)

@@ -242,6 +242,11 @@ def _with_draft(model: Any, bits: Bits | None, speculation: Speculation, kwargs:
     """Arguments for transformers' generate; what comes of the draft will be in `model.speculation`."""
     state = bits_state(model)
     checked = state.value if bits is None else bits
+    if isinstance(state, ResidentState):
+        raise UsageError(
+            "draft_bits needs a model with all of its planes; this one holds only the pages of its plan",
+            hint="leave draft_bits out, or load the model without a plan, a budget or fit",
+        )
     if not isinstance(checked, int):
         raise UsageError("draft_bits needs one bits value for the whole sequence, not a plan or one a row")
     speculation.check(state, checked)

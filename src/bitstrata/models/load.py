@@ -19,7 +19,7 @@ from transformers import (
 
 from ..checkpoint import Budget, CheckpointReader, Fingerprint, Plan, parse_budget
 from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
-from ..nn import Bits, bits_state
+from ..nn import Bits, RowBits, bits_state
 from ..progress import Reporter
 from .fit import fit_budget
 from .resize import Pages, Size
@@ -88,7 +88,8 @@ def load(
         device: auto, cpu, cuda, cuda:N.
         max_bits: read only planes 0..max_bits-1 from disk; higher bits are then not available.
         plan: bits for every quantized layer, a file that `bitstrata plan` wrote, or one int for all layers.
-        budget: "600MB" for the whole model, "3.2bpw"; needs the page order that `bitstrata plan` stores in the folder.
+        budget: "600MB" for the whole model, "3.2bpw"; needs the page order that `bitstrata plan` stores in the folder,
+            unless it is the smallest plan or covers everything.
         fit: the largest budget that the free memory leaves (models/fit.py).
         context: with `fit`, tokens to leave room for in the cache of keys and values; the model's context by default.
         dtype: of activations and unquantized weights; the stored one by default.
@@ -102,7 +103,8 @@ def load(
         CheckpointError: something is missing or malformed; the tensor and file are named.
         PlanError: a plan or the page order is malformed or of another model, or there is no order.
         UnsupportedBitsError: `bits` or `max_bits` is not available in the file.
-        UsageError: a budget below the smallest plan, or more than one way of saying how much to load.
+        UsageError: a budget below the smallest plan, more than one way of saying how much to load, or bits that are
+            neither bits nor a plan.
         ResourceError: with `fit`, not even the smallest plan fits into memory.
     """
     pages_of = {"plan": plan, "budget": budget, "fit": fit or None}
@@ -112,6 +114,13 @@ def load(
         raise UsageError(f"{' and '.join(given)} each say how much to load", hint="give one of them")
     if context is not None and not fit:
         raise UsageError("context says how much memory `fit` leaves for the cache", hint="give it together with fit")
+    if bits is not None and not isinstance(bits, (int, Mapping, torch.Tensor, RowBits)):
+        raise UsageError(
+            f"bits={bits!r} is neither a number of bits nor a plan",
+            hint=f"plan={bits!r} takes a plan's file"
+            if isinstance(bits, (str, Path))
+            else "bits are an int, or a plan",
+        )
     folder = resolve(path_or_id, kind="bitstrata checkpoint")
     where = pick_device(device)
     reader = CheckpointReader(folder, max_bits=max_bits, verify=verify is not False, paged=paged)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 from ..checkpoint import Plan
 from ..errors import UsageError
 from ..nn import Precision, parse_bits
@@ -10,11 +13,17 @@ from ..nn import Precision, parse_bits
 def parse_bits_or_plans(text: str) -> tuple[int | Plan, ...]:
     """`2,3`, `plan.json` or a mix: bits ascending, then plans as they are given.
 
-    A part that ends in .json is a plan's file. Raises UsageError for bits, PlanError for a plan that cannot be used.
+    A part that ends in .json is a plan's file; two plans of one name are called as their files are written here.
+    Raises UsageError for bits, PlanError for a plan that cannot be used.
     """
     parts = [part.strip() for part in str(text).split(",")]
-    plans = [Plan.load(part) for part in parts if part.endswith(".json")]
+    files = [part for part in parts if part.endswith(".json")]
     numbers = [part for part in parts if not part.endswith(".json")]
+    plans = [Plan.load(file) for file in files]
+    names = Counter(map(str, plans))
+    plans = [
+        replace(plan, name=file) if names[str(plan)] > 1 else plan for plan, file in zip(plans, files, strict=True)
+    ]
     return (*(parse_bits(",".join(numbers)) if numbers or not plans else ()), *plans)
 
 

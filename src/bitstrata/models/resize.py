@@ -15,6 +15,7 @@ the pages of both plans together.
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from collections.abc import Mapping
@@ -34,7 +35,6 @@ from ..checkpoint import (
     PageOrder,
     PageReader,
     Plan,
-    bytes_text,
     parse_budget,
 )
 from ..errors import CheckpointError, PlanError, UsageError
@@ -102,7 +102,8 @@ class Pages:
         """The plan for `size`. A budget takes the longest prefix of the stored page order that fits.
 
         Raises:
-            PlanError: a plan that is malformed or of another model; no page order, or one that is not of this model.
+            PlanError: a plan that is malformed or of another model; for a budget between the smallest and the largest
+                plan no page order, or one that is not of this model.
             UsageError: a budget that cannot be read, or that is below the smallest plan.
         """
         checkpoint, _ = self._open()
@@ -120,13 +121,21 @@ class Pages:
         return plan
 
     def _plan_of_budget(self, checkpoint: CheckpointReader, budget: Budget, reporter: Reporter) -> Plan:
-        room = self.sizes.limit(budget)  # the cheapest complaint first
-        largest = self.sizes.of_plan(self.sizes.largest)
+        sizes = self.sizes
+        room = sizes.limit(budget)  # the cheapest complaint first
+        sizes.note_excess(budget, reporter)
+        for bits, is_it in (
+            (sizes.largest, room >= sizes.of_plan(sizes.largest).weights),
+            (sizes.smallest, room == sizes.of_plan(sizes.smallest).weights),
+        ):
+            if is_it:  # whatever the order says in between
+                return Plan(bits, self.fingerprint, str(budget), {"budget": str(budget)})
         path = self.folder / PAGES_FILE
         if not path.is_file():
+            made = f"bitstrata plan {shlex.quote(str(self.folder))} --budget {budget.exact} --text FILE --pages"
             raise PlanError(
                 f"{self.folder} has no {PAGES_FILE}, which says what a budget buys",
-                hint="make it once: `bitstrata plan OUT --budget 3bpw --text FILE --pages`; or give a plan",
+                hint=f"make it once: `{made}`; or give a plan",
             )
         status = path.stat()
         stamp = status.st_mtime_ns, status.st_size
@@ -134,9 +143,7 @@ class Pages:
             order = PageOrder.load(path)
             order.check(checkpoint, self.sizes)
             self._order = stamp, order
-        if room > largest.weights:
-            reporter.note(f"the budget {budget} is above the whole model, {bytes_text(largest.total)}: all is loaded")
-        return self._order[1].plan_for(self.sizes, budget)
+        return self._order[1].plan_for(sizes, budget)
 
     def resize(self, model: PreTrainedModel, plan: Plan) -> Resized:
         """Let `model` hold and run `plan`. Raises CheckpointError, and leaves it as it is, if a page cannot be read."""

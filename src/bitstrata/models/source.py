@@ -38,6 +38,9 @@ def resolve(model: str | Path, *, kind: str = "model") -> Path:
     if path.exists():
         raise ModelError(f"{path} is a file, not a {kind} folder", hint=f"pass the folder that holds the {kind}")
     text = str(model)
+    head, _, tail = text.rpartition(":")
+    if head and tail.isdigit():  # not a hub id: those have no colon
+        raise ModelError(f"there is no {kind} folder {text!r}", hint=f"bits do not belong here: give {head}")
     if text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith("/") or not text:
         raise ModelError(f"there is no {kind} folder {text!r}", hint="check the path")
     try:

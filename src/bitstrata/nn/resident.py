@@ -175,7 +175,7 @@ class ResidentState(BitsState):
     def _refusal(self, asked: object) -> UnsupportedBitsError:
         bits = sorted(set(self.plan.values()))
         held = f"{bits[0]} bits a layer" if len(bits) == 1 else f"a plan of {bits[0]} to {bits[-1]} bits a layer"
-        error = UnsupportedBitsError(asked, bits, where=f"this model: in memory is {held}")
+        error = UnsupportedBitsError(asked, bits, where=f"this model: in memory is {held} and nothing else")
         resize = f"model.resize({asked})" if isinstance(asked, int) else "model.resize"
         error.hint = f"leave bits out to run what is in memory, or call {resize}"
         return error
