@@ -47,11 +47,12 @@ def test_eval_has_a_row_for_everything_that_was_asked_for(cli, planned, text, tm
     for name in ("same", "deeper/p"):
         (tmp_path / f"{name}.json").parent.mkdir(exist_ok=True)
         shutil.copy(planned / "p.json", tmp_path / f"{name}.json")
-    files = [planned / "p.json", tmp_path / "same.json", tmp_path / "deeper" / "p.json"]
+    shutil.copy(planned / "p.json", tmp_path / "2.json")
+    files = [planned / "p.json", tmp_path / "same.json", tmp_path / "deeper" / "p.json", tmp_path / "2.json"]
     result = cli("eval", planned, "--text", text, "--bits", ",".join(map(str, [2, *files])), "--json")
     assert result.code == 0
     rows = json.loads(result.out)["results"]
-    assert [row["bits"] for row in rows] == [2, str(files[0]), "same", str(files[2])]
+    assert [row["bits"] for row in rows] == [2, str(files[0]), "same", str(files[2]), str(files[3])]
     assert len({json.dumps({**row, "bits": None}) for row in rows[1:]}) == 1
 
 

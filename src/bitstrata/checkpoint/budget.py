@@ -143,7 +143,7 @@ class ModelSizes:
             limit = int(budget.amount * self.weight_count / 8 + 1e-6) - self.fixed_read  # 3.25bpw means 3.25, not less
         least = self.of_plan(self.smallest)
         if limit < least.weights:
-            enough = f"{_ceil(least.total / 1e6)}MB" if budget.unit == "bytes" else f"{_ceil(least.bpw)}bpw"
+            enough = f"{_ceil(least.total / 1000)}MB" if budget.unit == "bytes" else f"{_ceil(1000 * least.bpw)}bpw"
             raise UsageError(
                 f"the budget {budget} is below the smallest this model can be: "
                 f"{least.total} bytes ({bytes_text(least.total)}), {least.bpw:.3f}bpw",
@@ -164,9 +164,9 @@ class ModelSizes:
         return PlanBytes(weights, self.fixed, 8 * (weights + self.fixed_read) / self.weight_count)
 
 
-def _ceil(value: float) -> str:
-    """Rounded up to three decimals."""
-    return f"{ceil(value * 1000 - 1e-6) / 1000:.3f}"
+def _ceil(thousandths: float) -> str:
+    """A number of thousandths, rounded up to a whole one, as a decimal."""
+    return f"{ceil(thousandths) / 1000:.3f}"
 
 
 def _config_dtype(reader: CheckpointReader) -> torch.dtype:

@@ -13,18 +13,19 @@ from ..nn import Precision, parse_bits
 def parse_bits_or_plans(text: str) -> tuple[int | Plan, ...]:
     """`2,3`, `plan.json` or a mix: bits ascending, then plans as they are given.
 
-    A part that ends in .json is a plan's file; two plans of one name are called as their files are written here.
+    A part that ends in .json is a plan's file; where two would have one name, the plan is called as its file is given.
     Raises UsageError for bits, PlanError for a plan that cannot be used.
     """
     parts = [part.strip() for part in str(text).split(",")]
     files = [part for part in parts if part.endswith(".json")]
     numbers = [part for part in parts if not part.endswith(".json")]
     plans = [Plan.load(file) for file in files]
-    names = Counter(map(str, plans))
-    plans = [
-        replace(plan, name=file) if names[str(plan)] > 1 else plan for plan, file in zip(plans, files, strict=True)
-    ]
-    return (*(parse_bits(",".join(numbers)) if numbers or not plans else ()), *plans)
+    bits = parse_bits(",".join(numbers)) if numbers or not plans else ()
+    names = Counter(map(str, (*bits, *plans)))
+    named = (
+        replace(plan, name=file) if names[plan.name] > 1 else plan for plan, file in zip(plans, files, strict=True)
+    )
+    return (*bits, *named)
 
 
 def parse_bits_or_plan(text: str) -> int | Plan:
