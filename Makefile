@@ -16,9 +16,9 @@ export BITSTRATA_REQUIRE_NATIVE ?= $(if $(shell command -v $(CXX)),1,0)
 demo: $(READY)  ## the main job on the bundled model, offline
 	$(BIN)/bitstrata demo
 
-# A process for each core, and one thread in each: a file's tests stay together because they share what they set up.
+# A process for each core; a file's tests stay together because they share what they set up.
 test: $(READY)  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile
+	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile
 
 check: lint types  ## what must be clean before a commit
 

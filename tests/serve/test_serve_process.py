@@ -205,6 +205,7 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, ca
         refused(capfd, 2, "NAME=FILE", arguments=[str(checkpoint), "--plan", f"3={mixed}"])
         twice = ["--plan", f"small={mixed}", "--plan", f"small={foreign}"]
         refused(capfd, 2, "two plans called 'small'", arguments=[str(checkpoint), *twice])
+        refused(capfd, 2, "given twice", arguments=[f"{checkpoint}:3", "--plan", f"small={mixed}", "--bits", "small"])
         refused(capfd, 3, "another model", arguments=[str(checkpoint), "--port", "0", "--plan", f"small={foreign}"])
         refused(capfd, 2, "bits", arguments=[str(checkpoint), "--plan", f"small={mixed}", "--bits", "large"])
         refused(capfd, 3, "no-such.json", arguments=[str(checkpoint), "--plan", "small=no-such.json"])

@@ -17,7 +17,7 @@ from .output import DEVICE_OPTION
 from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
-CACHE_TOKENS = 512  # to leave room for with --fit, a request
+FIT_CACHE_TOKENS = 512  # for each request
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -83,6 +83,8 @@ def command(
     plans = _plans(plan or [])
     default = bits if bits in plans else None  # a plan's name
     target, chosen = choose_bits(model, None if bits is None or default else parse_bits_or_plan(bits))
+    if default and chosen is not None:
+        raise UsageError(f"bits are given twice: {model} and --bits {bits}", hint="give one of them")
     if isinstance(chosen, Plan):
         default, chosen = _add(plans, chosen.name, chosen, "--bits"), None
     rule = parse_policy(policy)
@@ -98,8 +100,11 @@ def command(
             checkpoint = CheckpointReader(folder)
             for made in plans.values():
                 made.check(checkpoint)
-        room = cache_tokens or max_requests * CACHE_TOKENS
-        loaded = load_sized(target, chosen, budget=budget, fit=fit, context=room if fit else None, device=device)
+        if fit and cache_tokens is None:  # the cache must be the one that room was left for
+            cache_tokens = max_requests * FIT_CACHE_TOKENS
+        loaded = load_sized(
+            target, chosen, budget=budget, fit=fit, context=cache_tokens if fit else None, device=device
+        )
         tokenizer = load_tokenizer(folder)
         name = served_model_name or (folder.resolve().name if Path(target).is_dir() else target)
         settings = Settings(

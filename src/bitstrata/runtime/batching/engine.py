@@ -93,12 +93,14 @@ class Engine:
             cache_tokens = max(2048, max_requests * min(512, context or 512))
         self._steady = steady_rows(model, model.dtype)
         least = max(max_requests, 2 * (self._steady or 0) + 2)
-        if max_requests < 1 or max_waiting < 1 or max_batch_tokens < least or cache_tokens < 2 * BLOCK:
-            raise UsageError(
-                f"max_requests={max_requests}, max_waiting={max_waiting}, max_batch_tokens={max_batch_tokens}, "
-                f"cache_tokens={cache_tokens} cannot be used",
-                hint=f"at least 1, 1, {least} and {2 * BLOCK}",
-            )
+        for name, given, smallest in (
+            ("max_requests", max_requests, 1),
+            ("max_waiting", max_waiting, 1),
+            ("max_batch_tokens", max_batch_tokens, least),
+            ("cache_tokens", cache_tokens, 2 * BLOCK),
+        ):
+            if given < smallest:
+                raise UsageError(f"{name}={given} cannot be used", hint=f"{name} must be at least {smallest}")
         self.max_requests, self.max_batch_tokens, self.max_waiting = max_requests, max_batch_tokens, max_waiting
         self._tokenizer, self._policy = tokenizer, policy or Policy()
         self._pool = TokenPool(cache_tokens)
