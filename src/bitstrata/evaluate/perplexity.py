@@ -23,7 +23,7 @@ from ..models import (
     resolve,
 )
 from ..models.load import pick_device
-from ..nn import PlaneLinear, bits_state, multiplied_layers, use_bits
+from ..nn import bits_state, multiplied_layers, use_bits
 from ..progress import Reporter
 from .divergence import Measured, Tally
 from .report import BitsResult, Evaluation
@@ -97,8 +97,10 @@ def evaluate(
                     tally.add(_logits(quantized, ids, real), ids[:, 1:][real[:, 1:]], expected)
             steps.step()
 
-    count = sum(layer.in_features * layer.out_features for layer in multiplied_layers(quantized))
-    results = tuple(_row(value, tallies[value].result(), bytes_read(quantized, value), count) for value in chosen)
+    layers = multiplied_layers(quantized)
+    count = sum(layer.in_features * layer.out_features for layer in layers)
+    sizes = {value: sum(layer.bytes_read(value) for layer in layers) for value in tallies}
+    results = tuple(_row(value, tallies[value].result(), sizes[value], count) for value in chosen)
     base = baseline.result() if original is not None else None
     return Evaluation(
         model=str(quantized.name_or_path),
@@ -128,15 +130,6 @@ def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedMode
     for plan in asked:
         if isinstance(plan, Plan) and is_checkpoint(folder):
             plan.check(CheckpointReader(folder))
-
-
-def bytes_read(model: PreTrainedModel, bits: int | Plan) -> int:
-    """Bytes that one token reads of the quantized layers of `model` at `bits`, an output head included."""
-    total = 0
-    for layer in multiplied_layers(model):
-        name = layer.name if isinstance(layer, PlaneLinear) else ""
-        total += layer.bytes_read(bits if isinstance(bits, int) else bits.get(name, 0))  # an output head has its own
-    return total
 
 
 def _row(bits: int | Plan, measured: Measured, size: int, count: int) -> BitsResult:
