@@ -35,3 +35,4 @@ def linear(
 def choose_codes(
     rows: int, columns: int, tracks: list[tuple[int, int, int, int, int]], codes: int, given: bool, threads: int
 ) -> None: ...
+def meet(threads: int, fail: bool) -> int: ...  # for tests of the pool of threads

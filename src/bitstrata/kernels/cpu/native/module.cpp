@@ -10,8 +10,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <tuple>
 
 #include "dispatch.h"
@@ -151,6 +157,24 @@ uint32_t read_all(uintptr_t address, size_t bytes, int threads) {
   return total;
 }
 
+// For tests of the pool: a piece of work for each of `threads` threads, which ends when all of them have come, or after
+// ten seconds. Returns how many came; if they `fail`, those that are not the caller's find no memory.
+int meet(int threads, bool fail) {
+  nb::gil_scoped_release release;
+  const std::thread::id caller = std::this_thread::get_id();
+  std::mutex mutex;
+  std::condition_variable all;
+  std::set<std::thread::id> here;
+  parallel_for(threads, threads, [&](int, int) {
+    std::unique_lock<std::mutex> lock(mutex);
+    here.insert(std::this_thread::get_id());
+    all.notify_all();
+    all.wait_for(lock, std::chrono::seconds(10), [&] { return int(here.size()) >= threads; });
+    if (fail && std::this_thread::get_id() != caller) throw std::bad_alloc();
+  });
+  return int(here.size());
+}
+
 // Asks for large pages: streaming through small ones costs a tenth of the speed. Without effect where there are none.
 void advise_huge(uintptr_t address, size_t bytes) {
 #if defined(__linux__)
@@ -176,6 +200,7 @@ NB_MODULE(_native, m) {
   m.def("advise_huge", &advise_huge);
   m.def("linear", &run_linear);
   m.def("choose_codes", &choose);
+  m.def("meet", &meet);
 
   nb::class_<Weight>(m, "Weight")
       .def("__init__",

@@ -1,31 +1,43 @@
 #include "threads.h"
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace bitstrata {
 namespace {
 
-
 struct Loop {
   const std::function<void(int, int)>& body;
   int count, threads;
   std::atomic<int> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // the first one; read when all threads are out of the loop
 
-  // Pieces shrink towards the end: few at first, yet nobody waits long for the last one.
-  void run() {
+  // Pieces shrink towards the end: few at first, yet nobody waits long for the last one. An exception ends the loop
+  // for all threads: it must reach the caller, and leaving a thread of the pool it would end the process.
+  void run() noexcept {
     int begin = next.load(std::memory_order_relaxed);
     while (begin < count) {
       const int piece = std::max(1, (count - begin) / (2 * threads));
-      if (next.compare_exchange_weak(begin, begin + piece)) {
+      if (!next.compare_exchange_weak(begin, begin + piece)) continue;
+      try {
         body(begin, begin + piece);
-        begin = next.load(std::memory_order_relaxed);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+        next.store(count);
       }
+      begin = next.load(std::memory_order_relaxed);
     }
   }
 };
@@ -48,7 +60,7 @@ class Pool {
       loop.run();
       return;
     }
-    while (int(threads_.size()) < loop.threads - 1) threads_.emplace_back([this] { work(); });
+    grow(loop.threads - 1);
     loop_.store(&loop, std::memory_order_relaxed);
     places_.store(loop.threads - 1);  // opens the loop
     {
@@ -66,6 +78,14 @@ class Pool {
  private:
   static constexpr int kClosed = 1 << 30;
   static constexpr std::chrono::microseconds kAwake{50};
+
+  // Where the system grants no more threads, those that there are do the work.
+  void grow(int count) {
+    try {
+      while (int(threads_.size()) < count) threads_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {
+    }
+  }
 
   // A place in the open loop, if there is one.
   bool enter() {
@@ -107,6 +127,14 @@ class Pool {
   int sleeping_ = 0;
 };
 
+Pool* pool = new Pool;  // never destroyed: its threads sleep until the process ends
+
+#if !defined(_WIN32)
+// A fork copies the pool and not its threads: locks that they hold and waiters that will never wake. The child gets a
+// new one and leaves the copy alone; the thread that forked was not inside a loop.
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+#endif
+
 }  // namespace
 
 void parallel_for(int threads, int count, const std::function<void(int, int)>& body) {
@@ -117,8 +145,8 @@ void parallel_for(int threads, int count, const std::function<void(int, int)>& b
     return;
   }
   Loop loop{body, count, threads};
-  static Pool* pool = new Pool;  // never destroyed: its threads sleep until the process ends
   pool->run(loop);
+  if (loop.error) std::rethrow_exception(loop.error);
 }
 
 }  // namespace bitstrata

@@ -9,7 +9,8 @@
 
 namespace bitstrata {
 
-// body(begin, end) over pieces of 0..count-1, taken by up to `threads` threads as they become free.
+// body(begin, end) over pieces of 0..count-1, taken by up to `threads` threads as they become free. If it throws in any
+// of them, pieces that nobody has begun are left out and the caller gets the first exception.
 void parallel_for(int threads, int count, const std::function<void(int, int)>& body);
 
 }  // namespace bitstrata
