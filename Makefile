@@ -16,8 +16,9 @@ export BITSTRATA_REQUIRE_NATIVE ?= $(if $(shell command -v $(CXX)),1,0)
 demo: $(READY)  ## the main job on the bundled model, offline
 	$(BIN)/bitstrata demo
 
+# A process for each core; a file's tests stay together because they share what they set up.
 test: $(READY)  ## the whole test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile
 
 check: lint types  ## what must be clean before a commit
 
