@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitstrata.kernels import api, registry
+from bitstrata.kernels import ops, registry
 from bitstrata.kernels.triton import KERNEL, TiledWeight
 from bitstrata.planes import PlaneWeight, decode
 
@@ -173,9 +173,9 @@ class Pretended(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, classes: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "bitstrata":  # what the package registered, on tensors of this device
-            name = function._opname.replace("prepared_linear_rows", "prepared_linear")
+            family, _, name = function._opname.partition("_")
             with self:
-                return getattr(api, f"_{name}")(*args)
+                return getattr(ops, f"_{name.removesuffix('_rows')}")(family, *args)
         return run(function, args, kwargs or {}, self.waits)
 
 

@@ -45,6 +45,9 @@ class ReferenceKernel:
     def linear_many(self, x: Tensor, weights: Sequence[Any], bits: int | Tensor) -> list[Tensor]:
         raise TypeError("the reference kernel has no layout of its own")
 
+    def decode(self, weight: PlaneWeight, bits: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return decode(weight.rows(first, last), bits, dtype)
+
     def lookup(self, index: Tensor, weight: PlaneWeight, bits: int, dtype: torch.dtype) -> Tensor:
         return decode(weight.take(index), bits, dtype)
 

@@ -92,7 +92,7 @@ def _check_tensor(name: str, tensor: Tensor, expected: Mapping[str, tuple[torch.
 
 
 class Kernel(Protocol):
-    """A machine's implementation of the operation.
+    """A machine's implementation of the operation. Autograd does not see into it: run and ops are how it is called.
 
     layout: of prepared weights it can take; None if it has no layout of its own.
     activations: "exact", or "int8" if they are quantized; the kernel then states its own error bound.
@@ -127,6 +127,12 @@ class Kernel(Protocol):
 
     def linear_many(self, x: Tensor, weights: Sequence[Any], bits: int | Tensor) -> list[Tensor]:
         """x [rows, K] times prepared weights of equal K and groups, [rows, N_i] each; bits as above."""
+        ...
+
+    def decode(self, weight: Any, bits: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows first..last-1 of the weight at `bits`: [last - first, K], as the reference decodes. `first` is a
+        multiple of 16, and `last` too if it is not N. `weight` as for `lookup`.
+        """
         ...
 
     def lookup(self, index: Tensor, weight: Any, bits: int, dtype: torch.dtype) -> Tensor:

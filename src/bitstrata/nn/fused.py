@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from ..kernels import PreparedWeight, prepared_linear
+from ..kernels import PreparedWeight, is_plain, prepared_linear
 
 if TYPE_CHECKING:
     from .linear import PlaneLinear
@@ -52,8 +51,7 @@ class FusedGroup:
         """Whether sharing is safe for `x`: an ordinary eager tensor whose changes can be noticed."""
         return (
             self._wasted < WASTED
-            and type(x) is Tensor
-            and not torch.compiler.is_compiling()
+            and is_plain(x)
             and not x.is_inference()
             and all(member.prepared is not None for member in self.members)
         )

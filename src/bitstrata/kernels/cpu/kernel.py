@@ -117,6 +117,15 @@ class CpuKernel:
             y[:, first:last] = torch.nn.functional.linear(x, tile[: last - first])
         return y[:rows]
 
+    def decode(
+        self, weight: PlaneWeight | BlockedWeight, bits: int, first: int, last: int, dtype: torch.dtype
+    ) -> Tensor:
+        if isinstance(weight, PlaneWeight):
+            return decode(weight.rows(first, last), bits, dtype)
+        tile = torch.empty(last - first, weight.in_features, dtype=dtype, device="cpu")
+        weight.handle.decode(self.isa, bits, first, last, tile.data_ptr(), TYPES[dtype], torch.get_num_threads())
+        return tile
+
     def lookup(self, index: Tensor, weight: PlaneWeight | BlockedWeight, bits: int, dtype: torch.dtype) -> Tensor:
         """The blocks that hold the rows are decoded a tile at a time, each block once."""
         if isinstance(weight, PlaneWeight):

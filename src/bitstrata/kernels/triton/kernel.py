@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ...planes.decode import decode
 from ...planes.weights import PlaneWeight
 from ..registry import ENVIRONMENT, Problem, register
 from .config import DENSE_ROWS, FEW_ROWS
@@ -89,6 +90,11 @@ class TritonKernel:
         else:
             y = torch.nn.functional.linear(x, launch.decode(weight, bits, x.dtype))
         return y
+
+    def decode(self, weight: PlaneWeight | TiledWeight, bits: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        if isinstance(weight, PlaneWeight):
+            return decode(weight.rows(first, last), bits, dtype)
+        return self.lookup(torch.arange(first, last, device=weight.planes[0].device), weight, bits, dtype)
 
     def lookup(self, index: Tensor, weight: PlaneWeight | TiledWeight, bits: int, dtype: torch.dtype) -> Tensor:
         """Rows `index` of the weight; an index on a device that is out of range gives the nearest row."""
