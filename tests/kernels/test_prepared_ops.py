@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from bitstrata.errors import KernelError, UnsupportedBitsError
 from bitstrata.kernels import plane_linear, plane_linear_rows, prepared_linear, registry
 from bitstrata.kernels.cpu import BlockedWeight, missing
+from bitstrata.planes import decode
 
 N, K = 5, 70
 BITS = (2, 4, 6)
@@ -224,10 +225,11 @@ def test_a_tracer_sees_the_op_and_not_the_memory_it_fills():
     assert torch.equal(graph(other), prepared_linear(other, [packed], 4)[0])
 
 
-def test_a_gradient_is_not_lost_without_a_word():
-    """There is none to have; but a result that looks independent of x would make training wrong in silence."""
-    packed, x = BlockedWeight.pack(make()), torch.randn(3, K, requires_grad=True)
-    (y,) = prepared_linear(x, [packed], 4)
-    assert y.requires_grad  # torch then warns in the backward pass, as it does for the op
+def test_the_gradient_is_that_of_the_decoded_weight():
+    weight, x = make(), torch.randn(3, K, requires_grad=True)
+    packed = BlockedWeight.pack(weight)
+    for y in (prepared_linear(x, [packed], 4)[0], torch.ops.bitstrata.prepared_linear(*arguments(packed, x, 4))):
+        (found,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(found.double(), decode(weight, 4, torch.float64).sum(0).expand(3, K))
     with torch.no_grad():
         assert not prepared_linear(x, [packed], 4)[0].requires_grad

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedBitsError, UsageError
 from ..planes.weights import PlaneWeight, decoder_tensors
-from . import cpu, ops, run  # noqa: F401  (ops register themselves)
+from . import cpu, ops, run
 from .plain import is_plain
 from .registry import PreparedWeight, Problem, select
 
@@ -104,6 +104,7 @@ def plane_lookup(index: Tensor, weight: PlaneWeight, bits: int, dtype: torch.dty
     _check_lookup(index, dtype)
     bits = _checked_bits(bits, weight)
     if is_plain(index):
+        ops.check_constant(decoder_tensors(weight.decoders[bits], bits).values())
         return run.lookup(index, weight, bits, dtype)
     arguments = _arguments(weight, [bits])
     y: Tensor = torch.ops.bitstrata.plane_lookup(index, *arguments, bits, weight.in_features, dtype)
@@ -143,7 +144,12 @@ def prepared_linear(x: Tensor, weights: Sequence[PreparedWeight], bits: int | Te
 
 
 def prepare(weight: PlaneWeight, dtype: torch.dtype) -> PreparedWeight | None:
-    """`weight` in the layout of the kernel that runs one row of `dtype` on its device; None to keep it as it is."""
+    """`weight` in the layout of the kernel that runs one row of `dtype` on its device; None to keep it as it is.
+
+    Raises UsageError if its scales require gradients, which their copies would not have.
+    """
+    for bits, decoder in weight.decoders.items():
+        ops.check_constant(decoder_tensors(decoder, bits).values())
     device = weight.planes[0].device.type
     _warn_without_kernels(device)
     return select(Problem(device, dtype, 1, weight.kind)).prepare(weight)

@@ -20,7 +20,7 @@ tangents. Hence an implementation for the key Autograd, of the same parts of tor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -119,21 +119,25 @@ def _below(op: Any, keyset: Any, x: Tensor, arguments: Sequence[Any]) -> Tensor:
     return y
 
 
+def check_constant(decoders: Iterable[Tensor]) -> None:
+    """Raise UsageError if somebody waits for derivatives with respect to a weight's own numbers: there are none."""
+    backward, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    for tensor in decoders:
+        if (backward and tensor.requires_grad) or (forward and forward_ad.unpack_dual(tensor).tangent is not None):
+            raise UsageError(
+                "derivatives with respect to the scales, offsets or tables of a quantized weight are not computed",
+                hint="detach them; `bitstrata quantize --preset best` tunes them",
+            )
+
+
 def _autograd(op: Any, keyset: Any, x: Tensor, *arguments: Any) -> Tensor:
+    _, decoders, *_ = arguments
+    check_constant(decoders)
     forward = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    backward = torch.is_grad_enabled()
-    if forward or backward:
-        _, decoders, *_ = arguments
-        for tensor in decoders:
-            if (backward and tensor.requires_grad) or forward_ad.unpack_dual(tensor).tangent is not None:
-                raise UsageError(
-                    "derivatives with respect to the scales, offsets or tables of a quantized weight are not computed",
-                    hint="detach them; quantize --preset best tunes them",
-                )
-        if x.is_floating_point() and (forward or x.requires_grad):
-            with enable_single_level_autograd_function():
-                y: Tensor = _Linear.apply(x, op, keyset, arguments)
-            return y
+    if x.is_floating_point() and (forward or (x.requires_grad and torch.is_grad_enabled())):
+        with enable_single_level_autograd_function():
+            y: Tensor = _Linear.apply(x, op, keyset, arguments)  # type: ignore[attr-defined]
+        return y
     return _below(op, keyset, x, arguments)
 
 
@@ -148,9 +152,7 @@ def _batched(op: Any, info: Any, in_dims: Sequence[Any], x: Tensor, *arguments: 
         if isinstance(argument, Tensor):
             changed.append(in_front(argument, at).reshape(-1))
         elif isinstance(argument, (list, tuple)) and any(dim is not None for dim in at or ()):
-            raise UsageError(
-                "vmap over a quantized weight is not possible", hint="map over activations and row_bits only"
-            )
+            raise UsageError("vmap cannot map over a quantized weight", hint="map over activations and row_bits only")
         else:
             changed.append(argument)
     return op(in_front(x, in_dims[0]), *changed), 0

@@ -58,9 +58,9 @@ def prepared_weight(
 
 
 def linear(x: Tensor, weights: Sequence[AnyWeight], bits: int | Tensor) -> list[Tensor]:
-    """x [..., K] times each weight, all of one layout, K and groups: [..., N_i] in x's dtype; row r at bits[r] if given.
+    """x [..., K] times each weight, all of one layout, K and groups: [..., N_i] in x's dtype.
 
-    Raises UnsupportedBitsError for bits without a decoder.
+    Every row at `bits`, or row r at bits[r]. Raises UnsupportedBitsError for bits without a decoder.
     """
     first = weights[0]
     leading = x.shape[:-1]
@@ -84,7 +84,7 @@ def _with(kernel: Kernel, x: Tensor, weights: Sequence[AnyWeight], bits: int | T
     first = weights[0]
     if not isinstance(first, PlaneWeight) and kernel.layout == first.layout:
         return kernel.linear_many(x, weights, bits)
-    readable = [_readable(weight, kernel, x.dtype) for weight in weights]
+    readable: list[Any] = [_readable(weight, kernel, x.dtype) for weight in weights]
     if isinstance(bits, Tensor):
         return [kernel.linear_rows(x, weight, bits) for weight in readable]
     return [kernel.linear(x, weight, bits) for weight in readable]
@@ -163,8 +163,8 @@ def _readable(weight: AnyWeight, kernel: Kernel, dtype: torch.dtype) -> AnyWeigh
     why = f"{ENVIRONMENT}={forced}" if forced else f"activations in {dtype}"
     advice = f"Unset {ENVIRONMENT}" if forced else "Convert them to float32, bfloat16 or float16"
     warnings.warn(
-        f"{why} cannot use the layout {weight.layout!r} that the weights were prepared in: kernel {kernel.name!r} runs, "
-        f"and weights are unpacked at every call, which is slow. {advice} to avoid that.",
+        f"{why}: kernel {kernel.name!r} runs, which cannot read weights prepared in the layout {weight.layout!r}. "
+        f"They are unpacked at every call, which is slow. {advice} to avoid that.",
         stacklevel=1,  # this line: once, not once for each caller
     )
     return weight.unpack()
