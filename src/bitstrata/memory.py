@@ -22,13 +22,13 @@ _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def allocate(size: int, start: int = 0) -> Tensor:
-    """An uninitialised uint8 tensor of `size` bytes, `start` bytes (a multiple of 64) into a page.
+    """An uninitialised uint8 tensor on the CPU of `size` bytes, `start` bytes (a multiple of 64) into a page.
 
     A large one is a mapping of its own: dropping its last user gives the memory back to the system at once, which the
     C library does only for some sizes and orders. Large pages are asked for where they fit.
     """
     if size < OWN_MAPPING:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever torch's default device is
     huge = (start + size) // HUGE_PAGE * HUGE_PAGE
     room = _anonymous(start + size + (HUGE_PAGE if huge else 0))
     whole = torch.frombuffer(room, dtype=torch.uint8)  # keeps the mapping as long as a view of it lives

@@ -92,6 +92,7 @@ def map_decoder(decoder: Decoder, change: Callable[[Tensor, int], Tensor]) -> De
     return type(decoder)(**{name: change(getattr(decoder, name), dim) for name, dim in decoder.row_dims.items()})
 
 
+@torch.autocast("cpu", enabled=False)  # there torch.cat takes no fp16
 def join_decoders(parts: Sequence[Decoder]) -> Decoder:
     """Decoders of consecutive row ranges as one; all of one kind."""
     tensors = {name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in parts[0].row_dims.items()}

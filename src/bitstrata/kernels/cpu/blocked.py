@@ -90,7 +90,7 @@ class BlockedWeight:
     def pack(cls, weight: PlaneWeight) -> BlockedWeight:
         """Re-lay `weight`, whose tensors must be on the CPU; it is not changed.
 
-        Raises ValueError if decoders of both kinds are mixed.
+        Raises ValueError if decoders of both kinds are mixed, or a tensor is elsewhere.
         """
         assert native is not None
         kind = weight.kind
@@ -149,7 +149,7 @@ class BlockedWeight:
 
 def _pack_plane(layout: Any, plane: Tensor, packed: Tensor, threads: int) -> None:
     plane = plane.contiguous()  # kept until it is read
-    layout.pack_plane(plane.data_ptr(), packed.data_ptr(), threads)
+    layout.pack_plane(_address(plane), _address(packed), threads)
 
 
 def _pack_decoder(layout: Any, bits: int, decoder: Decoder, packed: Tensor) -> None:
@@ -157,7 +157,7 @@ def _pack_decoder(layout: Any, bits: int, decoder: Decoder, packed: Tensor) -> N
         packed.view(SCALE_DTYPE).zero_()[: decoder.table.numel()] = decoder.table.flatten()
     else:
         tensors = [tensor.contiguous() for tensor in decoder_tensors(decoder, bits).values()]
-        layout.pack_scales(bits, *_addresses(tensors), packed.data_ptr())
+        layout.pack_scales(bits, *_addresses(tensors), _address(packed))
 
 
 def _flags(kind: str) -> tuple[bool, bool]:
@@ -167,8 +167,14 @@ def _flags(kind: str) -> tuple[bool, bool]:
 
 def _addresses(tensors: Sequence[Tensor]) -> tuple[int, int, int]:
     """Of scale, offset and unit, which may be absent."""
-    scale, offset, *unit = (tensor.data_ptr() for tensor in tensors)
+    scale, offset, *unit = map(_address, tensors)
     return scale, offset, unit[0] if unit else 0
+
+
+def _address(tensor: Tensor) -> int:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"a weight for the CPU's kernels must be on the CPU, got a tensor on {tensor.device}")
+    return tensor.data_ptr()
 
 
 def _allocate(sizes: Sequence[int]) -> list[Tensor]:

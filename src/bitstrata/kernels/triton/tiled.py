@@ -191,6 +191,7 @@ class TiledWeight:
         bits = bits.unflatten(1, (self.groups, width))[..., : self.group].flatten(1)
         return pack_bits(bits[:, : self.in_features])
 
+    @torch.autocast("cpu", enabled=False)  # there torch.cat takes no fp16
     def _pack_decoder(self, decoder: Decoder) -> Tensor:
         if isinstance(decoder, CodebookDecoder):
             return decoder.table.contiguous().flatten()

@@ -1,0 +1,174 @@
+"""What the caller did to torch changes no value: every public function of kernels and planes, in every state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_weight
+from torch import Tensor
+
+from bitstrata import kernels, planes
+from bitstrata.kernels import registry
+from bitstrata.kernels.cpu import BlockedWeight, missing
+from bitstrata.kernels.triton import TiledWeight
+from bitstrata.planes.weights import decoder_tensors, join_decoders
+
+N, K = 37, 70
+BITS = (2, 4, 6)
+ROWS = (1, 5, 17, 40)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Memory that is allocated and not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def inside(state: Callable[[], AbstractContextManager[Any]]) -> Callable:
+    def run(call: Callable[[], Any]) -> Any:
+        with state():
+            return call()
+
+    return run
+
+
+def while_tracing(call: Callable[[], Any]) -> Any:
+    results = []
+    torch.jit.trace(lambda x: (results.append(call()), x * 1)[1], torch.ones(1), check_trace=False)
+    return results[0]
+
+
+def compiled(call: Callable[[], Any]) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(call, backend="eager")()
+
+
+STATES: dict[str, Callable] = {
+    "no_grad": inside(torch.no_grad),
+    "inference_mode": inside(torch.inference_mode),
+    "autocast": inside(lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+    "default dtype float64": inside(lambda: default_dtype(torch.float64)),
+    "default dtype bfloat16": inside(lambda: default_dtype(torch.bfloat16)),
+    "default device meta": inside(lambda: torch.device("meta")),
+    "deterministic": inside(deterministic),
+    "jit.trace": while_tracing,
+    "compile": compiled,
+}
+
+
+class Inputs:
+    def __init__(self, decoder: str, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = random_weight(N, K, BITS, 32, decoder, seed)
+        self.blocked = None if missing else BlockedWeight.pack(self.weight)
+        self.tiled = TiledWeight.pack(self.weight)
+        self.xs = [
+            torch.randn(rows, K, generator=generator).to(dtype)
+            for rows in ROWS
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        self.row_bits = [torch.tensor(BITS)[torch.randint(3, (len(x),), generator=generator)] for x in self.xs]
+        self.index = torch.randint(N, (2, 20), generator=generator)
+        self.bits = torch.rand(N, K, generator=generator) < 0.5
+
+    def pages(self) -> tuple[int, list[Tensor], planes.Decoder]:
+        return 6, list(self.weight.planes[4:]), self.weight.decoders[6]
+
+
+def tensors_of(result: Any) -> list[Any]:
+    """A result as tensors and plain values, in order."""
+    if isinstance(result, planes.PlaneWeight):
+        return [*result.tensors().values()]
+    if isinstance(result, (BlockedWeight, TiledWeight)):
+        return [*result.unpack().tensors().values()]
+    if isinstance(result, (list, tuple)):
+        return [part for each in result for part in tensors_of(each)]
+    return [result]
+
+
+# public function -> calls of it; f(inputs) is compared with itself in the ordinary state
+CALLS: dict[str, Callable[[Inputs], Any]] = {
+    "plane_linear": lambda i: [kernels.plane_linear(x, i.weight, 4) for x in i.xs],
+    "plane_linear_rows": lambda i: [
+        kernels.plane_linear_rows(x, i.weight, b) for x, b in zip(i.xs, i.row_bits, strict=True)
+    ],
+    "plane_lookup": lambda i: kernels.plane_lookup(i.index, i.weight, 4, torch.bfloat16),
+    "prepared_linear": lambda i: [
+        kernels.prepared_linear(x, [i.blocked, i.blocked], bits)
+        for x, b in zip(i.xs, i.row_bits, strict=True)
+        for bits in (2, b)
+    ],
+    "prepared_lookup": lambda i: kernels.prepared_lookup(i.index, i.blocked, 4, torch.float16),
+    "prepare": lambda i: kernels.prepare(i.weight, torch.float32),
+    "without_pages": lambda i: kernels.without_pages(i.weight.kind, N, K, 32, "cpu", torch.float32).with_pages(
+        2, i.weight.planes[:2], i.weight.decoders[2]
+    ),
+    "select": lambda i: kernels.select(kernels.Problem("cpu", torch.float32, 1, i.weight.kind)).name,
+    "describe": lambda i: [
+        report.reason for report in kernels.describe(kernels.Problem("cpu", torch.float32, 1, i.weight.kind))
+    ],
+    "BlockedWeight": lambda i: [
+        BlockedWeight.pack(i.weight),
+        BlockedWeight.pack(i.weight.prefix(4)).with_pages(*i.pages()),
+    ],
+    "TiledWeight": lambda i: [TiledWeight.pack(i.weight), TiledWeight.pack(i.weight.prefix(4)).with_pages(*i.pages())],
+    "decode": lambda i: [planes.decode(i.weight, b, d) for b in BITS for d in (torch.float32, torch.float64)],
+    "codes": lambda i: planes.codes(i.weight, 4),
+    "signs": lambda i: planes.signs(i.weight, 1),
+    "pack_bits": lambda i: planes.pack_bits(i.bits),
+    "unpack_bits": lambda i: planes.unpack_bits(i.weight.planes[0], K),
+    "join_decoders": lambda i: list(
+        decoder_tensors(join_decoders([i.weight.rows(0, 9).decoders[6], i.weight.rows(9, N).decoders[6]]), 6).values()
+    ),
+    "PlaneWeight": lambda i: [i.weight.prefix(4), i.weight.rows(3, 20), i.weight.take(i.index.flatten())],
+}
+# what a forward pass may contain; the rest is done when weights are loaded, where nothing is recorded
+RECORDED = ("plane_linear", "plane_linear_rows", "plane_lookup", "prepared_linear", "prepared_lookup")
+NATIVE = ("prepared_linear", "prepared_lookup", "prepare", "without_pages", "BlockedWeight")
+NOT_EXPORTED = {"BlockedWeight", "TiledWeight", "join_decoders"}
+NO_TENSORS = {"KernelReport", "PreparedWeight", "Problem", "is_plain", "Decoder", "group_count", "words_per_row"}
+DECODERS = {"AffineDecoder", "ByteAffineDecoder", "CodebookDecoder"}  # what a PlaneWeight is made of
+
+
+def test_every_public_function_is_here():
+    assert set(kernels.__all__) | set(planes.__all__) == (CALLS.keys() - NOT_EXPORTED) | (NO_TENSORS | DECODERS)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python", "ignore:.*torch.jit.*deprecated")
+@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [(name, state) for name in CALLS for state in STATES if name in RECORDED or state not in ("jit.trace", "compile")],
+)
+def test_the_state_changes_no_value(name, state, decoder, seed, monkeypatch):
+    if missing and name in NATIVE:
+        pytest.skip(missing)
+    monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
+    inputs, call = Inputs(decoder, seed), CALLS[name]
+    expected = tensors_of(call(inputs))
+    found = tensors_of(STATES[state](lambda: call(inputs)))
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        if isinstance(theirs, Tensor):
+            assert (ours.dtype, ours.device, ours.shape) == (theirs.dtype, theirs.device, theirs.shape)
+            assert torch.equal(ours, theirs)
+        else:
+            assert ours == theirs
