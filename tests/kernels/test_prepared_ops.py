@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from helpers import random_weight
@@ -9,8 +12,15 @@ from kernel_errors import promise_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bitstrata.errors import KernelError, UnsupportedBitsError
-from bitstrata.kernels import plane_linear, plane_linear_rows, prepared_linear, registry
+from bitstrata.errors import KernelError, UnsupportedBitsError, UsageError
+from bitstrata.kernels import (
+    plane_linear,
+    plane_linear_rows,
+    plane_lookup,
+    prepared_linear,
+    prepared_lookup,
+    registry,
+)
 from bitstrata.kernels.cpu import BlockedWeight, missing
 from bitstrata.planes import decode
 
@@ -74,6 +84,7 @@ def test_fakes_tell_the_shape_dtype_and_strides_of_the_result(shape, dtype, rows
     assert real.shape == (*shape, N)
 
 
+@pytest.mark.filterwarnings("ignore:.*unpacked at every call")
 @decoders
 @pytest.mark.parametrize("kernel", ["scalar", "scalar-int8", "scalar-exact", "reference"])
 def test_op_function_and_unprepared_agree(kernel, decoder, seed, monkeypatch):
@@ -122,17 +133,47 @@ def test_no_rows(leading):
             assert y.shape == (*leading, N)
 
 
+UNPACKED = "unpacked at every call, which is slow"
+
+
 @ops
-def test_float64_goes_to_a_kernel_that_can(rows_op, seed, monkeypatch):
+def test_float64_goes_to_a_kernel_that_can_and_says_what_it_costs(rows_op, seed, monkeypatch):
     monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
     weight = random_weight(N, K, BITS, seed=seed)
     x = torch.randn(6, K, dtype=torch.float64)
     _, bits = op_and_bits(rows_op, x)
-    (y,) = prepared_linear(x, [BlockedWeight.pack(weight)], bits)
+    packed = BlockedWeight.pack(weight)
+    with pytest.warns(UserWarning, match=rf"activations in torch.float64: kernel 'reference'.*{UNPACKED}.*float32"):
+        (y,) = prepared_linear(x, [packed], bits)
+    with pytest.warns(UserWarning, match=UNPACKED):
+        rows = prepared_lookup(torch.arange(N), packed, 4, torch.float64)
+    assert torch.equal(rows, decode(weight, 4, torch.float64))
     row_bits = bits if rows_op else torch.full((6,), bits)
     for value in row_bits.unique().tolist():
         rows = row_bits == value
         promise_of(registry._KERNELS["reference"], weight, value)(y[rows], x[rows], "float64")
+
+
+def test_a_slow_call_is_said_once_and_a_fast_one_never(monkeypatch):
+    monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
+    packed, x = BlockedWeight.pack(make()), torch.randn(6, K)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for dtype in DTYPES:
+            prepared_linear(x.to(dtype), [packed], 4)
+            prepared_lookup(torch.arange(N), packed, 4, dtype)
+        assert seen == []
+        for _ in range(3):
+            prepared_linear(x.double(), [packed, packed], 4)
+    assert len(seen) == 1
+
+
+def test_a_forced_kernel_of_another_layout_says_what_it_costs(seed, monkeypatch):
+    monkeypatch.setenv(registry.ENVIRONMENT, "reference")
+    weight, x = random_weight(N, K, BITS, seed=seed), torch.randn(6, K)
+    with pytest.warns(UserWarning, match=rf"BITSTRATA_KERNEL=reference: .*{UNPACKED}. Unset BITSTRATA_KERNEL"):
+        (y,) = prepared_linear(x, [BlockedWeight.pack(weight)], 4)
+    assert torch.equal(y, plane_linear(x, weight, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64], ids=str)
@@ -154,6 +195,81 @@ def test_bits_without_a_decoder_are_refused(decoder, bits):
         prepared_linear(x, [packed], torch.tensor([2, bits]))
     with pytest.raises(UnsupportedBitsError):
         torch.ops.bitstrata.prepared_linear(*arguments(packed, x, 2)[:-1], bits)
+
+
+@pytest.mark.parametrize("bits", [2.0, True, "2", None, [2], np.float64(2), np.bool_(True)], ids=repr)
+def test_bits_that_are_no_integer_are_refused(bits):
+    weight, x = random_weight(N, K, (1, 2)), torch.randn(2, K)
+    packed = BlockedWeight.pack(weight)
+    for call in (
+        lambda: prepared_linear(x, [packed], bits),
+        lambda: plane_linear(x, weight, bits),
+        lambda: prepared_lookup(torch.tensor([1]), packed, bits, torch.float32),
+        lambda: plane_lookup(torch.tensor([1]), weight, bits, torch.float32),
+    ):
+        with pytest.raises(UsageError, match="bits must be an int, got"):
+            call()
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint8])
+def test_integers_of_numpy_are_bits(kind, seed):
+    weight, x = random_weight(N, K, BITS, seed=seed), torch.randn(2, K)
+    packed, index = BlockedWeight.pack(weight), torch.tensor([1, 4])
+    assert torch.equal(prepared_linear(x, [packed], kind(4))[0], prepared_linear(x, [packed], 4)[0])
+    assert torch.equal(plane_linear(x, weight, kind(4)), plane_linear(x, weight, 4))
+    assert torch.equal(prepared_lookup(index, packed, kind(4), torch.float32), decode(weight, 4)[index])
+    assert torch.equal(plane_lookup(index, weight, kind(4), torch.float32), decode(weight, 4)[index])
+    with pytest.raises(UnsupportedBitsError):
+        plane_linear(x, weight, kind(3))
+
+
+@pytest.mark.parametrize(
+    "bits",
+    [torch.tensor([2.0, 2.0]), torch.tensor([True, True]), torch.tensor([2 + 0j, 2])],
+    ids=["float", "bool", "complex"],
+)
+def test_row_bits_that_are_no_integers_are_refused(bits):
+    weight, x = random_weight(N, K, (1, 2)), torch.randn(2, K)
+    with pytest.raises(UsageError, match="row_bits must be an integer tensor, got torch"):
+        prepared_linear(x, [BlockedWeight.pack(weight)], bits)
+    with pytest.raises(UsageError, match="row_bits must be an integer tensor, got torch"):
+        plane_linear_rows(x, weight, bits)
+    with pytest.raises(UsageError, match="row_bits must be an integer tensor, got list"):
+        plane_linear_rows(x, weight, [2, 2])
+
+
+@pytest.mark.parametrize("bits", [2, torch.tensor([2, 2])], ids=["int", "rows"])
+def test_activations_that_are_no_rows_are_refused(bits):
+    weight = make()
+    packed, function = BlockedWeight.pack(weight), plane_linear if isinstance(bits, int) else plane_linear_rows
+    for x, message in (
+        (torch.tensor(1.0), r"expected x \[\.\.\., 70\], got \[\]"),
+        (torch.ones(2, K).to_sparse(), "x must be dense"),
+        ([1.0] * K, "x must be a tensor, got list"),
+        (np.ones((2, K)), "x must be a tensor, got ndarray"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            prepared_linear(x, [packed], bits)
+        with pytest.raises(UsageError, match=message):
+            function(x, weight, bits)
+
+
+@pytest.mark.parametrize("index", [torch.tensor([1.7]), torch.tensor([True]), [1]], ids=["float", "bool", "list"])
+def test_an_index_that_is_no_integer_is_refused(index):
+    weight = make()
+    with pytest.raises(UsageError, match="index must be an integer tensor"):
+        plane_lookup(index, weight, 2, torch.float32)
+    with pytest.raises(UsageError, match="index must be an integer tensor"):
+        prepared_lookup(index, BlockedWeight.pack(weight), 2, torch.float32)
+
+
+def test_a_lookup_refuses_bits_and_dtypes_that_there_are_not():
+    weight, index = make(), torch.tensor([1])
+    for lookup, held in ((plane_lookup, weight), (prepared_lookup, BlockedWeight.pack(weight))):
+        with pytest.raises(UnsupportedBitsError):
+            lookup(index, held, 3, torch.float32)
+        with pytest.raises(UsageError, match="floating point, not torch"):
+            lookup(index, held, 2, torch.int32)
 
 
 def test_bits_that_only_some_of_the_weights_have_are_refused():

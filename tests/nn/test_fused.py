@@ -18,6 +18,7 @@ from bitstrata.errors import UnsupportedBitsError
 from bitstrata.kernels import registry
 from bitstrata.kernels.cpu import missing
 from bitstrata.nn import BitsState, PlaneLinear, fuse, fused, use_bits
+from bitstrata.planes import decode
 
 pytestmark = pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
 BITS = (2, 3, 4)
@@ -353,3 +354,30 @@ def test_one_model_called_from_several_threads(pair, seed):
             list(pool.map(work, range(4)))
     finally:
         sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_gradients_with_sharing_are_those_without(pair, rows, seed):
+    alone, together = pair
+    x = activations(seed, rows).requires_grad_()
+    ys, others = together(x), alone(x)
+    assert_equal(ys, others)
+    gradients = [torch.randn_like(y) for y in ys]
+    (found,), (expected,) = torch.autograd.grad(ys, x, gradients), torch.autograd.grad(others, x, gradients)
+    assert_equal([found], [expected])
+    dense = sum(g @ decode(layer.plane_weight(), 4) for g, layer in zip(gradients, together.children(), strict=True))
+    torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-3)
+
+
+def test_a_result_without_a_gradient_is_not_for_a_sibling_that_needs_one(pair, seed):
+    """The first layer's call made all three, under no_grad; a frozen part of a model may be called so."""
+    _, together = pair
+    x = activations(seed).requires_grad_()
+    with torch.no_grad():
+        together.q_proj(x)
+    (found,) = torch.autograd.grad(together.k_proj(x).sum(), x)
+    expected = decode(together.k_proj.plane_weight(), 4).sum(0).expand(3, K)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    tangents = torch.func.jvp(lambda x: together.v_proj(x), (x.detach(),), (torch.ones(3, K),))[1]
+    expected = decode(together.v_proj.plane_weight(), 4).sum(1).expand(3, -1)
+    torch.testing.assert_close(tangents, expected, rtol=1e-4, atol=1e-4)

@@ -143,3 +143,18 @@ def test_the_lookup_of_a_prepared_weight_passes_the_checks_of_torch():
             packed.out_features, packed.group_size, packed.kind, 6, 64, torch.float16,
         ),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+def test_gradients_through_a_tied_head(rows, bias, seed):
+    weight, _, _ = embedding(65, 70, seed=seed)
+    made = PlaneEmbedding.from_weight(weight)
+    head = TiedHead(made, bias)
+    made.prepare()
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, rows, 70, generator=generator).requires_grad_()
+    g = torch.randn(2, rows, 65, generator=generator)
+    head(x).backward(g)
+    assert_linear_close(x.grad, g, decode(weight, 6, torch.float64).T, f"rows={rows}")
+    assert not made(torch.tensor([1, 2])).requires_grad, "rows are constants"
