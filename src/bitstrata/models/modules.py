@@ -21,6 +21,22 @@ def submodule(model: nn.Module, name: str) -> Any:
         raise CheckpointError(f"the checkpoint quantizes {name}, which {type(model).__name__} lacks") from None
 
 
+def local_name(model: PreTrainedModel, name: str) -> str:
+    """What the layer that a checkpoint calls `name` is called in `model`.
+
+    As transformers has it for tensors: an encoder alone lacks the prefix that it has inside a model with a head, and
+    the other way round. A name that is not there either way stays as it is.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    return name
+
+
 def linear_of(model: nn.Module, name: str, layer: LayerSpec) -> Any:
     """The linear called `name`. Raises CheckpointError unless it has the sizes of `layer`."""
     module = submodule(model, name)
