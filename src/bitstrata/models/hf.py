@@ -180,7 +180,7 @@ def take_bits(model: PreTrainedModel) -> None:
     for module in inside:
         if "bits_state" not in module.__dict__ and any(isinstance(child, PlaneModule) for child in module.modules()):
             module.bits_state = state  # type: ignore[assignment]
-            module.__class__ = _class_with_bits(type(module))
+            module.__class__ = _class_with_bits(type(module))  # type: ignore[arg-type]
 
 
 @cache

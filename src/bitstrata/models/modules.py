@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -55,6 +56,11 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule called `name`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the inputs of `model` go: its own device; the CPU if its weights lie elsewhere and come when they run."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def bytes_per_token(model: PreTrainedModel, bits: Precision | None) -> int:

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedBitsError, UsageError
 from ..nn import BitsState, PlaneLinear, bits_state
+from ..planes import whole_number
 
 ROW_COST = {"cpu": 0.25}  # of a plain step, for each further row: kernels read the planes once but multiply every row
 OTHER_ROW_COST = 0.02
@@ -64,8 +65,10 @@ class Speculation:
 
     def check(self, state: BitsState, bits: int) -> None:
         """Raises UnsupportedBitsError for a precision that is not there, UsageError for a draft that cannot help."""
-        if self.draft_bits not in state.supported:
+        whole = whole_number(self.draft_bits)
+        if whole is None or whole not in state.supported:
             raise UnsupportedBitsError(self.draft_bits, state.supported)
+        self.draft_bits = whole
         if self.draft_bits >= bits:
             raise UsageError(
                 f"draft_bits {self.draft_bits} must be below the bits that check it, {bits}",

@@ -95,7 +95,10 @@ class PlaneModule(nn.Module):
         return PlaneWeight(planes, decoders, self.in_features, self.group_size)
 
     def _times(self, x: Tensor, bits: int | Tensor, arithmetic: str | None) -> Tensor:
-        """x [..., K] @ W^T at `bits`, one value or one a row [rows], in `arithmetic` or as the kernel that runs does."""
+        """x [..., K] @ W^T at `bits`, one value or one a row [rows].
+
+        arithmetic: that to compute in, see `linear_in`; None for that of the kernel that runs.
+        """
         if arithmetic is not None:
             return linear_in(arithmetic, x, self.prepared or self.plane_weight(), bits)
         if self.prepared is not None:
