@@ -58,8 +58,8 @@ def evaluate(
         reference: the original model, for KL divergence and agreement.
         seq_len: window length in tokens; lowered to the model's context with a message.
         max_tokens: stop after so many predicted tokens.
-        arithmetic: of the quantized layers' products: "exact", or "int8", which is what a CPU makes of activations in decoding.
-            By default as the model itself computes calls of this length; the result says which that was.
+        arithmetic: of the quantized layers' products: "exact", or "int8" as in decoding on a CPU. By default
+            as the model itself computes calls of this length; the result says which that was.
         tokenizer: needed only when `model` is a loaded model without a folder.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,14 +181,17 @@ def _build(
         else:
             config.quantization_config = _restricted(config.quantization_config, reader)
         model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-        model, info = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=dtype or config.dtype or torch.float32,
-            output_loading_info=True,
-            **placement,
-        )
+        # a default device of the caller's would count for more than the one asked for
+        elsewhere = torch.get_default_device().type != "cpu"
+        with torch.device("cpu") if elsewhere else nullcontext():
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype or config.dtype or torch.float32,
+                output_loading_info=True,
+                **placement,
+            )
     except (BitstrataError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
