@@ -254,9 +254,7 @@ def test_the_cache_ends_where_the_tokens_do_and_can_be_continued(quantized, name
     cache = DynamicCache(config=model.config)
     settings = {"do_sample": False, "eos_token_id": None, "bits": 8}
     # drafts at other bits, taken over whatever the full bits think: the cache still is that of the full bits
-    found = model.generate(
-        ids, max_new_tokens=new, draft_bits=3, draft_tokens=4, past_key_values=cache, **settings
-    )
+    found = model.generate(ids, max_new_tokens=new, draft_bits=3, draft_tokens=4, past_key_values=cache, **settings)
     assert found.shape[1] == prompt + new
     assert cache.get_seq_length() == found.shape[1] - 1
     more = torch.randint(3, 50, (1, 5), generator=torch.Generator().manual_seed(seed + 1))

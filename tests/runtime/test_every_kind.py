@@ -97,7 +97,9 @@ class Case:
 
     def __init__(self, kind, folders, source, room):
         self.kind, self.room, self.source = kind, room, source
-        self.folder = folders["head" if kind in ("head", "head and plan", "all on disk", "from_pretrained") else "plain"]
+        self.folder = folders[
+            "head" if kind in ("head", "head and plan", "all on disk", "from_pretrained") else "plain"
+        ]
         self.model = KINDS[kind](folders, room)
         self.state = bits_state(self.model)
 

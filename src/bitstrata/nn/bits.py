@@ -128,7 +128,7 @@ class BitsState:
             if not inside:
                 self._base = checked
 
-        self._uses.turn(here(checked, self.arithmetic), change)
+        self._uses.turn(here(checked, self._uses.arithmetic()), change)
         return previous
 
     def using(self, value: Bits | None = None, arithmetic: str | None = None) -> AbstractContextManager[None]:
@@ -142,7 +142,7 @@ class BitsState:
 
     @contextmanager
     def _use(self, value: Bits | None, arithmetic: str | None) -> Iterator[None]:
-        use = here(self.value if value is None else self.check(value), arithmetic or self.arithmetic)
+        use = here(self.value if value is None else self.check(value), arithmetic or self._uses.arithmetic())
         self._uses.enter(use, partial(self._become, use))
         try:
             yield

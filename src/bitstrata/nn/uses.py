@@ -31,7 +31,7 @@ class Uses:
     """The uses of one model that are under way, the latest last."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # collecting garbage in here may end an abandoned use
         self._open: list[Use] = []
 
     def enter(self, use: Use, change: Callable[[], None]) -> None:
@@ -54,10 +54,19 @@ class Uses:
         """
         with self._lock:
             self._require_agreement(use)
-            mine = [other for other in self._open if other.thread == use.thread]
-            if mine:
-                mine[-1].bits = use.bits
-            change(bool(mine))
+            mine = self._innermost(use.thread)
+            if mine is not None:
+                mine.bits = use.bits
+            change(mine is not None)
+
+    def arithmetic(self) -> str | None:
+        """That of the calling thread's innermost use: no other thread's."""
+        with self._lock:
+            mine = self._innermost(threading.get_ident())
+        return None if mine is None else mine.arithmetic
+
+    def _innermost(self, thread: int) -> Use | None:
+        return next((use for use in reversed(self._open) if use.thread == thread), None)
 
     def _require_agreement(self, use: Use) -> None:
         """Raise UsageError while another thread runs the model at something else; nothing has changed then."""
