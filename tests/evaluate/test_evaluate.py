@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from job_helpers import RTN, run
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitstrata
 from bitstrata.calibrate import evaluation_windows, read_text
-from bitstrata.checkpoint import CheckpointReader
+from bitstrata.checkpoint import CheckpointReader, Plan
 from bitstrata.errors import ModelError, TextError, UnsupportedBitsError, UsageError
 from bitstrata.evaluate import evaluate, perplexity
 from bitstrata.kernels import registry
@@ -170,3 +171,25 @@ def test_a_reference_that_is_not_whole_is_refused(model: Path, quantized: Path, 
         evaluate(quantized, text, reference=broken, device="cpu")
     with pytest.raises(ModelError, match="no reference model folder"):
         evaluate(quantized, text, reference=tmp_path / "nowhere", device="cpu")
+
+
+@pytest.mark.parametrize("bits", [np.int64(3), torch.tensor(3), [np.int8(3)], np.array([3]), (3,), "3"], ids=repr)
+def test_whole_numbers_of_other_libraries_are_bits(bits: object, quantized: Path, text: Path) -> None:
+    expected = evaluate(quantized, text, bits=3, max_tokens=40, device="cpu")
+    assert evaluate(quantized, text, bits=bits, max_tokens=40, device="cpu").results == expected.results  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [3.0, True, [2.0], [True], ["2"], object(), []], ids=repr)
+def test_what_is_neither_bits_nor_a_plan_is_refused(bits: object, quantized: Path, text: Path) -> None:
+    with pytest.raises(UsageError, match="bits"):
+        evaluate(quantized, text, bits=bits, device="cpu")  # type: ignore[arg-type]
+
+
+def test_plans_as_dicts_and_equal_plans_have_a_row_each(quantized: Path, text: Path) -> None:
+    layers = CheckpointReader(quantized).spec.planned_layers
+    plan = {name: 2 + index % 3 for index, name in enumerate(layers)}
+    found = evaluate(quantized, text, bits=[plan, Plan(plan, name="mine"), 2], max_tokens=40, device="cpu").results
+    assert [row.bits for row in found] == ["plan", "mine", 2]
+    assert found[0].nll == found[1].nll != found[2].nll
+    resident = evaluate(bitstrata.load(quantized, plan=plan, device="cpu"), text, max_tokens=40).results
+    assert [(row.nll, row.bytes) for row in resident] == [(found[0].nll, found[0].bytes)]

@@ -134,3 +134,11 @@ def test_compiled(pair):
                 compiled(tokens(5), bits=bits, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4
             )
     torch._dynamo.reset()
+
+
+@torch.inference_mode()
+def test_inference_mode_shares_the_same_calls(pair, calls):
+    alone, together = pair
+    for bits in (2, 8):
+        assert torch.equal(together(tokens(5), bits=bits).logits, alone(tokens(5), bits=bits).logits)
+    assert sorted(calls) == [2] * 2 * BLOCKS + [3] * 2 * BLOCKS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from architectures import CONFIGS
@@ -14,6 +15,7 @@ import bitstrata
 from bitstrata.demo.run import MODEL
 from bitstrata.errors import UnsupportedBitsError, UsageError
 from bitstrata.kernels.registry import Problem, describe
+from bitstrata.models import speculation
 from bitstrata.models.speculation import DraftLength, Speculation, _accept
 from bitstrata.progress import Reporter
 
@@ -238,3 +240,42 @@ def test_a_cache_that_holds_part_of_the_prompt_is_continued(trained):
     with torch.no_grad():
         model(ids[:, :4], past_key_values=cache, use_cache=True, bits=8)
     assert torch.equal(plain, model.generate(ids, past_key_values=cache, draft_bits=2, **settings))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])  # two of them with windows of 16 tokens
+@pytest.mark.parametrize("prompt", [6, 30])
+@pytest.mark.parametrize("new", [1, 2, 3, 4, 6])
+def test_the_cache_ends_where_the_tokens_do_and_can_be_continued(quantized, name, prompt, new, seed, monkeypatch):
+    """Also where a stop comes in the middle of drafts that were accepted."""
+    monkeypatch.setattr(DraftLength, "next", lambda self: self.most)
+    monkeypatch.setattr(speculation, "_accept", everything_but_the_last)
+    model = bitstrata.load(quantized(name)[2], dtype=torch.float32)
+    ids = torch.randint(3, 50, (1, prompt), generator=torch.Generator().manual_seed(seed))
+    cache = DynamicCache(config=model.config)
+    settings = {"do_sample": False, "eos_token_id": None, "bits": 8}
+    # drafts at other bits, taken over whatever the full bits think: the cache still is that of the full bits
+    found = model.generate(ids, max_new_tokens=new, draft_bits=3, draft_tokens=4, past_key_values=cache, **settings)
+    assert found.shape[1] == prompt + new
+    assert cache.get_seq_length() == found.shape[1] - 1
+    more = torch.randint(3, 50, (1, 5), generator=torch.Generator().manual_seed(seed + 1))
+    ids = torch.cat([found, more], 1)
+    again = model.generate(ids, max_new_tokens=8, past_key_values=cache, **settings)
+    assert torch.equal(again, model.generate(ids, max_new_tokens=8, **settings))
+
+
+def everything_but_the_last(drafts, guesses, scores, sampling):
+    return len(guesses), scores[-1].argmax(-1, keepdim=True)
+
+
+def test_whole_numbers_of_other_libraries_are_draft_bits(trained):
+    model, tokenizer = trained
+    ids = ids_of(tokenizer, PROMPTS[0])
+    plain = model.generate(ids, bits=8, max_new_tokens=6, do_sample=False)
+    for four in (np.int64(4), torch.tensor(4)):
+        drafted = model.generate(ids, bits=np.int8(8), draft_bits=four, max_new_tokens=6, do_sample=False)
+        assert torch.equal(plain, drafted)
+        assert model.speculation.draft_bits == 4
+    for wrong in (2.0, "2", True):
+        with pytest.raises(UnsupportedBitsError) as caught:
+            model.generate(ids, bits=8, draft_bits=wrong, max_new_tokens=6, do_sample=False)
+        assert caught.value.hint == "supported bits: 2, 4, 8"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import dense_output, plane_model
 from torch import nn
 
 from bitstrata.errors import UnsupportedBitsError, UsageError
-from bitstrata.nn import BitsState, bits_state, use_bits
+from bitstrata.nn import BitsState, RowBits, bits_state, use_bits
 from bitstrata.nn.bits import expand_rows
 from bitstrata.planes import decode
 
@@ -200,3 +201,88 @@ def test_switching_bits_copies_no_weight(model, x):
             assert weight.planes[0].data_ptr() == addresses["0.plane_0"]
             assert torch.equal(decode(weight, bits), decode(model[0].plane_weight(), bits))
     assert {name: buffer.data_ptr() for name, buffer in model.named_buffers()} == addresses
+
+
+@pytest.mark.parametrize(
+    "three", [np.int8(3), np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor(3, dtype=torch.uint8)], ids=repr
+)
+def test_whole_numbers_of_other_libraries_are_bits(model, x, three):
+    expected = dense_output(model, x, 3, 3)
+    with use_bits(model, three):
+        assert bits_state(model).value == 3
+        torch.testing.assert_close(model(x), expected)
+    assert type(bits_state(model).keep(three)) is int
+    with use_bits(model, {"0": three, "1": np.int64(2)}):
+        torch.testing.assert_close(model(x), dense_output(model, x, 3, 2))
+    with use_bits(model, RowBits((three, np.int32(2)), torch.tensor([0, 1]))):
+        y = model(x)
+    torch.testing.assert_close(y[1], dense_output(model, x[1], 2, 2))
+    torch.testing.assert_close(y[0], dense_output(model, x[0], 3, 3))
+
+
+@pytest.mark.parametrize("value", [np.float64(3), np.bool_(True), torch.tensor(3.0), torch.tensor(True), "3"], ids=repr)
+def test_what_is_no_whole_number_is_refused_with_the_supported_ones(model, value):
+    with pytest.raises(UsageError) as caught:
+        bits_state(model).set(value)
+    if not isinstance(value, torch.Tensor):
+        assert caught.value.hint == "supported bits: 2, 3, 4"
+    with pytest.raises(UnsupportedBitsError, match="layer 0"):
+        bits_state(model).set({"0": value, "1": 2})
+    assert bits_state(model).value == 4
+
+
+def test_unsupported_whole_numbers_of_other_libraries(model):
+    for seven in (np.int64(7), torch.tensor(7)):
+        with pytest.raises(UnsupportedBitsError, match="bits=7") as caught:
+            bits_state(model).set(seven)
+        assert caught.value.hint == "supported bits: 2, 3, 4"
+
+
+class Pair(nn.Module):
+    def __init__(self, target, draft):
+        super().__init__()
+        self.target, self.draft = target, draft
+
+
+def test_two_models_in_one_module_are_not_switched_by_half(x, seed):
+    both = Pair(plane_model(seed), plane_model(seed + 1))
+    with (
+        pytest.raises(UsageError, match=r"several quantized models.*target.*draft") as caught,
+        use_bits(both, 2),
+    ):
+        pass
+    assert "use_bits(module.<name>, bits)" in caught.value.hint
+    assert bits_state(both.target).value == bits_state(both.draft).value == 4
+    with use_bits(both.target, 2):
+        torch.testing.assert_close(both.target(x), dense_output(both.target, x, 2, 2))
+        torch.testing.assert_close(both.draft(x), dense_output(both.draft, x, 4, 4))
+
+
+def test_one_model_twice_in_a_module_is_one(model):
+    both = Pair(model, model)
+    with use_bits(both, 2):
+        assert bits_state(model).value == 2
+
+
+def test_setting_inside_a_block_lasts_until_its_end(model):
+    state = bits_state(model)
+    with use_bits(model, 2):
+        state.set(3)
+        assert state.value == 3
+        with use_bits(model, 2):
+            pass
+        assert state.value == 3
+    assert state.value == 4
+    state.set(3)
+    with use_bits(model, 2):
+        pass
+    assert state.value == 3
+
+
+def test_a_copy_made_inside_a_block_keeps_its_bits(model, x):
+    with use_bits(model, 2):
+        twin = copy.deepcopy(model)
+    for _ in range(2):
+        assert bits_state(twin).value == 2
+        with use_bits(twin, 3):
+            torch.testing.assert_close(twin(x), dense_output(model, x, 3, 3))

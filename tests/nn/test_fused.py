@@ -203,6 +203,42 @@ def test_inference_mode(pair, seed):
         assert torch.equal(together.k_proj(inside), alone.k_proj(inside))
 
 
+@torch.inference_mode()
+def test_tensors_of_inference_mode_share_calls(pair, calls, seed):
+    alone, together = pair
+    for step, bits in enumerate((2, 4, 3)):
+        x = activations(seed + step)
+        assert x.is_inference()
+        with use_bits(alone, bits), use_bits(together, bits):
+            assert_equal(together(x), alone(x))
+        assert nothing_waits(group_of(together))
+    assert calls == [3] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "change", [lambda x: x.mul_(2), lambda x: x[0].add_(1), lambda x: x.data.neg_()], ids=["mul", "view", "data"]
+)
+@torch.inference_mode()
+def test_a_change_of_an_inference_tensor_between_calls_is_noticed(pair, change, dtype, seed):
+    alone, together = pair
+    for layer in NAMES[1:]:
+        x = activations(seed).to(dtype)
+        assert torch.equal(together.q_proj(x), alone.q_proj(x))
+        change(x)
+        assert torch.equal(getattr(together, layer)(x), getattr(alone, layer)(x))
+
+
+@torch.inference_mode()
+def test_nan_in_an_inference_tensor_is_no_change(pair, calls, seed):
+    _, together = pair
+    for _ in range(3):
+        x = activations(seed)
+        x[0, 0] = torch.nan
+        together(x)
+    assert calls == [3] * 3
+
+
 def test_an_exception_between_calls(pair, seed):
     alone, together = pair
     x = activations(seed)
@@ -291,8 +327,6 @@ def test_new_weights_between_calls(pair, seed):
     other, x = Attention(seed + 7), activations(seed)
     together.q_proj(x)
     together.load_state_dict(other.state_dict())
-    for name in NAMES:
-        getattr(together, name).prepare()
     assert torch.equal(together.k_proj(x), other.k_proj(x))
 
 

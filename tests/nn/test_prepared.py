@@ -12,7 +12,7 @@ from helpers import assert_same_weight, plane_model, random_weight
 from kernel_errors import promise_of
 
 from bitstrata.kernels import registry
-from bitstrata.kernels.cpu import missing
+from bitstrata.kernels.cpu import BlockedWeight, missing
 from bitstrata.nn import PlaneLinear, use_bits
 from bitstrata.planes import decode
 
@@ -101,7 +101,6 @@ def test_a_state_dict_loads_into_a_prepared_layer(decoder, strict, seed):
     target.load_state_dict(source.state_dict(), strict=strict)
     assert_same_weight(target.plane_weight(), stored(decoder, seed))
     assert torch.equal(target.bias, source.bias)
-    target.prepare()
     assert_right(target, seed)
 
 
@@ -295,3 +294,65 @@ def test_inference_mode_and_autocast(seed):
         assert torch.equal(layer(x.clone()), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x), expected)
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """The weights that were packed since."""
+    packed = []
+    real = BlockedWeight.pack
+
+    def counting(weight):
+        packed.append(weight)
+        return real(weight)
+
+    monkeypatch.setattr(BlockedWeight, "pack", counting)
+    return packed
+
+
+def from_meta(layer, state):
+    """Loaded into a layer that has no tensors yet."""
+    layer.to("meta").load_state_dict(state, assign=True)
+    return layer
+
+
+LOADS = {
+    "load": lambda layer, state: layer.load_state_dict(state),
+    "assign": lambda layer, state: layer.load_state_dict(state, assign=True),
+    "with more": lambda layer, state: layer.load_state_dict({"other": state["plane_0"], **state}, strict=False),
+    "twice": lambda layer, state: [layer.load_state_dict(state) for _ in range(2)],
+    "from meta": from_meta,
+    "there and back": lambda layer, state: [layer.double(), layer.load_state_dict(state), layer.float()],
+}
+
+
+@both_decoders
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
+def test_loading_leaves_a_layer_prepared_and_no_call_packs(decoder, load, packs, seed):
+    source, target = prepared_layer(decoder, seed), prepared_layer(decoder, seed + 1)
+    load(target, source.state_dict())
+    assert target.prepared is not None
+    assert target.fused is None
+    packs.clear()
+    assert_right(target, seed)
+    assert packs == [], "a call packed the weight"
+    assert_same_weight(target.plane_weight(), stored(decoder, seed))
+
+
+@pytest.mark.parametrize("copied", [*COPIES.values(), lambda m: m.to("cpu"), lambda m: m.half().float()])
+def test_no_call_on_a_copy_packs(copied, packs, seed):
+    twin = copied(prepared_layer(seed=seed))
+    packs.clear()
+    assert_right(twin, seed)
+    assert packs == []
+
+
+def test_a_layer_that_nobody_prepared_stays_as_it_is(seed):
+    layer = layer_of(seed=seed)
+    layer.load_state_dict(layer_of(seed=seed + 1).state_dict())
+    assert layer.prepared is None
+    layer.prepare()
+    layer.restore()
+    layer.load_state_dict(layer_of(seed=seed + 1).state_dict())
+    assert layer.prepared is None
+    assert copy.deepcopy(layer).prepared is None

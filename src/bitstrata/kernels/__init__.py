@@ -1,8 +1,17 @@
 """One operation on many machines: y = x @ W_bits^T, bits an int or one per row."""
 
-from .api import plane_linear, plane_linear_rows, plane_lookup, prepare, prepared_linear, prepared_lookup, without_pages
+from .api import (
+    linear_in,
+    plane_linear,
+    plane_linear_rows,
+    plane_lookup,
+    prepare,
+    prepared_linear,
+    prepared_lookup,
+    without_pages,
+)
 from .plain import is_plain
-from .registry import KernelReport, PreparedWeight, Problem, describe, select
+from .registry import KernelReport, PreparedWeight, Problem, describe, select, select_in
 
 __all__ = [
     "KernelReport",
@@ -10,6 +19,7 @@ __all__ = [
     "Problem",
     "describe",
     "is_plain",
+    "linear_in",
     "plane_linear",
     "plane_linear_rows",
     "plane_lookup",
@@ -17,5 +27,6 @@ __all__ = [
     "prepared_linear",
     "prepared_lookup",
     "select",
+    "select_in",
     "without_pages",
 ]

@@ -177,3 +177,18 @@ def _warn_without_kernels(device: str) -> None:
             "bitstrata again where there is a C++17 compiler (GCC or Clang).",
             stacklevel=3,
         )
+
+
+@torch.no_grad()
+def linear_in(arithmetic: str, x: Tensor, weight: PlaneWeight | PreparedWeight, bits: int | Tensor) -> Tensor:
+    """x @ W^T at `bits`, one value or one a row, in "exact" or "int8" arithmetic whichever would run: for measuring.
+
+    x [..., K] -> [..., N] in x's dtype, in eager mode and without a gradient. Raises KernelError if no kernel here
+    computes in this arithmetic, else as `plane_linear` and `plane_linear_rows` do.
+    """
+    _check_x(x, weight)
+    if isinstance(bits, Tensor):
+        _check_row_bits(bits)
+    else:
+        bits = _checked_bits(bits, weight)
+    return run.linear(x, [weight], bits, arithmetic)[0]

@@ -14,7 +14,7 @@ from ..errors import UnsupportedBitsError, UsageError
 from ..planes.weights import Decoder, PlaneWeight, decoder_shapes, make_decoder
 from . import cpu, reference  # noqa: F401  (they register themselves)
 from .reference import REFERENCE
-from .registry import ENVIRONMENT, Kernel, PreparedWeight, Problem, select
+from .registry import ENVIRONMENT, Kernel, PreparedWeight, Problem, select, select_in
 from .triton import TiledWeight
 
 # layout name -> class of the prepared weights in it
@@ -57,10 +57,13 @@ def prepared_weight(
     return weight
 
 
-def linear(x: Tensor, weights: Sequence[AnyWeight], bits: int | Tensor) -> list[Tensor]:
+def linear(
+    x: Tensor, weights: Sequence[AnyWeight], bits: int | Tensor, arithmetic: str | None = None
+) -> list[Tensor]:
     """x [..., K] times each weight, all of one layout, K and groups: [..., N_i] in x's dtype.
 
-    Every row at `bits`, or row r at bits[r]. Raises UnsupportedBitsError for bits without a decoder.
+    Every row at `bits`, or row r at bits[r]; in `arithmetic`, or as the best kernel does.
+    Raises UnsupportedBitsError for bits without a decoder, KernelError if nothing computes in `arithmetic`.
     """
     first = weights[0]
     leading = x.shape[:-1]
@@ -71,7 +74,8 @@ def linear(x: Tensor, weights: Sequence[AnyWeight], bits: int | Tensor) -> list[
     elif any(bits not in weight.decoders for weight in weights):
         raise UnsupportedBitsError(bits, first.bits, where="this layer")
     device = x.device.type
-    kernel = select(Problem(device, x.dtype, flat.shape[0], first.kind))
+    problem = Problem(device, x.dtype, flat.shape[0], first.kind)
+    kernel = select(problem) if arithmetic is None else select_in(problem, arithmetic)
     if torch.is_autocast_enabled(device):  # entering the context costs as much as the rest of this function
         with torch.autocast(device, enabled=False):  # the result has x's dtype, as the fake says
             ys = _with(kernel, flat, weights, bits)

@@ -5,7 +5,7 @@ from .fit import fit_budget
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .load import choose_bits, load, load_tokenizer, parse_target
-from .modules import bytes_per_token
+from .modules import bytes_per_token, input_device
 from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
 from .resize import Resized, resize
 from .source import SourceModel, all_finite, context_limit, resolve
@@ -29,6 +29,7 @@ __all__ = [
     "find_head",
     "fit_budget",
     "highest_bits",
+    "input_device",
     "load",
     "load_tokenizer",
     "parse_bits_or_plan",

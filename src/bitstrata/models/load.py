@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from transformers import (
 from ..checkpoint import Budget, CheckpointReader, Fingerprint, Plan, parse_budget
 from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
 from ..nn import Bits, RowBits, bits_state
+from ..planes import whole_number
 from ..progress import Reporter
 from .fit import fit_budget
 from .resize import Pages, Size
@@ -45,7 +47,7 @@ def choose_bits(target: str, bits: Chosen | None) -> tuple[str, Chosen | int | N
     name, named = (target, None) if Path(target).is_dir() else parse_target(target)
     if named is not None and bits is not None and named != bits:
         raise UsageError(f"bits given twice: {named} in {target} and {bits} in --bits", hint="give one of them")
-    return name, bits if bits is not None else named
+    return name, _whole(bits) if bits is not None else named
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -114,7 +116,13 @@ def load(
         raise UsageError(f"{' and '.join(given)} each say how much to load", hint="give one of them")
     if context is not None and not fit:
         raise UsageError("context says how much memory `fit` leaves for the cache", hint="give it together with fit")
-    if bits is not None and not isinstance(bits, (int, Mapping, torch.Tensor, RowBits)):
+    bits = _whole(bits)
+    max_bits = _whole(max_bits)
+    if max_bits is not None and type(max_bits) is not int:
+        raise UsageError(
+            f"max_bits={max_bits!r} is not a whole number", hint="give the highest bits that are needed: 4"
+        )
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, Mapping, torch.Tensor, RowBits))):
         raise UsageError(
             f"bits={bits!r} is neither a number of bits nor a plan",
             hint=f"plan={bits!r} takes a plan's file"
@@ -155,6 +163,12 @@ def load(
     return model
 
 
+def _whole(value: Any) -> Any:
+    """`value`, a whole number of NumPy or torch as an int."""
+    whole = whole_number(value)
+    return value if whole is None else whole
+
+
 def _build(
     folder: Path, reader: CheckpointReader, dtype: torch.dtype | None, placement: dict[str, Any]
 ) -> PreTrainedModel:
@@ -167,14 +181,17 @@ def _build(
         else:
             config.quantization_config = _restricted(config.quantization_config, reader)
         model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-        model, info = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=dtype or config.dtype or torch.float32,
-            output_loading_info=True,
-            **placement,
-        )
+        # a default device of the caller's would count for more than the one asked for
+        elsewhere = torch.get_default_device().type != "cpu"
+        with torch.device("cpu") if elsewhere else nullcontext():
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype or config.dtype or torch.float32,
+                output_loading_info=True,
+                **placement,
+            )
     except (BitstrataError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

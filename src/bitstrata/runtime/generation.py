@@ -13,7 +13,16 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint import Plan
 from ..errors import InputError, UsageError
-from ..models import bits_name, choose_bits, context_limit, highest_bits, load, load_tokenizer, resolve
+from ..models import (
+    bits_name,
+    choose_bits,
+    context_limit,
+    highest_bits,
+    input_device,
+    load,
+    load_tokenizer,
+    resolve,
+)
 from ..nn import Precision, bits_state
 from ..progress import Reporter
 
@@ -101,7 +110,7 @@ def generate(
         model,
         tokenizer,
         prompt,
-        bits=bits if bits is not None else state.default,
+        bits=state.keep(bits),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -162,12 +171,12 @@ def continue_tokens(
         extra["bits"] = bits
     if draft_bits is not None:
         extra |= {"draft_bits": draft_bits, "draft_tokens": draft_tokens}
-    clock = _Clock(streamer)
+    clock, device = _Clock(streamer), input_device(model)
     started = time.perf_counter()
     with torch.no_grad():
         output = model.generate(  # type: ignore[operator]
-            torch.tensor([ids], device=model.device),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
+            torch.tensor([ids], device=device),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=clock,
