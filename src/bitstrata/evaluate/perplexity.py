@@ -25,6 +25,7 @@ from ..models import (
 from ..models.load import pick_device
 from ..nn import bits_state, multiplied_layers, use_bits
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from .divergence import Measured, Tally
 from .report import BitsResult, Evaluation
 
@@ -32,6 +33,7 @@ TOKENS_PER_BATCH = 2048
 DEFAULT_SEQ_LEN = 2048
 
 
+@ordinary_torch()
 def evaluate(
     model: str | Path | PreTrainedModel,
     text: str | Path,

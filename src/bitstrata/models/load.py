@@ -22,6 +22,7 @@ from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBit
 from ..memory import is_out_of_memory
 from ..nn import Bits, RowBits, bits_state
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from .fit import fit_budget
 from .resize import Pages, Size
 from .source import first_line, resolve
@@ -64,6 +65,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+@ordinary_torch()
 def load(
     path_or_id: str | Path,
     bits: Bits | None = None,

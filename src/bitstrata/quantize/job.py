@@ -33,6 +33,7 @@ from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, REPORT_FILE, guard_name
 from ..errors import BitstrataError, PreflightError, UsageError
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from .blocks import BlockLoop
 from .head import HeadPlanes
 from .preflight import Prepared, prepare
@@ -47,6 +48,7 @@ COPIED_FILES = (
 )  # fmt: skip
 
 
+@ordinary_torch()
 def quantize(
     model: str | Path,
     output: str | Path,

@@ -16,6 +16,7 @@ from ..errors import InputError, UsageError
 from ..models import bits_name, choose_bits, context_limit, highest_bits, load, load_tokenizer, resolve
 from ..nn import Precision, bits_state
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class _Clock(BaseStreamer):
             self._onward.end()
 
 
+@ordinary_torch()
 def generate(
     model: str | Path | PreTrainedModel,
     prompt: str,
@@ -130,6 +132,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
+@ordinary_torch()
 def continue_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
