@@ -225,7 +225,7 @@ def serves(folder: Path, text: Path) -> Any:
             engine.submit(Request(prompt, bits=bits, max_new_tokens=9, logprobs=2, ignore_eos=True))
             for prompt, bits in zip(prompts, (2, 3, 4), strict=True)
         ]
-        return [[event for event in handle.events(60)] for handle in handles]
+        return [list(handle.events(60)) for handle in handles]
 
 
 def inspects(folder: Path, text: Path) -> Any:

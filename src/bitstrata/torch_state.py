@@ -4,8 +4,8 @@ Results must not depend on it, and training needs some of it: gradients are reco
 inference mode), nothing is cast (no autocast), new tensors are float32 on the CPU unless they say otherwise, and a
 float32 product is one. All of it is as it was when the verb has ended, an error included.
 
-Left alone: deterministic algorithms, which ask for the results that a verb gives anyway or for an error; threads; random
-generators.
+Left alone: deterministic algorithms, which ask for the results that a verb gives anyway or for an error; threads;
+random generators.
 """
 
 from __future__ import annotations
