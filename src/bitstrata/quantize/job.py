@@ -163,6 +163,7 @@ def _assemble(prepared: Prepared, state: JobState, report: Report) -> None:
                 copy_file(path, output / path.name)
     config = read_json(source.folder / CONFIG_FILE)
     config["quantization_config"] = prepared.spec().model_dump(exclude_none=True)
+    source.check_unchanged()  # what is copied and written from here on is compared as it is read
     write_checkpoint(output, config, entries, report.saved())
 
 
