@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .errors import ResourceError
+
 HUGE_PAGE = 1 << 21
 OWN_MAPPING = 1 << 16  # from here on a tensor has a mapping of its own: whole pages then cost at most a few percent
 
@@ -37,6 +39,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, (RuntimeError, SafetensorError)) and _NO_MEMORY.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def memory_errors(what: str, *, hint: str) -> Iterator[None]:
+    """Turn every way to say that memory ran out while doing `what` into a ResourceError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(f"memory ran out {what}", hint=hint) from error
 
 
 def allocate(size: int, start: int = 0) -> Tensor:

@@ -32,6 +32,7 @@ from ..checkpoint import CheckpointReader, TensorEntry, copy_file, is_checkpoint
 from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, REPORT_FILE, guard_name
 from ..errors import BitstrataError, PreflightError, UsageError
+from ..memory import memory_errors
 from ..progress import Reporter
 from ..torch_state import ordinary_torch
 from .blocks import BlockLoop
@@ -46,6 +47,11 @@ COPIED_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja",
     "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+
+MORE_MEMORY = (
+    "end other programs and run the same command again: finished blocks are kept; or start over with a lower "
+    "--num-samples or --seq-len"
+)
 
 
 @ordinary_torch()
@@ -94,7 +100,7 @@ def quantize(
     Raises:
         PreflightError: everything wrong with the input, at once, before anything is written.
         JobError: the output holds an unfinished job that does not match.
-        ResourceError: the disk filled up; finished blocks are kept.
+        ResourceError: the disk or memory filled up; finished blocks are kept.
         CheckError: the result is not finite.
     """
     started = time.monotonic()
@@ -117,7 +123,8 @@ def quantize(
         head_bits=head_bits,
         problems=problems,
     )
-    prepared = prepare(settings, reporter, problems)
+    with memory_errors("while the model was checked", hint="end other programs, or lower --num-samples or --seq-len"):
+        prepared = prepare(settings, reporter, problems)
     settings = prepared.settings
     if dry_run:
         return _describe(prepared, reporter)
@@ -128,13 +135,14 @@ def quantize(
     spec = prepared.spec()
     state = JobState(settings.output, prepared.fingerprint, spec)
     try:
-        head = HeadPlanes(prepared, state, reporter)
-        head.run()
-        job = BlockLoop(prepared, state, reporter, head)
-        job.run_blocks()
-        job.refine()
-        report = make_report(prepared, job.measure(), {**job.layer_error, **head.layer_error}, reporter.notes)
-        _assemble(prepared, state, report)
+        with memory_errors("while quantizing", hint=MORE_MEMORY):
+            head = HeadPlanes(prepared, state, reporter)
+            head.run()
+            job = BlockLoop(prepared, state, reporter, head)
+            job.run_blocks()
+            job.refine()
+            report = make_report(prepared, job.measure(), {**job.layer_error, **head.layer_error}, reporter.notes)
+            _assemble(prepared, state, report)
     except BaseException:
         state.close()
         raise
