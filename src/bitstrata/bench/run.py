@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ResourceError, UnsupportedBitsError, UsageError
 from ..evaluate.report import render
 from ..kernels import Problem, select
+from ..memory import free_memory
 from ..models import choose_bits, load
 from ..models.load import pick_device
 from ..nn import BitsState, PlaneLinear, bits_state, parse_bits
@@ -322,7 +322,7 @@ def _check_memory(config: PreTrainedConfig, bits: int, blocks: int | None, devic
     weights = depth * (attention + 3 * hidden * inner)
     head = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     needed = 2 * (weights + head) + weights * (bits + 2) / 8 + 2 * head
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_memory(device)
     if needed > free:
         raise ResourceError(
             f"the two models need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",

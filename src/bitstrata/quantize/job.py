@@ -14,7 +14,7 @@ exactly the numbers the first run saw.
 One thing needs more: a method that weighs errors by gradients of the loss holds the whole model once,
 before the blocks (calibrate/fisher.py); what it finds is durable like a block.
 
-`sizes.memory_bytes` estimates the peak memory; the measured peak is in the report.
+`sizes.memory_need` estimates the peak memory; the measured peak is in the report.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def _describe(prepared: Prepared, reporter: Reporter) -> Report:
         reporter.say(f"{entry.name}: {list(entry.shape)} stays as it is ({entry.reason})")
     reporter.say(
         f"dry run: {len(discovery.linears)} layers, {discovery.weight_count} weights; needs about "
-        f"{megabytes(prepared.disk_bytes)} of disk and {megabytes(prepared.memory_bytes)} of memory; "
+        f"{megabytes(prepared.disk_bytes)} of disk and {prepared.memory}; "
         "nothing was written"
     )
     return make_report(prepared, {}, {}, reporter.notes)

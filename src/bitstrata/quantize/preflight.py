@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import transformers
 from torch import Tensor
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibrate import BlockRunner, Windows, calibration_windows, read_text, text_digest
 from ..checkpoint import LayerSpec, QuantizationSpec, format_version, is_checkpoint
 from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
+from ..memory import free_memory
 from ..models import (
     Discovery,
     HeadLayer,
@@ -37,7 +37,7 @@ from ..progress import Reporter
 from ..version import __version__
 from .grouping import check_weight
 from .settings import Settings
-from .sizes import disk_bytes, megabytes, memory_bytes
+from .sizes import MemoryNeed, disk_bytes, megabytes, memory_need
 from .state import JOB_FOLDER, is_job
 
 HELDOUT_WINDOWS = 16
@@ -61,7 +61,7 @@ class Prepared:
     common: dict[str, str]
     fingerprint: dict[str, Any]
     disk_bytes: int
-    memory_bytes: int
+    memory: MemoryNeed
     head: tuple[HeadLayer, ...] = ()
 
     @property
@@ -150,7 +150,7 @@ def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataE
         common,
         {},
         disk_bytes(settings, source, discovery, head, common),
-        memory_bytes(settings, model, discovery, head, windows),
+        memory_need(settings, model, discovery, head, windows),
         head,
     )
     problems.found.extend(_check_resources(prepared))
@@ -316,13 +316,18 @@ def _check_resources(prepared: Prepared) -> list[BitstrataError]:
                 hint="free some space or choose another folder for -o",
             )
         )
-    available = psutil.virtual_memory().available
-    if available < prepared.memory_bytes:
-        gradients = prepared.settings.method.needs_fisher
-        problems.append(
-            ResourceError(
-                f"the job needs about {megabytes(prepared.memory_bytes)} of memory, {megabytes(available)} are free",
-                hint="lower --num-samples or --seq-len" + (", or use --preset fast: no gradients" if gradients else ""),
+    device, need = prepared.settings.device, prepared.memory
+    places = [("cpu", "memory", need.main)] + ([(str(device), "GPU memory", need.gpu)] if need.gpu else [])
+    for where, kind, needed in places:
+        available = free_memory(where)
+        if available < needed:
+            gradients = prepared.settings.method.needs_fisher
+            problems.append(
+                ResourceError(
+                    f"the job needs about {megabytes(needed)} of {kind}, {megabytes(available)} are free",
+                    hint="lower --num-samples or --seq-len"
+                    + (", or use --preset fast: no gradients" if gradients else "")
+                    + (", or --device cpu" if kind == "GPU memory" else ""),
+                )
             )
-        )
     return problems
