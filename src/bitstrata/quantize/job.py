@@ -23,15 +23,16 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointReader, TensorEntry, copy_file, is_checkpoint, write_checkpoint
+from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, copy_file, is_checkpoint, write_checkpoint
 from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, REPORT_FILE, guard_name
-from ..errors import BitstrataError, PreflightError, UsageError
+from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
 from ..memory import memory_errors
 from ..progress import Reporter
 from ..torch_state import ordinary_torch
@@ -181,8 +182,7 @@ def _already_done(prepared: Prepared, reporter: Reporter) -> Report | None:
     if not is_checkpoint(output):
         return None
     reader = CheckpointReader(output)
-    wanted = prepared.spec().model_dump(exclude_none=True)
-    changed = differences(reader.spec.model_dump(exclude_none=True), wanted)
+    changed = differences(_settings_of(reader.spec), _settings_of(prepared.spec()))
     if changed:
         raise PreflightError(
             [
@@ -194,22 +194,26 @@ def _already_done(prepared: Prepared, reporter: Reporter) -> Report | None:
         )
     reporter.say(f"{output} already holds the result of this command; nothing to do")
     shutil.rmtree(output / ".job", ignore_errors=True)
-    if not (output / REPORT_FILE).exists():  # a checkpoint may lack it
-        return _with_measures(make_report(prepared, {}, {}, reporter.notes), output, time.monotonic())
-    saved = read_json(output / REPORT_FILE)
-    return _with_measures(Report(output=str(output), **saved), output, time.monotonic())
+    report = make_report(prepared, {}, {}, reporter.notes)
+    if (output / REPORT_FILE).exists():  # a checkpoint may lack it
+        try:
+            report = report.with_saved(output / REPORT_FILE)
+        except CheckpointError as error:
+            reporter.note(f"{error.message}; measures are left out")
+            report = replace(report, notes=tuple(reporter.notes))
+    return _with_measures(report, output, time.monotonic())
+
+
+def _settings_of(spec: QuantizationSpec) -> dict[str, Any]:
+    """What a finished result was asked for. Versions do not count: they would not make another one of it now."""
+    found = spec.model_dump(exclude_none=True)
+    found.get("provenance", {}).pop("versions", None)
+    return found
 
 
 def _with_measures(report: Report, output: Path, started: float) -> Report:
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    return Report(
-        **{
-            **report.to_json(),
-            "total_bytes": size,
-            "seconds": time.monotonic() - started,
-            "peak_memory_bytes": _peak_memory(),
-        }
-    )
+    return replace(report, total_bytes=size, seconds=time.monotonic() - started, peak_memory_bytes=_peak_memory())
 
 
 def _peak_memory() -> int:
