@@ -18,6 +18,7 @@ ROOMS = [
     "version",
     "progress",
     "memory",
+    "torch_state",
     "planes",
     "checkpoint",
     "kernels",

@@ -17,7 +17,7 @@ from tiny_models import tiny_text
 
 from bitstrata.checkpoint import is_checkpoint
 from bitstrata.errors import JobError, PreflightError
-from bitstrata.quantize import job
+from bitstrata.quantize import job, preflight
 from bitstrata.quantize.state import JobState
 
 
@@ -231,6 +231,28 @@ def test_an_unreadable_fingerprint_is_named(content: str, model: Path, text: Pat
     with pytest.raises(JobError) as caught:
         run(model, tmp_path / "out", text)
     assert "delete" in (caught.value.hint or "")
+
+
+def test_a_folder_in_the_place_of_the_fingerprint_is_named(model: Path, text: Path, tmp_path: Path) -> None:
+    interrupted(model, text, tmp_path / "out")
+    (tmp_path / "out" / ".job" / "job.json").unlink()
+    (tmp_path / "out" / ".job" / "job.json").mkdir()
+    with pytest.raises(JobError, match=r"job\.json is not readable") as caught:
+        run(model, tmp_path / "out", text)
+    assert "delete" in (caught.value.hint or "")
+
+
+def test_an_unfinished_job_is_continued_by_the_same_versions_only(
+    model: Path, text: Path, tmp_path: Path, unbroken: dict[str, str]
+) -> None:
+    interrupted(model, text, tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "__version__", "99.1")
+        with pytest.raises(JobError, match=r"other versions: versions\.bitstrata was .*, is now 99\.1") as caught:
+            run(model, tmp_path / "out", text)
+    assert "install these versions again" in (caught.value.hint or "")
+    run(model, tmp_path / "out", text)
+    assert digests(tmp_path / "out") == unbroken
 
 
 def test_the_random_state_of_the_caller_does_not_matter(

@@ -26,6 +26,7 @@ from ..models import context_limit, load, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..models.source import SourceModel
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from . import greedy, milp, paired, waterfill
 from .objective import Objective
 from .order import page_order
@@ -44,6 +45,7 @@ DEFAULT_WINDOWS = 16
 DEFAULT_SEQ_LEN = 512
 
 
+@ordinary_torch()
 def plan(
     model: str | Path,
     budget: str | Budget,

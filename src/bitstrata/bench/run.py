@@ -20,6 +20,7 @@ from ..models.load import pick_device
 from ..nn import BitsState, PlaneLinear, bits_state, parse_bits
 from ..planes.weights import MAX_BITS
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from .clock import current
 from .linear import REGIMES, LinearResult, bench_linear
 from .machine import Bandwidth, describe
@@ -106,6 +107,7 @@ class Bench:
         return render("decoding one sequence: ceiling = bandwidth / MB", columns, rows)
 
 
+@ordinary_torch()
 def bench(
     model: str | Path | None = None,
     *,

@@ -27,6 +27,7 @@ from ..models.load import pick_device
 from ..nn import Precision, bits_state, multiplied_layers
 from ..planes import whole_number
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from .arithmetic import ARITHMETICS, Ran
 from .divergence import Measured, Tally
 from .report import BitsResult, Evaluation
@@ -35,6 +36,7 @@ TOKENS_PER_BATCH = 2048
 DEFAULT_SEQ_LEN = 2048
 
 
+@ordinary_torch()
 def evaluate(
     model: str | Path | PreTrainedModel,
     text: str | Path,

@@ -19,9 +19,11 @@ from transformers import (
 
 from ..checkpoint import Budget, CheckpointReader, Fingerprint, Plan, parse_budget
 from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
+from ..memory import is_out_of_memory
 from ..nn import Bits, RowBits, bits_state
 from ..planes import whole_number
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from .fit import fit_budget
 from .resize import Pages, Size
 from .source import first_line, resolve
@@ -64,6 +66,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+@ordinary_torch()
 def load(
     path_or_id: str | Path,
     bits: Bits | None = None,
@@ -188,9 +191,11 @@ def _build(
             output_loading_info=True,
             **placement,
         )
-    except (BitstrataError, MemoryError, torch.OutOfMemoryError):
+    except BitstrataError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{folder} does not fit the model that its config.json describes: {first_line(error)}",
             hint="the folder was changed after it was written; copy or download it again",

@@ -32,7 +32,9 @@ from ..checkpoint import CheckpointReader, TensorEntry, copy_file, is_checkpoint
 from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, REPORT_FILE, guard_name
 from ..errors import BitstrataError, PreflightError, UsageError
+from ..memory import memory_errors
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from .blocks import BlockLoop
 from .head import HeadPlanes
 from .preflight import Prepared, prepare
@@ -46,7 +48,13 @@ COPIED_FILES = (
     "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
+MORE_MEMORY = (
+    "end other programs and run the same command again: finished blocks are kept; or start over with a lower "
+    "--num-samples or --seq-len"
+)
 
+
+@ordinary_torch()
 def quantize(
     model: str | Path,
     output: str | Path,
@@ -92,7 +100,7 @@ def quantize(
     Raises:
         PreflightError: everything wrong with the input, at once, before anything is written.
         JobError: the output holds an unfinished job that does not match.
-        ResourceError: the disk filled up; finished blocks are kept.
+        ResourceError: the disk or memory filled up; finished blocks are kept.
         CheckError: the result is not finite.
     """
     started = time.monotonic()
@@ -115,7 +123,8 @@ def quantize(
         head_bits=head_bits,
         problems=problems,
     )
-    prepared = prepare(settings, reporter, problems)
+    with memory_errors("while the model was checked", hint="end other programs, or lower --num-samples or --seq-len"):
+        prepared = prepare(settings, reporter, problems)
     settings = prepared.settings
     if dry_run:
         return _describe(prepared, reporter)
@@ -126,13 +135,14 @@ def quantize(
     spec = prepared.spec()
     state = JobState(settings.output, prepared.fingerprint, spec)
     try:
-        head = HeadPlanes(prepared, state, reporter)
-        head.run()
-        job = BlockLoop(prepared, state, reporter, head)
-        job.run_blocks()
-        job.refine()
-        report = make_report(prepared, job.measure(), {**job.layer_error, **head.layer_error}, reporter.notes)
-        _assemble(prepared, state, report)
+        with memory_errors("while quantizing", hint=MORE_MEMORY):
+            head = HeadPlanes(prepared, state, reporter)
+            head.run()
+            job = BlockLoop(prepared, state, reporter, head)
+            job.run_blocks()
+            job.refine()
+            report = make_report(prepared, job.measure(), {**job.layer_error, **head.layer_error}, reporter.notes)
+            _assemble(prepared, state, report)
     except BaseException:
         state.close()
         raise
@@ -161,6 +171,7 @@ def _assemble(prepared: Prepared, state: JobState, report: Report) -> None:
                 copy_file(path, output / path.name)
     config = read_json(source.folder / CONFIG_FILE)
     config["quantization_config"] = prepared.spec().model_dump(exclude_none=True)
+    source.check_unchanged()  # what is copied and written from here on is compared as it is read
     write_checkpoint(output, config, entries, report.saved())
 
 

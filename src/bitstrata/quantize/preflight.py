@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibrate import Windows, calibration_windows, read_text, text_digest
+from ..calibrate import BlockRunner, Windows, calibration_windows, read_text, text_digest
 from ..checkpoint import LayerSpec, QuantizationSpec, format_version, is_checkpoint
 from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
 from ..models import (
@@ -154,6 +154,9 @@ def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataE
         head,
     )
     problems.found.extend(_check_resources(prepared))
+    if not problems.found and windows is not None:  # it takes memory, and a model that is whole
+        runner = BlockRunner(source, model, discovery, settings.seq_len, settings.device)
+        problems.attempt(lambda: runner.check(windows.heldout[:1]))
     if problems.found:
         raise PreflightError(problems.found)
     fingerprint = {

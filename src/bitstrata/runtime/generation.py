@@ -25,6 +25,7 @@ from ..models import (
 )
 from ..nn import Precision, bits_state
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class _Clock(BaseStreamer):
             self._onward.end()
 
 
+@ordinary_torch()
 def generate(
     model: str | Path | PreTrainedModel,
     prompt: str,
@@ -139,6 +141,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
+@ordinary_torch()
 def continue_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

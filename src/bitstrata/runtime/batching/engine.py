@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
 from ...models import context_limit
 from ...nn import Precision, bits_state, steady_rows
+from ...torch_state import ordinary_torch
 from ..policy import LoadView, Policy, RequestView, Steps, choose_bits
 from .attention import Span
 from .forward import Forward
@@ -119,7 +120,7 @@ class Engine:
         self._pace = Pace()
         self._forward = Forward(model, self._pool)
         try:
-            with torch.no_grad():
+            with ordinary_torch(), torch.no_grad():
                 self._forward.check()
         except BaseException:
             self._forward.give_back()
