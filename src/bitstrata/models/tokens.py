@@ -296,11 +296,13 @@ def _as_text(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> list[
 
 
 class _Marks:
-    """Characters around ranges of a text, by which the ranges are found again in what a template made of it."""
+    """Two characters around each character of a range, by which it is found again in what a template made of a text.
+
+    Each character has its own because templates cut texts up.
+    """
 
     def __init__(self, opening: str, closing: str) -> None:
         self.opening, self.closing = opening, closing
-        self._marked: set[str] = set()
 
     @classmethod
     def unused_in(cls, turns: Sequence[Mapping[str, str]]) -> _Marks:
@@ -312,29 +314,25 @@ class _Marks:
         return cls(*free)
 
     def put(self, text: str, ranges: Sequence[Range]) -> str:
-        """`text` with marks around `ranges`, ascending and apart."""
+        """`text` with marks in `ranges`, ascending and apart."""
         parts, at = [], 0
         for start, end in ranges:
-            self._marked.add(text[start:end])
-            parts += [text[at:start], self.opening, text[start:end], self.closing]
+            parts.append(text[at:start])
+            parts += [f"{self.opening}{character}{self.closing}" for character in text[start:end]]
             at = end
         return "".join([*parts, text[at:]])
 
     def take(self, text: str) -> tuple[str, list[Range]]:
-        """`text` without the marks, and the ranges that were marked.
-
-        A template may have cut a range in two: a lone mark is an empty range, across which no token may grow together.
-        """
-        longest_first = sorted(self._marked, key=len, reverse=True)
-        marked = "|".join(map(re.escape, longest_first))
+        """`text` without the marks, and the ranges of the characters that have both of theirs."""
         parts: list[str] = []
         ranges: list[Range] = []
         at = length = 0
-        for match in re.finditer(f"{self.opening}({marked}){self.closing}|[{self.opening}{self.closing}]", text):
-            inside = match.group(1) or ""
-            parts += [text[at : match.start()], inside]
+        for match in re.finditer(f"{self.opening}(.){self.closing}|[{self.opening}{self.closing}]", text, re.DOTALL):
+            parts.append(text[at : match.start()])
             length += match.start() - at
-            ranges.append((length, length + len(inside)))
-            length += len(inside)
             at = match.end()
+            if match.group(1):
+                parts.append(match.group(1))
+                ranges.append((length, length + 1))
+                length += 1
         return "".join([*parts, text[at:]]), ranges
