@@ -50,7 +50,7 @@ def test_layers_of_equal_bits_share_one_tensor():
     [
         ((), torch.tensor([0]), UsageError, "its 0 choices"),
         ((2, "3"), torch.tensor([0, 1]), UsageError, "got '3'"),
-        ((2, torch.tensor(3)), torch.tensor([0, 1]), UsageError, "got tensor"),
+        ((2, torch.tensor([3])), torch.tensor([0, 1]), UsageError, "got tensor"),
         ((2, 3), torch.tensor([0.0, 1.0]), UsageError, "integer tensor"),
         ((2, 3), torch.tensor([0, 2]), UsageError, "its 2 choices"),
         ((2, 3), torch.tensor([0, -1]), UsageError, "its 2 choices"),

@@ -189,7 +189,7 @@ def switch_time(model: nn.Module, bits: int, repeats: int = 1000) -> float:
         started = time.perf_counter()
         state.set(bits)
         samples.append(time.perf_counter() - started)
-    state.value = before
+    state.set(before)
     return statistics.median(samples)
 
 

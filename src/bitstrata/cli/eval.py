@@ -20,6 +20,10 @@ def command(
     reference: Annotated[str | None, typer.Option(help="The original model, for kld and agreement.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a window (default 2048).")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many predicted tokens.")] = None,
+    arithmetic: Annotated[
+        str | None,
+        typer.Option(help="exact, or int8 as in decoding on a CPU. By default what runs for windows of this length."),
+    ] = None,
     device: str = DEVICE_OPTION,
     json: bool = JSON_OPTION,
 ) -> None:
@@ -31,6 +35,7 @@ def command(
         reference=reference,
         seq_len=seq_len,
         max_tokens=max_tokens,
+        arithmetic=arithmetic,
         device=device,
     )
     show(result, as_json=json)

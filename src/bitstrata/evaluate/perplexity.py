@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,26 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibrate import evaluation_windows, read_text
+from ..calibrate import evaluation_windows, given_tokens, read_text
 from ..checkpoint import CheckpointReader, Plan, is_checkpoint
-from ..errors import ModelError, TextError, UnsupportedBitsError, UsageError
+from ..errors import ModelError, TextError, UsageError
 from ..models import (
     bits_name,
+    check_vocabulary,
     context_limit,
     highest_bits,
+    input_device,
     load,
     load_tokenizer,
     parse_bits_or_plans,
     resolve,
 )
 from ..models.load import pick_device
-from ..nn import bits_state, multiplied_layers, use_bits
+from ..nn import Precision, bits_state, multiplied_layers
+from ..planes import whole_number
 from ..progress import Reporter
 from ..torch_state import ordinary_torch
+from .arithmetic import ARITHMETICS, Ran
 from .divergence import Measured, Tally
 from .report import BitsResult, Evaluation
 
@@ -42,6 +46,7 @@ def evaluate(
     seq_len: int | None = None,
     max_tokens: int | None = None,
     *,
+    arithmetic: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "auto",
     reporter: Reporter | None = None,
@@ -51,18 +56,24 @@ def evaluate(
     Args:
         model: a checkpoint folder, hub id, or a loaded quantized model.
         text: a UTF-8 file, documents separated by `<|endoftext|>`; or `stdlib`.
-        bits: which bits or plans to measure, `2,3,plan.json` or the like; all supported bits by default.
+        bits: which bits or plans to measure, `2,3,plan.json` or the like; all supported bits by default, and of a
+            model that holds one plan's pages that plan.
         reference: the original model, for KL divergence and agreement.
         seq_len: window length in tokens; lowered to the model's context with a message.
         max_tokens: stop after so many predicted tokens.
+        arithmetic: of the quantized layers' products: "exact", or "int8", which is what a CPU makes of activations in decoding.
+            By default as the model itself computes calls of this length; the result says which that was.
         tokenizer: needed only when `model` is a loaded model without a folder.
 
     Raises:
         UnsupportedBitsError, PlanError, TextError, ModelError, CheckpointError: the input named in the message.
+        KernelError: nothing here computes in this arithmetic, or not the forced kernel.
     """
     reporter = (reporter or Reporter()).fresh()
+    if arithmetic not in (None, *ARITHMETICS):
+        raise UsageError(f"arithmetic {arithmetic!r} is not known", hint=f"one of {', '.join(ARITHMETICS)}")
     documents = read_text(text, part="heldout")
-    where = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
+    where = input_device(model) if isinstance(model, PreTrainedModel) else pick_device(device)
     asked = _asked(bits)
     _check_plans(asked or (), model)
     highest = None if asked is None else max(map(highest_bits, asked))
@@ -72,10 +83,10 @@ def evaluate(
         model if isinstance(model, PreTrainedModel) else load(model, device=where, dtype=dtype, max_bits=highest)
     )
     state = bits_state(quantized)
-    chosen = state.supported if asked is None else asked
+    # a plan in memory is neither of these numbers nor a name for one
+    chosen: tuple[Precision, ...] = asked if asked is not None else state.supported or (state.default,)
     for value in chosen:
-        if isinstance(value, int) and value not in state.supported:
-            raise UnsupportedBitsError(value, state.supported)
+        state.check(value)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
     tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
@@ -83,44 +94,68 @@ def evaluate(
     length = context_length(quantized, seq_len, reporter)
 
     batches = list(_batches(evaluation_windows(tokenizer, documents, length, max_tokens)))
+    given = given_tokens(tokenizer)
+    check_vocabulary((max(window) for batch in batches for window in batch), quantized.config, tokenizer)
     if not batches:
         raise TextError(f"{text} has no window of two tokens or more", hint="give a longer text")
-    tallies = {value: Tally() for value in chosen}  # equal plans are measured once, and have a row each
-    baseline = Tally()
+    tallies = [Tally() for _ in chosen]
+    baseline, ran = Tally(), Ran(quantized)
     with torch.no_grad(), reporter.track("evaluating", len(batches), "batch") as steps:
         for windows in batches:
-            ids, real = _padded(windows, where)
-            expected = None
+            ids, predicted = _padded(windows, given, where)
+            targets, expected = ids[predicted], None
             if original is not None:
-                expected = _logits(original, ids, real)
-                baseline.add(expected, ids[:, 1:][real[:, 1:]])
-            for value, tally in tallies.items():
-                with use_bits(quantized, value):
-                    tally.add(_logits(quantized, ids, real), ids[:, 1:][real[:, 1:]], expected)
+                expected = _logits(original, ids, predicted)
+                baseline.add(expected, targets)
+            for value, tally in zip(chosen, tallies, strict=True):
+                with state.using(value, arithmetic), ran.watching():
+                    tally.add(_logits(quantized, ids, predicted), targets, expected)
             steps.step()
 
     layers = multiplied_layers(quantized)
     count = sum(layer.in_features * layer.out_features for layer in layers)
-    sizes = {value: sum(layer.bytes_read(value) for layer in layers) for value in tallies}
-    results = tuple(_row(value, tallies[value].result(), sizes[value], count) for value in chosen)
+    results = tuple(
+        _row(value, tally.result(), sum(layer.bytes_read(value) for layer in layers), count)
+        for value, tally in zip(chosen, tallies, strict=True)
+    )
     base = baseline.result() if original is not None else None
+    arithmetics, kernels = ran.with_arithmetic(arithmetic)
     return Evaluation(
         model=str(quantized.name_or_path),
         text=str(text),
-        tokens=next(iter(tallies.values())).tokens,
+        tokens=tallies[0].tokens,
         seq_len=length,
         reference=None if base is None else {"perplexity": base.perplexity, "nll": base.nll},
         results=results,
+        arithmetic=arithmetics,
+        kernel=kernels,
         notes=tuple(reporter.notes),
     )
 
 
 def _asked(bits: str | Sequence[int | Plan] | int | Plan | None) -> tuple[int | Plan, ...] | None:
+    """What to measure. Raises UsageError for what is neither bits nor a plan, or nothing at all."""
     if bits is None:
         return None
     if isinstance(bits, str):
         return parse_bits_or_plans(bits)
-    return (bits,) if isinstance(bits, (int, Plan)) else tuple(bits)
+    whole = whole_number(bits)
+    if whole is not None:
+        return (whole,)
+    given = [bits] if isinstance(bits, Mapping) or not isinstance(bits, Iterable) else list(bits)
+    asked = [_one_asked(value) for value in given]
+    if not asked:
+        raise UsageError("no bits are given to measure", hint="leave bits out to measure all of them")
+    return tuple(asked)
+
+
+def _one_asked(value: object) -> int | Plan:
+    if isinstance(value, Mapping):
+        return value if isinstance(value, Plan) else Plan(value)
+    whole = whole_number(value)
+    if whole is None:
+        raise UsageError(f"bits {value!r} cannot be measured", hint="bits are whole numbers from 1 to 8, or plans")
+    return whole
 
 
 def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedModel) -> None:
@@ -134,7 +169,7 @@ def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedMode
             plan.check(CheckpointReader(folder))
 
 
-def _row(bits: int | Plan, measured: Measured, size: int, count: int) -> BitsResult:
+def _row(bits: Precision, measured: Measured, size: int, count: int) -> BitsResult:
     name, bpw = bits_name(bits), 8 * size / count
     return BitsResult(name, measured.perplexity, measured.nll, measured.kld, measured.top1_agreement, bpw, size)
 
@@ -200,21 +235,24 @@ def _batches(windows: Iterator[list[int]]) -> Iterator[list[list[int]]]:
         yield pending
 
 
-def _padded(windows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids int64 [b, S], padded on the right with 0, and which of them are real: bool [b, S]."""
+def _padded(windows: list[list[int]], given: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [b, S], padded on the right with 0, and which of them are to be predicted: bool [b, S].
+
+    given: tokens at the start of each window that are not.
+    """
     longest = max(map(len, windows))
     ids = torch.zeros(len(windows), longest, dtype=torch.int64)
-    real = torch.zeros(len(windows), longest, dtype=torch.bool)
+    predicted = torch.zeros(len(windows), longest, dtype=torch.bool)
     for row, window in enumerate(windows):
         ids[row, : len(window)] = torch.tensor(window)
-        real[row, : len(window)] = True
-    return ids.to(device), real.to(device)
+        predicted[row, given : len(window)] = True
+    return ids.to(device), predicted.to(device)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, real: Tensor) -> Tensor:
-    """Logits [s, vocab] that predict the real tokens after the first.
+def _logits(model: PreTrainedModel, ids: Tensor, predicted: Tensor) -> Tensor:
+    """Logits [s, vocab] from which the tokens marked in `predicted` are predicted.
 
     Padding is on the right and attention is causal, so real positions never see it.
     """
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits[:, :-1][real[:, 1:]]
+    return logits[:, :-1][predicted[:, 1:]]

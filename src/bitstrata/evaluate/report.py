@@ -31,7 +31,11 @@ class BitsResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `bitstrata.evaluate` returns."""
+    """What `bitstrata.evaluate` returns.
+
+    arithmetic, kernel: what the quantized layers were computed in and by: exact, int8, or both where short windows ran
+        in another than long ones.
+    """
 
     model: str
     text: str
@@ -39,6 +43,8 @@ class Evaluation:
     seq_len: int
     reference: dict[str, float] | None
     results: tuple[BitsResult, ...]
+    arithmetic: str
+    kernel: str
     notes: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +67,9 @@ class Evaluation:
             ]
             for r in self.results
         ]
-        title = f"{self.model} on {self.text}: {self.tokens} tokens"
+        title = (
+            f"{self.model} on {self.text}: {self.tokens} tokens, in {self.arithmetic} arithmetic (kernel {self.kernel})"
+        )
         return render(title, ["bits", "bpw read", "perplexity", "nll", "kld", "top-1"], rows)
 
 

@@ -30,7 +30,7 @@ from ..errors import UnsupportedBitsError
 from ..planes.weights import Decoder, PlaneWeight, decoder_shapes, decoder_tensors, make_decoder
 from . import cpu, reference  # noqa: F401  (they register themselves)
 from .reference import REFERENCE
-from .registry import Kernel, PreparedWeight, Problem, select
+from .registry import Kernel, PreparedWeight, Problem, select, select_in
 from .triton import TiledWeight
 
 # layout name -> class of the prepared weights in it
@@ -343,3 +343,27 @@ def prepared_linear(x: Tensor, weights: Sequence[PreparedWeight], bits: int | Te
             )
         )
     return ys
+
+
+@torch.no_grad()
+def linear_in(arithmetic: str, x: Tensor, weight: PlaneWeight | PreparedWeight, bits: int | Tensor) -> Tensor:
+    """x @ W^T at `bits`, one value or one a row, in "exact" or "int8" arithmetic whichever would run: for measuring.
+
+    x [..., K] -> [..., N] in x's dtype, in eager mode and without a gradient. Raises KernelError if no kernel here
+    computes in this arithmetic, else as `plane_linear` and `plane_linear_rows` do.
+    """
+    _check_columns(x, weight)
+    flat = x.reshape(-1, x.shape[-1])
+    if isinstance(bits, Tensor):
+        _check_row_bits(bits, flat.shape[0], weight.bits)
+    elif bits not in weight.decoders:
+        raise UnsupportedBitsError(bits, weight.bits, where="this layer")
+    kernel = select_in(Problem(x.device.type, x.dtype, flat.shape[0], weight.kind), arithmetic)
+    with torch.autocast(x.device.type, enabled=False):
+        if not isinstance(weight, PlaneWeight):
+            (y,) = _with(kernel, flat, [weight], bits)
+        elif isinstance(bits, Tensor):
+            y = kernel.linear_rows(flat, weight, bits)
+        else:
+            y = kernel.linear(flat, weight, bits)
+    return y.reshape(*x.shape[:-1], weight.out_features)

@@ -26,6 +26,9 @@ class ReferenceKernel:
     activations = "exact"
     steady_rows = None
 
+    def arithmetic(self, rows: int) -> str:
+        return "exact"
+
     def can_run(self, problem: Problem) -> str | None:
         return None if problem.dtype.is_floating_point else f"activations are {problem.dtype}, not floating point"
 

@@ -109,6 +109,10 @@ class Kernel(Protocol):
     @property
     def layout(self) -> str | None: ...
 
+    def arithmetic(self, rows: int) -> str:
+        """What a call of so many rows makes of the activations: "exact", or "int8"."""
+        ...
+
     def can_run(self, problem: Problem) -> str | None:
         """None if it can run `problem`, else the reason in one clause."""
         ...
@@ -165,6 +169,36 @@ def describe(problem: Problem) -> Sequence[KernelReport]:
 def select(problem: Problem) -> Kernel:
     """The kernel for `problem`. Raises KernelError if none, or not the forced one, can run it."""
     return _select(problem, os.environ.get(ENVIRONMENT) or None, tuple(_KERNELS.values()))
+
+
+def select_in(problem: Problem, arithmetic: str) -> Kernel:
+    """The kernel for `problem` in this arithmetic: the ordinary one if it computes so many rows in it, else another
+    that can, of the same layout if there is one.
+
+    Raises KernelError if none can, or not the forced one.
+    """
+    return _select_in(problem, arithmetic, os.environ.get(ENVIRONMENT) or None, tuple(_KERNELS.values()))
+
+
+@lru_cache(maxsize=256)
+def _select_in(problem: Problem, arithmetic: str, forced: str | None, kernels: tuple[Kernel, ...]) -> Kernel:
+    first = _select(problem, forced, kernels)
+    if first.arithmetic(problem.rows) == arithmetic:
+        return first
+    if forced:
+        raise KernelError(
+            f"{ENVIRONMENT}={forced} computes {problem.rows} rows in {first.arithmetic(problem.rows)} arithmetic, "
+            f"not in {arithmetic}",
+            hint=f"unset {ENVIRONMENT}",
+        )
+    for kernel in sorted(kernels, key=lambda kernel: kernel.layout != first.layout):
+        if kernel.arithmetic(problem.rows) == arithmetic and kernel.can_run(problem) is None:
+            return kernel
+    raise KernelError(
+        f"no kernel computes in {arithmetic} arithmetic here: on {problem.device} with activations in {problem.dtype} "
+        f"{first.name} runs, which is {first.arithmetic(problem.rows)}",
+        hint="`bitstrata env` lists the kernels, and why others cannot run",
+    )
 
 
 @lru_cache(maxsize=256)

@@ -5,10 +5,21 @@ from .fit import fit_budget
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .load import choose_bits, load, load_tokenizer, parse_target
-from .modules import bytes_per_token
+from .modules import bytes_per_token, input_device
 from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
 from .resize import Resized, resize
 from .source import SourceModel, all_finite, context_limit, resolve
+from .tokens import (
+    Stops,
+    check_text,
+    check_vocabulary,
+    encode_body,
+    encode_prompt,
+    encode_turns,
+    end_tokens,
+    text_prefix,
+    vocabulary_size,
+)
 
 __all__ = [
     "BitstrataConfig",
@@ -19,16 +30,24 @@ __all__ = [
     "LinearInfo",
     "Resized",
     "SourceModel",
+    "Stops",
     "all_finite",
     "attach",
     "bits_name",
     "bytes_per_token",
+    "check_text",
+    "check_vocabulary",
     "choose_bits",
     "context_limit",
     "discover",
+    "encode_body",
+    "encode_prompt",
+    "encode_turns",
+    "end_tokens",
     "find_head",
     "fit_budget",
     "highest_bits",
+    "input_device",
     "load",
     "load_tokenizer",
     "parse_bits_or_plan",
@@ -36,4 +55,6 @@ __all__ = [
     "parse_target",
     "resize",
     "resolve",
+    "text_prefix",
+    "vocabulary_size",
 ]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import LayerSpec
 from ..errors import CheckpointError, ModelError
-from ..nn import PlaneEmbedding, TiedHead
+from ..nn import BitsState, PlaneEmbedding, TiedHead
 from .discover import linear_info
 from .modules import set_submodule, submodule
 
@@ -102,12 +102,15 @@ def _is_scaled(module: nn.Module) -> bool:
     return type(module).__name__.endswith(SCALED) and isinstance(scale, (int, float))
 
 
-def put_embedding(model: PreTrainedModel, name: str, layer: LayerSpec, shared: dict[str, Any]) -> None:
+def put_embedding(
+    model: PreTrainedModel, name: str, layer: LayerSpec, shared: dict[str, Any], state: BitsState
+) -> None:
     """Put an empty PlaneEmbedding in the place of the embedding `name`, and a TiedHead in that of the head tied to it.
 
     Args:
         layer: what the checkpoint says of it.
         shared: group_size, decoder, device and dtype.
+        state: of the model.
 
     Raises CheckpointError if it does not fit the model.
     """
@@ -132,6 +135,7 @@ def put_embedding(model: PreTrainedModel, name: str, layer: LayerSpec, shared: d
         layer.out_features,
         layer.in_features,
         bits=layer.bits[0],
+        state=state,
         scale=None if scale is None else float(scale),
         round_scale=isinstance(given, torch.Tensor),
         padding_idx=module.padding_idx,

@@ -2,15 +2,16 @@
 
 Importing this module registers quant_method "bitstrata", after which plain
 `AutoModelForCausalLM.from_pretrained(OUT)` builds layers that run from planes and loads planes into them.
-A loaded model's class is a subclass, with the same name, whose `forward` and `generate` take
-`bits=`; the outermost call sets the shared BitsState and restores it on the way out.
+A loaded model's class is a subclass, with the same name, which takes `bits=` where it is called, in `forward` and in
+`generate`; the outermost call sets the shared BitsState and restores it on the way out.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import cache, partial, wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,16 @@ from ..nn import (
     FixedBits,
     PlaneEmbedding,
     PlaneLinear,
+    PlaneModule,
     ResidentState,
     RowBits,
     bits_state,
     fuse,
-    prepare_layers,
-    use_bits,
 )
 from ..progress import Reporter
 from .attention import use_grouped_sdpa
 from .head import check_untied, put_embedding
-from .modules import linear_of, set_submodule, submodule
+from .modules import linear_of, local_name, set_submodule, submodule
 from .resize import Resized, Size, resize
 from .speculation import Speculation, speculate
 
@@ -75,10 +75,12 @@ class BitstrataQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if checkpoint_files:
             CheckpointReader(Path(checkpoint_files[0]).parent)  # names whatever is missing or malformed
-        replace_layers(model, self.quantization_config.spec, paged=self.quantization_config.paged)
+        self._held = replace_layers(model, self.quantization_config.spec, paged=self.quantization_config.paged)
+        take_bits(model)  # now: hooks that are put in while weights load have to find `forward` as it will be
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model.config.quantization_config = BitstrataConfig(**self._held.model_dump(exclude_none=True))
         return attach(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -93,95 +95,112 @@ class BitstrataQuantizer(HfQuantizer):
         return True
 
 
-def replace_layers(model: PreTrainedModel, spec: QuantizationSpec, *, paged: bool = False) -> BitsState:
+def replace_layers(model: PreTrainedModel, spec: QuantizationSpec, *, paged: bool = False) -> QuantizationSpec:
     """Put planes in the place of every layer that `spec` names; those without a role share one BitsState.
+
+    A model without an output head, such as a classifier, leaves the head's planes out.
 
     Args:
         paged: those start without pages (models/resize.py).
+
+    Returns:
+        `spec` as the model holds it: without what it left out, and with its own names.
 
     Raises CheckpointError if a layer is not in the model or has another size there.
     """
     layers = {name: spec.layer_bits(name) for name in spec.planned_layers}
     state = ResidentState(layers) if paged else BitsState(tuple(spec.bits), layers)
-    for name, layer in spec.layers.items():
+    has_head = model.get_output_embeddings() is not None
+    held = {}
+    for known, stored in spec.layers.items():
+        if stored.role == "head" and not has_head:
+            continue
+        name, layer = local_name(model, known), stored
+        if stored.tied is not None and not has_head:
+            layer = stored.model_copy(update={"tied": None})
+        held[name] = layer
         place = linear_of(model, name, layer) if layer.role != "embedding" else submodule(model, name)
         weight = place.weight
         shared: dict[str, Any] = {
-            "group_size": spec.layer_group_size(name),
+            "group_size": spec.layer_group_size(known),
             "decoder": layer.decoder,
             "device": weight.device,
             "dtype": weight.dtype,
         }
         if layer.role == "embedding":
-            put_embedding(model, name, layer, shared)
+            put_embedding(model, name, layer, shared, state)
             continue
         if layer.role == "head":
             check_untied(model, name)
-        bits = spec.layer_bits(name)
+        bits = spec.layer_bits(known)
         linear = PlaneLinear(
             layer.in_features,
             layer.out_features,
-            name=name,
-            state=state if layer.role is None else FixedBits(bits[0]),
+            name=known,
+            state=state if layer.role is None else FixedBits(bits[0], state),
             bits=bits,
             bias=layer.bias,
             paged=paged and layer.role is None,
             **shared,
         )
         set_submodule(model, name, linear)
-    return state
+    return spec.model_copy(update={"layers": held})
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Give `model`'s `forward` and `generate` a `bits` argument and its layers the kernels' layout; the same object."""
-    bits_state(model)  # raises if nothing is quantized
-    prepare_layers(model)
+    """Let `model` take `bits` and give its layers the kernels' layout; the same object."""
+    take_bits(model)
+    for module in model.modules():
+        if isinstance(module, PlaneModule):
+            with _unhooked(module):
+                module.prepare()
     fuse(model)
     use_grouped_sdpa(model)
-    if not getattr(type(model), "_takes_bits", False):
-        model.__class__ = _class_with_bits(type(model))  # type: ignore[arg-type]
     return model
+
+
+@contextmanager
+def _unhooked(module: PlaneModule) -> Iterator[None]:
+    """Without the hook that accelerate has put around `module`, if there is one: it remembers tensors by name."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module  # there, as there is a hook
+
+    remove_hook_from_module(module)
+    yield
+    add_hook_to_module(module, hook)
+
+
+def take_bits(model: PreTrainedModel) -> None:
+    """Give `model`, and every transformers model inside it that holds quantized layers, a `bits` argument."""
+    state = bits_state(model)  # raises if nothing is quantized
+    inside = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for module in inside:
+        if "bits_state" not in module.__dict__ and any(isinstance(child, PlaneModule) for child in module.modules()):
+            module.bits_state = state  # type: ignore[assignment]
+            module.__class__ = _class_with_bits(type(module))  # type: ignore[arg-type]
 
 
 @cache
 def _class_with_bits(base: Any) -> Any:
-    """A subclass of `base` under the same name whose forward and generate take `bits`."""
+    """A subclass of `base` under the same name that takes `bits` where it is called.
+
+    `__call__` has them set before any hook or wrapper that somebody puts around `forward` runs, and does not pass
+    them on: such a wrapper may drop or copy what it does not know. `forward` is for those who call it themselves.
+    """
+
+    def call(self: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> Any:
+        if bits is None:  # as they are set, which is for `forward` to see to
+            return base.__call__(self, *args, **kwargs)
+        with _running(self, bits, args, kwargs):
+            return base.__call__(self, *args, **kwargs)
 
     @wraps(base.forward)
     def forward(self: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> Any:
-        state = bits_state(self)
-        if isinstance(state, ResidentState):
-            return _step(state, bits, partial(base.forward, self, *args, **kwargs))
-        if bits is None:
-            current = state.value
-            if not isinstance(current, (torch.Tensor, RowBits)):
-                return base.forward(self, *args, **kwargs)
-            bits = current
-        if isinstance(bits, (torch.Tensor, RowBits)):
-            ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-            if isinstance(bits, RowBits):
-                bits = RowBits(bits.choices, _one_a_token(bits.rows, ids, embeddings))
-            else:
-                bits = _one_a_token(bits, ids, embeddings)
-        with use_bits(self, bits):
+        with _running(self, bits, args, kwargs):
             return base.forward(self, *args, **kwargs)
-
-    @wraps(base.generate)
-    def generate(
-        self: Any,
-        *args: Any,
-        bits: Bits | None = None,
-        draft_bits: int | None = None,
-        draft_tokens: int = 4,
-        **kwargs: Any,
-    ) -> Any:
-        if draft_bits is not None:
-            speculation = Speculation(draft_bits, draft_tokens, streamer=kwargs.get("streamer"))
-            kwargs = _with_draft(self, bits, speculation, kwargs)
-        if bits is None:
-            return base.generate(self, *args, **kwargs)
-        with use_bits(self, bits):
-            return base.generate(self, *args, **kwargs)
 
     @wraps(base.resize_token_embeddings)
     def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -194,7 +213,7 @@ def _class_with_bits(base: Any) -> Any:
 
     @wraps(base.save_pretrained)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(bits_state(self), ResidentState):
+        if isinstance(self.bits_state, ResidentState):
             raise UsageError(
                 f"this {base.__name__} holds only the pages of its plan, which is no checkpoint",
                 hint=f"copy {self.name_or_path}, or load it without a plan or budget and save that",
@@ -214,34 +233,57 @@ def _class_with_bits(base: Any) -> Any:
     parameters.insert(at, bits_parameter)
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     members = {
+        "__call__": call,
         "forward": forward,
-        "generate": generate,
         "resize_token_embeddings": resize_token_embeddings,
         "save_pretrained": save_pretrained,
         "resize": resize_bits,
         "__reduce_ex__": reduce,  # the class is made here, so pickle and copy cannot look it up by name
-        "_takes_bits": True,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    if hasattr(base, "generate"):  # classifiers and plain encoders have none
+        members["generate"] = _generate_with_bits(base)
     return type(base.__name__, (base,), members)
 
 
-def _step(state: ResidentState, bits: Bits | None, forward: Callable[[], Any]) -> Any:
-    """One forward pass at the plan in memory; `bits` may only say so. Compilers trace it without the lock."""
-    if bits is not None:
-        state.check(bits)
-    if torch.compiler.is_compiling():
-        return forward()
+def _generate_with_bits(base: Any) -> Callable[..., Any]:
+    @wraps(base.generate)
+    def generate(
+        self: Any,
+        *args: Any,
+        bits: Bits | None = None,
+        draft_bits: int | None = None,
+        draft_tokens: int = 4,
+        **kwargs: Any,
+    ) -> Any:
+        if draft_bits is not None:
+            speculation = Speculation(draft_bits, draft_tokens, streamer=kwargs.get("streamer"))
+            kwargs = _with_draft(self, bits, speculation, kwargs)
+        if bits is None:
+            return base.generate(self, *args, **kwargs)
+        with self.bits_state.using(bits):
+            return base.generate(self, *args, **kwargs)
+
+    return generate
+
+
+@contextmanager
+def _running(model: Any, bits: Bits | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """One forward pass of `model` on these arguments at `bits`, or at what is set; nothing changes them meanwhile."""
+    state = model.bits_state
     with state.still():
-        return forward()
+        value = state.value if bits is None else bits
+        fitted = _fit_rows(value, kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds"))
+        with state.using(bits if fitted is value else fitted):
+            yield
 
 
 def _with_draft(model: Any, bits: Bits | None, speculation: Speculation, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments for transformers' generate; what comes of the draft will be in `model.speculation`."""
-    state = bits_state(model)
-    checked = state.value if bits is None else bits
+    state = model.bits_state
+    checked = state.value if bits is None else state.check(bits)
     if isinstance(state, ResidentState):
         raise UsageError(
             "draft_bits needs a model with all of its planes; this one holds only the pages of its plan",
@@ -264,6 +306,16 @@ def _with_draft(model: Any, bits: Bits | None, speculation: Speculation, kwargs:
 def _blank(base: Any) -> Any:
     made = _class_with_bits(base)
     return made.__new__(made)
+
+
+def _fit_rows(bits: Bits, ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> Bits:
+    """`bits` for an input of these tokens: those of rows one a token, anything else as it is."""
+    if isinstance(bits, torch.Tensor):
+        return _one_a_token(bits, ids, embeddings)
+    if isinstance(bits, RowBits):
+        rows = _one_a_token(bits.rows, ids, embeddings)
+        return bits if rows is bits.rows else RowBits(bits.choices, rows)
+    return bits
 
 
 def _one_a_token(bits: torch.Tensor, ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor:

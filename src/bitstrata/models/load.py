@@ -21,6 +21,7 @@ from ..checkpoint import Budget, CheckpointReader, Fingerprint, Plan, parse_budg
 from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
 from ..memory import is_out_of_memory
 from ..nn import Bits, RowBits, bits_state
+from ..planes import whole_number
 from ..progress import Reporter
 from ..torch_state import ordinary_torch
 from .fit import fit_budget
@@ -47,7 +48,7 @@ def choose_bits(target: str, bits: Chosen | None) -> tuple[str, Chosen | int | N
     name, named = (target, None) if Path(target).is_dir() else parse_target(target)
     if named is not None and bits is not None and named != bits:
         raise UsageError(f"bits given twice: {named} in {target} and {bits} in --bits", hint="give one of them")
-    return name, bits if bits is not None else named
+    return name, _whole(bits) if bits is not None else named
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -117,7 +118,13 @@ def load(
         raise UsageError(f"{' and '.join(given)} each say how much to load", hint="give one of them")
     if context is not None and not fit:
         raise UsageError("context says how much memory `fit` leaves for the cache", hint="give it together with fit")
-    if bits is not None and not isinstance(bits, (int, Mapping, torch.Tensor, RowBits)):
+    bits = _whole(bits)
+    max_bits = _whole(max_bits)
+    if max_bits is not None and type(max_bits) is not int:
+        raise UsageError(
+            f"max_bits={max_bits!r} is not a whole number", hint="give the highest bits that are needed: 4"
+        )
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, Mapping, torch.Tensor, RowBits))):
         raise UsageError(
             f"bits={bits!r} is neither a number of bits nor a plan",
             hint=f"plan={bits!r} takes a plan's file"
@@ -156,6 +163,12 @@ def load(
     if bits is not None:
         bits_state(model).set(bits)
     return model
+
+
+def _whole(value: Any) -> Any:
+    """`value`, a whole number of NumPy or torch as an int."""
+    whole = whole_number(value)
+    return value if whole is None else whole
 
 
 def _build(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,22 @@ def submodule(model: nn.Module, name: str) -> Any:
         return model.get_submodule(name)
     except AttributeError:
         raise CheckpointError(f"the checkpoint quantizes {name}, which {type(model).__name__} lacks") from None
+
+
+def local_name(model: PreTrainedModel, name: str) -> str:
+    """What the layer that a checkpoint calls `name` is called in `model`.
+
+    As transformers has it for tensors: an encoder alone lacks the prefix that it has inside a model with a head, and
+    the other way round. A name that is not there either way stays as it is.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    return name
 
 
 def linear_of(model: nn.Module, name: str, layer: LayerSpec) -> Any:
@@ -39,6 +56,11 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule called `name`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the inputs of `model` go: its own device; the CPU if its weights lie elsewhere and come when they run."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def bytes_per_token(model: PreTrainedModel, bits: Precision | None) -> int:

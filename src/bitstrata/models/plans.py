@@ -38,7 +38,7 @@ def parse_bits_or_plan(text: str) -> int | Plan:
     return found[0]
 
 
-def highest_bits(bits: int | Plan) -> int:
+def highest_bits(bits: Precision) -> int:
     """The number of planes that have to be there."""
     return bits if isinstance(bits, int) else max(bits.values())
 

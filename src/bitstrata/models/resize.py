@@ -39,6 +39,7 @@ from ..checkpoint import (
 )
 from ..errors import CheckpointError, PlanError, UsageError
 from ..nn import PlaneLinear, ResidentState, bits_state
+from ..planes import whole_number
 from ..progress import Reporter
 from ..torch_state import ordinary_torch
 
@@ -108,8 +109,9 @@ class Pages:
             UsageError: a budget that cannot be read, or that is below the smallest plan.
         """
         checkpoint, _ = self._open()
-        if isinstance(size, int) and not isinstance(size, bool):
-            plan = Plan.uniform(checkpoint.spec, size)
+        whole = whole_number(size)
+        if whole is not None:
+            plan = Plan.uniform(checkpoint.spec, whole)
         elif isinstance(size, Mapping):
             plan = size if isinstance(size, Plan) else Plan(size)
         elif isinstance(size, Path) or (isinstance(size, str) and size.endswith(".json")):

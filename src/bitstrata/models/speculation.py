@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedBitsError, UsageError
 from ..nn import BitsState, PlaneLinear, bits_state
+from ..planes import whole_number
 
 ROW_COST = {"cpu": 0.25}  # of a plain step, for each further row: kernels read the planes once but multiply every row
 OTHER_ROW_COST = 0.02
@@ -64,8 +65,10 @@ class Speculation:
 
     def check(self, state: BitsState, bits: int) -> None:
         """Raises UnsupportedBitsError for a precision that is not there, UsageError for a draft that cannot help."""
-        if self.draft_bits not in state.supported:
+        whole = whole_number(self.draft_bits)
+        if whole is None or whole not in state.supported:
             raise UnsupportedBitsError(self.draft_bits, state.supported)
+        self.draft_bits = whole
         if self.draft_bits >= bits:
             raise UsageError(
                 f"draft_bits {self.draft_bits} must be below the bits that check it, {bits}",
@@ -130,11 +133,10 @@ def speculate(
 
     Raises UsageError for what cannot be combined with drafts: several sequences, caches that cannot be cut.
     """
-    state = bits_state(model)
-    bits = state.value
+    bits = bits_state(model).value
     assert isinstance(bits, int)
     _refuse(input_ids, generation_config, model_kwargs)
-    run = _Runner(model, state, model_kwargs)
+    run = _Runner(model, model_kwargs)
     sampling = bool(generation_config.do_sample)
     length = DraftLength(
         speculation.draft_tokens,
@@ -161,7 +163,6 @@ def speculate(
             logits_processor(drafts[:, : start + place], logits[:, place - count - 1]) for place in range(count + 1)
         ]
         accepted, last = _accept(drafts[:, start:], guesses, scores, sampling)
-        run.drop(count - accepted)
         length.learn(count, accepted)
         speculation.drafted += count
         speculation.accepted += accepted
@@ -169,6 +170,9 @@ def speculate(
         speculation.plain += count == 0
         new = [drafts[:, start + place : start + place + 1] for place in range(accepted)]
         ids, done = _emit(ids, [*new, last], stopping_criteria, speculation)
+        # all but the last token, as plain decoding leaves it: also where it is over before the last accepted draft
+        run.drop(run.cache.get_seq_length() - (ids.shape[1] - 1))
+    run.forget()
     if speculation.streamer is not None:
         speculation.streamer.end()
     return ids
@@ -177,8 +181,8 @@ def speculate(
 class _Runner:
     """Forward passes over one cache."""
 
-    def __init__(self, model: PreTrainedModel, state: BitsState, kwargs: dict[str, Any]) -> None:
-        self.model, self.state = model, state
+    def __init__(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+        self.model = model
         self.can_keep = "logits_to_keep" in kwargs  # then the head runs for those tokens only
         self.cache = kwargs["past_key_values"]
         mask = kwargs.get("attention_mask")
@@ -195,17 +199,19 @@ class _Runner:
             extra = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]}
         if self.can_keep:
             extra["logits_to_keep"] = keep
-        previous = self.state.set(bits)
-        try:
-            output = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **extra)
-        finally:
-            self.state.value = previous
+        output = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, bits=bits, **extra)
         return output.logits[:, -keep:].float()  # type: ignore[no-any-return]
 
     def remember(self) -> None:
         """From now on keep what leaves a sliding window, until `drop` says that it will not come back."""
         if self.sliding:
             self.cache.activate_past_recording()
+
+    def forget(self) -> None:
+        """The opposite of `remember`: whoever goes on with the cache gets an ordinary one."""
+        for layer in self.cache.layers if self.sliding else ():
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
     def drop(self, count: int) -> None:
         """Forget the last `count` tokens."""

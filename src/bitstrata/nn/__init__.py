@@ -6,6 +6,7 @@ from .fused import fuse
 from .layers import multiplied_layers, prepare_layers, steady_rows
 from .linear import PlaneLinear
 from .resident import ResidentState
+from .stored import PlaneModule
 
 __all__ = [
     "Bits",
@@ -13,6 +14,7 @@ __all__ = [
     "FixedBits",
     "PlaneEmbedding",
     "PlaneLinear",
+    "PlaneModule",
     "Precision",
     "ResidentState",
     "RowBits",

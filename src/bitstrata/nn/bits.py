@@ -7,7 +7,8 @@ All quantized layers of one model share one BitsState. It holds
     a tensor         integers, one entry a row: [rows], or [batch] / [batch, sequence] of the input, or
     a RowBits        rows at different plans, or some at plans and some at uniform bits.
 
-There is no module-level state: two models never affect each other. Setting it copies no weights.
+There is no module-level state: two models never affect each other. Setting it copies no weights. Threads that run one
+model at the same time must agree (uses.py).
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Fingerprint, Plan
 from ..errors import UnsupportedBitsError, UsageError
-from ..planes.weights import MAX_BITS
+from ..planes.weights import MAX_BITS, whole_number
+from .uses import Use, Uses, here
 
 Precision = int | Mapping[str, int]  # of one sequence: uniform bits, or a plan
 
@@ -43,9 +46,11 @@ class RowBits:
     _known: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for choice in self.choices:
-            if not isinstance(choice, (int, Mapping)):
-                raise UsageError(f"the choices of RowBits are ints and plans, got {choice!r}")
+        whole = tuple(choice if isinstance(choice, Mapping) else whole_number(choice) for choice in self.choices)
+        for choice, given in zip(whole, self.choices, strict=True):
+            if choice is None:
+                raise UsageError(f"the choices of RowBits are ints and plans, got {given!r}")
+        object.__setattr__(self, "choices", whole)
         _check_integers(self.rows)
         if self.rows.device.type == "cpu" and not set(self.rows.unique().tolist()) <= set(range(len(self.choices))):
             raise UsageError(f"rows of RowBits are indices of its {len(self.choices)} choices")
@@ -54,7 +59,7 @@ class RowBits:
         """The bits of `layer`: an int where all choices agree, else one entry a row, int8 in the shape of `rows`."""
         bits = tuple(choice if isinstance(choice, int) else choice[layer] for choice in self.choices)
         if len(set(bits)) == 1:
-            return bits[0]
+            return int(bits[0])
         if bits not in self._known:  # few combinations serve all layers: on a GPU each copies once, not once a layer
             self._known[bits] = torch.tensor(bits, dtype=torch.int8, device=self.rows.device)[self.rows.long()]
         return self._known[bits]
@@ -73,13 +78,19 @@ class BitsState:
     """
 
     made_from: Fingerprint | None = None  # the checkpoint, where whoever loaded the model knows it
+    arithmetic: str | None = None  # that every layer computes in; None for what the kernel that runs does
 
     def __init__(self, supported: tuple[int, ...], layers: Mapping[str, tuple[int, ...]], value: Bits | None = None):
         self.supported = supported
         self.layers = dict(layers)
         self.value: Bits = max(supported)
+        self._begin()
         if value is not None:
             self.set(value)
+
+    def _begin(self) -> None:
+        self._base = self.value  # what runs outside of every use
+        self._uses = Uses()
 
     @property
     def default(self) -> Precision:
@@ -102,27 +113,66 @@ class BitsState:
         return nullcontext()
 
     def set(self, value: Bits) -> Bits:
-        """Switch to `value` and return the previous one.
+        """Switch to `value`, until the end of the block inside which that happens, and return the previous one.
 
         Raises:
             UnsupportedBitsError: bits without a decoder. Nothing is rounded to the nearest.
-            UsageError: a plan that does not name the model's layers, or a tensor that is not of integers.
+            UsageError: a plan that does not name the model's layers, a tensor that is not of integers, or another
+                thread that is running the model at something else.
             PlanError: a Plan that was made for another checkpoint than `made_from`.
         """
-        previous = self.value
-        self.value = self.check(value)
+        checked, previous = self.check(value), self.value
+
+        def change(inside: bool) -> None:
+            self.value = checked
+            if not inside:
+                self._base = checked
+
+        self._uses.turn(here(checked, self.arithmetic), change)
         return previous
 
+    def using(self, value: Bits | None = None, arithmetic: str | None = None) -> AbstractContextManager[None]:
+        """Inside, the model runs at `value` and in `arithmetic`; where one is None, at what is set, and that stays.
+
+        Raises as `set` does.
+        """
+        if not torch.compiler.is_compiling():
+            return self._use(value, arithmetic)
+        return nullcontext() if value is None else self._traced(value)
+
+    @contextmanager
+    def _use(self, value: Bits | None, arithmetic: str | None) -> Iterator[None]:
+        use = here(self.value if value is None else self.check(value), arithmetic or self.arithmetic)
+        self._uses.enter(use, partial(self._become, use))
+        try:
+            yield
+        finally:
+            self._uses.leave(use, self._become)
+
+    @contextmanager
+    def _traced(self, value: Bits) -> Iterator[None]:
+        """For a compiler: in its graph `value` is a constant, so no other thread can change it."""
+        previous, self.value = self.value, self.check(value)
+        try:
+            yield
+        finally:
+            self.value = previous
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy is set to what runs now: nobody is inside a use of it."""
+        return self.__dict__ | {"_base": self.value, "arithmetic": None}
+
+    def _become(self, use: Use | None) -> None:
+        self.value, self.arithmetic = (self._base, None) if use is None else (use.bits, use.arithmetic)
+
     def check(self, value: Bits) -> Bits:
-        """`value`, if `set` would take it; raises as `set` does."""
-        if isinstance(value, bool):
-            raise UsageError(f"bits must be an int, a plan or a tensor, got {value!r}")
-        if isinstance(value, int):
+        """`value`, if `set` would take it, a whole number of NumPy or torch as an int; raises as `set` does."""
+        if isinstance(value, int) and not isinstance(value, bool):
             for known in self.supported:
                 if value == known:
                     return known  # a constant: a compiler may hold `value` as a symbol
             raise UnsupportedBitsError(value, self.supported)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and (value.dim() or value.device.type != "cpu" or torch.compiler.is_compiling()):
             _check_integers(value)
             return value
         if isinstance(value, RowBits):
@@ -130,11 +180,18 @@ class BitsState:
                 self.check(choice)
             return value
         if isinstance(value, Mapping):
-            self._check_plan(value)
-            return value
-        raise UsageError(f"bits must be an int, a plan (layer -> bits) or a tensor, got {type(value).__name__}")
+            return self._check_plan(value)
+        whole = whole_number(value)
+        if whole is not None:
+            return self.check(whole)
+        if isinstance(value, Tensor):
+            _check_integers(value)
+        raise UsageError(
+            f"bits must be an int, a plan (layer -> bits) or a tensor of integers, got {value!r}",
+            hint=f"supported bits: {', '.join(map(str, self.supported))}",
+        )
 
-    def _check_plan(self, plan: Mapping[str, int]) -> None:
+    def _check_plan(self, plan: Mapping[str, int]) -> Mapping[str, int]:
         if isinstance(plan, Plan) and plan.model is not None and self.made_from is not None:
             plan.model.check(self.made_from, f"the plan {plan.name}".strip())
         missing, unknown = self.layers.keys() - plan.keys(), plan.keys() - self.layers.keys()
@@ -145,9 +202,11 @@ class BitsState:
                 f"(for example {example})",
                 hint="a plan gives bits for every quantized layer by name",
             )
-        for name, bits in plan.items():
-            if bits not in self.layers[name]:
-                raise UnsupportedBitsError(bits, self.layers[name], where=f"layer {name}")
+        whole = {name: whole_number(bits) for name, bits in plan.items()}
+        for name, bits in whole.items():
+            if bits is None or bits not in self.layers[name]:
+                raise UnsupportedBitsError(plan[name], self.layers[name], where=f"layer {name}")
+        return plan if all(type(bits) is int for bits in plan.values()) else whole  # type: ignore[return-value]
 
     def of(self, layer: str) -> int | Tensor:
         """The bits of layer `layer`: an int, or the tensor of per-row bits."""
@@ -157,29 +216,39 @@ class BitsState:
 
 
 class FixedBits:
-    """In the place of a BitsState: a layer that always runs at `bits`, whatever its model is asked for."""
+    """In the place of a BitsState: a layer that always runs at `bits`, whatever its model is asked for.
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
+    Args:
+        model: the state of the model that the layer belongs to: its arithmetic holds for every layer.
+    """
+
+    def __init__(self, bits: int, model: BitsState | None = None) -> None:
+        self.bits, self._model = bits, model
+
+    @property
+    def arithmetic(self) -> str | None:
+        return None if self._model is None else self._model.arithmetic
 
     def of(self, layer: str) -> int:
         return self.bits
 
 
-def parse_bits(text: str | int | Iterable[int]) -> tuple[int, ...]:
+def parse_bits(text: str | int | Iterable[int | str]) -> tuple[int, ...]:
     """Bits from what a user types: `3`, `2,4`, `2-4` or a mix; ascending, distinct, within 1..8.
 
     Raises UsageError for anything else.
     """
     values: list[int] = []
+    whole = whole_number(text)
     try:
-        for part in str(text).split(",") if isinstance(text, (str, int)) else map(str, text):
+        parts = [whole] if whole is not None else text.split(",") if isinstance(text, str) else text
+        for part in map(str, parts):  # type: ignore[arg-type]  # TypeError for what is no number, text or several
             low, dash, high = part.strip().partition("-")
             first, last = int(low), int(high if dash else low)
             if not 1 <= first <= last <= MAX_BITS:
                 raise ValueError(part)
             values.extend(range(first, last + 1))
-    except ValueError:
+    except (TypeError, ValueError):
         values = []
     if not values:
         raise UsageError(
@@ -210,22 +279,32 @@ def _check_integers(rows: Tensor) -> None:
 
 
 def bits_state(model: nn.Module) -> BitsState:
-    """The BitsState shared by the quantized layers of `model`; UsageError if it has none."""
-    for module in model.modules():
-        state = getattr(module, "bits_state", None)
+    """The BitsState shared by the quantized layers of `model`.
+
+    Raises UsageError if it has none, or several: of two models in one module it would be one that is switched.
+    """
+    found: dict[BitsState, str] = {}
+    for name, module in model.named_modules():
+        state = module.__dict__.get("bits_state")
         if isinstance(state, BitsState):
-            return state
-    raise UsageError(
-        f"{type(model).__name__} has no quantized layers", hint="load one with bitstrata.load(OUT) after quantizing"
-    )
+            found.setdefault(state, name)
+    kind = type(model).__name__
+    if not found:
+        raise UsageError(f"{kind} has no quantized layers", hint="load one with bitstrata.load(OUT) after quantizing")
+    if len(found) > 1:
+        names = ", ".join(name or "itself" for name in found.values())
+        raise UsageError(
+            f"{kind} holds several quantized models, each with bits of its own: {names}",
+            hint="name the one that is meant: use_bits(module.<name>, bits)",
+        )
+    return next(iter(found))
 
 
 @contextmanager
 def use_bits(model: nn.Module, bits: Bits) -> Iterator[None]:
-    """Run `model` at `bits` inside the block; what was set before comes back, exceptions included."""
-    state = bits_state(model)
-    previous = state.set(bits)
-    try:
+    """Run `model` at `bits` inside the block; what was set before comes back, exceptions included.
+
+    Raises as `BitsState.set` and `bits_state` do.
+    """
+    with bits_state(model).using(bits):
         yield
-    finally:
-        state.value = previous

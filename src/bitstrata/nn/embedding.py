@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels import plane_linear, plane_lookup, prepared_linear, prepared_lookup
+from ..kernels import plane_lookup, prepared_lookup
 from ..planes.weights import PlaneWeight
-from .bits import Precision
+from .bits import BitsState, FixedBits, Precision
 from .stored import PlaneModule
 
 
@@ -20,6 +20,7 @@ class PlaneEmbedding(PlaneModule):
 
     Args:
         rows: tokens, N; columns: the width, K.
+        state: of the model that it belongs to, whose arithmetic holds for the head's product too.
         scale: rows are multiplied by it, as some architectures do; rounded to the rows' dtype first if
             `round_scale`.
     """
@@ -32,6 +33,7 @@ class PlaneEmbedding(PlaneModule):
         bits: int,
         group_size: int,
         decoder: str = "affine",
+        state: BitsState | None = None,
         scale: float | None = None,
         round_scale: bool = False,
         padding_idx: int | None = None,
@@ -42,6 +44,7 @@ class PlaneEmbedding(PlaneModule):
             columns, rows, bits=(bits,), group_size=group_size, decoder=decoder, device=device, dtype=dtype
         )
         self.scale, self.round_scale = scale, round_scale
+        self.bits_state = FixedBits(bits, state)
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, columns, padding_idx
         self.is_tied = False
 
@@ -81,10 +84,7 @@ class PlaneEmbedding(PlaneModule):
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., K] @ W^T."""
-        if self.prepared is None:
-            return plane_linear(x, self.plane_weight(), self.bits[0])
-        (y,) = prepared_linear(x, [self.prepared], self.bits[0])
-        return y
+        return self._times(x, self.bits[0], self.bits_state.arithmetic)
 
 
 class TiedHead(nn.Module):

@@ -5,7 +5,8 @@ group that is called computes all of them: the input is quantized once and one l
 serves every weight. The others find their result waiting.
 
 Results wait only for the very tensor they were computed from, unchanged, at the same bits, and are
-dropped when they are taken. A group whose results go to waste, because the model does not call its
+dropped when they are taken. Whether it is unchanged its version says; tensors of `torch.inference_mode` have none,
+so there a copy is kept and compared. A group whose results go to waste, because the model does not call its
 layers together, stops sharing.
 """
 
@@ -32,8 +33,17 @@ class _Round:
     """What one input gave: the results that siblings have not taken yet."""
 
     def __init__(self, x: Tensor) -> None:
-        self.input, self.version = x, x._version
+        self.input = x
+        self._before = x.clone() if x.is_inference() else x._version
         self.results: dict[int, tuple[PreparedWeight, int, Tensor]] = {}
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether `x` is the input, as it was when this began."""
+        if x is not self.input:
+            return False
+        if isinstance(self._before, Tensor):
+            return x.shape == self._before.shape and torch.equal(_as_integers(x), _as_integers(self._before))
+        return x._version == self._before
 
     def take(self, layer: PlaneLinear, bits: int) -> Tensor | None:
         prepared, at, y = self.results.pop(id(layer))
@@ -54,7 +64,7 @@ class FusedGroup:
             self._wasted < WASTED
             and type(x) is Tensor
             and not torch.compiler.is_compiling()
-            and not x.is_inference()
+            and (x.device.type == "cpu" or not x.is_inference())  # elsewhere a comparison would wait for the device
             and all(member.prepared is not None for member in self.members)
         )
 
@@ -64,7 +74,7 @@ class FusedGroup:
             current: _Round | None = self._rounds.pop()
         except IndexError:
             current = None
-        if current is not None and (x is not current.input or x._version != current.version):
+        if current is not None and not current.is_of(x):
             current, self._wasted = None, self._wasted + 1
         y = None
         if current is not None and id(layer) in current.results:
@@ -99,6 +109,11 @@ class FusedGroup:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["members"])  # type: ignore[misc]
+
+
+def _as_integers(x: Tensor) -> Tensor:
+    """The bits of x, so that NaN is equal to itself."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def _is_at(member: PlaneLinear, bits: int) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels import plane_linear, plane_linear_rows, prepared_linear
 from ..planes.weights import PlaneWeight
 from .bits import BitsState, FixedBits, Precision, expand_rows
 from .fused import FusedGroup
@@ -89,16 +88,12 @@ class PlaneLinear(PlaneModule):
         return super().bytes_read(bits if isinstance(bits, int) else bits[self.name])
 
     def forward(self, x: Tensor) -> Tensor:
-        bits, prepared = self.bits_state.of(self.name), self.prepared
-        if prepared is None:
-            if isinstance(bits, Tensor):
-                y = plane_linear_rows(x, self.plane_weight(), expand_rows(bits.to(x.device), x.shape[:-1]))
-            else:
-                y = plane_linear(x, self.plane_weight((bits,)), bits)
-        elif isinstance(bits, Tensor):
-            (y,) = prepared_linear(x, [prepared], expand_rows(bits.to(x.device), x.shape[:-1]))
-        elif self.fused is not None and self.fused.can_share(x):
+        state = self.bits_state
+        bits, arithmetic = state.of(self.name), state.arithmetic
+        if isinstance(bits, Tensor):
+            bits = expand_rows(bits.to(x.device), x.shape[:-1])
+        elif arithmetic is None and self.fused is not None and self.fused.can_share(x):
             y = self.fused.output(self, x, bits)
-        else:
-            (y,) = prepared_linear(x, [prepared], bits)
+            return y if self.bias is None else y + self.bias
+        y = self._times(x, bits, arithmetic)
         return y if self.bias is None else y + self.bias

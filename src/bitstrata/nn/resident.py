@@ -10,11 +10,13 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import Tensor
 
 from ..errors import UnsupportedBitsError, UsageError
+from ..planes.weights import whole_number
 from .bits import Bits, BitsState, Precision, RowBits
 
 
@@ -109,6 +111,7 @@ class ResidentState(BitsState):
         self.layers = dict(layers)
         self.plan = ResidentPlan()
         self.steps = Steps()
+        self._begin()
 
     @property
     def value(self) -> Bits:  # type: ignore[override]
@@ -117,7 +120,7 @@ class ResidentState(BitsState):
 
     @value.setter
     def value(self, value: Bits) -> None:
-        """What `use_bits` puts back was the plan before, and still is."""
+        """What a use puts in place is the plan in memory, and was before."""
 
     @property
     def default(self) -> Precision:
@@ -130,7 +133,7 @@ class ResidentState(BitsState):
         return self.plan
 
     def still(self) -> AbstractContextManager[None]:
-        return self.steps.step()
+        return nullcontext() if torch.compiler.is_compiling() else self.steps.step()
 
     @property
     def supported(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -153,24 +156,24 @@ class ResidentState(BitsState):
             for choice in value.choices:
                 self.check(choice)
             return self.plan
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.dim():
             asked = set(super().check(value).unique().tolist())  # type: ignore[union-attr]
             if asked <= set(self.supported):
                 return self.plan
             raise self._refusal(sorted(asked))
         if isinstance(value, Mapping):
-            self._check_plan(value)
-            if dict(value) == dict(self.plan):
+            if dict(self._check_plan(value)) == dict(self.plan):
                 return self.plan
             raise UsageError(
                 f"the plan {getattr(value, 'name', '')} is not the one in memory".replace("  ", " "),
                 hint="model.resize(plan) reads and drops what differs; without `bits` the model runs what is in memory",
             )
-        if isinstance(value, int) and not isinstance(value, bool) and value in self.supported:
+        whole = whole_number(value)
+        if whole is None:
+            return super().check(value)
+        if whole in self.supported:
             return self.plan
-        if isinstance(value, int) and not isinstance(value, bool):
-            raise self._refusal(value)
-        return super().check(value)
+        raise self._refusal(whole)
 
     def _refusal(self, asked: object) -> UnsupportedBitsError:
         bits = sorted(set(self.plan.values()))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import PreparedWeight, prepare, without_pages
+from ..kernels import (
+    PreparedWeight,
+    linear_in,
+    plane_linear,
+    plane_linear_rows,
+    prepare,
+    prepared_linear,
+    without_pages,
+)
 from ..planes.pack import words_per_row
 from ..planes.weights import Decoder, PlaneWeight, decoder_bytes, decoder_shapes, make_decoder, map_decoder
 
@@ -52,6 +61,7 @@ class PlaneModule(nn.Module):
         self.group_size, self.decoder, self.paged = group_size, decoder, paged
         self.bits: tuple[int, ...] = () if paged else bits
         self.prepared: PreparedWeight | None = None
+        self._wants_layout = False  # somebody called `prepare`, and nobody `restore` since
         words = words_per_row(in_features)
         for index in range(max(self.bits, default=0)):
             self.register_buffer(f"plane_{index}", torch.zeros(out_features, words, dtype=torch.int32, device=device))
@@ -84,6 +94,20 @@ class PlaneModule(nn.Module):
         planes = tuple(getattr(self, f"plane_{index}") for index in range(max(chosen)))
         return PlaneWeight(planes, decoders, self.in_features, self.group_size)
 
+    def _times(self, x: Tensor, bits: int | Tensor, arithmetic: str | None) -> Tensor:
+        """x [..., K] @ W^T at `bits`, one value or one a row [rows].
+
+        arithmetic: that to compute in, see `linear_in`; None for that of the kernel that runs.
+        """
+        if arithmetic is not None:
+            return linear_in(arithmetic, x, self.prepared or self.plane_weight(), bits)
+        if self.prepared is not None:
+            (y,) = prepared_linear(x, [self.prepared], bits)
+            return y
+        if isinstance(bits, Tensor):
+            return plane_linear_rows(x, self.plane_weight(), bits)
+        return plane_linear(x, self.plane_weight((bits,)), bits)
+
     def bytes_read(self, bits: int) -> int:
         """Bytes of the stored tensors that a product at `bits` needs: planes 0..bits-1 and that decoder."""
         decoder = decoder_bytes(self.decoder, bits, self.out_features, self.in_features, self.group_size)
@@ -91,6 +115,7 @@ class PlaneModule(nn.Module):
 
     def prepare(self) -> None:
         """Re-lay the weight for the kernel that runs here, if it wants a layout of its own."""
+        self._wants_layout = True
         placeholder = self._buffers["weight"]
         if self.prepared is not None or not self.bits or placeholder is None or placeholder.is_meta:
             return
@@ -106,8 +131,20 @@ class PlaneModule(nn.Module):
 
     def restore(self) -> None:
         """Bring the stored tensors back into the module; the opposite of `prepare`."""
+        self._wants_layout = False
         if self.prepared is not None:
             self.hold(self.plane_weight())
+
+    @contextmanager
+    def _as_stored(self) -> Iterator[None]:
+        """Inside, the module holds the stored tensors; afterwards the kernel's again, if it is to have them."""
+        wants = self._wants_layout
+        self.restore()
+        try:
+            yield
+        finally:
+            if wants:
+                self.prepare()
 
     def with_pages(self, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> PlaneWeight | PreparedWeight:
         """The weight at `bits` alone: the planes that the module holds as far as they go, shared, then `planes`.
@@ -154,21 +191,18 @@ class PlaneModule(nn.Module):
                 destination[prefix + key] = tensor
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        self.restore()
-        super()._load_from_state_dict(*arguments, **options)
+        with self._as_stored():
+            super()._load_from_state_dict(*arguments, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move, but never convert: `model.half()` or `.to(bfloat16)` must not round stored scales."""
-        was_prepared = self.prepared is not None
-        self.restore()
-        kept = {key: buffer for key, buffer in self._buffers.items() if buffer is not None and key != "weight"}
-        super()._apply(fn, recurse)
-        for key, before in kept.items():
-            after = self._buffers[key]
-            if after is not None and after.dtype != before.dtype:
-                self._buffers[key] = before.to(after.device)
-        if was_prepared:
-            self.prepare()
+        with self._as_stored():
+            kept = {key: buffer for key, buffer in self._buffers.items() if buffer is not None and key != "weight"}
+            super()._apply(fn, recurse)
+            for key, before in kept.items():
+                after = self._buffers[key]
+                if after is not None and after.dtype != before.dtype:
+                    self._buffers[key] = before.to(after.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,13 +212,12 @@ class PlaneModule(nn.Module):
             kept = {key: buffer for key, buffer in self._buffers.items() if not key.startswith(_PREPARED)}
             state["_buffers"] = kept | self.plane_weight().tensors()
             state["_non_persistent_buffers_set"] = set()
-            state["prepared"] = True
+            state["prepared"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        was_prepared = state["prepared"] is not None
-        super().__setstate__(state | {"prepared": None})
-        if was_prepared:
+        super().__setstate__(state)
+        if self._wants_layout:
             self.prepare()
 
     def extra_repr(self) -> str:

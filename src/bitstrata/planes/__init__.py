@@ -2,7 +2,7 @@
 
 from .decode import codes, decode, signs
 from .pack import pack_bits, unpack_bits, words_per_row
-from .weights import AffineDecoder, ByteAffineDecoder, CodebookDecoder, Decoder, PlaneWeight, group_count
+from .weights import AffineDecoder, ByteAffineDecoder, CodebookDecoder, Decoder, PlaneWeight, group_count, whole_number
 
 __all__ = [
     "AffineDecoder",
@@ -16,5 +16,6 @@ __all__ = [
     "pack_bits",
     "signs",
     "unpack_bits",
+    "whole_number",
     "words_per_row",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from numbers import Integral
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -21,6 +22,18 @@ SCALE_DTYPE = torch.float16
 Kind = Literal["affine", "affine8", "codebook"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # of a layer's decoders; affine8 is affine above BYTE_BITS
 BYTE_BITS = 4  # up to here coefficients may be bytes: finer precisions would feel their rounding
+
+
+def whole_number(value: object) -> int | None:
+    """`value` as an int if it is a whole number of Python, NumPy or torch (0-d, integer); None for anything else.
+
+    Nothing is rounded or parsed: 3.0, "3" and True are not whole numbers.
+    """
+    if isinstance(value, Tensor):
+        kind = value.dtype
+        whole = value.dim() == 0 and not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+        return int(value) if whole else None
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
 def group_count(columns: int, group_size: int) -> int:

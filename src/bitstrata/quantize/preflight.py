@@ -27,6 +27,7 @@ from ..models import (
     HeadLayer,
     SourceModel,
     all_finite,
+    check_vocabulary,
     context_limit,
     discover,
     find_head,
@@ -229,13 +230,8 @@ def _windows(
         num_heldout=HELDOUT_WINDOWS,
         seed=settings.seed,
     )
-    vocabulary = source.config.get_text_config(decoder=True).vocab_size
-    largest = max(int(part.max()) for part in (windows.calibration, windows.heldout) if part.numel())
-    if largest >= vocabulary:
-        raise ModelError(
-            f"the tokenizer of {source.folder} gives token {largest}, the model knows {vocabulary} tokens",
-            hint="put the model's own tokenizer into its folder",
-        )
+    parts = (windows.calibration, windows.heldout)
+    check_vocabulary((int(part.max()) for part in parts if part.numel()), source.config, tokenizer)
     if len(windows.calibration) < wanted:
         reporter.note(
             f"the calibration text gives {len(windows.calibration)} windows of {settings.seq_len} tokens, "

@@ -48,6 +48,9 @@ class CpuKernel:
         self.steady_rows = None if variant else FEW_ROWS
         self._reason = reason
 
+    def arithmetic(self, rows: int) -> str:
+        return "exact" if not self.variant and rows > FEW_ROWS else self.activations
+
     def can_run(self, problem: Problem) -> str | None:
         if problem.device != "cpu":
             return f"tensors are on {problem.device}"

@@ -44,6 +44,9 @@ class TritonKernel:
     device = "cuda"
     steady_rows = FEW_ROWS
 
+    def arithmetic(self, rows: int) -> str:
+        return "exact"
+
     def can_run(self, problem: Problem) -> str | None:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if problem.device != "cuda":

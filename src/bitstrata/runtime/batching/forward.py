@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import BitstrataError, UsageError
+from ...models import input_device
 from ...nn import Bits, Precision, RowBits, bits_state
 from .attention import NAME, FlatBatch, Span
 from .memory import BLOCK, TokenPool
@@ -66,7 +67,7 @@ class Forward:
 
     def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Precision]) -> Tensor:
         """Logits [spans, V] float32 after the last token of each span; each span's tokens run at its own bits."""
-        device = self.model.device
+        device = input_device(self.model)
         positions = [span.past + step for span in spans for step in range(span.length)]
         starts = [span.start for span in spans for _ in range(span.length)]
         ids = torch.tensor([[token for part in tokens for token in part]], device=device)  # [1, T]
@@ -127,7 +128,7 @@ class Forward:
             )
 
     def _alone(self, tokens: list[int], bits: Precision) -> Tensor:
-        ids = torch.tensor([tokens], device=self.model.device)
+        ids = torch.tensor([tokens], device=input_device(self.model))
         logits: Tensor = self.model(input_ids=ids, use_cache=False, bits=bits).logits
         return logits[0, -1].float()
 

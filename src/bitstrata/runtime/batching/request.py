@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ...errors import InputError, UnsupportedBitsError, UsageError
 from ...nn import BitsState, Precision
+from ...planes import whole_number
 
 REASONS = ("stop", "length", "cancelled", "error")
 
@@ -148,7 +149,7 @@ class Limits:
         return self.state.keep(bits)
 
     def _check_bits(self, bits: int) -> None:
-        if isinstance(bits, bool) or not isinstance(bits, int):
+        if whole_number(bits) is None:
             raise UnsupportedBitsError(bits, self.state.supported)
         self.state.check(bits)
 
