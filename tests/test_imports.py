@@ -20,6 +20,7 @@ ROOMS = [
     "memory",
     "torch_state",
     "planes",
+    "arguments",
     "checkpoint",
     "kernels",
     "nn",

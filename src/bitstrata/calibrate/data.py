@@ -17,6 +17,7 @@ cut, and the prefix stands first in every window.
 from __future__ import annotations
 
 import hashlib
+import json
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .. import arguments
 from ..errors import TextError, UsageError
 from ..models import encode_body, text_prefix
 
 SEPARATOR = "<|endoftext|>"
+JSON_SAMPLE = 1 << 20  # characters in which JSON is looked for line by line
+LONGEST_PATH = 300  # characters of a name in a message
 
 
 def read_text(text: str | Path, part: str | None = None) -> list[str]:
@@ -38,29 +42,57 @@ def read_text(text: str | Path, part: str | None = None) -> list[str]:
     Args:
         part: of a built-in text: "calibration" or "heldout", disjoint; None for all of it.
 
-    Raises TextError if the file is missing, empty or not UTF-8.
+    Raises UsageError for what is no path, TextError if the file is missing, empty, not UTF-8, or JSON with texts in it.
     """
+    text = arguments.path(
+        "the text", text, hint="write texts into a file, separated by <|endoftext|>, and give its name"
+    )
     if text == "stdlib":
         return stdlib_documents(part)
-    path = Path(text)
+    path, name = Path(text), arguments.shown(text, LONGEST_PATH)
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise TextError(
-            f"there is no text {str(text)!r}", hint="pass a UTF-8 file, or the built-in text `stdlib`"
+            f"there is no text {arguments.shown(text, LONGEST_PATH)}",
+            hint="pass a UTF-8 file, or the built-in text `stdlib`",
         ) from None
     except UnicodeDecodeError as error:
         raise TextError(
             f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
             hint="convert it, for example: iconv -f latin1 -t utf-8",
         ) from error
-    except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror}", hint="pass a UTF-8 text file") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TextError(f"{name} cannot be read: {reason}", hint="pass a UTF-8 text file") from error
+    if _is_json(content):
+        raise TextError(
+            f"{path} holds JSON, not text: keys and quotes would be measured with the words",
+            hint=f"write the texts themselves, separated by {SEPARATOR}: jq -j '.text + \"{SEPARATOR}\"'; a file with "
+            "this separator in it is always taken as it is",
+        )
     documents = [document.strip("\n") for document in content.split(SEPARATOR)]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise TextError(f"{path} is empty", hint="a text needs words to measure on")
     return documents
+
+
+def _is_json(content: str) -> bool:
+    """Whether this is a JSON object or list, or one a line, without our separator of documents."""
+    start = content.lstrip("\ufeff \t\r\n")
+    if SEPARATOR in content or not start.startswith(("{", "[")):
+        return False
+    lines = [line for line in start[:JSON_SAMPLE].splitlines() if line.strip()]
+    whole = lines[:-1] if len(start) > JSON_SAMPLE else lines  # the last may be cut
+    return _parses(start) or (bool(whole) and all(map(_parses, whole)))
+
+
+def _parses(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), (dict, list))
+    except (ValueError, RecursionError):
+        return False
 
 
 def stdlib_documents(part: str | None = None) -> list[str]:

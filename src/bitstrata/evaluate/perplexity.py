@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import arguments
 from ..calibrate import evaluation_windows, given_tokens, read_text
 from ..checkpoint import CheckpointReader, Plan, is_checkpoint
 from ..errors import ModelError, TextError, UsageError
@@ -61,8 +62,8 @@ def evaluate(
         reference: the original model, for KL divergence and agreement.
         seq_len: window length in tokens; lowered to the model's context with a message.
         max_tokens: stop after so many predicted tokens.
-        arithmetic: of the quantized layers' products: "exact", or "int8", which is what a CPU makes of activations in decoding.
-            By default as the model itself computes calls of this length; the result says which that was.
+        arithmetic: of the quantized layers' products: "exact", or "int8", which is what a CPU makes of activations in
+            decoding. By default as the model itself computes calls of this length; the result says which that was.
         tokenizer: needed only when `model` is a loaded model without a folder.
 
     Raises:
@@ -72,6 +73,10 @@ def evaluate(
     reporter = (reporter or Reporter()).fresh()
     if arithmetic not in (None, *ARITHMETICS):
         raise UsageError(f"arithmetic {arithmetic!r} is not known", hint=f"one of {', '.join(ARITHMETICS)}")
+    if seq_len is not None:
+        seq_len = arguments.number("seq_len", seq_len, 2, hint="tokens a window; leave it out for the usual length")
+    if max_tokens is not None:
+        max_tokens = arguments.number("max_tokens", max_tokens, 1, hint="leave it out to measure the whole text")
     documents = read_text(text, part="heldout")
     where = input_device(model) if isinstance(model, PreTrainedModel) else pick_device(device)
     asked = _asked(bits)
@@ -87,8 +92,6 @@ def evaluate(
     chosen: tuple[Precision, ...] = asked if asked is not None else state.supported or (state.default,)
     for value in chosen:
         state.check(value)
-    if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
     tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
     original = load_reference(reference, quantized, where)
     length = context_length(quantized, seq_len, reporter)

@@ -68,7 +68,7 @@ def quantize(
     seq_len: int = 2048,
     preset: str = "default",
     head_bits: int | None = None,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     seed: int = 0,
     device: str = "auto",
     dry_run: bool = False,
@@ -89,7 +89,7 @@ def quantize(
         preset: fast (no calibration text), default, or best (slowest).
         head_bits: store the output head and the token embedding as planes too, at this one precision, 1..8;
             they run at it whatever bits a request asks for. They stay as they are by default.
-        skip: patterns of layer names to leave as they are (globs, or `re:` and a regular expression).
+        skip: one or several patterns of layer names to leave as they are (globs, or `re:` and a regular expression).
         seed: decides windows and training order.
         device: auto, cpu, cuda.
         dry_run: check and report what would be done; write nothing.
