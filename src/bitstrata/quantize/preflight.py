@@ -7,6 +7,8 @@ problems. Nothing is written.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +20,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arguments import shown
 from ..calibrate import BlockRunner, Windows, calibration_windows, read_text, text_digest
 from ..checkpoint import LayerSpec, QuantizationSpec, format_version, is_checkpoint
+from ..checkpoint.writer import TEMPORARY
 from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
 from ..memory import free_memory
 from ..models import (
@@ -42,6 +46,7 @@ from .sizes import MemoryNeed, disk_bytes, megabytes, memory_need
 from .state import JOB_FOLDER, is_job
 
 HELDOUT_WINDOWS = 16
+LONGEST_FILE = f"{JOB_FOLDER}/refined-000000.safetensors{TEMPORARY}"  # below the output
 _Value = TypeVar("_Value")
 
 
@@ -201,17 +206,37 @@ def _discover(model: PreTrainedModel, skip: Sequence[str], problems: _Problems) 
 
 
 def _check_output(settings: Settings) -> None:
-    output = settings.output
+    output, another = settings.output, "choose another folder for -o"
+    try:
+        str(output).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the name {str(output)!a} is not UTF-8, so its files could not be read", hint=another
+        ) from error
+    try:
+        for name in (output / LONGEST_FILE, *(_existing(output) / part for part in output.parts)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.lstat(name)  # raises for a name that is too long, or that may not be looked at
+        ours = is_job(output) or is_checkpoint(output)
+        used = output.is_dir() and any(output.iterdir())
+    except (OSError, ValueError) as error:  # a zero byte is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{shown(str(output), 300)} cannot be used: {reason}", hint=another) from error
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file", hint="give a folder to -o")
-    ours = is_job(output) or is_checkpoint(output)
-    if output.is_dir() and any(output.iterdir()) and not ours:
-        raise UsageError(
-            f"{output} exists and was not made by bitstrata; it is left alone", hint="choose another folder for -o"
-        )
-    parent = next((path for path in [output, *output.absolute().parents] if path.exists()), Path("/"))
+    if used and not ours:
+        raise UsageError(f"{output} exists and was not made by bitstrata; it is left alone", hint=another)
+    for path in [output, *output.absolute().parents]:
+        if os.path.islink(path) and not path.exists():
+            raise UsageError(f"{path} is a link to {os.readlink(path)}, which is not there", hint="make that folder")
+    parent = _existing(output)
     if not parent.is_dir():
-        raise UsageError(f"{parent} is not a folder, so {output} cannot be made", hint="choose another folder for -o")
+        raise UsageError(f"{parent} is not a folder, so {output} cannot be made", hint=another)
+
+
+def _existing(output: Path) -> Path:
+    """The output, or the nearest folder above it that exists."""
+    return next((path for path in [output, *output.absolute().parents] if os.path.exists(path)), Path("/"))
 
 
 def _windows(
@@ -302,9 +327,8 @@ def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantiz
 def _check_resources(prepared: Prepared) -> list[BitstrataError]:
     problems: list[BitstrataError] = []
     output = prepared.settings.output
-    place = next(path for path in [output, *output.absolute().parents] if path.exists())
-    free = shutil.disk_usage(place).free
-    started = (output / JOB_FOLDER).is_dir()
+    free = shutil.disk_usage(_existing(output)).free
+    started = os.path.isdir(output / JOB_FOLDER)
     if free < prepared.disk_bytes and not started:
         problems.append(
             ResourceError(
