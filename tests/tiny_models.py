@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,11 +22,17 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n.,;:!?'\"()[]{}<>+-*/=_#|"
 VOCABULARY = (*SPECIAL, *CHARACTERS)[:64]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, with BOS, EOS and an unknown token; 64 entries."""
+def tiny_tokenizer(prefix: str = "<s>", suffix: str = "") -> PreTrainedTokenizerFast:
+    """One token a character, with BOS, EOS and an unknown token; 64 entries.
+
+    prefix, suffix: special tokens that it puts around a text, separated by spaces; BOS in front by default.
+    """
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{prefix} $A {suffix}".split(), special_tokens=[(token, VOCABULARY.index(token)) for token in SPECIAL]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 

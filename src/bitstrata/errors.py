@@ -126,11 +126,19 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (None, errno.ENOMEM):  # not about a file
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
                 f"the disk is full: could not write {path}",
                 hint="free some space and run the same command again; finished blocks are kept",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UsageError(f"cannot write {path}: {error.strerror}", hint="choose another output folder") from error
-        raise
+        if error.errno == errno.EFBIG:
+            raise ResourceError(
+                f"{path} would be larger than a file may be here",
+                hint="the limit is the process's (ulimit -f) or the file system's; raise it, or choose another folder, "
+                "and run the same command again",
+            ) from error
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}", hint="choose another output folder"
+        ) from error

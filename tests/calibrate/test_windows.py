@@ -1,4 +1,4 @@
-"""Windows of tokens: BOS first, exact lengths, nothing twice, nothing shared between learning and checking."""
+"""Windows of tokens: the prefix first, exact lengths, nothing twice, nothing shared between learning and checking."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from hypothesis import strategies as st
 from tiny_models import CHARACTERS, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from bitstrata.calibrate import calibration_windows, evaluation_windows
+from bitstrata.calibrate import calibration_windows, evaluation_windows, given_tokens
 from bitstrata.errors import TextError, UsageError
 
 TOKENIZER = tiny_tokenizer()
-BOS = TOKENIZER.bos_token_id
+# all three define a BOS; what they put around a text differs
+TOKENIZERS = {
+    (): tiny_tokenizer(prefix=""),
+    (0,): TOKENIZER,
+    (2, 0): tiny_tokenizer(prefix="<unk> <s>", suffix="</s>"),
+}
 LETTERS = [character for character in CHARACTERS[:61] if not character.isspace()]
-
-
-def without_bos() -> PreTrainedTokenizerFast:
-    tokenizer = tiny_tokenizer()
-    tokenizer.bos_token = None
-    assert tokenizer.bos_token_id is None
-    return tokenizer
+PREFIXES = st.sampled_from(sorted(TOKENIZERS))
 
 
 def documents(seed: int, lengths: list[int]) -> list[str]:
@@ -38,77 +37,93 @@ def tokens(document: str) -> list[int]:
 lengths = st.lists(st.integers(1, 70), min_size=1, max_size=5)
 
 
-@given(st.integers(0, 10**6), lengths, st.integers(2, 40), st.booleans())
+@given(st.integers(0, 10**6), lengths, st.integers(3, 40), PREFIXES)
 def test_evaluation_windows_cover_each_document_once_and_never_cross(
-    seed: int, sizes: list[int], seq_len: int, has_bos: bool
+    seed: int, sizes: list[int], seq_len: int, prefix: tuple[int, ...]
 ) -> None:
-    texts = documents(seed, sizes)
-    windows = list(evaluation_windows(TOKENIZER if has_bos else without_bos(), texts, seq_len))
-    pieces = []
+    tokenizer, texts = TOKENIZERS[prefix], documents(seed, sizes)
+    windows = list(evaluation_windows(tokenizer, texts, seq_len))
+    step, pieces = seq_len - len(prefix), []
     for text in texts:
-        step = seq_len - has_bos
         stream = tokens(text)
         pieces += [stream[start : start + step] for start in range(0, len(stream), step)]
-    if has_bos:
-        assert all(window[0] == BOS for window in windows)
-        assert [window[1:] for window in windows] == pieces
-    else:  # a single token predicts nothing without a BOS before it
+    if prefix:
+        assert windows == [[*prefix, *piece] for piece in pieces]
+    else:  # a single token predicts nothing without one before it
         assert windows == [piece for piece in pieces if len(piece) > 1]
-    assert all(2 <= len(window) <= seq_len for window in windows)
+    assert given_tokens(tokenizer) == max(1, len(prefix))
 
 
-@given(st.integers(0, 10**6), lengths, st.integers(2, 40), st.integers(1, 200))
-def test_max_tokens_is_exact(seed: int, sizes: list[int], seq_len: int, max_tokens: int) -> None:
-    texts = documents(seed, sizes)
-    everything = list(evaluation_windows(TOKENIZER, texts, seq_len))
-    limited = list(evaluation_windows(TOKENIZER, texts, seq_len, max_tokens))
-    predicted = sum(len(window) - 1 for window in limited)
-    assert predicted == min(max_tokens, sum(len(window) - 1 for window in everything))
+@given(st.integers(0, 10**6), st.integers(1, 50), PREFIXES)
+def test_a_short_document_is_the_tokenizers_own_text(seed: int, size: int, prefix: tuple[int, ...]) -> None:
+    """One window starts as `tokenizer(text)` does; EOS, where it appends one, is left out."""
+    (text,) = documents(seed, [size])
+    windows = list(evaluation_windows(TOKENIZERS[prefix], [text], 60))
+    whole = TOKENIZERS[prefix](text).input_ids
+    assert windows == [whole[: size + len(prefix)]] or (size == 1 and prefix == () and not windows)
+
+
+@given(st.integers(0, 10**6), lengths, st.integers(3, 40), st.integers(1, 200), PREFIXES)
+def test_max_tokens_is_exact(
+    seed: int, sizes: list[int], seq_len: int, max_tokens: int, prefix: tuple[int, ...]
+) -> None:
+    tokenizer, texts = TOKENIZERS[prefix], documents(seed, sizes)
+    read = max(1, len(prefix))
+    everything = list(evaluation_windows(tokenizer, texts, seq_len))
+    limited = list(evaluation_windows(tokenizer, texts, seq_len, max_tokens))
+    predicted = sum(len(window) - read for window in limited)
+    assert predicted == min(max_tokens, sum(len(window) - read for window in everything))
     assert all(window == whole[: len(window)] for window, whole in zip(limited, everything, strict=False))
     assert all(window == whole for window, whole in zip(limited[:-1], everything, strict=False)), "only the last is cut"
 
 
-def test_a_window_must_hold_two_tokens() -> None:
-    for seq_len in (1, 0, -5):
-        with pytest.raises(UsageError, match="at least 2"):
-            list(evaluation_windows(TOKENIZER, ["words"], seq_len))
+@pytest.mark.parametrize(("prefix", "least"), [((), 2), ((0,), 2), ((2, 0), 3)])
+def test_a_window_must_hold_a_token_to_predict(prefix: tuple[int, ...], least: int) -> None:
+    tokenizer = TOKENIZERS[prefix]
+    settings = {"num_samples": 1, "num_heldout": 1, "seed": 0}
+    for seq_len in (least - 1, 0, -5):
+        with pytest.raises(UsageError, match=f"at least {least}"):
+            list(evaluation_windows(tokenizer, ["words"], seq_len))
+        with pytest.raises(UsageError, match=f"at least {least}"):
+            calibration_windows(tokenizer, ["words"], seq_len=seq_len, **settings)
+    assert list(evaluation_windows(tokenizer, ["words"], least))
+    assert calibration_windows(tokenizer, ["words"], seq_len=least, **settings).calibration.shape == (1, least)
 
 
-@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 20), st.integers(2, 24), st.booleans())
-def test_calibration_windows_are_whole_disjoint_and_begin_with_bos(
-    seed: int, num_samples: int, num_heldout: int, seq_len: int, has_bos: bool
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 20), st.integers(3, 24), PREFIXES)
+def test_calibration_windows_are_whole_disjoint_and_begin_with_the_prefix(
+    seed: int, num_samples: int, num_heldout: int, seq_len: int, prefix: tuple[int, ...]
 ) -> None:
-    """Tokens are made unique by counting, so that a window tells where it was cut."""
+    """Tokens of the text are made unique by counting, so that a window tells where it was cut."""
+    special = list(range(1000, 1000 + len(prefix)))
 
     class Counting:
-        bos_token_id = 0 if has_bos else None
+        next = 1
 
-        def __init__(self) -> None:
-            self.next = 1
+        def encode(self, document: str, add_special_tokens: bool = True, **_: object) -> list[int]:
+            start, Counting.next = Counting.next, Counting.next + len(document)
+            if len(document) == 1:  # a question what is put around a text
+                return [*special, 0] if add_special_tokens else [0]
+            return list(range(start, Counting.next))
 
-        def encode(self, document: str, **kwargs: object) -> list[int]:
-            start, self.next = self.next, self.next + len(document)
-            return list(range(start, self.next))
-
-    texts = documents(seed, [90, 1, 60, 49])
+    texts = documents(seed, [90, 2, 60, 48])
     windows = calibration_windows(
-        Counting(),
+        Counting(),  # type: ignore[arg-type]
         texts,
         num_samples=num_samples,
         seq_len=seq_len,
         num_heldout=num_heldout,
-        seed=seed,  # type: ignore[arg-type]
+        seed=seed,
     )
-    step = seq_len - has_bos
-    count = (200 + 4 * has_bos) // step
+    step = seq_len - len(prefix)
+    count = (200 + 4 * len(prefix)) // step
     heldout = min(num_heldout, max(1, count // 8))
     assert tuple(windows.heldout.shape) == (heldout, seq_len)
     assert tuple(windows.calibration.shape) == (min(num_samples, count - heldout), seq_len)
     together = torch.cat([windows.calibration, windows.heldout])
-    if has_bos:
-        assert bool((together[:, 0] == 0).all())
-    body = together[:, 1:] if has_bos else together
-    real = body[body > 0]  # a BOS stands before each document too
+    assert together[:, : len(prefix)].tolist() == [special] * len(together)
+    body = together[:, len(prefix) :]
+    real = body[body < 1000]  # the prefix stands before each document too
     assert len(real.unique()) == len(real), "a token was used twice"
 
 
@@ -143,8 +158,3 @@ def test_a_text_for_two_windows_is_enough_and_one_token_less_is_not(tokenizer: P
     with pytest.raises(TextError, match="29 tokens; two windows of 16") as caught:
         windows(28)
     assert "--seq-len" in (caught.value.hint or "")
-
-
-def test_a_window_must_have_room_beside_its_bos(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UsageError, match="at least 2"):
-        calibration_windows(tokenizer, ["words"], num_samples=1, seq_len=1, num_heldout=1, seed=0)

@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from control_groups import cgroups, group  # noqa: F401  (a fixture)
 
+from bitstrata import memory
 from bitstrata.bench import verify as checks
 from bitstrata.kernels import registry
 
@@ -120,3 +122,9 @@ def test_a_model_larger_than_memory_says_how_deep_it_may_be(cli, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", Little)
     outcome = cli("bench", "--shapes", "llama-3.1-8b", "--whole", "--device", "cpu")
     outcome.refused(outcome.code, "5.0 GB are free", "--blocks")
+
+
+def test_a_containers_limit_is_what_is_free(cli, cgroups):  # noqa: F811
+    group(cgroups("0::/box") / "box", memory._V2, limit=9 * 10**9, used=7 * 10**9)
+    outcome = cli("bench", "--shapes", "llama-3.1-8b", "--whole", "--device", "cpu")
+    outcome.refused(4, "2.0 GB are free", "--blocks")

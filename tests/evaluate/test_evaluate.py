@@ -11,14 +11,14 @@ import pytest
 import torch
 from job_helpers import RTN, run
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_llama, tiny_tokenizer
+from tiny_models import tiny_llama, tiny_text, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitstrata
 from bitstrata.calibrate import evaluation_windows, read_text
 from bitstrata.checkpoint import CheckpointReader, Plan
-from bitstrata.errors import ModelError, TextError, UnsupportedBitsError, UsageError
+from bitstrata.errors import InputError, ModelError, TextError, UnsupportedBitsError, UsageError
 from bitstrata.evaluate import evaluate, perplexity
 from bitstrata.kernels import registry
 from bitstrata.planes import decode
@@ -36,10 +36,10 @@ def dense_model(model: Path, quantized: Path, bits: int | None) -> PreTrainedMod
 
 
 @torch.no_grad()
-def direct(model: PreTrainedModel, windows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities float64 [tokens, vocab] and targets [tokens]."""
-    parts = [model(torch.tensor([window])).logits[0, :-1].log_softmax(-1) for window in windows]
-    return torch.cat(parts), torch.tensor([token for window in windows for token in window[1:]])
+def direct(model: PreTrainedModel, windows: list[list[int]], given: int = 1) -> tuple[Tensor, Tensor]:
+    """Log-probabilities float64 [tokens, vocab] and targets [tokens], all but the first `given` of each window."""
+    parts = [model(torch.tensor([window])).logits[0, given - 1 : -1].log_softmax(-1) for window in windows]
+    return torch.cat(parts), torch.tensor([token for window in windows for token in window[given:]])
 
 
 @pytest.mark.parametrize("seq_len", [9, 64])
@@ -62,6 +62,30 @@ def test_measures_are_those_of_the_decoded_model(model: Path, quantized: Path, t
         assert row.top1_agreement == pytest.approx(agreement, abs=2 / len(targets))  # a tie may fall either way
         assert row.bpw_read == row.bits + 16 / 32 * (row.bits + 1)
         assert row.bytes * 8 == row.bpw_read * count
+
+
+@pytest.mark.parametrize(("prefix", "given"), [("", 1), ("<s>", 1), ("<unk> <s>", 2)])
+def test_the_text_is_predicted_behind_what_its_tokenizer_puts_in_front(
+    model: Path, quantized: Path, tmp_path: Path, prefix: str, given: int, seed: int
+) -> None:
+    """BOS is read where the tokenizer adds it, not where it is only defined; no token of a prefix is predicted."""
+    tokenizer, loaded = tiny_tokenizer(prefix), bitstrata.load(quantized, device="cpu", dtype=torch.float32)
+    lines = tiny_text(tmp_path / "text", seed=seed, documents=3, words=8)
+    windows = [tokenizer(document).input_ids for document in read_text(lines)]
+    assert all(len(window) <= 64 for window in windows)
+    log_q, targets = direct(dense_model(model, quantized, 3), windows, given)
+    found = evaluate(loaded, lines, bits=3, tokenizer=tokenizer)
+    assert found.tokens == len(targets) == sum(len(window) - given for window in windows)
+    assert found.results[0].nll == pytest.approx(float(-log_q[torch.arange(len(targets)), targets].mean()), rel=1e-5)
+
+
+def test_a_token_beyond_the_vocabulary_is_named(quantized: Path, tmp_path: Path) -> None:
+    loaded, tokenizer = bitstrata.load(quantized, device="cpu"), tiny_tokenizer()
+    tokenizer.add_tokens(["qu"])
+    (tmp_path / "text").write_text("a question")
+    with pytest.raises(InputError, match=r"token 64 \('qu'\), the model knows 64 tokens") as caught:
+        evaluate(loaded, tmp_path / "text", tokenizer=tokenizer)
+    assert "tokenizer" in (caught.value.hint or "")
 
 
 def test_padding_changes_nothing(model: Path, quantized: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,8 +167,7 @@ def test_limits_that_make_no_sense_are_refused(quantized: Path, text: Path) -> N
 def test_a_text_without_a_single_prediction_is_refused(model: Path, tmp_path: Path) -> None:
     """A tokenizer without BOS makes one token of the text, which predicts nothing."""
     run(model, tmp_path / "out", None, **RTN)
-    tokenizer = tiny_tokenizer()
-    tokenizer.bos_token = None
+    tokenizer = tiny_tokenizer(prefix="")
     (tmp_path / "text").write_text("a")
     with pytest.raises(TextError, match="no window of two tokens"):
         evaluate(bitstrata.load(tmp_path / "out"), tmp_path / "text", tokenizer=tokenizer, device="cpu")

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from control_groups import cgroups, group  # noqa: F401  (a fixture)
 from page_orders import write_order
 from tiny_models import tiny_gpt2, tiny_llama
 from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, OPTConfig
@@ -122,31 +123,7 @@ def test_a_context_that_cannot_be_used(context, folder):
         bitstrata.load(folder, fit=True, context=context)
 
 
-def group(folder, files, **values):
-    folder.mkdir(parents=True, exist_ok=True)
-    limit, usage, cache = files
-    (folder / limit).write_text(f"{values['limit']}\n")
-    (folder / usage).write_text(f"{values['used']}\n")
-    (folder / "memory.stat").write_text(f"anon 5\n{cache} {values.get('cache', 0)}\nother 7\n")
-
-
-@pytest.fixture
-def cgroups(tmp_path, monkeypatch):
-    """Pretended control groups: cgroups(lines of /proc/self/cgroup) -> the folder they are in."""
-    root = tmp_path / "cgroup"
-    root.mkdir()
-    process = tmp_path / "self"
-
-    def write(*lines):
-        process.write_text("\n".join(lines) + "\n")
-        return root
-
-    monkeypatch.setattr(memory, "_CGROUPS", root)
-    monkeypatch.setattr(memory, "_PROCESS", process)
-    return write
-
-
-def test_version_2_counts_every_group_above_and_gives_the_file_cache_back(cgroups):
+def test_version_2_counts_every_group_above_and_gives_the_file_cache_back(cgroups):  # noqa: F811
     root = cgroups("0::/a/b")
     group(root / "a" / "b", memory._V2, limit=5000, used=1000, cache=300)
     group(root / "a", memory._V2, limit=4000, used=2500, cache=500)
@@ -155,26 +132,26 @@ def test_version_2_counts_every_group_above_and_gives_the_file_cache_back(cgroup
     assert memory.free_memory() == 4300
 
 
-def test_version_1(cgroups):
+def test_version_1(cgroups):  # noqa: F811
     root = cgroups("9:name=systemd:/", "4:cpu,memory:/a/b", "0::/")
     group(root / "memory" / "a" / "b", memory._V1, limit=9000, used=1000, cache=100)
     group(root / "memory", memory._V1, limit=2**63 - 4096, used=1000)
     assert memory.free_memory() == 8100
 
 
-def test_in_a_container_the_groups_files_may_lie_at_the_root(cgroups):
+def test_in_a_container_the_groups_files_may_lie_at_the_root(cgroups):  # noqa: F811
     root = cgroups("0::/of/the/host")
     group(root, memory._V2, limit=5000, used=1000)
     assert memory.free_memory() == 4000
 
 
-def test_a_group_that_is_over_its_limit_leaves_nothing(cgroups):
+def test_a_group_that_is_over_its_limit_leaves_nothing(cgroups):  # noqa: F811
     group(cgroups("0::/"), memory._V2, limit=500, used=1000)
     assert memory.free_memory() == 0
 
 
 @pytest.mark.parametrize("broken", ["limit", "used"])
-def test_groups_that_cannot_be_read_do_not_count(cgroups, broken):
+def test_groups_that_cannot_be_read_do_not_count(cgroups, broken):  # noqa: F811
     values = {"limit": 5000, "used": 1000} | {broken: "nonsense"}
     group(cgroups("0::/a", "nonsense:") / "a", memory._V2, **values)
     assert memory.free_memory() > 10**6

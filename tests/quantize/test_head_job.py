@@ -19,6 +19,7 @@ from bitstrata.planes import decode
 from bitstrata.quantize import head, rtn
 from bitstrata.quantize.state import JobState
 
+TUNED = {"method": "nested", "preset": "best", "options": {"iterations": 1, "tune_steps": 3}}
 NAMES = {"tied": ["model.embed_tokens"], "untied": ["model.embed_tokens", "lm_head"]}
 
 
@@ -57,7 +58,7 @@ def test_constant_zero_and_tiny_rows_come_out_finite() -> None:
 
 
 @pytest.mark.parametrize("kind", NAMES)
-@pytest.mark.parametrize("method", [RTN, ANYBCQ], ids=lambda method: method["method"])
+@pytest.mark.parametrize("method", [RTN, ANYBCQ, TUNED], ids=lambda method: method["method"])
 def test_the_reported_measures_are_those_of_the_loaded_model(
     kind: str, method: dict[str, Any], sources: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:

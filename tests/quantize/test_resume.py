@@ -17,7 +17,7 @@ from tiny_models import tiny_text
 
 from bitstrata.checkpoint import is_checkpoint
 from bitstrata.errors import JobError, PreflightError
-from bitstrata.quantize import job
+from bitstrata.quantize import job, preflight
 from bitstrata.quantize.state import JobState
 
 
@@ -194,6 +194,84 @@ def test_a_finished_output_has_nothing_to_do(
     assert digests(finished) == unbroken
 
 
+MEASURES = ("nll", "kld", "top1_agreement", "rtn")
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def edit_report(output: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = output / "bitstrata_report.json"
+    saved = json.loads(path.read_text())
+    change(saved)
+    path.write_text(json.dumps(saved))
+
+
+def test_a_report_of_a_newer_version_is_read_for_what_is_known(model: Path, text: Path, copied: Path) -> None:
+    expected = run(model, copied, text)
+    edit_report(copied, lambda saved: (saved.update(speed=3), [row.update(energy=1) for row in saved["results"]]))
+    report = run(model, copied, text)
+    assert report.saved() == expected.saved()
+    assert str(report) == str(expected)
+
+
+def test_a_report_of_an_older_version_lacks_what_it_lacks(model: Path, text: Path, copied: Path) -> None:
+    expected = run(model, copied, text)
+    missing = ("text_warning", "head_bits", "heldout_tokens", "tied", "layer_error", "notes")
+
+    def older(saved: dict[str, Any]) -> None:
+        for name in missing:
+            saved.pop(name)
+        for row in saved["results"]:
+            row.pop("rtn"), row.pop("bytes")
+        saved["results"].pop()
+
+    edit_report(copied, older)
+    report = run(model, copied, text)
+    for row, wanted in zip(report.results, expected.results, strict=True):
+        known = row["bits"] != 4  # it has no row for 4 bits
+        assert (row["bits"], row["bytes"], row["bpw_read"]) == (wanted["bits"], wanted["bytes"], wanted["bpw_read"])
+        assert [row[name] for name in MEASURES] == [
+            wanted[name] if known and name != "rtn" else None for name in MEASURES
+        ]
+    assert report.reference == expected.reference
+    assert report.tied == expected.tied
+    assert dict(report.layer_error) == {}
+    assert "not measured" in str(report)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "", '{"results": 3}', '{"results": [{"nll": 1.0}]}', '{"results": [{"bits": 2, "nll": "much"}]}',
+     '{"layer_error": {"a": 1}}', '{"left_out": ["a"]}'],
+)  # fmt: skip
+def test_a_malformed_report_is_named_and_its_measures_left_out(
+    content: str, model: Path, text: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = run(model, copied, text)
+    (copied / "bitstrata_report.json").write_text(content)
+    report = run(model, copied, text)
+    assert "bitstrata_report.json" in capsys.readouterr().err
+    assert any("bitstrata_report.json" in note and "measures are left out" in note for note in report.notes)
+    for row, wanted in zip(report.results, expected.results, strict=True):
+        assert (row["bits"], row["bytes"], row["bpw_read"]) == (wanted["bits"], wanted["bytes"], wanted["bpw_read"])
+        assert [row[name] for name in MEASURES] == [None] * 4
+    assert "not measured" in str(report)
+
+
+def test_a_finished_output_has_nothing_to_do_after_an_upgrade(
+    model: Path, text: Path, copied: Path, unbroken: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "__version__", "99.1")
+        report = run(model, copied, text)
+    assert "nothing to do" in capsys.readouterr().err
+    assert report.results[0]["kld"] is not None
+    assert digests(copied) == unbroken
+
+
 def test_a_job_killed_while_it_cleaned_up_is_finished(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job.JobState, "finish", JobState.close)
@@ -231,6 +309,28 @@ def test_an_unreadable_fingerprint_is_named(content: str, model: Path, text: Pat
     with pytest.raises(JobError) as caught:
         run(model, tmp_path / "out", text)
     assert "delete" in (caught.value.hint or "")
+
+
+def test_a_folder_in_the_place_of_the_fingerprint_is_named(model: Path, text: Path, tmp_path: Path) -> None:
+    interrupted(model, text, tmp_path / "out")
+    (tmp_path / "out" / ".job" / "job.json").unlink()
+    (tmp_path / "out" / ".job" / "job.json").mkdir()
+    with pytest.raises(JobError, match=r"job\.json is not readable") as caught:
+        run(model, tmp_path / "out", text)
+    assert "delete" in (caught.value.hint or "")
+
+
+def test_an_unfinished_job_is_continued_by_the_same_versions_only(
+    model: Path, text: Path, tmp_path: Path, unbroken: dict[str, str]
+) -> None:
+    interrupted(model, text, tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "__version__", "99.1")
+        with pytest.raises(JobError, match=r"other versions: versions\.bitstrata was .*, is now 99\.1") as caught:
+            run(model, tmp_path / "out", text)
+    assert "install these versions again" in (caught.value.hint or "")
+    run(model, tmp_path / "out", text)
+    assert digests(tmp_path / "out") == unbroken
 
 
 def test_the_random_state_of_the_caller_does_not_matter(

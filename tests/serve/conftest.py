@@ -111,7 +111,7 @@ def alone(tokenizer, checkpoint):
     own = bitstrata.load(checkpoint, dtype=torch.float32)
 
     def generate(prompt: str, bits: int, new: int) -> list[int]:
-        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]])
+        ids = torch.tensor([tokenizer(prompt).input_ids])
         with torch.no_grad():
             output = own.generate(
                 ids, attention_mask=torch.ones_like(ids), bits=bits, max_new_tokens=new, do_sample=False, pad_token_id=0

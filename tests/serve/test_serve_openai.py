@@ -56,7 +56,7 @@ def test_a_completion_is_what_the_model_generates_at_these_bits(client, tokenize
     assert by_name.choices[0].text == by_field.choices[0].text == tokenizer.decode(tokens, skip_special_tokens=True)
     assert by_name.bits == by_field.bits == bits
     assert by_name.usage.completion_tokens == len(tokens)
-    assert by_name.usage.prompt_tokens == 1 + len(tokenizer.encode(PROMPT, add_special_tokens=False))
+    assert by_name.usage.prompt_tokens == len(tokenizer(PROMPT).input_ids)
     assert by_name.usage.total_tokens == by_name.usage.prompt_tokens + len(tokens)
     assert by_name.usage.bits == {str(bits): len(tokens)}
     assert by_name.model == f"small:{bits}"
@@ -89,16 +89,16 @@ def test_several_prompts_and_several_replies_keep_their_order(client, alone, tok
     for chunk in complete(client, prompt=prompts, n=2, max_tokens=8, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == [choice.text for choice in reply.choices]
-    prompt_tokens = sum(1 + len(tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts)
+    prompt_tokens = sum(len(tokenizer(prompt).input_ids) for prompt in prompts)
     assert reply.usage.prompt_tokens == prompt_tokens
     assert reply.usage.completion_tokens == 6 * 8
 
 
 def test_prompts_as_tokens(client, tokenizer):
-    ids = tokenizer.encode(PROMPT, add_special_tokens=False)
+    ids = tokenizer(PROMPT).input_ids
     expected = complete(client, max_tokens=8).choices[0].text
-    one = complete(client, prompt=[tokenizer.bos_token_id, *ids], max_tokens=8)
-    several = complete(client, prompt=[[tokenizer.bos_token_id, *ids]] * 2, max_tokens=8)
+    one = complete(client, prompt=ids, max_tokens=8)
+    several = complete(client, prompt=[ids] * 2, max_tokens=8)
     assert [choice.text for choice in (*one.choices, *several.choices)] == [expected] * 3
 
 

@@ -27,7 +27,7 @@ def plan(model) -> Plan:
 def planned(checkpoint, tokenizer, plan):
     """The model's own greedy tokens at the plan."""
     own = bitstrata.load(checkpoint, dtype=torch.float32)
-    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(ASK["prompt"], add_special_tokens=False)]])
+    ids = torch.tensor([tokenizer(ASK["prompt"]).input_ids])
     with torch.no_grad():
         output = own.generate(ids, bits=plan, max_new_tokens=ASK["max_tokens"], do_sample=False, pad_token_id=0)
     return output[0, ids.shape[1] :].tolist()

@@ -197,6 +197,7 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, ca
             refused(capfd, 2, "in use", "--port", arguments=[str(checkpoint), "--port", port])
         refused(capfd, 2, "cannot serve at", arguments=[str(checkpoint), "--host", "no.such.host.invalid"])
         refused(capfd, 2, "API key", arguments=[str(checkpoint), "--api-key", ""])
+        refused(capfd, 2, "half a character", arguments=[str(checkpoint), "--served-model-name", "caf\udce9"])
         refused(capfd, 2, "policy", "load, position", arguments=[str(checkpoint), "--policy", "hope"])
         mixed, foreign = tmp_path / "mixed.json", tmp_path / "foreign.json"
         plan = Plan.uniform(CheckpointReader(checkpoint).spec, 3)

@@ -22,10 +22,11 @@ from ..checkpoint import (
 )
 from ..errors import UsageError
 from ..evaluate import load_reference
-from ..models import context_limit, load, load_tokenizer, resolve
+from ..models import check_vocabulary, context_limit, load, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..models.source import SourceModel
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from . import greedy, milp, paired, waterfill
 from .objective import Objective
 from .order import page_order
@@ -44,6 +45,7 @@ DEFAULT_WINDOWS = 16
 DEFAULT_SEQ_LEN = 512
 
 
+@ordinary_torch()
 def plan(
     model: str | Path,
     budget: str | Budget,
@@ -219,6 +221,7 @@ class _Measured:
         if seq_len is not None and length < seq_len:
             reporter.note(f"seq-len lowered from {seq_len} to {length}, the model's context")
         cut = calibration_windows(tokenizer, documents, num_samples=count, seq_len=length, num_heldout=count, seed=seed)
+        check_vocabulary((int(cut.calibration.max()), int(cut.heldout.max())), model.config, tokenizer)
         if len(cut.calibration) < count:
             reporter.note(f"the text has {len(cut.calibration)} windows to measure on, not {count}")
         original = load_reference(reference, model, where)
@@ -232,6 +235,7 @@ class _Measured:
             windows=len(cut.calibration),
             seq_len=length,
             seed=seed,
+            windows_sha256=cut.digest(),
         )
         calibration, heldout = (Objective(model, ids, original) for ids in (cut.calibration, cut.heldout))
         return cls(settings, calibration, heldout, cut.calibration)

@@ -48,7 +48,7 @@ class Settings(Strict):
     """What a measurement depends on besides the model.
 
     text, text_sha256: name and digest of the text; reference, reference_sha256: of the model to stay close to, None for
-    the model's own highest bits.
+    the model's own highest bits. windows_sha256: of its windows' tokens; None in older files.
     """
 
     measure: Measure
@@ -59,6 +59,7 @@ class Settings(Strict):
     windows: int
     seq_len: int
     seed: int
+    windows_sha256: str | None = None
 
 
 class _SensitivityFile(Strict):
@@ -190,9 +191,12 @@ def check_settings(path: Path, found: Settings, wanted: Settings) -> None:
     for name in Settings.model_fields:
         before, now = getattr(found, name), getattr(wanted, name)
         if before != now and name not in ("text", "reference"):
-            what = {"text_sha256": "text", "reference_sha256": "reference"}.get(name, name)
-            before, now = getattr(found, what), getattr(wanted, what)
-            which = f"{before}, not {now}" if before != now else f"{now} had other contents"
+            if name == "windows_sha256":  # after text, windows, seq_len and seed were found equal
+                what, which = "way to cut the text into windows", "their tokens differ"
+            else:
+                what = {"text_sha256": "text", "reference_sha256": "reference"}.get(name, name)
+                before, now = getattr(found, what), getattr(wanted, what)
+                which = f"{before}, not {now}" if before != now else f"{now} had other contents"
             raise PlanError(
                 f"{path} was measured with another {what}: {which}",
                 hint="delete it to measure again, or name another file with --sensitivity",

@@ -8,18 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ResourceError, UnsupportedBitsError, UsageError
 from ..evaluate.report import render
 from ..kernels import Problem, select
+from ..memory import free_memory
 from ..models import choose_bits, load
 from ..models.load import pick_device
 from ..nn import BitsState, PlaneLinear, bits_state, parse_bits
 from ..planes.weights import MAX_BITS
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from .clock import current
 from .linear import REGIMES, LinearResult, bench_linear
 from .machine import Bandwidth, describe
@@ -106,6 +107,7 @@ class Bench:
         return render("decoding one sequence: ceiling = bandwidth / MB", columns, rows)
 
 
+@ordinary_torch()
 def bench(
     model: str | Path | None = None,
     *,
@@ -320,7 +322,7 @@ def _check_memory(config: PreTrainedConfig, bits: int, blocks: int | None, devic
     weights = depth * (attention + 3 * hidden * inner)
     head = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     needed = 2 * (weights + head) + weights * (bits + 2) / 8 + 2 * head
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_memory(device)
     if needed > free:
         raise ResourceError(
             f"the two models need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",

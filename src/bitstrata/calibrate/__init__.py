@@ -1,7 +1,7 @@
 """Texts as token windows, and a model run block by block with bounded memory."""
 
 from .capture import BlockRunner
-from .data import Windows, calibration_windows, evaluation_windows, read_text, text_digest
+from .data import Windows, calibration_windows, evaluation_windows, given_tokens, read_text, text_digest
 from .fisher import fisher_bytes, fisher_diagonal
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "evaluation_windows",
     "fisher_bytes",
     "fisher_diagonal",
+    "given_tokens",
     "read_text",
     "text_digest",
 ]

@@ -6,9 +6,10 @@ memory holds
 
     max(outside the blocks, one block) in fp32  +  the hidden states of the windows,
 
-whatever the size of the model. What a block needs besides hidden states (masks, positions) does
-not depend on weights: it is recorded once, by sending one window through stand-ins that pass their
-input on. Hidden states are fp32 [windows, seq_len, hidden].
+whatever the size of the model. What a block needs besides hidden states (masks, positions) depends
+neither on weights nor on tokens: it is recorded once, by sending one window through stand-ins that
+pass their input on. Hidden states are fp32 [windows, seq_len, hidden]. `check` finds out whether a
+model is like that.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..memory import is_out_of_memory
 from ..models.discover import Discovery, find_blocks
 from ..models.source import SourceModel, release
 
 TOKENS_PER_BATCH = 1024
+# what a model's own code raises when it is given something else than it expects
+MODELS_OWN = (ValueError, TypeError, IndexError, RuntimeError, AttributeError)
 LOGITS = 1 << 23  # logits held at a time, all chains together
+APART = 1e-3  # relative distance of the same windows together and one by one that is still rounding
 
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -42,6 +47,17 @@ def _set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> nn.Param
     assert before is not None
     parameters[leaf] = value
     return before
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether tensors in two equally nested values are the same; flags and a model's own objects do not count."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return True
 
 
 class _StandIn(nn.Module):
@@ -72,12 +88,20 @@ class BlockRunner:
         discovery: what `discover` found in it.
         seq_len: the length of every window.
         device: where blocks run.
+        say: where to report what slows it down.
     """
 
     def __init__(
-        self, source: SourceModel, model: PreTrainedModel, discovery: Discovery, seq_len: int, device: torch.device
+        self,
+        source: SourceModel,
+        model: PreTrainedModel,
+        discovery: Discovery,
+        seq_len: int,
+        device: torch.device,
+        say: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.source, self.model, self.discovery, self.device = source, model, discovery, device
+        self._say = say
         self._list_name = find_blocks(model)
         self._blocks: list[nn.Module] = list(model.get_submodule(self._list_name).children())
         self._batch = max(1, TOKENS_PER_BATCH // seq_len)
@@ -119,6 +143,22 @@ class BlockRunner:
             release(self.model)
 
     @torch.no_grad()
+    def check(self, window: Tensor) -> None:
+        """Raise ModelError if this model cannot be run block by block. It takes one block and what is outside of them.
+
+        `window`: tokens int64 [1, S] of a text.
+        """
+        self._record(window, window.flip(-1))
+        hidden = self.embed(window)
+        with self.block(0) as block:
+            try:
+                self.call(0, block, hidden.to(self.device))
+            except MODELS_OWN as error:
+                if is_out_of_memory(error):
+                    raise
+                raise self._unsupported(str(error)) from error
+
+    @torch.no_grad()
     def embed(self, tokens: Tensor, replaced: Mapping[str, Tensor] = NOTHING) -> Tensor:
         """Hidden states before the first block: tokens int64 [n, S] -> fp32 [n, S, hidden].
 
@@ -137,18 +177,30 @@ class BlockRunner:
                     self._run_model(tokens[start : start + self._batch])
         return torch.cat(first)
 
-    def _record(self, tokens: Tensor) -> None:
-        """Note what each block is called with. Blocks return hidden states, bare or first in a tuple."""
+    def _record(self, window: Tensor, other: Tensor | None = None) -> None:
+        """Note what each block is called with. Blocks return hidden states, bare or first in a tuple.
+
+        Raises ModelError if that cannot be done, or if blocks are given something else for the tokens of `other`.
+        """
+        reason: Exception | None = None
         for self._in_tuple in (False, True):
             try:
-                self._calls = self._recorded(tokens)
-                return
-            except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+                self._calls = self._recorded(window)
+                break
+            except MODELS_OWN as error:
+                if is_out_of_memory(error):
+                    raise
                 reason = error
-        raise ModelError(
+        else:
+            raise self._unsupported(str(reason)) from reason
+        if other is not None and not _equal(self._calls, self._recorded(other)):
+            raise self._unsupported("its blocks are given more of the tokens than their hidden states")
+
+    def _unsupported(self, reason: str) -> ModelError:
+        return ModelError(
             f"{type(self.model).__name__} cannot be run block by block: {reason}",
-            hint="this architecture is not supported with calibration text; please report it",
-        ) from reason
+            hint="leave --calibration out and use a method without it: --preset fast",
+        )
 
     def _recorded(self, tokens: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -156,6 +208,11 @@ class BlockRunner:
 
         def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             calls.append((args, kwargs))
+            if not shapes and (hidden.dim() != 3 or hidden.shape[:2] != tokens.shape):
+                shape = list(hidden.shape)
+                raise self._unsupported(
+                    f"hidden states of {list(tokens.shape)} tokens are {shape}, not one vector each"
+                )
             shapes.add(hidden.shape)
             if len(shapes) > 1:  # the model took the tensor apart: it expects a tuple
                 raise TypeError(f"hidden states changed their shape from block to block: {shapes}")
@@ -237,12 +294,12 @@ class BlockRunner:
             return torch.cat([self.call(index, block, window) for window in hidden.split(1)])
         args, kwargs = self._calls[index]
         output = block(hidden, *args, **kwargs)
-        if self._in_tuple and isinstance(output, tuple):
+        if self._in_tuple and isinstance(output, (tuple, list)):
             output = output[0]
         if not isinstance(output, Tensor) or output.shape != hidden.shape:
             raise ModelError(
                 f"{self.discovery.blocks[index]} returned {type(output).__name__}, not hidden states alone",
-                hint="this architecture cannot be run block by block yet; please report it",
+                hint="leave --calibration out and use a method without it: --preset fast",
             )
         return output
 
@@ -251,10 +308,16 @@ class BlockRunner:
         if self._probed or len(hidden) < 2:
             return
         self._probed = True
+        two = hidden[:2].to(self.device)
         try:
-            self.call(index, block, hidden[:2].to(self.device))
-        except (RuntimeError, ValueError):  # masks or biases that are made for one batch size
+            together = self.call(index, block, two)
+        except (RuntimeError, ValueError) as error:  # masks or biases that are made for one batch size
             self._alone = True
+            if is_out_of_memory(error):
+                self._say("memory is enough for one window at a time only, which takes longer")
+            return
+        one_by_one = torch.cat([self.call(index, block, window) for window in two.split(1)])
+        self._alone = not bool((together - one_by_one).norm() <= APART * one_by_one.norm())
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:

@@ -4,15 +4,20 @@ A text is a UTF-8 file, its documents separated by `<|endoftext|>`, or the name 
 
     stdlib   the Python standard library's source on this machine, a module a document
 
+Every window starts with the prefix, what the tokenizer puts in front of a text (models/tokens.py): BOS for some,
+other tokens for a few, nothing for the others.
+
 Evaluation windows never cross a document: each document is cut into windows of at most `seq_len`
-tokens, the tokenizer's BOS (if it has one) first in each, windows do not overlap.
-Calibration windows are all exactly `seq_len` long: documents, each behind a BOS, are joined and
-cut, and a BOS stands first in every window.
+tokens, the prefix included; windows do not overlap. The text's tokens behind the prefix are predicted; without a
+prefix the first token of a window is only read, because nothing stands before it.
+Calibration windows are all exactly `seq_len` long: documents, each behind the prefix, are joined and
+cut, and the prefix stands first in every window.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +27,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .. import arguments
 from ..errors import TextError, UsageError
+from ..models import encode_body, text_prefix
 
 SEPARATOR = "<|endoftext|>"
-MIN_DOCUMENT_TOKENS = 2
+JSON_SAMPLE = 1 << 20  # characters in which JSON is looked for line by line
+LONGEST_PATH = 300  # characters of a name in a message
 
 
 def read_text(text: str | Path, part: str | None = None) -> list[str]:
@@ -34,29 +42,57 @@ def read_text(text: str | Path, part: str | None = None) -> list[str]:
     Args:
         part: of a built-in text: "calibration" or "heldout", disjoint; None for all of it.
 
-    Raises TextError if the file is missing, empty or not UTF-8.
+    Raises UsageError for what is no path, TextError if the file is missing, empty, not UTF-8, or JSON with texts in it.
     """
+    text = arguments.path(
+        "the text", text, hint="write texts into a file, separated by <|endoftext|>, and give its name"
+    )
     if text == "stdlib":
         return stdlib_documents(part)
-    path = Path(text)
+    path, name = Path(text), arguments.shown(text, LONGEST_PATH)
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise TextError(
-            f"there is no text {str(text)!r}", hint="pass a UTF-8 file, or the built-in text `stdlib`"
+            f"there is no text {arguments.shown(text, LONGEST_PATH)}",
+            hint="pass a UTF-8 file, or the built-in text `stdlib`",
         ) from None
     except UnicodeDecodeError as error:
         raise TextError(
             f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
             hint="convert it, for example: iconv -f latin1 -t utf-8",
         ) from error
-    except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror}", hint="pass a UTF-8 text file") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TextError(f"{name} cannot be read: {reason}", hint="pass a UTF-8 text file") from error
+    if _is_json(content):
+        raise TextError(
+            f"{path} holds JSON, not text: keys and quotes would be measured with the words",
+            hint=f"write the texts themselves, separated by {SEPARATOR}: jq -j '.text + \"{SEPARATOR}\"'; a file with "
+            "this separator in it is always taken as it is",
+        )
     documents = [document.strip("\n") for document in content.split(SEPARATOR)]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise TextError(f"{path} is empty", hint="a text needs words to measure on")
     return documents
+
+
+def _is_json(content: str) -> bool:
+    """Whether this is a JSON object or list, or one a line, without our separator of documents."""
+    start = content.lstrip("\ufeff \t\r\n")
+    if SEPARATOR in content or not start.startswith(("{", "[")):
+        return False
+    lines = [line for line in start[:JSON_SAMPLE].splitlines() if line.strip()]
+    whole = lines[:-1] if len(start) > JSON_SAMPLE else lines  # the last may be cut
+    return _parses(start) or (bool(whole) and all(map(_parses, whole)))
+
+
+def _parses(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), (dict, list))
+    except (ValueError, RecursionError):
+        return False
 
 
 def stdlib_documents(part: str | None = None) -> list[str]:
@@ -93,9 +129,9 @@ def text_digest(documents: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, document: str) -> list[int]:
-    tokens: list[int] = tokenizer.encode(document, add_special_tokens=False, verbose=False)
-    return tokens
+def given_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens at the start of an evaluation window that are read and not predicted."""
+    return max(1, len(text_prefix(tokenizer)))
 
 
 def evaluation_windows(
@@ -103,24 +139,24 @@ def evaluation_windows(
 ) -> Iterator[list[int]]:
     """Windows of at most `seq_len` tokens that together predict at most `max_tokens` tokens.
 
-    A window of n tokens predicts n - 1. Raises UsageError if `seq_len` is below 2.
+    A window predicts all but its first `given_tokens`. Raises UsageError if `seq_len` leaves none to predict.
     """
-    if seq_len < 2:
-        raise UsageError(f"seq_len must be at least 2, got {seq_len}")
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prefix, given = text_prefix(tokenizer), given_tokens(tokenizer)
+    if seq_len <= given:
+        raise UsageError(f"seq_len must be at least {given + 1}, got {seq_len}")
     left = max_tokens
     for document in documents:
-        tokens = _encode(tokenizer, document)
-        step = seq_len - len(bos)
+        tokens = encode_body(tokenizer, document)
+        step = seq_len - len(prefix)
         for start in range(0, len(tokens), step):
-            window = bos + tokens[start : start + step]
+            window = prefix + tokens[start : start + step]
             if left is not None:
-                window = window[: left + 1]
-            if len(window) < MIN_DOCUMENT_TOKENS:
+                window = window[: left + given]
+            if len(window) <= given:
                 continue
             yield window
             if left is not None:
-                left -= len(window) - 1
+                left -= len(window) - given
                 if left <= 0:
                     return
 
@@ -153,11 +189,11 @@ def calibration_windows(
     A text too short for both gives an eighth of its windows (at least one) to the check. Raises
     TextError if it does not hold two windows.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    step = seq_len - len(bos)
-    if step < 1:
-        raise UsageError(f"seq_len must be at least {1 + len(bos)}, got {seq_len}")
-    stream = [token for document in documents for token in (*bos, *_encode(tokenizer, document))]
+    prefix = text_prefix(tokenizer)
+    step = seq_len - len(prefix)
+    if seq_len < 2 or step < 1:
+        raise UsageError(f"seq_len must be at least {max(2, 1 + len(prefix))}, got {seq_len}")
+    stream = [token for document in documents for token in (*prefix, *encode_body(tokenizer, document))]
     count = len(stream) // step
     if count < 2:
         raise TextError(
@@ -165,7 +201,7 @@ def calibration_windows(
             hint="give a longer text or a smaller --seq-len",
         )
     windows = torch.tensor(stream[: count * step]).view(count, step)
-    windows = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(count, len(bos)), windows], dim=1)
+    windows = torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, len(prefix)), windows], dim=1)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     heldout = min(num_heldout, max(1, count // 8))
     return Windows(windows[order[heldout : heldout + num_samples]], windows[order[:heldout]])

@@ -246,6 +246,11 @@ def guard_name(layer: str) -> str:
     return f"{layer}.weight"
 
 
+def is_plane(tensor: str) -> bool:
+    """Whether a tensor's full name is a plane's."""
+    return _PLANE.search(tensor) is not None
+
+
 def shard_of(tensor: str, whole_layers: Container[str] = ()) -> str:
     """The shard file that holds tensor `tensor` in a checkpoint written by bitstrata.
 

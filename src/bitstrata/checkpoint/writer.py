@@ -25,6 +25,9 @@ from ..planes.weights import PlaneWeight
 from .schema import CONFIG_FILE, DTYPE_NAMES, INDEX_FILE, REPORT_FILE, shard_of
 
 TEMPORARY = ".bitstrata-tmp"
+READ_BYTES = 1 << 20
+SEAL_BYTES = hashlib.sha256().digest_size
+SEAL = "bitstrata.sha256"  # the last tensor of a sealed file: the digest of all that stands before it
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,13 @@ def write_json(path: Path, value: object) -> None:
     _replace_when_whole(path, [(json.dumps(value, indent=2) + "\n").encode()])
 
 
-def write_safetensors(path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> str:
-    """Write `entries` to a safetensors file and return its sha256. Equal entries give equal bytes."""
+def write_safetensors(
+    path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None, *, sealed: bool = False
+) -> str:
+    """Write `entries` to a safetensors file and return its sha256. Equal entries give equal bytes.
+
+    `sealed`: the file carries its own digest, for `has_right_seal`.
+    """
     if len({entry.name for entry in entries}) < len(entries):
         raise ValueError(f"{path.name}: two entries have the same name")
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
@@ -106,6 +114,8 @@ def write_safetensors(path: Path, entries: Sequence[TensorEntry], metadata: Mapp
             "data_offsets": [position, position + entry.nbytes],
         }
         position += entry.nbytes
+    if sealed:
+        header[SEAL] = {"dtype": "U8", "shape": [SEAL_BYTES], "data_offsets": [position, position + SEAL_BYTES]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
@@ -119,7 +129,26 @@ def write_safetensors(path: Path, entries: Sequence[TensorEntry], metadata: Mapp
                 raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
                 yield memoryview(raw.numpy())  # type: ignore[arg-type]
 
-    return _replace_when_whole(path, chunks())
+    return _replace_when_whole(path, _sealed(chunks()) if sealed else chunks())
+
+
+def _sealed(chunks: Iterable[bytes | memoryview]) -> Iterable[bytes | memoryview]:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+    yield digest.digest()
+
+
+def has_right_seal(path: Path) -> bool:
+    """Whether `path` ends in the sha256 of all that stands before it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size - SEAL_BYTES
+        while left > 0 and (chunk := file.read(min(left, READ_BYTES))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return file.read() == digest.digest()
 
 
 def write_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -20,7 +21,8 @@ COMMANDS = """/bits N       answer at N bits from now on; /bits alone says what 
 /resize SIZE  with --budget or --fit: hold this much from now on, say 400MB, 3.2bpw or plan.json
 /reset        forget the conversation
 /help         these lines
-/quit         leave; so does the end of input"""
+/quit         leave; so does the end of input
+Ctrl-C        ends a reply"""
 
 
 def command(
@@ -55,6 +57,8 @@ def command(
     )
     if draft_bits is not None and draft_bits not in talk.supported:
         raise UsageError(f"draft-bits {draft_bits} is not among {_choice(talk)}")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not text is refused like any other wrong input
+        sys.stdin.reconfigure(errors="surrogateescape")
     kind = "" if talk.has_template else "; the tokenizer has no chat template, so the model continues your text"
     _say(f"{_precision(talk.bits)} of {_choice(talk)}{kind}; /help lists commands")
     while (line := _read()) is not None:
@@ -67,7 +71,10 @@ def command(
         try:
             result = talk.reply(line, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
         except BitstrataError as error:
-            _say(f"{error.message}; /reset forgets the conversation")
+            _say("; ".join(filter(None, (error.message, error.hint, "/reset forgets the conversation"))))
+            continue
+        except KeyboardInterrupt:
+            _say("stopped; this turn is forgotten")
             continue
         speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
         _say(f"[{_precision(talk.bits)}, {result.tokens} tokens{speed}]")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from transformers import TextStreamer
 
-from ..models import choose_bits, load_tokenizer, parse_bits_or_plan, resolve
+from ..models import choose_bits, encode_prompt, load_tokenizer, parse_bits_or_plan, resolve
 from ..runtime import generate
 from .output import DEVICE_OPTION, JSON_OPTION, show
 from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
@@ -32,12 +32,10 @@ def command(
 ) -> None:
     """Continue PROMPT at the chosen bits, streaming to the terminal."""
     target, chosen = choose_bits(model, None if bits is None else parse_bits_or_plan(bits))
-    context = None
-    if fit:  # 1: a BOS that the tokenizer may leave to us
-        context = len(load_tokenizer(resolve(target)).encode(prompt)) + 1 + max_new_tokens
+    tokenizer = load_tokenizer(resolve(target))
+    context = len(encode_prompt(tokenizer, prompt)) + max_new_tokens if fit else None
     most = chosen if isinstance(chosen, int) else None
     loaded = load_sized(target, chosen, budget=budget, fit=fit, context=context, device=device, max_bits=most)
-    tokenizer = load_tokenizer(resolve(target))
     streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     result = generate(
         loaded,

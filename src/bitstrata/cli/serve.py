@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ..checkpoint import CheckpointReader, Plan
-from ..errors import UsageError
-from ..models import bits_name, choose_bits, load_tokenizer, parse_bits_or_plan, resolve
+from ..errors import InputError, UsageError
+from ..models import bits_name, check_text, choose_bits, end_tokens, load_tokenizer, parse_bits_or_plan, resolve
 from ..progress import Reporter
 from ..runtime import Engine, parse_policy
 from .output import DEVICE_OPTION
@@ -96,6 +96,11 @@ def command(
         )
     with bind(host, port) as bound:
         folder = resolve(target, kind="bitstrata checkpoint")
+        name = served_model_name or (folder.resolve().name if Path(target).is_dir() else target)
+        try:
+            check_text(name, "the name that the model is served under")
+        except InputError as error:
+            raise UsageError(error.message, hint="--served-model-name NAME, in UTF-8") from None
         if plans:
             checkpoint = CheckpointReader(folder)
             for made in plans.values():
@@ -106,7 +111,11 @@ def command(
             target, chosen, budget=budget, fit=fit, context=cache_tokens if fit else None, device=device
         )
         tokenizer = load_tokenizer(folder)
-        name = served_model_name or (folder.resolve().name if Path(target).is_dir() else target)
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in end_tokens(loaded):
+            reporter.note(
+                f"the tokenizer's end of text, {tokenizer.eos_token} ({tokenizer.eos_token_id}), is not among those of "
+                "generation_config.json and config.json; replies end at it too"
+            )
         settings = Settings(
             name=name,
             bits=default or chosen,

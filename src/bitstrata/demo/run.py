@@ -23,6 +23,7 @@ from ..models import load, load_tokenizer
 from ..progress import Reporter
 from ..quantize import quantize
 from ..runtime import Generation, continue_prompt
+from ..torch_state import ordinary_torch
 
 MODEL = Path(__file__).parent / "model"
 BITS = (2, 3, 4)
@@ -61,6 +62,7 @@ class Demo:
         return "\n\n".join(parts)
 
 
+@ordinary_torch()
 def demo(output: str | Path | None = None, *, reporter: Reporter | None = None) -> Demo:
     """Run the main job on the bundled model.
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibrate import evaluation_windows, read_text
+from .. import arguments
+from ..calibrate import evaluation_windows, given_tokens, read_text
 from ..checkpoint import CheckpointReader, Plan, is_checkpoint
 from ..errors import ModelError, TextError, UsageError
 from ..models import (
     bits_name,
+    check_vocabulary,
     context_limit,
     highest_bits,
     input_device,
@@ -27,6 +29,7 @@ from ..models.load import pick_device
 from ..nn import Precision, bits_state, multiplied_layers
 from ..planes import whole_number
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from .arithmetic import ARITHMETICS, Ran
 from .divergence import Measured, Tally
 from .report import BitsResult, Evaluation
@@ -35,6 +38,7 @@ TOKENS_PER_BATCH = 2048
 DEFAULT_SEQ_LEN = 2048
 
 
+@ordinary_torch()
 def evaluate(
     model: str | Path | PreTrainedModel,
     text: str | Path,
@@ -69,6 +73,10 @@ def evaluate(
     reporter = (reporter or Reporter()).fresh()
     if arithmetic not in (None, *ARITHMETICS):
         raise UsageError(f"arithmetic {arithmetic!r} is not known", hint=f"one of {', '.join(ARITHMETICS)}")
+    if seq_len is not None:
+        seq_len = arguments.number("seq_len", seq_len, 2, hint="tokens a window; leave it out for the usual length")
+    if max_tokens is not None:
+        max_tokens = arguments.number("max_tokens", max_tokens, 1, hint="leave it out to measure the whole text")
     documents = read_text(text, part="heldout")
     where = input_device(model) if isinstance(model, PreTrainedModel) else pick_device(device)
     asked = _asked(bits)
@@ -84,31 +92,27 @@ def evaluate(
     chosen: tuple[Precision, ...] = asked if asked is not None else state.supported or (state.default,)
     for value in chosen:
         state.check(value)
-    if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
     tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
     original = load_reference(reference, quantized, where)
     length = context_length(quantized, seq_len, reporter)
 
     batches = list(_batches(evaluation_windows(tokenizer, documents, length, max_tokens)))
+    given = given_tokens(tokenizer)
+    check_vocabulary((max(window) for batch in batches for window in batch), quantized.config, tokenizer)
     if not batches:
         raise TextError(f"{text} has no window of two tokens or more", hint="give a longer text")
     tallies = [Tally() for _ in chosen]
     baseline, ran = Tally(), Ran(quantized)
-    with (
-        torch.no_grad(),
-        torch.autocast(where.type, enabled=False),  # what is measured is the model, not the caller's mode
-        reporter.track("evaluating", len(batches), "batch") as steps,
-    ):
+    with torch.no_grad(), reporter.track("evaluating", len(batches), "batch") as steps:
         for windows in batches:
-            ids, real = _padded(windows, where)
-            targets, expected = ids[:, 1:][real[:, 1:]], None
+            ids, predicted = _padded(windows, given, where)
+            targets, expected = ids[predicted], None
             if original is not None:
-                expected = _logits(original, ids, real)
+                expected = _logits(original, ids, predicted)
                 baseline.add(expected, targets)
             for value, tally in zip(chosen, tallies, strict=True):
                 with state.using(value, arithmetic), ran.watching():
-                    tally.add(_logits(quantized, ids, real), targets, expected)
+                    tally.add(_logits(quantized, ids, predicted), targets, expected)
             steps.step()
 
     layers = multiplied_layers(quantized)
@@ -234,21 +238,24 @@ def _batches(windows: Iterator[list[int]]) -> Iterator[list[list[int]]]:
         yield pending
 
 
-def _padded(windows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids int64 [b, S], padded on the right with 0, and which of them are real: bool [b, S]."""
+def _padded(windows: list[list[int]], given: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [b, S], padded on the right with 0, and which of them are to be predicted: bool [b, S].
+
+    given: tokens at the start of each window that are not.
+    """
     longest = max(map(len, windows))
-    ids = torch.zeros(len(windows), longest, dtype=torch.int64, device="cpu")
-    real = torch.zeros(len(windows), longest, dtype=torch.bool, device="cpu")
+    ids = torch.zeros(len(windows), longest, dtype=torch.int64)
+    predicted = torch.zeros(len(windows), longest, dtype=torch.bool)
     for row, window in enumerate(windows):
-        ids[row, : len(window)] = torch.tensor(window, device="cpu")
-        real[row, : len(window)] = True
-    return ids.to(device), real.to(device)
+        ids[row, : len(window)] = torch.tensor(window)
+        predicted[row, given : len(window)] = True
+    return ids.to(device), predicted.to(device)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, real: Tensor) -> Tensor:
-    """Logits [s, vocab] that predict the real tokens after the first.
+def _logits(model: PreTrainedModel, ids: Tensor, predicted: Tensor) -> Tensor:
+    """Logits [s, vocab] from which the tokens marked in `predicted` are predicted.
 
     Padding is on the right and attention is causal, so real positions never see it.
     """
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits[:, :-1][real[:, 1:]]
+    return logits[:, :-1][predicted[:, 1:]]

@@ -9,6 +9,17 @@ from .modules import bytes_per_token, input_device
 from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
 from .resize import Resized, resize
 from .source import SourceModel, all_finite, context_limit, resolve
+from .tokens import (
+    Stops,
+    check_text,
+    check_vocabulary,
+    encode_body,
+    encode_prompt,
+    encode_turns,
+    end_tokens,
+    text_prefix,
+    vocabulary_size,
+)
 
 __all__ = [
     "BitstrataConfig",
@@ -19,13 +30,20 @@ __all__ = [
     "LinearInfo",
     "Resized",
     "SourceModel",
+    "Stops",
     "all_finite",
     "attach",
     "bits_name",
     "bytes_per_token",
+    "check_text",
+    "check_vocabulary",
     "choose_bits",
     "context_limit",
     "discover",
+    "encode_body",
+    "encode_prompt",
+    "encode_turns",
+    "end_tokens",
     "find_head",
     "fit_budget",
     "highest_bits",
@@ -37,4 +55,6 @@ __all__ = [
     "parse_target",
     "resize",
     "resolve",
+    "text_prefix",
+    "vocabulary_size",
 ]

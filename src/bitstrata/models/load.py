@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +19,11 @@ from transformers import (
 
 from ..checkpoint import Budget, CheckpointReader, Fingerprint, Plan, parse_budget
 from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
+from ..memory import is_out_of_memory
 from ..nn import Bits, RowBits, bits_state
 from ..planes import whole_number
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from .fit import fit_budget
 from .resize import Pages, Size
 from .source import first_line, resolve
@@ -65,6 +66,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+@ordinary_torch()
 def load(
     path_or_id: str | Path,
     bits: Bits | None = None,
@@ -181,20 +183,19 @@ def _build(
         else:
             config.quantization_config = _restricted(config.quantization_config, reader)
         model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-        # a default device of the caller's would count for more than the one asked for
-        elsewhere = torch.get_default_device().type != "cpu"
-        with torch.device("cpu") if elsewhere else nullcontext():
-            model, info = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=tensors,
-                dtype=dtype or config.dtype or torch.float32,
-                output_loading_info=True,
-                **placement,
-            )
-    except (BitstrataError, MemoryError, torch.OutOfMemoryError):
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype or config.dtype or torch.float32,
+            output_loading_info=True,
+            **placement,
+        )
+    except BitstrataError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{folder} does not fit the model that its config.json describes: {first_line(error)}",
             hint="the folder was changed after it was written; copy or download it again",

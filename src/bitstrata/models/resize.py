@@ -41,6 +41,7 @@ from ..errors import CheckpointError, PlanError, UsageError
 from ..nn import PlaneLinear, ResidentState, bits_state
 from ..planes import whole_number
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 
 Size = int | str | Path | Budget | Mapping[str, int]  # uniform bits, a budget, a plan or a plan's file
 
@@ -203,6 +204,7 @@ def pages_of(model: PreTrainedModel) -> Pages:
     return pages
 
 
+@ordinary_torch()
 def resize(model: PreTrainedModel, size: Size, *, reporter: Reporter | None = None) -> Resized:
     """Let a model that was loaded with a plan or a budget hold another: pages are read and dropped while it runs.
 

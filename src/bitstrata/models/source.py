@@ -6,7 +6,6 @@ Nothing here loads the whole model. Only safetensors files are read.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
@@ -21,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ..checkpoint import is_checkpoint
 from ..checkpoint.schema import SAFETENSORS_DTYPES
 from ..errors import ModelError
+from .watch import FileWatch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -74,6 +74,7 @@ class SourceModel:
         self.folder = folder
         if is_checkpoint(folder):
             raise ModelError(f"{folder} is already quantized by bitstrata", hint="quantize the original model instead")
+        self._watch = FileWatch(folder)
         self.config = self._read_config()
         self.files = self._read_files()
         self._stored: dict[str, str] = {}
@@ -83,6 +84,7 @@ class SourceModel:
             raise ModelError(
                 f"{self.folder} has no config.json", hint="pass the folder of a Hugging Face causal language model"
             )
+        self._watch.check("config.json")
         try:
             config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:
@@ -133,13 +135,15 @@ class SourceModel:
 
     def _open(self, file: str) -> safe_open:
         try:
-            return safe_open(str(self.folder / file), framework="pt")
+            opened = safe_open(str(self.folder / file), framework="pt")
         except FileNotFoundError:
             raise ModelError(f"shard {file} is missing from {self.folder}", hint="download the model again") from None
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{self.folder / file} is not a whole safetensors file: {error}", hint="download it again"
             ) from error
+        self._watch.check(file)
+        return opened
 
     def _keys(self, file: str) -> set[str]:
         return set(self._open(file).keys())
@@ -154,11 +158,11 @@ class SourceModel:
 
     def digests(self) -> dict[str, str]:
         """sha256 of the config and of every weight file, for provenance and for resuming safely."""
-        result = {}
-        for file in ["config.json", *sorted(set(self.files.values()))]:
-            with open(self.folder / file, "rb") as handle:
-                result[file] = hashlib.file_digest(handle, "sha256").hexdigest()
-        return result
+        return {file: self._watch.digest(file) for file in ["config.json", *sorted(set(self.files.values()))]}
+
+    def check_unchanged(self) -> None:
+        """Raise JobError, naming the file, unless all files are those that `digests` has seen."""
+        self._watch.check_all()
 
     def skeleton(self) -> PreTrainedModel:
         """The model with every parameter on meta; buffers such as rotary frequencies are real, fp32."""
@@ -222,8 +226,9 @@ class SourceModel:
     def rows(self, stored: str, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 of a stored tensor, copied out of the file."""
         with self._open(self.files[stored]) as file:
-            part: Tensor = file.get_slice(stored)[start:stop]
-            return part.clone()
+            part: Tensor = file.get_slice(stored)[start:stop].clone()
+        self._watch.check(self.files[stored])
+        return part
 
     def read(self, stored: str) -> Tensor:
         """A stored tensor, copied out of the file so that nothing stays mapped."""
@@ -236,6 +241,7 @@ class SourceModel:
             # opened anew for each stretch, so that only one stretch of the file is resident at a time
             with self._open(self.files[stored]) as file:
                 result[start : start + step] = file.get_slice(stored)[start : start + step]
+        self._watch.check(self.files[stored])
         return result
 
     def materialise(self, module: nn.Module, prefix: str, skip: Iterable[str] = ()) -> None:

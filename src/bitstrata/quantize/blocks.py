@@ -39,7 +39,12 @@ class BlockLoop:
         self.prepared, self.state, self.reporter, self.head = prepared, state, reporter, head
         self.settings = prepared.settings
         self.runner = BlockRunner(
-            prepared.source, prepared.model, prepared.discovery, self.settings.seq_len, self.settings.device
+            prepared.source,
+            prepared.model,
+            prepared.discovery,
+            self.settings.seq_len,
+            self.settings.device,
+            reporter.say,
         )
         self.layer_error: dict[str, dict[str, float]] = {}
         bits = self.settings.bits

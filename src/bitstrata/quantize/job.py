@@ -14,7 +14,7 @@ exactly the numbers the first run saw.
 One thing needs more: a method that weighs errors by gradients of the loss holds the whole model once,
 before the blocks (calibrate/fisher.py); what it finds is durable like a block.
 
-`sizes.memory_bytes` estimates the peak memory; the measured peak is in the report.
+`sizes.memory_need` estimates the peak memory; the measured peak is in the report.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointReader, TensorEntry, copy_file, is_checkpoint, write_checkpoint
+from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, copy_file, is_checkpoint, write_checkpoint
 from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, REPORT_FILE, guard_name
-from ..errors import BitstrataError, PreflightError, UsageError
+from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
+from ..memory import memory_errors
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 from .blocks import BlockLoop
 from .head import HeadPlanes
 from .preflight import Prepared, prepare
@@ -46,7 +49,13 @@ COPIED_FILES = (
     "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
+MORE_MEMORY = (
+    "end other programs and run the same command again: finished blocks are kept; or start over with a lower "
+    "--num-samples or --seq-len"
+)
 
+
+@ordinary_torch()
 def quantize(
     model: str | Path,
     output: str | Path,
@@ -59,7 +68,7 @@ def quantize(
     seq_len: int = 2048,
     preset: str = "default",
     head_bits: int | None = None,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     seed: int = 0,
     device: str = "auto",
     dry_run: bool = False,
@@ -80,7 +89,7 @@ def quantize(
         preset: fast (no calibration text), default, or best (slowest).
         head_bits: store the output head and the token embedding as planes too, at this one precision, 1..8;
             they run at it whatever bits a request asks for. They stay as they are by default.
-        skip: patterns of layer names to leave as they are (globs, or `re:` and a regular expression).
+        skip: one or several patterns of layer names to leave as they are (globs, or `re:` and a regular expression).
         seed: decides windows and training order.
         device: auto, cpu, cuda.
         dry_run: check and report what would be done; write nothing.
@@ -92,7 +101,7 @@ def quantize(
     Raises:
         PreflightError: everything wrong with the input, at once, before anything is written.
         JobError: the output holds an unfinished job that does not match.
-        ResourceError: the disk filled up; finished blocks are kept.
+        ResourceError: the disk or memory filled up; finished blocks are kept.
         CheckError: the result is not finite.
     """
     started = time.monotonic()
@@ -115,7 +124,8 @@ def quantize(
         head_bits=head_bits,
         problems=problems,
     )
-    prepared = prepare(settings, reporter, problems)
+    with memory_errors("while the model was checked", hint="end other programs, or lower --num-samples or --seq-len"):
+        prepared = prepare(settings, reporter, problems)
     settings = prepared.settings
     if dry_run:
         return _describe(prepared, reporter)
@@ -126,13 +136,14 @@ def quantize(
     spec = prepared.spec()
     state = JobState(settings.output, prepared.fingerprint, spec)
     try:
-        head = HeadPlanes(prepared, state, reporter)
-        head.run()
-        job = BlockLoop(prepared, state, reporter, head)
-        job.run_blocks()
-        job.refine()
-        report = make_report(prepared, job.measure(), {**job.layer_error, **head.layer_error}, reporter.notes)
-        _assemble(prepared, state, report)
+        with memory_errors("while quantizing", hint=MORE_MEMORY):
+            head = HeadPlanes(prepared, state, reporter)
+            head.run()
+            job = BlockLoop(prepared, state, reporter, head)
+            job.run_blocks()
+            job.refine()
+            report = make_report(prepared, job.measure(), {**job.layer_error, **head.layer_error}, reporter.notes)
+            _assemble(prepared, state, report)
     except BaseException:
         state.close()
         raise
@@ -161,6 +172,7 @@ def _assemble(prepared: Prepared, state: JobState, report: Report) -> None:
                 copy_file(path, output / path.name)
     config = read_json(source.folder / CONFIG_FILE)
     config["quantization_config"] = prepared.spec().model_dump(exclude_none=True)
+    source.check_unchanged()  # what is copied and written from here on is compared as it is read
     write_checkpoint(output, config, entries, report.saved())
 
 
@@ -170,8 +182,7 @@ def _already_done(prepared: Prepared, reporter: Reporter) -> Report | None:
     if not is_checkpoint(output):
         return None
     reader = CheckpointReader(output)
-    wanted = prepared.spec().model_dump(exclude_none=True)
-    changed = differences(reader.spec.model_dump(exclude_none=True), wanted)
+    changed = differences(_settings_of(reader.spec), _settings_of(prepared.spec()))
     if changed:
         raise PreflightError(
             [
@@ -183,22 +194,26 @@ def _already_done(prepared: Prepared, reporter: Reporter) -> Report | None:
         )
     reporter.say(f"{output} already holds the result of this command; nothing to do")
     shutil.rmtree(output / ".job", ignore_errors=True)
-    if not (output / REPORT_FILE).exists():  # a checkpoint may lack it
-        return _with_measures(make_report(prepared, {}, {}, reporter.notes), output, time.monotonic())
-    saved = read_json(output / REPORT_FILE)
-    return _with_measures(Report(output=str(output), **saved), output, time.monotonic())
+    report = make_report(prepared, {}, {}, reporter.notes)
+    if (output / REPORT_FILE).exists():  # a checkpoint may lack it
+        try:
+            report = report.with_saved(output / REPORT_FILE)
+        except CheckpointError as error:
+            reporter.note(f"{error.message}; measures are left out")
+            report = replace(report, notes=tuple(reporter.notes))
+    return _with_measures(report, output, time.monotonic())
+
+
+def _settings_of(spec: QuantizationSpec) -> dict[str, Any]:
+    """What a finished result was asked for. Versions do not count: they would not make another one of it now."""
+    found = spec.model_dump(exclude_none=True)
+    found.get("provenance", {}).pop("versions", None)
+    return found
 
 
 def _with_measures(report: Report, output: Path, started: float) -> Report:
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    return Report(
-        **{
-            **report.to_json(),
-            "total_bytes": size,
-            "seconds": time.monotonic() - started,
-            "peak_memory_bytes": _peak_memory(),
-        }
-    )
+    return replace(report, total_bytes=size, seconds=time.monotonic() - started, peak_memory_bytes=_peak_memory())
 
 
 def _peak_memory() -> int:
@@ -223,7 +238,7 @@ def _describe(prepared: Prepared, reporter: Reporter) -> Report:
         reporter.say(f"{entry.name}: {list(entry.shape)} stays as it is ({entry.reason})")
     reporter.say(
         f"dry run: {len(discovery.linears)} layers, {discovery.weight_count} weights; needs about "
-        f"{megabytes(prepared.disk_bytes)} of disk and {megabytes(prepared.memory_bytes)} of memory; "
+        f"{megabytes(prepared.disk_bytes)} of disk and {prepared.memory}; "
         "nothing was written"
     )
     return make_report(prepared, {}, {}, reporter.notes)

@@ -10,12 +10,15 @@ import dataclasses
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import shown
 from ..errors import UsageError
+from ..planes import whole_number
 from ..planes.weights import Kind, PlaneWeight
 from .grouping import check_weight, join_rows, row_chunks
 
@@ -151,10 +154,12 @@ def make_method(name: str, preset: str, overrides: Mapping[str, str | Any]) -> M
     Raises UsageError for an unknown method, preset or option, or a value of the wrong type.
     """
     known = methods()
-    if name not in known:
-        raise UsageError(f"unknown method {name!r}", hint=f"methods: {', '.join(sorted(known))}")
+    if not isinstance(name, str) or name not in known:
+        raise UsageError(f"unknown method {shown(name)}", hint=f"methods: {', '.join(sorted(known))}")
     if preset not in PRESETS:
-        raise UsageError(f"unknown preset {preset!r}", hint=f"presets: {', '.join(PRESETS)}")
+        raise UsageError(f"unknown preset {shown(preset)}", hint=f"presets: {', '.join(PRESETS)}")
+    if not isinstance(overrides, Mapping):
+        raise UsageError(f"options must be a dictionary, got {shown(overrides)}", hint='such as {"steps": 500}')
     method = known[name]
     values: dict[str, Any] = dict(method.presets.get(preset, {}))
     fields = {field.name: field for field in dataclasses.fields(method.options_type)}
@@ -171,7 +176,10 @@ def make_method(name: str, preset: str, overrides: Mapping[str, str | Any]) -> M
 def _convert(what: str, value: Any, default: Any) -> Any:
     wanted = type(default)
     if not isinstance(value, str):
-        if type(value) is wanted or (wanted is float and type(value) is int):
+        whole = whole_number(value)
+        if wanted is int and whole is not None:
+            return whole
+        if type(value) is wanted or (wanted is float and (whole is not None or isinstance(value, Real))):
             return wanted(value)
     elif wanted is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"
@@ -180,4 +188,4 @@ def _convert(what: str, value: Any, default: Any) -> Any:
             return wanted(value)
         except ValueError:
             pass
-    raise UsageError(f"{what} must be {wanted.__name__}, got {value!r}", hint=f"the default is {default}")
+    raise UsageError(f"{what} must be {wanted.__name__}, got {shown(value)}", hint=f"the default is {default}")

@@ -7,26 +7,31 @@ problems. Nothing is written.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibrate import Windows, calibration_windows, read_text, text_digest
+from ..arguments import shown
+from ..calibrate import BlockRunner, Windows, calibration_windows, read_text, text_digest
 from ..checkpoint import LayerSpec, QuantizationSpec, format_version, is_checkpoint
+from ..checkpoint.writer import TEMPORARY
 from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
+from ..memory import free_memory
 from ..models import (
     Discovery,
     HeadLayer,
     SourceModel,
     all_finite,
+    check_vocabulary,
     context_limit,
     discover,
     find_head,
@@ -37,10 +42,11 @@ from ..progress import Reporter
 from ..version import __version__
 from .grouping import check_weight
 from .settings import Settings
-from .sizes import disk_bytes, megabytes, memory_bytes
+from .sizes import MemoryNeed, disk_bytes, megabytes, memory_need
 from .state import JOB_FOLDER, is_job
 
 HELDOUT_WINDOWS = 16
+LONGEST_FILE = f"{JOB_FOLDER}/refined-000000.safetensors{TEMPORARY}"  # below the output
 _Value = TypeVar("_Value")
 
 
@@ -61,7 +67,7 @@ class Prepared:
     common: dict[str, str]
     fingerprint: dict[str, Any]
     disk_bytes: int
-    memory_bytes: int
+    memory: MemoryNeed
     head: tuple[HeadLayer, ...] = ()
 
     @property
@@ -150,10 +156,13 @@ def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataE
         common,
         {},
         disk_bytes(settings, source, discovery, head, common),
-        memory_bytes(settings, model, discovery, head, windows),
+        memory_need(settings, model, discovery, head, windows),
         head,
     )
     problems.found.extend(_check_resources(prepared))
+    if not problems.found and windows is not None:  # it takes memory, and a model that is whole
+        runner = BlockRunner(source, model, discovery, settings.seq_len, settings.device)
+        problems.attempt(lambda: runner.check(windows.heldout[:1]))
     if problems.found:
         raise PreflightError(problems.found)
     fingerprint = {
@@ -197,17 +206,37 @@ def _discover(model: PreTrainedModel, skip: Sequence[str], problems: _Problems) 
 
 
 def _check_output(settings: Settings) -> None:
-    output = settings.output
+    output, another = settings.output, "choose another folder for -o"
+    try:
+        str(output).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the name {str(output)!a} is not UTF-8, so its files could not be read", hint=another
+        ) from error
+    try:
+        for name in (output / LONGEST_FILE, *(_existing(output) / part for part in output.parts)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.lstat(name)  # raises for a name that is too long, or that may not be looked at
+        ours = is_job(output) or is_checkpoint(output)
+        used = output.is_dir() and any(output.iterdir())
+    except (OSError, ValueError) as error:  # a zero byte is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{shown(str(output), 300)} cannot be used: {reason}", hint=another) from error
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file", hint="give a folder to -o")
-    ours = is_job(output) or is_checkpoint(output)
-    if output.is_dir() and any(output.iterdir()) and not ours:
-        raise UsageError(
-            f"{output} exists and was not made by bitstrata; it is left alone", hint="choose another folder for -o"
-        )
-    parent = next((path for path in [output, *output.absolute().parents] if path.exists()), Path("/"))
+    if used and not ours:
+        raise UsageError(f"{output} exists and was not made by bitstrata; it is left alone", hint=another)
+    for path in [output, *output.absolute().parents]:
+        if os.path.islink(path) and not path.exists():
+            raise UsageError(f"{path} is a link to {os.readlink(path)}, which is not there", hint="make that folder")
+    parent = _existing(output)
     if not parent.is_dir():
-        raise UsageError(f"{parent} is not a folder, so {output} cannot be made", hint="choose another folder for -o")
+        raise UsageError(f"{parent} is not a folder, so {output} cannot be made", hint=another)
+
+
+def _existing(output: Path) -> Path:
+    """The output, or the nearest folder above it that exists."""
+    return next((path for path in [output, *output.absolute().parents] if os.path.exists(path)), Path("/"))
 
 
 def _windows(
@@ -226,13 +255,8 @@ def _windows(
         num_heldout=HELDOUT_WINDOWS,
         seed=settings.seed,
     )
-    vocabulary = source.config.get_text_config(decoder=True).vocab_size
-    largest = max(int(part.max()) for part in (windows.calibration, windows.heldout) if part.numel())
-    if largest >= vocabulary:
-        raise ModelError(
-            f"the tokenizer of {source.folder} gives token {largest}, the model knows {vocabulary} tokens",
-            hint="put the model's own tokenizer into its folder",
-        )
+    parts = (windows.calibration, windows.heldout)
+    check_vocabulary((int(part.max()) for part in parts if part.numel()), source.config, tokenizer)
     if len(windows.calibration) < wanted:
         reporter.note(
             f"the calibration text gives {len(windows.calibration)} windows of {settings.seq_len} tokens, "
@@ -303,9 +327,8 @@ def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantiz
 def _check_resources(prepared: Prepared) -> list[BitstrataError]:
     problems: list[BitstrataError] = []
     output = prepared.settings.output
-    place = next(path for path in [output, *output.absolute().parents] if path.exists())
-    free = shutil.disk_usage(place).free
-    started = (output / JOB_FOLDER).is_dir()
+    free = shutil.disk_usage(_existing(output)).free
+    started = os.path.isdir(output / JOB_FOLDER)
     if free < prepared.disk_bytes and not started:
         problems.append(
             ResourceError(
@@ -313,13 +336,18 @@ def _check_resources(prepared: Prepared) -> list[BitstrataError]:
                 hint="free some space or choose another folder for -o",
             )
         )
-    available = psutil.virtual_memory().available
-    if available < prepared.memory_bytes:
-        gradients = prepared.settings.method.needs_fisher
-        problems.append(
-            ResourceError(
-                f"the job needs about {megabytes(prepared.memory_bytes)} of memory, {megabytes(available)} are free",
-                hint="lower --num-samples or --seq-len" + (", or use --preset fast: no gradients" if gradients else ""),
+    device, need = prepared.settings.device, prepared.memory
+    places = [("cpu", "memory", need.main)] + ([(str(device), "GPU memory", need.gpu)] if need.gpu else [])
+    for where, kind, needed in places:
+        available = free_memory(where)
+        if available < needed:
+            gradients = prepared.settings.method.needs_fisher
+            problems.append(
+                ResourceError(
+                    f"the job needs about {megabytes(needed)} of {kind}, {megabytes(available)} are free",
+                    hint="lower --num-samples or --seq-len"
+                    + (", or use --preset fast: no gradients" if gradients else "")
+                    + (", or --device cpu" if kind == "GPU memory" else ""),
+                )
             )
-        )
     return problems

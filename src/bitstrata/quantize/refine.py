@@ -129,7 +129,10 @@ def refine(
         replaced |= {
             f"{name}.weight": (weight.T if name in transposed else weight) for name, weight in student.weights()
         }
-        return _logits(functional_call(model, replaced, (), {"input_ids": tokens, "use_cache": False}))
+        # a quantized head that is tied has both its names in `fixed`
+        return _logits(
+            functional_call(model, replaced, (), {"input_ids": tokens, "use_cache": False}, tie_weights=False)
+        )
 
     def divergence(student: _Student) -> float:
         total = 0.0

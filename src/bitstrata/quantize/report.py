@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
+from ..checkpoint.reader import read_json
+from ..errors import CheckpointError
 from ..evaluate import Measured
 from ..evaluate.report import optional, percent, render
 from .preflight import Prepared
@@ -23,6 +28,39 @@ USELESS_TOP1 = 0.5
 # Of what guessing tokens at random loses. Models lose 0.15 to 0.3 of it on text of their own kind, and 0.6 to 1.4 on
 # foreign text: TinyStories models on Wikipedia and Python, a Python model on TinyStories and Wikipedia.
 FOREIGN_TEXT = 0.5
+
+# of a report: what is not saved, because it is not the same for equal inputs
+VOLATILE = {"output", "seconds", "peak_memory_bytes", "total_bytes"}
+
+
+class _Row(BaseModel):
+    bits: int
+    bpw_read: float = 0.0
+    bytes: int = 0
+    nll: float | None = None
+    kld: float | None = None
+    top1_agreement: float | None = None
+    rtn: dict[str, float | None] | None = None
+    verdict: str = ""
+
+
+class _LeftOut(BaseModel):
+    name: str
+    shape: list[int]
+    reason: str
+
+
+class _Saved(BaseModel):
+    """What is read of a `bitstrata_report.json`; only what it does hold is used."""
+
+    reference: dict[str, float] | None = None
+    heldout_tokens: int = 0
+    results: list[_Row] = []
+    layer_error: dict[str, dict[str, float]] = {}
+    left_out: tuple[_LeftOut, ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+    text_warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +93,26 @@ class Report:
 
     def saved(self) -> dict[str, Any]:
         """What goes into `bitstrata_report.json`."""
-        volatile = {"output", "seconds", "peak_memory_bytes", "total_bytes"}
-        return {key: value for key, value in self.to_json().items() if key not in volatile}
+        return {key: value for key, value in self.to_json().items() if key not in VOLATILE}
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
+
+    def with_saved(self, path: Path) -> Report:
+        """This report with the measures that an earlier run, of whatever version, saved in `path`.
+
+        What is not there or not known stays as it is here. Raises CheckpointError if it is no report.
+        """
+        saved = read_json(path)
+        try:
+            found = _Saved.model_validate(saved).model_dump(exclude_unset=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"{path} is not a report: {place}: {first['msg']}") from error
+        rows = {row["bits"]: row for row in found.pop("results", [])}
+        results = tuple({**row, **rows.get(row["bits"], {})} for row in self.results)
+        return replace(self, results=results, **found)
 
     def __str__(self) -> str:
         rows = []

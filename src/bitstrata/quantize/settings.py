@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 
+from .. import arguments
 from ..errors import BitstrataError, PreflightError, UsageError
 from ..models.load import pick_device
 from ..nn import parse_bits
+from ..planes import whole_number
 from ..planes.weights import MAX_BITS
 from .method import Method, make_method
 from .rtn import RTN
+
+MODEL_HINT = "give a folder or a hub id; a model in memory: save_pretrained writes such a folder"
+TEXT_HINT = "write the texts into a file, separated by <|endoftext|>, and give its name"
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Settings:
         calibration: str | Path | None,
         num_samples: int,
         seq_len: int,
-        skip: Sequence[str],
+        skip: str | Sequence[str],
         seed: int,
         device: str,
         head_bits: int | None = None,
@@ -71,28 +76,25 @@ class Settings:
                 problems.append(error)
                 return fallback
 
+        # without these nothing else can be looked at
+        source = attempt(lambda: arguments.path("the model", model, hint=MODEL_HINT), None)
+        target = attempt(lambda: arguments.path("the output", output, hint="give the folder to make"), None)
         parsed_bits = attempt(lambda: parse_bits(bits), (4,))
         parsed_method = attempt(lambda: make_method(method, preset, options), RTN())
         parsed_device = attempt(lambda: pick_device(device), torch.device("cpu"))
 
-        def number(name: str, value: int, least: int, usual: int) -> int:
-            if least <= value < 2**63:
-                return value
-            problems.append(
-                UsageError(f"--{name} must be at least {least}, got {value}", hint=f"the default is {usual}")
-            )
-            return usual
+        def number(name: str, value: object, least: int, usual: int) -> int:
+            hint = f"the default is {usual}"
+            return int(attempt(lambda: arguments.number(f"--{name}", value, least, hint=hint), usual))
 
         group_size, num_samples = number("group-size", group_size, 1, 128), number("num-samples", num_samples, 1, 128)
         seq_len, seed = number("seq-len", seq_len, 2, 2048), number("seed", seed, 0, 0)
-        if head_bits is not None and (type(head_bits) is not int or not 1 <= head_bits <= MAX_BITS):
-            problems.append(
-                UsageError(
-                    f"--head-bits must be a whole number from 1 to {MAX_BITS}, got {head_bits!r}",
-                    hint="4 to 8 are usual; leave it out to keep the output head and the embedding as they are",
-                )
-            )
-            head_bits = None
+        if head_bits is not None:
+            head_bits = attempt(lambda: _head_bits(head_bits), None)
+        text = None
+        if calibration is not None:
+            text = attempt(lambda: arguments.path("--calibration", calibration, hint=TEXT_HINT), None)
+        skip = attempt(lambda: _patterns(skip), ())
         bad = dict(_bad_patterns(skip))
         problems.extend(bad.values())
         skip = [pattern for pattern in skip if pattern not in bad]
@@ -110,12 +112,11 @@ class Settings:
                     hint="give --calibration FILE (or the built-in text `stdlib`), or use --preset fast",
                 )
             )
-        if problems and raising:
+        if problems and (raising or source is None or target is None):
             raise PreflightError(problems)
-        text = None if calibration is None else str(calibration)
         return cls(
-            str(model),
-            Path(output),
+            source,
+            Path(target),
             parsed_bits,
             parsed_method,
             preset,
@@ -144,6 +145,26 @@ class Settings:
             "device": self.device.type,
             **({} if self.head_bits is None else {"head_bits": self.head_bits}),
         }
+
+
+def _head_bits(value: object) -> int:
+    found = whole_number(value)
+    if found is None or not 1 <= found <= MAX_BITS:
+        raise UsageError(
+            f"--head-bits must be a whole number from 1 to {MAX_BITS}, got {arguments.shown(value)}",
+            hint="4 to 8 are usual; leave it out to keep the output head and the embedding as they are",
+        )
+    return found
+
+
+def _patterns(skip: object) -> tuple[str, ...]:
+    """One pattern, or several."""
+    if isinstance(skip, str):
+        return (skip,)
+    found = tuple(skip) if isinstance(skip, Iterable) else (None,)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise UsageError(f"--skip must be patterns of names, got {arguments.shown(skip)}", hint='such as "*.down_proj"')
+    return found
 
 
 def _bad_patterns(skip: Sequence[str]) -> Iterator[tuple[str, UsageError]]:

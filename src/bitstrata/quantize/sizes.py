@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +14,24 @@ from ..planes import words_per_row
 from ..planes.weights import decoder_bytes
 from .settings import Settings
 
+# What names, shapes and digests take, at most: of a tensor in the headers of its parts and of its shard, and in the
+# index; of a layer in config.json and the report.
+TENSOR_TEXT = 640
+LAYER_TEXT = 1024
+# files of these kinds are weights in other formats; what else lies beside a model may be copied
+WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """An estimate of a job's peak, in bytes: main memory, and the memory of the GPU it runs on, if it does."""
+
+    main: int
+    gpu: int = 0
+
+    def __str__(self) -> str:
+        return f"{megabytes(self.main)} of memory" + (f" and {megabytes(self.gpu)} of GPU memory" if self.gpu else "")
+
 
 def disk_bytes(
     settings: Settings,
@@ -21,31 +40,46 @@ def disk_bytes(
     head: Sequence[HeadLayer],
     common: dict[str, str],
 ) -> int:
-    """Finished blocks, head and embedding in the job folder, plus the checkpoint made from them."""
-    method, quantized = settings.method, 0
+    """The most that the output takes at a time, just before the job folder is removed:
+
+    finished blocks, head and embedding + tuned decoders + gradients, in the job folder
+    + the checkpoint: all planes, one set of decoders, unquantized tensors, files beside the weights.
+    """
+    method, planes, decoders = settings.method, 0, 0
     for linear in discovery.linears:
         rows, columns = linear.out_features, linear.in_features
-        quantized += rows * words_per_row(columns) * 4 * settings.bits[-1]
+        planes += rows * words_per_row(columns) * 4 * settings.bits[-1]
         for bits in settings.bits:
-            quantized += decoder_bytes(method.decoder_kind(settings.bits), bits, rows, columns, settings.group_size)
+            decoders += decoder_bytes(method.decoder_kind(settings.bits), bits, rows, columns, settings.group_size)
+    whole = 0  # layers with one precision
     if settings.head_bits is not None:
-        head_bpw = settings.head_bits / 8 + (settings.head_bits + 1) * 2 / settings.group_size
-        quantized += int(sum(layer.in_features * layer.out_features for layer in head) * head_bpw)
+        for layer in head:
+            rows, columns = layer.out_features, layer.in_features
+            whole += rows * words_per_row(columns) * 4 * settings.head_bits
+            whole += decoder_bytes("affine", settings.head_bits, rows, columns, settings.group_size)
     copied = 0
     for stored in common.values():
         dtype, shape = source.spec(stored)
         copied += torch.Size(shape).numel() * dtype.itemsize
-    return 2 * quantized + copied + (4 * discovery.weight_count if method.needs_fisher else 0)
+    beside = [path for path in source.folder.iterdir() if path.is_file() and path.suffix not in WEIGHT_FILES]
+    copied += sum(path.stat().st_size for path in beside)
+    tensors = len(discovery.linears) * (settings.bits[-1] + 3 * len(settings.bits)) + len(common)
+    tensors += len(head) * ((settings.head_bits or 0) + 3)
+    layers = len(discovery.linears) + len(head) + len(discovery.left_out)
+    text = tensors * TENSOR_TEXT + layers * LAYER_TEXT
+    tuned = decoders if method.tuning is not None else 0
+    gradients = 4 * discovery.weight_count if method.needs_fisher else 0
+    return 2 * (planes + decoders + whole) + tuned + gradients + copied + text
 
 
-def memory_bytes(
+def memory_need(
     settings: Settings,
     model: PreTrainedModel,
     discovery: Discovery,
     head: Sequence[HeadLayer],
     windows: Windows | None,
-) -> int:
-    """An estimate of the peak, in bytes:
+) -> MemoryNeed:
+    """An estimate of the peak:
 
     max(weights outside the blocks in fp32 + a quantized head in fp32 and its planes, largest block in fp32 x 4)
     + hidden states: windows x seq_len x hidden x 4 bytes x (2 + 2 x bits)
@@ -54,7 +88,8 @@ def memory_bytes(
     + what solving the largest layer takes (Method.layer_bytes)
 
     or, if that is more, what gradients of the whole model take (calibrate/fisher.py), or tuning it (refine.py).
-    The interpreter and its libraries, about 0.4 GB, come on top.
+    The interpreter and its libraries, about 0.4 GB, come on top. On a GPU all but the hidden states is there; main
+    memory holds those, and what is on its way: whatever of the model is in memory at a time, in fp32.
     """
     inside: dict[str, int] = dict.fromkeys(discovery.blocks, 0)
     outside = 0
@@ -65,6 +100,7 @@ def memory_bytes(
         else:
             inside[block] += parameter.numel() * 4
     # the final check holds the original head and the decoded one; decoding needs the planes at 1 byte a weight or less
+    whole = outside + sum(inside.values())
     outside += max((5 * layer.in_features * layer.out_features for layer in head), default=0)
     hidden = 0
     if windows is not None:
@@ -83,7 +119,12 @@ def memory_bytes(
         for linear in discovery.linears
     )
     gradients = fisher_bytes(model, discovery, settings.seq_len) if settings.method.needs_fisher else 0
-    return max(blocks, gradients, _tuning_bytes(settings, model, discovery)) + hidden
+    tuning = _tuning_bytes(settings, model, discovery)
+    work = max(blocks, gradients, tuning)
+    if settings.device.type == "cpu":
+        return MemoryNeed(work + hidden)
+    on_its_way = whole if gradients or tuning else max(outside, *inside.values())
+    return MemoryNeed(on_its_way + hidden, work)
 
 
 def _tuning_bytes(settings: Settings, model: PreTrainedModel, discovery: Discovery) -> int:

@@ -1,7 +1,8 @@
 """The durable state of a job: `OUT/.job/` with its fingerprint and one file a finished part.
 
-A block's file appears by rename after a sync, so it is whole or absent. A job is continued only by
-a command with the same fingerprint: arguments, model, text and versions.
+A part's file appears by rename after a sync, so it is whole or absent, and ends in its own digest, which is compared
+before the part is used. A job is continued only by a command with the same fingerprint: arguments, model, text and
+versions.
 """
 
 from __future__ import annotations
@@ -15,10 +16,19 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoint import QuantizationSpec, TensorEntry, entries_of, remove_leftovers, write_json, write_safetensors
-from ..checkpoint.schema import SAFETENSORS_DTYPES, TensorSpec
+from ..checkpoint import (
+    QuantizationSpec,
+    TensorEntry,
+    entries_of,
+    has_right_seal,
+    remove_leftovers,
+    write_json,
+    write_safetensors,
+)
+from ..checkpoint.schema import SAFETENSORS_DTYPES, TensorSpec, is_plane
 from ..checkpoint.writer import TEMPORARY
 from ..errors import JobError, disk_errors
+from ..memory import is_out_of_memory
 from ..planes.weights import PlaneWeight, make_decoder
 
 JOB_FOLDER = ".job"
@@ -44,6 +54,7 @@ class JobState:
 
     def __init__(self, output: Path, fingerprint: dict[str, Any], spec: QuantizationSpec) -> None:
         self.output, self.folder, self.spec = output, output / JOB_FOLDER, spec
+        self._sound: set[Path] = set()  # files whose digest this process has compared
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
@@ -66,20 +77,24 @@ class JobState:
         if path.exists():
             try:
                 found = json.loads(path.read_text())
-            except ValueError as error:
+            except (ValueError, RecursionError, OSError) as error:
                 raise JobError(
                     f"{path} is not readable: {error}", hint=f"delete {self.folder} to start over"
                 ) from error
             changed = differences(found, wanted)
             if changed:
+                versions = all(line.startswith("versions.") for line in changed)
                 raise JobError(
-                    f"{self.output} holds an unfinished job with other settings: " + "; ".join(changed),
-                    hint=f"repeat the command that started it, choose another -o, or delete {self.folder}",
+                    f"{self.output} holds an unfinished job with other {'versions' if versions else 'settings'}: "
+                    + "; ".join(changed),
+                    hint=("install these versions again" if versions else "repeat the command that started it")
+                    + f", choose another -o, or delete {self.folder}",
                 )
         for folder in (self.folder, self.output):
             remove_leftovers(folder)
         if not path.exists():
             write_json(path, wanted)
+        self._look()
 
     def close(self) -> None:
         self._lock.release()
@@ -87,7 +102,7 @@ class JobState:
     def finish(self) -> None:
         """The checkpoint is written: the job folder is no longer needed."""
         for path in self.folder.iterdir():
-            if path.name != "lock":
+            if path.name != "lock" and path.is_file():
                 path.unlink(missing_ok=True)
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -99,38 +114,43 @@ class JobState:
     def _refined(self, block: int) -> Path:
         return self.folder / f"refined-{block:04d}.safetensors"
 
-    def _path(self, part: Part) -> Path:
-        return self._refined(part) if isinstance(part, int) and self.refined else self._file(part)
+    def _home(self, part: Part, tensor: str) -> Path:
+        if isinstance(part, int) and self.refined and not is_plane(tensor):
+            return self._refined(part)
+        return self._file(part)
 
-    @property
-    def refined(self) -> bool:
-        """Whether every finished block has a refined result, which then stands for it."""
+    def _look(self) -> None:
+        """Note whether every finished block has tuned decoders, which then stand for its own (`refined`)."""
         solved = sum(1 for _ in self.folder.glob("block-*.safetensors"))
-        return 0 < solved == sum(1 for _ in self.folder.glob("refined-*.safetensors"))
+        self.refined = 0 < solved == sum(1 for _ in self.folder.glob("refined-*.safetensors"))
 
     def has(self, part: Part) -> bool:
         return self._file(part).exists()
 
     def save(self, block: Part, weights: dict[str, PlaneWeight]) -> None:
         """Make a block's result durable; `weights` by full layer name."""
-        entries = [entry for name, weight in weights.items() for entry in entries_of(name, weight)]
-        write_safetensors(self._file(block), entries)
+        self._write(self._file(block), _entries(weights))
+        self._look()
 
     def save_refined(self, block: int, weights: dict[str, PlaneWeight]) -> None:
-        """Make a block's tuned result durable; it counts once every block has one."""
-        entries = [entry for name, weight in weights.items() for entry in entries_of(name, weight)]
-        write_safetensors(self._refined(block), entries)
+        """Make a block's tuned decoders durable; its planes stay as they were. They count once every block has some."""
+        self._write(self._refined(block), [entry for entry in _entries(weights) if not is_plane(entry.name)])
+        self._look()
 
     def save_tensors(self, part: Part, tensors: dict[str, Tensor]) -> None:
         """Make tensors that are not part of the result durable."""
-        write_safetensors(self._path(part), [TensorEntry.of(name, tensor) for name, tensor in tensors.items()])
+        self._write(self._file(part), [TensorEntry.of(name, tensor) for name, tensor in tensors.items()])
+
+    def _write(self, path: Path, entries: list[TensorEntry]) -> None:
+        self._sound.discard(path)
+        write_safetensors(path, entries, sealed=True)
 
     def load_tensors(self, part: Part, names: list[str]) -> dict[str, Tensor]:
-        """Some of the tensors of `part`. Raises JobError if the file does not hold them."""
+        """Some of the tensors of `part`. Raises JobError if its file is damaged."""
         return {name: self._read(part, name) for name in names}
 
     def load(self, block: Part, layers: list[str]) -> dict[str, PlaneWeight]:
-        """The finished block's layers. Raises JobError if the file does not hold them."""
+        """The finished block's layers. Raises JobError if its files are damaged."""
         return {name: self._layer(block, name) for name in layers}
 
     def _layer(self, block: Part, name: str) -> PlaneWeight:
@@ -144,28 +164,49 @@ class JobState:
                 self.spec.layer_group_size(name),
             )
         except ValueError as error:
-            raise self._damaged(block, error) from error
+            raise _damaged(self._file(block), error) from error
 
     def _read(self, block: Part, tensor: str) -> Tensor:
+        path = self._home(block, tensor)
+        self._check(path)
         try:
-            with safe_open(str(self._path(block)), framework="pt") as file:
+            with safe_open(str(path), framework="pt") as file:
                 value: Tensor = file.get_tensor(tensor)
                 return value.clone()
         except (SafetensorError, OSError) as error:
-            raise self._damaged(block, error) from error
+            if is_out_of_memory(error):
+                raise
+            raise _damaged(path, error) from error
 
-    def _damaged(self, block: Part, error: Exception) -> JobError:
-        return JobError(
-            f"{self._path(block)} is damaged: {error}", hint="delete that file and run the same command again"
-        )
+    def _check(self, path: Path) -> None:
+        """Compare the file with its digest, once."""
+        if path in self._sound:
+            return
+        try:
+            sound = has_right_seal(path)
+        except OSError as error:
+            raise _damaged(path, error) from error
+        if not sound:
+            raise _damaged(path, "its bytes are not those that were written")
+        self._sound.add(path)
 
     def entries(self, block: Part, layers: list[str]) -> list[TensorEntry]:
-        """The block's tensors as entries that are read only when they are written."""
+        """The block's tensors as entries that are read only when they are written; its files are compared anew."""
 
         def entry(name: str, spec: TensorSpec) -> TensorEntry:
             return TensorEntry(name, SAFETENSORS_DTYPES[spec[0]], spec[1], lambda: self._read(block, name))
 
-        return [entry(full, spec) for name in layers for full, spec in self.spec.layer_tensors(name).items()]
+        tensors = {full: spec for name in layers for full, spec in self.spec.layer_tensors(name).items()}
+        self._sound -= {self._home(block, name) for name in tensors}
+        return [entry(name, spec) for name, spec in tensors.items()]
+
+
+def _entries(weights: dict[str, PlaneWeight]) -> list[TensorEntry]:
+    return [entry for name, weight in weights.items() for entry in entries_of(name, weight)]
+
+
+def _damaged(path: Path, why: object) -> JobError:
+    return JobError(f"{path} is damaged: {why}", hint="delete that file and run the same command again")
 
 
 def differences(found: Any, wanted: Any, where: str = "") -> list[str]:

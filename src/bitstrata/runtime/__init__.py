@@ -1,9 +1,9 @@
 """Running a quantized model: text generation, many requests in one batch, and what can run here."""
 
 from .batching import Engine, EngineStats, Event, Finished, Handle, Request, Token
-from .conversation import Conversation, encode_turns
+from .conversation import Conversation
 from .environment import Environment, env
-from .generation import Generation, continue_prompt, encode_prompt, generate
+from .generation import Generation, continue_prompt, generate
 from .inspection import Inspection, inspect
 from .policy import POLICIES, EntropyPolicy, LoadPolicy, Policy, PositionPolicy, parse_policy
 
@@ -25,8 +25,6 @@ __all__ = [
     "Request",
     "Token",
     "continue_prompt",
-    "encode_prompt",
-    "encode_turns",
     "env",
     "generate",
     "inspect",

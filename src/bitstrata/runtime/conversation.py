@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ..errors import UsageError
+from ..errors import InputError
+from ..models import check_text, encode_turns
 from ..nn import Precision, bits_state
 from ..progress import Reporter
-from .generation import Generation, continue_tokens, encode_prompt
+from .generation import Generation, continue_tokens
 
 
 class Conversation:
     """Turns of a user and a model.
 
     With the tokenizer's chat template where there is one. A base model without one continues the text as a
-    whole: what the user says is simply what comes next.
+    whole: what the user says is simply what comes next. Control tokens that a turn spells are text (models/tokens.py).
 
     Args:
         bits: of the next replies; the model's highest if None. Set `bits` to change them.
@@ -28,6 +28,7 @@ class Conversation:
     Raises:
         UnsupportedBitsError: bits that the model does not have.
         UsageError: a system instruction without a chat template.
+        InputError: a system instruction that is no text, or that the chat template does not take.
     """
 
     def __init__(
@@ -46,8 +47,8 @@ class Conversation:
         if bits is not None:
             self.bits = bits
         self.has_template = bool(tokenizer.chat_template)
-        if system is not None and not self.has_template:
-            raise _no_system()
+        if system is not None:
+            _check_system(tokenizer, system)
         self.system = system
         self._settings = {"max_new_tokens": 256, **settings, "reporter": reporter or Reporter()}
         self._turns: list[dict[str, str]] = []
@@ -74,7 +75,8 @@ class Conversation:
     def reply(self, text: str, streamer: BaseStreamer | None = None) -> Generation:
         """The model's answer to `text`, at `bits`.
 
-        Raises InputError if the context is full; the turn is then dropped.
+        Raises InputError if `text` is no text, the chat template refuses it or the context is full. The turn is then
+        dropped, as it is if anything else ends the reply.
         """
         turns = [*self._turns, {"role": "user", "content": text}]
         settings = {**self._settings, "bits": self.bits, "streamer": streamer}
@@ -87,25 +89,10 @@ class Conversation:
         return result
 
 
-def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]]) -> list[int]:
-    """The tokens of `turns`, each with a `role` and a `content`, up to where the model answers.
-
-    By the tokenizer's chat template; without one the text of all turns, one after the other.
-
-    Raises:
-        UsageError: a system instruction without a chat template.
-        InputError: nothing to continue.
-        Exception: whatever the template raises for turns that it does not take.
-    """
-    if tokenizer.chat_template:
-        return list(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False))  # type: ignore[arg-type]
-    if any(turn["role"] == "system" for turn in turns):
-        raise _no_system()
-    return encode_prompt(tokenizer, "".join(turn["content"] for turn in turns))
-
-
-def _no_system() -> UsageError:
-    return UsageError(
-        "a system instruction needs a chat template, and this tokenizer has none",
-        hint="leave it out: the model continues text, it was not trained to be instructed",
-    )
+def _check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
+    """Raise what the first reply would raise because of the instruction `system`."""
+    check_text(system, "the system instruction")
+    try:
+        encode_turns(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": "?"}])
+    except InputError as error:
+        raise InputError(error.message, hint=error.hint or "leave the system instruction out") from error

@@ -15,8 +15,11 @@ from ..checkpoint import Plan
 from ..errors import InputError, UsageError
 from ..models import (
     bits_name,
+    check_vocabulary,
     choose_bits,
     context_limit,
+    encode_prompt,
+    end_tokens,
     highest_bits,
     input_device,
     load,
@@ -25,6 +28,7 @@ from ..models import (
 )
 from ..nn import Precision, bits_state
 from ..progress import Reporter
+from ..torch_state import ordinary_torch
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class _Clock(BaseStreamer):
             self._onward.end()
 
 
+@ordinary_torch()
 def generate(
     model: str | Path | PreTrainedModel,
     prompt: str,
@@ -84,7 +89,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     reporter: Reporter | None = None,
 ) -> Generation:
-    """Continue `prompt`.
+    """Continue `prompt`, which starts as the tokenizer starts a text (models/tokens.py).
 
     Args:
         model: a checkpoint folder or hub id, `OUT` or `OUT:BITS`; or a loaded model.
@@ -96,7 +101,7 @@ def generate(
 
     Raises:
         UsageError: bits given twice and differently, a negative temperature, no new tokens asked for.
-        InputError: a prompt that is empty for a tokenizer without BOS, or that fills the model's context.
+        InputError: a prompt that is no text or has no tokens, a token beyond the model's vocabulary, a full context.
     """
     reporter = reporter or Reporter()
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
@@ -129,16 +134,7 @@ def continue_prompt(
     return continue_tokens(model, tokenizer, encode_prompt(tokenizer, prompt), prompt, **settings)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The tokens of `prompt`, after BOS where the tokenizer has one. Raises InputError if there are none."""
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
-    if tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
-    if not ids:
-        raise InputError("the prompt is empty", hint="give at least one word")
-    return ids
-
-
+@ordinary_torch()
 def continue_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -155,7 +151,13 @@ def continue_tokens(
     draft_tokens: int = 4,
     streamer: BaseStreamer | None = None,
 ) -> Generation:
-    """Continue the tokens `ids`, which stand for `prompt`; `bits` None runs a model that is not quantized."""
+    """Continue the tokens `ids`, which stand for `prompt`; `bits` None runs a model that is not quantized.
+
+    Ends at every end-of-sequence token that the model's configs or the tokenizer name.
+
+    Raises InputError for a token beyond the model's vocabulary, or if the prompt fills the model's context.
+    """
+    check_vocabulary(ids, model.config, tokenizer)
     limit = context_limit(model.config)
     if limit is not None and len(ids) + max_new_tokens > limit:
         if len(ids) >= limit:
@@ -167,6 +169,8 @@ def continue_tokens(
     if temperature > 0:
         extra = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         set_seed(seed)
+    if ends := end_tokens(model, tokenizer):
+        extra["eos_token_id"] = sorted(ends)
     if bits is not None:
         extra["bits"] = bits
     if draft_bits is not None:

@@ -218,7 +218,7 @@ def engine_requests(service: Service, body: GenerationBody, wish: Wish) -> list[
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             seed=None if body.seed is None else body.seed + copy,
-            stop=body.stop,
+            stop=[*body.stop, *(body.stop_token_ids or ())],
             logprobs=wish.logprobs,
             ignore_eos=bool(body.ignore_eos),
         )

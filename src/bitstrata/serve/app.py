@@ -79,7 +79,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.catalog.precision(body.model, body.bits)
         service.check_choices(len(body.prompt), body.n or 1)
         wish = Wish(
-            prompts=await completion_prompts(service.tokenizer, body.prompt),
+            prompts=await completion_prompts(
+                service.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens is not False
+            ),
             continues=True,
             max_tokens=body.max_tokens,
             default_tokens=COMPLETION_TOKENS,

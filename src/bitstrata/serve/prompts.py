@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import BitstrataError
-from ..runtime import encode_prompt, encode_turns
+from ..errors import InputError
+from ..models import encode_prompt, encode_turns
 from .failures import ApiError
 from .requests import Message
 
@@ -18,15 +18,22 @@ T = TypeVar("T")
 
 
 async def completion_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[list[int]]
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[list[int]], *, add_special_tokens: bool = True
 ) -> list[list[int]]:
     """The tokens of each prompt of /v1/completions, as `bitstrata generate` makes them; tokens stay as they are.
 
-    Raises InputError for an empty prompt of a tokenizer without BOS.
+    Control tokens that a prompt spells are control tokens. add_special_tokens: as in `encode_prompt`.
+
+    Raises InputError for a prompt without tokens.
     """
 
     def encode() -> list[list[int]]:
-        return [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return [
+            encode_prompt(tokenizer, prompt, add_special_tokens=add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
+            for prompt in prompts
+        ]
 
     return await _aside(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), encode)
 
@@ -34,9 +41,7 @@ async def completion_prompts(
 async def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """The tokens of a conversation up to where the model answers, as `bitstrata chat` makes them.
 
-    Raises:
-        ApiError: 400 with the chat template's own words if it refuses the messages.
-        UsageError, InputError: as `encode_turns`.
+    Raises ApiError 400, and UsageError, where `encode_turns` raises InputError and UsageError.
     """
     # OpenAI's newer name of a system message; templates know the older one
     roles = ["system" if message.role == "developer" else message.role for message in messages]
@@ -45,11 +50,9 @@ async def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mes
     def encode() -> list[int]:
         try:
             return encode_turns(tokenizer, turns)
-        except BitstrataError:
-            raise
-        except Exception as error:  # a template is a program that comes with the model: it may raise anything
-            said = str(error) or type(error).__name__
-            raise ApiError(400, f"the chat template refuses these messages: {said}", param="messages") from error
+        except InputError as error:
+            message = f"{error.message}; {error.hint}" if error.hint else error.message
+            raise ApiError(400, message, param="messages") from error
 
     return await _aside(sum(len(turn["content"]) for turn in turns), encode)
 

@@ -127,6 +127,9 @@ class GenerationBody(Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1)
     stop: Stop = Field(default_factory=list)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, max_length=MOST_STOPS, description="tokens that end the reply"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = Field(None, description="go on after an end-of-sequence token")
@@ -211,3 +214,6 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="this many likeliest tokens at each place")
     echo: Annotated[Any, Only(False)] = None
     suffix: Annotated[Any, Only("")] = None
+    add_special_tokens: bool | None = Field(
+        None, description="false: a text's prompt is not begun as the tokenizer begins a text (BOS); true if left out"
+    )

@@ -15,6 +15,8 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
+from ..models import Stops
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 8  # tokens before the new ones that are decoded with them: some decoders drop the first token's space
 WINDOW = 32  # tokens decoded at once
@@ -113,7 +115,12 @@ class ReplyText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int], stops: Iterable[str]) -> None:
         self._detokenizer = Detokenizer(tokenizer, context)
-        self._stops = StopTexts(stops)
+        self._marks: dict[int, str] = {}  # of special tokens in stop texts
+        if texts := tuple(stops):
+            read = Stops(tokenizer, texts)
+            texts, self._marks = read.texts, read.marks
+        self._unmark = dict.fromkeys(map(ord, self._marks.values()))
+        self._stops = StopTexts(texts)
         self.length = 0  # characters so far, those that are held back included
 
     @property
@@ -124,10 +131,10 @@ class ReplyText:
     def push(self, token: int) -> str:
         piece = self._detokenizer.push(token)
         self.length += len(piece)
-        return self._stops.push(piece)
+        return self._stops.push(piece + self._marks.get(token, "")).translate(self._unmark)
 
     def flush(self) -> str:
-        return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        return (self._stops.push(self._detokenizer.flush()) + self._stops.flush()).translate(self._unmark)
 
 
 class TokenNames:

@@ -27,8 +27,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
-from ...models import context_limit
+from ...models import Stops, context_limit, end_tokens, vocabulary_size
 from ...nn import Precision, bits_state, steady_rows
+from ...torch_state import ordinary_torch
 from ..policy import LoadView, Policy, RequestView, Steps, choose_bits
 from .attention import Span
 from .forward import Forward
@@ -50,6 +51,7 @@ class _Running:
     most: int  # new tokens it may make
     sampler: Sampler
     steps: Steps  # the policy's, of this request
+    stops: Stops | None
     place: Range | None = None
     past: int = 0
     new: list[int] = field(default_factory=list)
@@ -61,7 +63,7 @@ class Engine:
 
     Args:
         model: quantized, from `bitstrata.load`. It belongs to the engine until `close`.
-        tokenizer: reads stop texts; only requests with some need it.
+        tokenizer: reads stop texts, which only requests with some need, and says what else ends a text.
         max_requests: run at a time; others wait.
         max_batch_tokens: of prompts in one batch: longer prompts are fed in parts, between which others decode.
         cache_tokens: room for the prompts and new tokens of all running requests together.
@@ -104,9 +106,9 @@ class Engine:
         self.max_requests, self.max_batch_tokens, self.max_waiting = max_requests, max_batch_tokens, max_waiting
         self._tokenizer, self._policy = tokenizer, policy or Policy()
         self._pool = TokenPool(cache_tokens)
-        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        vocabulary = vocabulary_size(model.config)
         self.limits = Limits(bits_state(model), vocabulary, context, self._pool.tokens, tokenizer is not None)
-        self._eos = _end_tokens(model)
+        self._eos = end_tokens(model, tokenizer)
         self._changed = threading.Condition()  # guards what follows, down to the counters
         self._waiting: deque[_Running] = deque()
         self._running: dict[int, _Running] = {}
@@ -119,7 +121,7 @@ class Engine:
         self._pace = Pace()
         self._forward = Forward(model, self._pool)
         try:
-            with torch.no_grad():
+            with ordinary_torch(), torch.no_grad():
                 self._forward.check()
         except BaseException:
             self._forward.give_back()
@@ -148,6 +150,8 @@ class Engine:
         most = self.limits.check(request)
         seed = request.seed if request.seed is not None else random.SystemRandom().getrandbits(64)
         sampler = Sampler(request.temperature, request.top_p, random.Random(seed), request.logprobs)
+        texts = [stop for stop in request.stop if isinstance(stop, str)]
+        stops = Stops(self._tokenizer, texts) if texts and self._tokenizer is not None else None
         with self._changed:
             if self._failure is not None:
                 raise ClosedError(f"the engine has failed: {self._failure!r}", hint="start another") from self._failure
@@ -158,7 +162,7 @@ class Engine:
             handle = Handle(request, self._number, self.limits, listener)
             handle._wake = self._wake
             self._number += 1
-            self._waiting.append(_Running(handle, list(request.prompt_ids), most, sampler, self._policy.start()))
+            self._waiting.append(_Running(handle, list(request.prompt_ids), most, sampler, self._policy.start(), stops))
             self._changed.notify_all()
         return handle
 
@@ -309,7 +313,12 @@ class Engine:
             self._new_tokens += 1
             self._tokens_by_bits["plan" if bits is None else str(bits)] += 1
         item.handle._emit(Token(choice.token, bits, choice.logprob, choice.top))
-        if self._stops(item, choice.token):
+        try:
+            stopped = self._stops(item, choice.token)
+        except Exception as error:  # the tokenizer's, about the tokens of this request alone
+            self._end(item, Finished("error", error))
+            return
+        if stopped:
             self._end(item, Finished("stop"))
         elif len(item.new) >= item.most:
             self._end(item, Finished("length"))
@@ -318,12 +327,9 @@ class Engine:
         request = item.handle.request
         if (token in self._eos and not request.ignore_eos) or token in request.stop:
             return True
-        texts = [stop for stop in request.stop if isinstance(stop, str)]
-        if not texts or self._tokenizer is None:
+        if item.stops is None:
             return False
-        tail = item.new[-STOP_TOKENS * (max(map(len, texts)) + 2) :]
-        text = str(self._tokenizer.decode(tail, skip_special_tokens=True))
-        return any(stop in text for stop in texts)
+        return item.stops.found_in(item.new[-STOP_TOKENS * (max(map(len, item.stops.texts)) + 2) :])
 
     def _end(self, item: _Running, event: Finished) -> None:
         with self._changed:
@@ -334,15 +340,6 @@ class Engine:
                 self._waiting.remove(item)
             self._finished[event.reason] += 1
         item.handle._emit(event)
-
-
-def _end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The end-of-sequence tokens at which `generate` stops too."""
-    for config in (model.generation_config, model.config):
-        ends = getattr(config, "eos_token_id", None)
-        if ends is not None:
-            return frozenset([ends] if isinstance(ends, int) else ends)
-    return frozenset()
 
 
 def _steady_context(model: PreTrainedModel) -> int | None:
