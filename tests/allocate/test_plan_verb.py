@@ -100,6 +100,16 @@ def test_measurements_of_another_model_or_text_are_refused(known, text, original
         bitstrata.plan(known, "4bpw", text=text, **SMALL)
 
 
+def test_measurements_on_windows_that_begin_otherwise_are_refused(known, text, original, tmp_path):
+    """The tokenizer still defines BOS, and no longer adds it."""
+    bitstrata.plan(known, "4bpw", text=text, reference=original, **SMALL)
+    content = json.loads((known / "tokenizer.json").read_text())
+    content["post_processor"] = None
+    (known / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(PlanError, match="another way to cut the text into windows: their tokens differ"):
+        bitstrata.plan(known, "4bpw", text=text, reference=original, **SMALL)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="the extra `plots` is not installed")
 def test_a_picture_is_drawn(known, tmp_path):
     bitstrata.plan(known, "4bpw", plot=tmp_path / "p.svg")

@@ -212,6 +212,7 @@ def test_a_measurement_under_other_settings_does_not_go_on(objective, reader, wi
     [
         ({"text_sha256": "1"}, "another text: text.txt"),
         ({"seed": 1}, "another seed: 0, not 1"),
+        ({"windows_sha256": "2"}, "another way to cut the text into windows"),
         ({"windows": 5}, "another windows"),
         ({"measure": "hessian"}, "another measure: kld, not hessian"),
         ({"reference_sha256": "f", "reference": "big"}, "another reference: None, not big"),

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -244,3 +245,15 @@ def test_nothing_but_the_server_needs_the_extra():
             assert not top_level_imports(path) & {*EXTRA, "serve"} or path.name == "main.py", path
     assert not top_level_imports(source / "serve" / "__init__.py") & EXTRA
     assert top_level_imports(source / "serve" / "app.py") & EXTRA, "the walk sees nothing"
+
+
+def test_an_end_of_text_that_only_the_tokenizer_knows_is_noted(checkpoint, capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr("bitstrata.serve.process.serve", lambda *_, **__: None)
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    for name in ("config.json", "generation_config.json"):
+        path = other / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 7}))
+    for folder, noted in ((checkpoint, False), (other, True)):
+        capfd.readouterr()
+        assert run(["serve", str(folder), "--port", "0"]) == 0
+        assert ("the tokenizer's end of text, <|endoftext|> (0), is not among" in capfd.readouterr().err) is noted

@@ -32,10 +32,12 @@ def command(
 ) -> None:
     """Continue PROMPT at the chosen bits, streaming to the terminal."""
     target, chosen = choose_bits(model, None if bits is None else parse_bits_or_plan(bits))
-    tokenizer = load_tokenizer(resolve(target))
-    context = len(encode_prompt(tokenizer, prompt)) + max_new_tokens if fit else None
+    context = None
+    if fit:
+        context = len(encode_prompt(load_tokenizer(resolve(target)), prompt)) + max_new_tokens
     most = chosen if isinstance(chosen, int) else None
     loaded = load_sized(target, chosen, budget=budget, fit=fit, context=context, device=device, max_bits=most)
+    tokenizer = load_tokenizer(resolve(target))
     streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     result = generate(
         loaded,

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import BitstrataError, InputError, UsageError
 
@@ -120,7 +120,7 @@ class Stops:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
         given = tuple(texts)
-        special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = {token.content: number for number, token in _added_tokens(tokenizer).items() if token.special}
         spelled = [name for name in special if any(name in text for text in given)]
         mark = {name: chr(0xD800 + index) for index, name in enumerate(spelled)}
         self.marks = {special[name]: character for name, character in mark.items()}
@@ -199,6 +199,13 @@ def _encode_joined(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids[: len(ids) - len(around(tokenizer)[1])]
 
 
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, AddedToken]:
+    try:
+        return dict(tokenizer.added_tokens_decoder)
+    except NotImplementedError:  # mistral-common's, whose control tokens no text can spell
+        return {}
+
+
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], frozenset[int]]:
     """Added tokens that are special, and those that are not and that the chat template writes.
 
@@ -207,7 +214,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int],
     listed = getattr(tokenizer, "chat_control_tokens", None)  # transformers 5.23 lets a tokenizer say it
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     special, others = set(), set()
-    for number, token in tokenizer.added_tokens_decoder.items():
+    for number, token in _added_tokens(tokenizer).items():
         if token.special:
             special.add(number)
         elif (
@@ -223,7 +230,7 @@ def _spelled_tokens(tokenizer: PreTrainedTokenizerBase, text: str, control: froz
     Raises InputError if the tokenizer cannot say where: only those of the tokenizers library can.
     """
     if not tokenizer.is_fast:
-        names = [tokenizer.added_tokens_decoder[number].content for number in control]
+        names = [_added_tokens(tokenizer)[number].content for number in control]
         if any(name in text for name in names):
             raise InputError(
                 "a message spells a control token, and this tokenizer cannot take it as text",
