@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import re
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from bitstrata.memory import HUGE_PAGE, OWN_MAPPING, allocate
+from bitstrata.memory import HUGE_PAGE, OWN_MAPPING, allocate, is_out_of_memory
 
 SIZES = [0, 1, OWN_MAPPING - 1, OWN_MAPPING, OWN_MAPPING + 1, HUGE_PAGE - 64, HUGE_PAGE, 3 * HUGE_PAGE + 5]
 
@@ -54,3 +56,45 @@ def test_what_is_dropped_goes_back_to_the_system():
     del held
     assert resident() - before < 5_000_000
     assert kept.sum() == 1000
+
+
+def test_torch_and_the_system_are_understood_when_they_refuse_memory():
+    for refused in (
+        lambda: torch.empty(1 << 50, dtype=torch.uint8),
+        lambda: bytearray(1 << 60),
+        lambda: torch.empty(1 << 62, dtype=torch.uint8),
+    ):
+        with pytest.raises((MemoryError, RuntimeError)) as caught:
+            refused()
+        assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried to ..."),
+        RuntimeError("unable to mmap 12 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        SafetensorError("Cannot allocate memory (os error 12)"),
+    ],
+)
+def test_every_way_to_say_that_memory_ran_out(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("out of memory"),
+        KeyError("memory"),
+        SafetensorError("Error while deserializing header: HeaderTooLarge"),
+    ],
+)
+def test_other_errors_are_not_about_memory(error):
+    assert not is_out_of_memory(error)

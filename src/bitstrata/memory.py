@@ -1,24 +1,42 @@
-"""Memory that goes back to the system when it is dropped, and how much of it a process may still take."""
+"""Memory: how an error says that there is none, how to take it so that it goes back, how much may still be taken."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21
 OWN_MAPPING = 1 << 16  # from here on a tensor has a mapping of its own: whole pages then cost at most a few percent
+
+# how torch, its allocators, its libraries and the system say it where the type of the error does not
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|cannot allocate memory|can't allocate memory|std::bad_alloc|_ALLOC_FAILED",
+    re.IGNORECASE,
+)
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROCESS = Path("/proc/self/cgroup")
 # files of a memory cgroup: limit, usage, and in memory.stat the part of the usage that is a cache of files
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says, in whatever type and words, that this machine or its GPU has no more memory to give."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (RuntimeError, SafetensorError)) and _NO_MEMORY.search(str(error)) is not None
 
 
 def allocate(size: int, start: int = 0) -> Tensor:

@@ -10,11 +10,11 @@ import errno
 import sys
 import traceback
 
-import torch
 import typer
 from transformers.utils import logging as transformers_logging
 
 from ..errors import BitstrataError
+from ..memory import is_out_of_memory
 from ..version import __version__
 from . import bench, chat, demo, env, eval, generate, inspect, plan, quantize, serve
 
@@ -22,9 +22,6 @@ from . import bench, chat, demo, env, eval, generate, inspect, plan, quantize, s
 _CommandLineError: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
-
-# what torch says, as a plain RuntimeError, when the system refuses it memory
-_NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory")
 
 app = typer.Typer(
     name="bitstrata",
@@ -87,7 +84,7 @@ def _explain(error: BaseException) -> int:
         if error.hint:
             _say(f"hint: {error.hint}")
         return error.exit_code
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in _NO_MEMORY):
+    if is_out_of_memory(error):
         _say("error: out of memory")
         _say("hint: lower --num-samples or --seq-len, or use a machine with more memory")
         return 4

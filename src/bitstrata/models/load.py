@@ -19,6 +19,7 @@ from transformers import (
 
 from ..checkpoint import Budget, CheckpointReader, Fingerprint, Plan, parse_budget
 from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
+from ..memory import is_out_of_memory
 from ..nn import Bits, RowBits, bits_state
 from ..progress import Reporter
 from .fit import fit_budget
@@ -175,9 +176,11 @@ def _build(
             output_loading_info=True,
             **placement,
         )
-    except (BitstrataError, MemoryError, torch.OutOfMemoryError):
+    except BitstrataError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{folder} does not fit the model that its config.json describes: {first_line(error)}",
             hint="the folder was changed after it was written; copy or download it again",
