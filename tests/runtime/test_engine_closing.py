@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bitstrata
-from bitstrata.errors import UsageError
+from bitstrata.errors import ResourceError, UsageError
 from bitstrata.nn import bits_state
 from bitstrata.progress import Reporter
 from bitstrata.runtime import Engine, Finished, Request
@@ -96,6 +96,34 @@ def test_a_thread_that_dies_ends_every_request_with_its_error(small, monkeypatch
     with pytest.raises(UsageError, match="has failed"):
         many(engine, 1)
     engine.close()
+
+
+def test_a_cache_for_which_there_is_no_memory(small, monkeypatch):
+    """Asked for as a number, or refused by torch in the first batch: both are memory, not the model's architecture."""
+    with pytest.raises(ResourceError, match="no memory for keys and values of 3000000000 tokens") as refused:
+        Engine(small, cache_tokens=3_000_000_000)
+    assert "cache_tokens" in refused.value.hint
+    with monkeypatch.context() as patched:
+        patched.setattr("bitstrata.runtime.batching.memory.free_memory", lambda: 1000)  # the system would grant more
+        with pytest.raises(ResourceError, match="no memory for keys and values"):
+            Engine(small)
+    with monkeypatch.context() as patched:
+
+        def fail(*_):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+        patched.setattr("bitstrata.runtime.batching.forward.Forward.run", fail)
+        with pytest.raises(ResourceError, match="no memory to run LlamaForCausalLM"):
+            Engine(small)
+    assert len(small.generate(torch.tensor([[3, 4]]), max_new_tokens=1, do_sample=False)[0]) == 3
+    Engine(small).close()
+
+
+def test_as_many_requests_as_one_likes(small):
+    """No other limit, that nobody gave, stands in the way."""
+    with Engine(small, max_requests=600, cache_tokens=4800) as engine:
+        handles = [engine.submit(Request([3, 4, 5], max_new_tokens=2, ignore_eos=True)) for _ in range(600)]
+        assert all(len(handle.result(WAIT)) == 2 for handle in handles)
 
 
 def test_wrong_settings_and_models_are_refused(tiny, small):

@@ -82,6 +82,42 @@ def test_ranges_never_overlap_and_come_back(seed):
     assert pool.reserve(pool.tokens) is not None
 
 
+def test_ranges_that_grow_keep_what_they_hold(seed):
+    chance = random.Random(seed)
+    pool = TokenPool(600)
+    moved = stayed = refused = 0
+    held: list[tuple] = []  # range, the tokens written to it
+    for _ in range(600):
+        if len(held) > 6 or (held and chance.random() < 0.2):
+            pool.release(held.pop(chance.randrange(len(held)))[0])
+        elif held and chance.random() < 0.6:
+            index = chance.randrange(len(held))
+            taken, values = held[index]
+            used = pool.used_tokens
+            larger = pool.grow(taken, len(values), taken.stop - taken.start + chance.randrange(1, 100))
+            if larger is None:
+                refused += 1
+                assert pool.used_tokens == used
+            else:
+                moved += larger.start != taken.start
+                stayed += larger.start == taken.start
+                held[index] = larger, values
+        elif (made := pool.reserve(chance.randrange(1, 60))) is not None:
+            values = torch.rand(chance.randrange(1, made.stop - made.start + 1))
+            places = torch.arange(made.start, made.start + len(values))
+            pool.write(0, places, values.reshape(1, -1, 1), -values.reshape(1, -1, 1))
+            held.append((made, values))
+        ends = sorted((item.start, item.stop) for item, _ in held)
+        assert all(stop <= start for (_, stop), (start, _) in pairwise(ends))
+        assert pool.used_tokens == sum(stop - start for start, stop in ends)
+        nothing = torch.arange(0)
+        keys, values_ = pool.write(0, nothing, torch.empty(1, 0, 1), torch.empty(1, 0, 1))
+        for item, values in held:
+            assert torch.equal(keys[0, item.start : item.start + len(values), 0], values)
+            assert torch.equal(values_[0, item.start : item.start + len(values), 0], -values)
+    assert min(moved, stayed, refused) > 0, "all ways of growing were met"
+
+
 @pytest.mark.parametrize("window", [None, 5, 100])
 def test_gathered_attention_equals_one_request_after_the_other(bundled, code, window):
     """What a GPU runs for requests with one token each, with and without a sliding window."""

@@ -12,10 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
-
 from bitstrata.runtime import Engine
-from bitstrata.serve.process import bind
+from bitstrata.serve.process import Listening, bind, server_config
 
 WAIT = 60  # seconds before a test gives up; no test measures time
 COMPLETIONS = "/v1/completions"
@@ -86,11 +84,16 @@ class Served:
         return (stats.running, stats.waiting, stats.cache_used_tokens) == (0, 0, 0)
 
 
+def head(path: str, length: int) -> bytes:
+    """The header of a request with so many bytes of JSON."""
+    lines = (f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {length}")
+    return "\r\n".join((*lines, "", "")).encode()
+
+
 def send(port: int, path: str, body: dict[str, Any]) -> socket.socket:
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", port), timeout=WAIT)
-    connection.sendall(head.encode() + data)
+    connection.sendall(head(path, len(data)) + data)
     return connection
 
 
@@ -122,8 +125,7 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 def served(app: Any, engine: Engine) -> Iterator[Served]:
     """`app` on a free port of this machine, in a thread."""
     bound = bind("127.0.0.1", 0)
-    config = uvicorn.Config(app, log_config=None, access_log=False, http="h11", lifespan="off", ws="none")
-    server = uvicorn.Server(config)
+    server = Listening(server_config(app))
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     eventually(lambda: server.started, "the server's start")

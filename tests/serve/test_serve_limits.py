@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from http_calls import CHAT, COMPLETIONS, events, eventually, read_all
+from http_calls import CHAT, COMPLETIONS, events, eventually, head, read_all
 
 from bitstrata.serve import guard
 
@@ -49,9 +49,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(serving, monkeypatch):
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
     with serving() as server:
         connection = server.connect(COMPLETIONS, {})
-        connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n{"
-        )
+        connection.sendall(head(COMPLETIONS, 90) + b"{")
         received = b""
         while b"408" not in received:
             piece = connection.recv(65536)

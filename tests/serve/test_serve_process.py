@@ -93,7 +93,7 @@ def start(checkpoint):
 def processes(start):
     """Three at once, because each takes seconds to start."""
     with ThreadPoolExecutor(3) as pool:
-        patient = pool.submit(start, "--bits", "3", BITSTRATA_API_KEY="k")
+        patient = pool.submit(start, "--bits", "3", "--allowed-host", "Models.example", BITSTRATA_API_KEY="k")
         hasty = pool.submit(start, "--grace", "0.3")
         stubborn = pool.submit(start, "--grace", "60")
         return patient.result(), hasty.result(), stubborn.result()
@@ -104,6 +104,7 @@ def test_sigterm_lets_what_is_under_way_finish(processes):
     key = {"Authorization": "Bearer k"}
     assert process.get("/health") == (200, b'{"status":"ok"}')
     assert process.get("/v1/models")[0] == 401
+    assert [process.get("/health", Host=host)[0] for host in ("models.example", "evil.example")] == [200, 403]
     models = json.loads(process.get("/v1/models", **key)[1])["data"]
     assert (models[0]["id"], models[0]["bits"]) == ("small", 3)
 
@@ -200,6 +201,7 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, ca
         refused(capfd, 2, "API key", arguments=[str(checkpoint), "--api-key", ""])
         refused(capfd, 2, "half a character", arguments=[str(checkpoint), "--served-model-name", "caf\udce9"])
         refused(capfd, 2, "policy", "load, position", arguments=[str(checkpoint), "--policy", "hope"])
+        free = [str(checkpoint), "--port", "0"]
         mixed, foreign = tmp_path / "mixed.json", tmp_path / "foreign.json"
         plan = Plan.uniform(CheckpointReader(checkpoint).spec, 3)
         plan.save(mixed)
@@ -213,13 +215,44 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, ca
         refused(capfd, 3, "no-such.json", arguments=[str(checkpoint), "--plan", "small=no-such.json"])
         refused(capfd, 2, "one plan's pages", arguments=[str(checkpoint), "--fit", "--min-bits", "2"])
         refused(capfd, 2, "given twice", arguments=[f"{checkpoint}:3", "--bits", "2"])
+        refused(
+            capfd, 2, "not Unicode text", "--served-model-name", arguments=[*free, "--served-model-name", "caf\udce9"]
+        )
+        refused(capfd, 2, "--allowed-host", arguments=[*free, "--allowed-host", "http://a.example"])
+        named = tmp_path / os.fsdecode(b"caf\xe9")  # a folder's name is its model's
+        shutil.copytree(checkpoint, named)
+        refused(capfd, 2, "not Unicode text", "--served-model-name", arguments=[str(named), "--port", "0"])
         patched.setattr(importlib.util, "find_spec", lambda _: None)
         refused(capfd, 2, "fastapi", "pip install 'bitstrata[serve]'", arguments=[str(checkpoint)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hosts"),
+    [
+        (["--host", "127.0.0.1"], ()),
+        (["--host", "0.0.0.0"], ("*",)),
+        (
+            ["--host", "0.0.0.0", "--allowed-host", "a.example", "--allowed-host", "b.example"],
+            ("a.example", "b.example"),
+        ),
+    ],
+)
+def test_names_are_asked_for_where_only_this_machine_is_served(checkpoint, capfd, monkeypatch, arguments, hosts):
+    served = []
+    monkeypatch.setattr(
+        "bitstrata.serve.process.serve", lambda app, *_, **__: served.append(app.state.service.settings)
+    )
+    monkeypatch.setattr("bitstrata.serve.connections.most_requests", lambda wanted: min(wanted, 300))
+    assert run(["serve", str(checkpoint), "--port", "0", *arguments]) == 0
+    assert [(settings.allowed_hosts, settings.max_connections) for settings in served] == [(hosts, 300)]
+    assert "max-connections lowered from 512 to 300" in capfd.readouterr().err
 
 
 def test_what_the_model_or_the_engine_cannot_do(checkpoint, capfd, tmp_path):
     refused(capfd, 3, "no-model", arguments=[str(tmp_path / "no-model"), "--port", "0"])
     refused(capfd, 2, "supported bits: 2, 3, 4", arguments=[str(checkpoint), "--port", "0", "--bits", "8"])
+    huge = [str(checkpoint), "--port", "0", "--cache-tokens", "3000000000"]
+    refused(capfd, 4, "no memory for keys and values of 3000000000 tokens", "--cache-tokens", arguments=huge)
     refused(capfd, 2, "cache_tokens=8", arguments=[str(checkpoint), "--port", "0", "--cache-tokens", "8"])
 
 

@@ -62,6 +62,13 @@ def command(
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="A web page's origin that may call the server (CORS); repeatable.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name that clients reach the server by, where they use neither localhost nor its address; "
+            "* is any. Repeatable."
+        ),
+    ] = None,
     grace: Annotated[float, typer.Option(help="Seconds for requests under way when the server closes.", min=0)] = 30.0,
     device: str = DEVICE_OPTION,
 ) -> None:
@@ -72,6 +79,8 @@ def command(
             f"the server needs {', '.join(missing)}, not installed here", hint="pip install 'bitstrata[serve]'"
         )
     from ..serve.app import create_app
+    from ..serve.connections import most_requests
+    from ..serve.hosts import ANY, is_loopback
     from ..serve.process import address, bind, serve
     from ..serve.settings import Settings
 
@@ -105,6 +114,28 @@ def command(
             checkpoint = CheckpointReader(folder)
             for made in plans.values():
                 made.check(checkpoint)
+        hosts = tuple(given.lower() for given in allowed_host or ())
+        if not hosts and not is_loopback(bound.getsockname()[0]):
+            hosts = (ANY,)  # by which names others reach this machine is not known here
+        possible = most_requests(max_connections)
+        if possible < max_connections:
+            reporter.note(
+                f"max-connections lowered from {max_connections} to {possible}: what the open files of this process "
+                "leave (ulimit -n)"
+            )
+        settings = Settings(
+            name=name,
+            bits=default or chosen,
+            min_bits=min_bits,
+            plans=plans,
+            api_key=api_key,
+            default_max_tokens=default_max_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+            max_body=max_body,
+            max_connections=possible,
+            allowed_hosts=hosts,
+            allowed_origins=tuple(allowed_origin or ()),
+        )
         if fit and cache_tokens is None:  # the cache must be the one that room was left for
             cache_tokens = max_requests * FIT_CACHE_TOKENS
         loaded = load_sized(
@@ -116,18 +147,6 @@ def command(
                 f"the tokenizer's end of text, {tokenizer.eos_token} ({tokenizer.eos_token_id}), is not among those of "
                 "generation_config.json and config.json; replies end at it too"
             )
-        settings = Settings(
-            name=name,
-            bits=default or chosen,
-            min_bits=min_bits,
-            plans=plans,
-            api_key=api_key,
-            default_max_tokens=default_max_tokens,
-            max_prompt_tokens=max_prompt_tokens,
-            max_body=max_body,
-            max_connections=max_connections,
-            allowed_origins=tuple(allowed_origin or ()),
-        )
         engine = Engine(
             loaded,
             tokenizer,

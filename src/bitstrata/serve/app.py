@@ -28,6 +28,7 @@ _REFUSALS = {
     404: "no such model",
     408: "the body did not come",
     413: "the body is too large",
+    403: "the server does not go by that name",
     415: "the body is not JSON",
     429: "too many requests",
     500: "the server's fault",
@@ -63,7 +64,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat_completions(http: Request, body: ChatBody) -> Response:
         """Answer a conversation, whole or, with `stream`, as server-sent events that end with `[DONE]`."""
         service.catalog.precision(body.model, body.bits)  # refused before anything is tokenized
-        prompt = await chat_prompt(service.tokenizer, body.messages)
+        prompt = await chat_prompt(service.tokenizer, service.aside, body.messages)
         wish = Wish(
             prompts=[prompt],
             continues=not service.tokenizer.chat_template,
@@ -80,7 +81,10 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.check_choices(len(body.prompt), body.n or 1)
         wish = Wish(
             prompts=await completion_prompts(
-                service.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens is not False
+                service.tokenizer,
+                service.aside,
+                body.prompt,
+                add_special_tokens=body.add_special_tokens is not False,
             ),
             continues=True,
             max_tokens=body.max_tokens,

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ..errors import BitstrataError, ClosedError, InputError, ResourceError, UnsupportedBitsError, UsageError
+from .fields import UNKNOWN
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1
@@ -78,9 +79,11 @@ def _validation(error: RequestValidationError) -> ApiError:
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}")
+    if first["type"] == UNKNOWN:
+        where.append(first["ctx"]["field"])
     name = ".".join(where)
     message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
+    if first["type"] == UNKNOWN:
         return ApiError(400, f"unknown field {name!r}", param=name, code="unknown_parameter")
     if not name:
         whole = first["type"] == "value_error"  # fields that contradict each other

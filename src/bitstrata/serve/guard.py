@@ -1,4 +1,4 @@
-"""What every request passes before it is read: the key, the number of requests, the size of the body.
+"""What every request passes before it is read: its host, the key, the number of requests, the size of the body.
 
 Plain ASGI, so that streams and disconnects pass through untouched.
 """
@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .failures import ApiError, busy, closing
+from .hosts import is_served
 from .service import Service
 
 OPEN = {"/", "/health"}  # paths that need no key and are served however much there is to do
-BODY_SECONDS = 60  # for a client to send its body
+BODY_SECONDS = 60  # for a client to send its whole body
+CLOSE = {"Connection": "close"}  # with an answer after which nothing more is read
 # A client that is still sending when the connection closes may never see the answer, so a body that is too
 # large is read to its end, within reason.
 DISCARD_BYTES = 64 * 1024 * 1024
@@ -40,27 +43,53 @@ class Guard:
                 service.metrics.responses.labels(_route(scope["path"]), str(message["status"])).inc()
             await send(message)
 
+        headers = Headers(scope=scope)
+        misled = self._misled(scope, headers)
+        if misled is not None:
+            await misled.response()(scope, receive, counting)
+            return
         if scope["path"] in OPEN:
             await self.app(scope, receive, counting)
             return
-        headers = Headers(scope=scope)
-        body = _Body(receive, service.settings.max_body, expects="expect" in headers)
         is_work = scope["method"] == "POST"  # the rest is cheap, and wanted when there is much to do
+        counted = False
+
+        def admit() -> None:
+            """Only once its body is there a request takes a place: half a body must not keep others out."""
+            nonlocal counted
+            refusal = self._full()
+            if refusal is not None:
+                raise refusal
+            counted = True
+            service.active += 1
+
+        body = _Body(
+            receive, service.settings.max_body, admit if is_work else lambda: None, expects="expect" in headers
+        )
         refusal = self._refusal(headers, is_work)
         if refusal is None and body.announces_too_much(headers):
             refusal = await body.too_large()
         if refusal is not None:
             await refusal.response()(scope, receive, counting)
             return
-        service.active += is_work
         try:
             await self.app(scope, body.receive, counting)
         finally:
-            service.active -= is_work
+            service.active -= counted
+
+    def _misled(self, scope: Scope, headers: Headers) -> ApiError | None:
+        """Why this request is not one that a client meant for this server."""
+        if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
+            # a proxy in front of us may see another end of it, and what comes after that is not its client's
+            return ApiError(400, "the body's length is given twice, in ways that may differ", headers=CLOSE)
+        host = headers.get("host")
+        if host is not None and not is_served(host, self._service.settings.allowed_hosts):
+            message = f"this server is not {host!r}; if that is a name of it, start it with --allowed-host NAME"
+            return ApiError(403, message, code="host_not_allowed")
+        return None
 
     def _refusal(self, headers: Headers, is_work: bool) -> ApiError | None:
         """Why this request is not let in."""
-        service = self._service
         if self._key is not None and not _has_key(headers, self._key):
             return ApiError(
                 401,
@@ -70,41 +99,55 @@ class Guard:
             )
         if not is_work:
             return None
-        if service.closing:
-            return closing()
         # Web pages may send plain text to any server, this one included, but JSON only to one that allows it.
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return ApiError(415, "the body must be JSON, sent with Content-Type: application/json")
+        return self._full()
+
+    def _full(self) -> ApiError | None:
+        """Why no request is taken now."""
+        service = self._service
+        if service.closing:
+            return closing()
         if service.active >= service.settings.max_connections:
             return busy(f"{service.active} requests are under way already")
         return None
 
 
 class _Body:
-    """The request's body on its way in, counted."""
+    """The request's body on its way in, counted and timed.
 
-    def __init__(self, receive: Receive, limit: int, *, expects: bool) -> None:
-        self._receive, self._limit = receive, limit
+    whole: called when all of it is there; may raise ApiError.
+    """
+
+    def __init__(self, receive: Receive, limit: int, whole: Callable[[], None], *, expects: bool) -> None:
+        self._receive, self._limit, self._whole = receive, limit, whole
         self._expects = expects  # the client waits for our word before it sends: nothing needs to be discarded
         self._size = 0
         self._read = False
+        self._until: float | None = None
 
     def announces_too_much(self, headers: Headers) -> bool:
         length = headers.get("content-length", "")
         return length.isdigit() and int(length) > self._limit
 
     async def receive(self) -> Message:
-        """Raises ApiError: 413 once the body is too large, 408 if it does not come."""
+        """Raises ApiError: 413 once the body is too large, 408 if it does not come, and what `whole` raises."""
         if self._read:
             return await self._receive()
+        if self._until is None:
+            self._until = asyncio.get_running_loop().time() + BODY_SECONDS
         try:
-            message = await asyncio.wait_for(self._receive(), BODY_SECONDS)
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
         except TimeoutError:
-            raise ApiError(408, f"no more of the body came for {BODY_SECONDS} s") from None
+            raise ApiError(408, f"the body did not come within {BODY_SECONDS} s", headers=CLOSE) from None
         self._read = not message.get("more_body", False)
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             raise await self.too_large()
+        if self._read and message["type"] == "http.request":
+            self._whole()
         return message
 
     async def too_large(self) -> ApiError:

@@ -22,10 +22,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..errors import UsageError
+from .connections import ACCEPTED, connection_class
+from .logs import limited_logs
 from .service import Service
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-BACKLOG = 2048
+BACKLOG = 2048  # connections that the system holds until they are accepted
 LAST_SECONDS = 5  # for answers that are finished to reach slow clients
 POLL_SECONDS = 0.02
 
@@ -66,20 +68,35 @@ def serve(app: FastAPI, bound: socket.socket, *, grace: float, say: Callable[[st
         say: shows a message to whoever started the server.
         ready: said once requests are taken.
     """
-    config = uvicorn.Config(
+    with limited_logs():
+        asyncio.run(_Server(server_config(app), app.state.service, grace, say, ready).serve([bound]))
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves `app`."""
+    settings = app.state.service.settings
+    return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
-        http="h11",
+        http=connection_class(settings.max_connections, settings.max_body),
         ws="none",
         lifespan="off",
-        backlog=BACKLOG,
+        backlog=ACCEPTED,  # asyncio accepts so many at once as well; `Listening` has the system hold more
         timeout_graceful_shutdown=LAST_SECONDS,
     )
-    asyncio.run(_Server(config, app.state.service, grace, say, ready).serve([bound]))
 
 
-class _Server(uvicorn.Server):
+class Listening(uvicorn.Server):
+    """uvicorn's server with our backlog."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for bound in sockets or ():
+            bound.listen(BACKLOG)
+
+
+class _Server(Listening):
     def __init__(
         self, config: uvicorn.Config, service: Service, grace: float, say: Callable[[str], None], ready: str
     ) -> None:

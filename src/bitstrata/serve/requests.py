@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, FailFast, Field, PlainValidator, WithJsonSchema, model_validator
 
 from .fields import Body, Ignored, Only, Text, encodable
 
+MOST_MESSAGES = 4096
+MOST_PROMPTS = 1024
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
 
@@ -28,6 +30,8 @@ def _prompt(value: Any) -> list[str] | list[list[int]]:
     if isinstance(value, str):
         return [encodable(value)]
     if isinstance(value, list) and value:
+        if len(value) > MOST_PROMPTS and not isinstance(value[0], int):
+            raise ValueError(f"{len(value)} prompts are too many for one request; it may have {MOST_PROMPTS}")
         if all(isinstance(item, str) for item in value):
             return [encodable(item) for item in value]
         if _tokens(value):
@@ -176,10 +180,19 @@ class Message(Body):
     tool_calls: Annotated[Any, Only([])] = None
 
 
+def _messages(value: Any) -> Any:
+    """Before any of them is looked at."""
+    if isinstance(value, list) and len(value) > MOST_MESSAGES:
+        raise ValueError(f"{len(value)} messages are too many for one request; it may have {MOST_MESSAGES}")
+    return value
+
+
 class ChatBody(GenerationBody):
     """/v1/chat/completions"""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
+    messages: Annotated[
+        list[Message], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES), BeforeValidator(_messages)
+    ]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)

@@ -11,6 +11,7 @@ from ..errors import UnsupportedBitsError, UsageError
 from ..models import bytes_per_token
 from ..nn import BitsState, Precision
 from ..runtime import Engine
+from .aside import Aside
 from .catalog import Catalog
 from .failures import ApiError
 from .metrics import Metrics
@@ -38,6 +39,8 @@ class Service:
         )
         self.metrics = Metrics(engine)
         self.names = TokenNames(tokenizer)
+        longest = engine.limits.longest - 1  # a new token at least must find room
+        self.aside = Aside(tokenizer, min(longest, settings.max_prompt_tokens or longest))
         self.active = 0
         self.closing = False
 

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..checkpoint import Plan
+from ..errors import UsageError
+from .hosts import is_name
 
 
 @dataclass(frozen=True)
 class Settings:
-    """
+    """Raises UsageError for a name that is no text, or a host that is no name.
+
     Args:
         name: what the model is called; `name:BITS` is the same model at those bits.
         bits: of requests that name none, an int or a plan's name; the model's highest if None.
@@ -22,6 +25,7 @@ class Settings:
         max_body: bytes of a request.
         max_connections: requests that the server deals with at a time; more get 429.
         max_choices: prompts times `n` of one request.
+        allowed_hosts: names that the server goes by beside localhost and addresses; `*` is any.
         allowed_origins: web pages from elsewhere that may call the server (CORS); none by default.
     """
 
@@ -35,4 +39,20 @@ class Settings:
     max_body: int = 4 * 1024 * 1024
     max_connections: int = 512
     max_choices: int = 128
+    allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            self.name.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"a model cannot be called {self.name!r}: that is not Unicode text, and no answer could hold it",
+                hint="choose another name with --served-model-name",
+            ) from None
+        for name in self.allowed_hosts:
+            if not is_name(name):
+                raise UsageError(
+                    f"--allowed-host {name!r} is not a name that a server can go by",
+                    hint="give a name in lower case without http://, port and path, or * for any",
+                )

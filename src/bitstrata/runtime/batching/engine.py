@@ -5,8 +5,8 @@
     for event in handle.events(): ...
     engine.close()
 
-A round of the thread: drop what was cancelled; admit waiting requests, first come first served, while
-there are places and room in the cache; pack what each has to feed into batches (packing.py); run
+A round of the thread: drop what was cancelled; admit waiting requests while there are places and room in
+the cache (admission.py); pack what each has to feed into batches (packing.py); run
 them, and give every request its next token. Each round the policy chooses the bits of every request
 that has a choice; the others run at what their handles say then.
 
@@ -19,9 +19,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,32 +29,17 @@ from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
 from ...models import Stops, context_limit, end_tokens, vocabulary_size
 from ...nn import Precision, bits_state, steady_rows
 from ...torch_state import ordinary_torch
-from ..policy import LoadView, Policy, RequestView, Steps, choose_bits
+from ..policy import LoadView, Policy, RequestView, choose_bits
+from .admission import Running, admit, grow
 from .attention import Span
 from .forward import Forward
-from .memory import BLOCK, Range, TokenPool
+from .memory import BLOCK, TokenPool
 from .packing import Segment, Waiting, pack
 from .request import REASONS, Event, Finished, Handle, Limits, Request, Token
 from .sampling import Choice, Sampler, choose, normalised_entropy
 from .stats import EngineStats, Pace
 
 STOP_TOKENS = 4  # a character may take this many tokens, so a stop text of n lies within the last 4 n and a few
-
-
-@dataclass
-class _Running:
-    """A request between submit and its end. The first `past` of `tokens` are in the cache."""
-
-    handle: Handle
-    tokens: list[int]
-    most: int  # new tokens it may make
-    sampler: Sampler
-    steps: Steps  # the policy's, of this request
-    stops: Stops | None
-    place: Range | None = None
-    past: int = 0
-    new: list[int] = field(default_factory=list)
-    entropy: float | None = None  # of the last distribution, if the policy wants it
 
 
 class Engine:
@@ -66,6 +50,7 @@ class Engine:
         tokenizer: reads stop texts, which only requests with some need, and says what else ends a text.
         max_requests: run at a time; others wait.
         max_batch_tokens: of prompts in one batch: longer prompts are fed in parts, between which others decode.
+            By default 512, or max_requests if that is more.
         cache_tokens: room for the prompts and new tokens of all running requests together.
             By default 512 for each, or the model's context if that is less, and at least 2,048.
         max_waiting: requests that may wait for a place.
@@ -76,6 +61,7 @@ class Engine:
     Raises:
         UsageError: a model that is not quantized, that another engine holds, or whose architecture
             cannot run in batches; numbers that cannot be used.
+        ResourceError: there is no memory for the cache, or for a batch.
     """
 
     def __init__(
@@ -84,7 +70,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         max_requests: int = 16,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         cache_tokens: int | None = None,
         max_waiting: int = 1024,
         policy: Policy | None = None,
@@ -95,6 +81,8 @@ class Engine:
             cache_tokens = max(2048, max_requests * min(512, context or 512))
         self._steady = steady_rows(model, model.dtype)
         least = max(max_requests, 2 * (self._steady or 0) + 2)
+        if max_batch_tokens is None:
+            max_batch_tokens = max(512, least)
         for name, given, smallest in (
             ("max_requests", max_requests, 1),
             ("max_waiting", max_waiting, 1),
@@ -110,8 +98,9 @@ class Engine:
         self.limits = Limits(bits_state(model), vocabulary, context, self._pool.tokens, tokenizer is not None)
         self._eos = end_tokens(model, tokenizer)
         self._changed = threading.Condition()  # guards what follows, down to the counters
-        self._waiting: deque[_Running] = deque()
-        self._running: dict[int, _Running] = {}
+        self._waiting: dict[int, Running] = {}  # in the order in which they came
+        self._running: dict[int, Running] = {}
+        self._stalled: set[int] = set()  # of these, the ones that wait for room in the cache
         self._number = 0
         self._closing: str | None = None  # "drain" or "drop"
         self._failure: BaseException | None = None
@@ -162,7 +151,8 @@ class Engine:
             handle = Handle(request, self._number, self.limits, listener)
             handle._wake = self._wake
             self._number += 1
-            self._waiting.append(_Running(handle, list(request.prompt_ids), most, sampler, self._policy.start(), stops))
+            item = Running(handle, list(request.prompt_ids), most, sampler, self._policy.start(), stops)
+            self._waiting[handle.number] = item
             self._changed.notify_all()
         return handle
 
@@ -216,7 +206,7 @@ class Engine:
         except BaseException as error:
             with self._changed:
                 self._failure = error
-            for item in [*self._running.values(), *self._waiting]:
+            for item in [*self._running.values(), *self._waiting.values()]:
                 self._end(item, Finished("error", error if isinstance(error, Exception) else RuntimeError(repr(error))))
         finally:
             self._forward.give_back()
@@ -227,7 +217,7 @@ class Engine:
             if not (self._running or self._waiting):
                 self._pace.clear()
             self._changed.wait_for(lambda: self._running or self._waiting or self._closing)
-            everything = [*self._running.values(), *self._waiting]
+            everything = [*self._running.values(), *self._waiting.values()]
             drop = self._closing == "drop"
         for item in everything:
             if item.handle._listener_error is not None:
@@ -235,14 +225,14 @@ class Engine:
             elif drop or item.handle.cancelled:
                 self._end(item, Finished("cancelled"))
         with self._changed:
-            while self._waiting and len(self._running) < self.max_requests:
-                item = self._waiting[0]
-                item.place = self._pool.reserve(len(item.tokens) + item.most - 1)
-                if item.place is None:
-                    break
-                self._running[item.handle.number] = self._waiting.popleft()
-                self._prompt_tokens += len(item.tokens)
-            return bool(self._running) or self._closing is None
+            self._stalled = {item.handle.number for item in grow(self._running.values(), self._pool)}
+            if not self._stalled:
+                for item in admit(self._waiting, self._pool, self.max_requests - len(self._running)):
+                    self._running[item.handle.number] = self._waiting.pop(item.handle.number)
+                    self._prompt_tokens += len(item.tokens)
+        if self._running and len(self._stalled) == len(self._running):
+            self._end(max(self._running.values(), key=lambda item: len(item.tokens)), Finished("length"))
+        return bool(self._running or self._waiting) or self._closing is None
 
     def _round(self) -> None:
         started = time.monotonic()
@@ -250,6 +240,7 @@ class Engine:
         waiting = [
             Waiting(item.handle.number, item.past, len(item.tokens) - item.past, bits)
             for item, bits in self._bits(started)
+            if item.handle.number not in self._stalled
         ]
         for batch in pack(waiting, self.max_batch_tokens, self._steady):
             try:
@@ -262,7 +253,7 @@ class Engine:
             with self._changed:
                 self._pace.add(time.monotonic() - started)
 
-    def _bits(self, now: float) -> list[tuple[_Running, Precision]]:
+    def _bits(self, now: float) -> list[tuple[Running, Precision]]:
         """At what every running request runs in the round that begins now."""
         asked = [(item, item.handle.bits) for item in self._running.values()]
         supported = self.limits.state.supported
@@ -305,7 +296,7 @@ class Engine:
             else:
                 self._take(items[row], choice, batch[row].bits)
 
-    def _take(self, item: _Running, choice: Choice, precision: Precision) -> None:
+    def _take(self, item: Running, choice: Choice, precision: Precision) -> None:
         item.tokens.append(choice.token)
         item.new.append(choice.token)
         bits = precision if isinstance(precision, int) else None
@@ -323,7 +314,7 @@ class Engine:
         elif len(item.new) >= item.most:
             self._end(item, Finished("length"))
 
-    def _stops(self, item: _Running, token: int) -> bool:
+    def _stops(self, item: Running, token: int) -> bool:
         request = item.handle.request
         if (token in self._eos and not request.ignore_eos) or token in request.stop:
             return True
@@ -331,13 +322,13 @@ class Engine:
             return False
         return item.stops.found_in(item.new[-STOP_TOKENS * (max(map(len, item.stops.texts)) + 2) :])
 
-    def _end(self, item: _Running, event: Finished) -> None:
+    def _end(self, item: Running, event: Finished) -> None:
         with self._changed:
             if item.place is not None:
                 self._pool.release(item.place)
                 item.place = None
             if self._running.pop(item.handle.number, None) is None:
-                self._waiting.remove(item)
+                del self._waiting[item.handle.number]
             self._finished[event.reason] += 1
         item.handle._emit(event)
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import BitstrataError, UsageError
+from ...errors import BitstrataError, ResourceError, UsageError
+from ...memory import is_out_of_memory
 from ...models import input_device
 from ...nn import Bits, Precision, RowBits, bits_state
 from .attention import NAME, FlatBatch, Span
@@ -89,12 +90,22 @@ class Forward:
     def check(self) -> None:
         """Compare batches with the model's own forward, and keep the model taken.
 
-        Raises UsageError for a model that another engine holds, or if they differ: the architecture
-        does something that batches here do not.
+        Raises:
+            UsageError: a model that another engine holds, or they differ: the architecture does something that
+                batches here do not.
+            ResourceError: there is no memory for it.
         """
         self._require_usable()
-        with bits_state(self.model).still():
-            self._check()
+        try:
+            with bits_state(self.model).still():
+                self._check()
+        except Exception as error:
+            if isinstance(error, BitstrataError) or not is_out_of_memory(error):
+                raise
+            raise ResourceError(
+                f"no memory to run {type(self.model).__name__} on {self.model.device}",
+                hint="load it with fewer planes or with --fit, or lower cache_tokens (--cache-tokens)",
+            ) from error
 
     def _check(self) -> None:
         state = bits_state(self.model)
@@ -113,6 +124,8 @@ class Forward:
         except BitstrataError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise UsageError(f"{type(self.model).__name__} cannot run in an engine's batches: {error!r}") from error
         finally:
             for item in ranges:

@@ -3,10 +3,11 @@
     layer l:  keys [H, tokens, D], values [H, tokens, D']         H = key-value heads
 
 A request holds one contiguous range of `tokens` from when it is admitted until it ends, long enough
-for its prompt and every token it may still make. So attention reads a request's keys as a view,
-nothing is allocated or copied while requests run, and a request that was admitted never has to be
-thrown out for lack of memory. The price is that room for tokens that are never made stays unused
-until the request ends, and that a long request waits until a range of its length is free in one piece.
+for its prompt and every token it may still make (or, where it sets no limit, for the next ones: admission.py).
+So attention reads a request's keys as a view, nothing is allocated while requests run or copied but
+for those that grow, and a request that was admitted and has a limit is never thrown out for lack of
+memory. The price is that room for tokens that are never made stays unused until the request ends,
+and that a long request waits until a range of its length is free in one piece.
 
 Ranges are counted in blocks of BLOCK tokens. Tensors are made when a layer first writes: only then
 its number of heads and their widths are known, whatever the architecture calls them.
@@ -18,6 +19,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ...errors import ResourceError
+from ...memory import free_memory, is_out_of_memory
 
 BLOCK = 16
 
@@ -60,25 +64,69 @@ class TokenPool:
 
     def release(self, taken: Range) -> None:
         """Give back what `reserve` returned."""
+        self._free = self._free_without(taken)
+
+    def grow(self, taken: Range, used: int, tokens: int) -> Range | None:
+        """A range of `tokens` in the place of `taken`, with the same first `used` tokens; None if there is none now.
+
+        It begins where `taken` does if it can; otherwise the tokens move, into `taken` itself where they must.
+        """
+        before = self._free
+        self._free = self._free_without(taken)
+        size = -(-tokens // BLOCK) * BLOCK
+        for index, free in enumerate(self._free):
+            if free.start <= taken.start and taken.start + size <= free.stop:
+                around = (Range(free.start, taken.start), Range(taken.start + size, free.stop))
+                self._free[index : index + 1] = [item for item in around if item.stop > item.start]
+                return Range(taken.start, taken.start + size)
+        larger = self.reserve(tokens)
+        if larger is None:
+            self._free = before
+            return None
+        for pair in self._layers.values():
+            for held in pair:
+                held[:, larger.start : larger.start + used] = held[:, taken.start : taken.start + used].clone()
+        return larger
+
+    def _free_without(self, taken: Range) -> list[Range]:
+        """What is free once `taken` is."""
         merged: list[Range] = []
         for free in sorted([*self._free, taken], key=lambda item: item.start):
             if merged and merged[-1].stop == free.start:
                 merged[-1] = Range(merged[-1].start, free.stop)
             else:
                 merged.append(free)
-        self._free = merged
+        return merged
 
     def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put key [H, n, D] and value [H, n, D'] of `layer` to `places` (int64 [n]); the layer's whole tensors."""
+        """Put key [H, n, D] and value [H, n, D'] of `layer` to `places` (int64 [n]); the layer's whole tensors.
+
+        Raises ResourceError if there is no memory for these.
+        """
         pair = self._layers.get(layer)
         if pair is None:
-            pair = self._layers[layer] = (
-                torch.zeros(key.shape[0], self.tokens, key.shape[2], dtype=key.dtype, device=key.device),
-                torch.zeros(value.shape[0], self.tokens, value.shape[2], dtype=value.dtype, device=value.device),
-            )
+            pair = self._layers[layer] = self._make(key, value)
         pair[0].index_copy_(1, places, key)
         pair[1].index_copy_(1, places, value)
         return pair
+
+    def _make(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.tokens * sum(one.shape[0] * one.shape[2] * one.element_size() for one in (key, value))
+        try:
+            # a system may grant memory that it does not have, and end the process that uses it; a GPU refuses
+            if key.device.type == "cpu" and size > free_memory():
+                raise MemoryError
+            return (
+                torch.zeros(key.shape[0], self.tokens, key.shape[2], dtype=key.dtype, device=key.device),
+                torch.zeros(value.shape[0], self.tokens, value.shape[2], dtype=value.dtype, device=value.device),
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ResourceError(
+                f"no memory for keys and values of {self.tokens} tokens: every layer takes {size / 1e9:.2f} GB",
+                hint="lower cache_tokens (--cache-tokens), or max_requests (--max-requests) where it is not given",
+            ) from error
 
     def clear(self) -> None:
         """Drop the tensors."""

@@ -25,7 +25,8 @@ class Request:
         prompt_ids: the prompt's tokens, BOS included where the model wants one.
         bits: the precision: an int, or a plan (layer name -> bits); the model's highest if None.
         min_bits: the least that the engine's policy may lower an int `bits` to; `bits` if None, so never lower.
-        max_new_tokens: at most so many tokens; None for as many as the model's context and the engine's cache leave.
+        max_new_tokens: at most so many tokens. None for as many as the model's context leaves; such a request takes
+            room in the engine's cache as it goes, and ends, with the reason "length", when it can get no more there.
         temperature: 0 takes the most likely token every time; above 0 samples from softmax(logits / temperature).
         top_p: sample from the smallest set of most likely tokens whose probability reaches top_p.
         seed: a seeded request samples the same tokens whatever else is in the batch; None draws a fresh seed.

@@ -1,0 +1,78 @@
+"""Who gets room in the cache, and when.
+
+A request that says how many tokens it makes gets room for all of them before it starts, and keeps it. One that does
+not say gets GROWTH more at a time, as it goes: it takes from others only what it uses.
+
+First come, first served, but a request for which there is no room now lets others pass that are smaller, OVERTAKEN of
+them in all. Then nobody passes it any more, so that its room comes free.
+
+A request that cannot grow waits, and until it can nobody is admitted. If all that run wait for that, nothing will come
+free by itself: the longest of them then ends, as at any other limit, for the others to go on. None of n such requests
+ends before it had an n-th of the cache, rounded down by GROWTH.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ..policy import Steps
+from .memory import Range, TokenPool
+from .request import Handle
+from .sampling import Sampler
+
+GROWTH = 256  # tokens
+OVERTAKEN = 32  # times that a request lets another pass
+
+
+@dataclass(eq=False)
+class Running:
+    """A request between submit and its end. The first `past` of `tokens` are in the cache."""
+
+    handle: Handle
+    tokens: list[int]
+    most: int  # new tokens it may make
+    sampler: Sampler
+    steps: Steps  # the policy's, of this request
+    place: Range | None = None
+    past: int = 0
+    new: list[int] = field(default_factory=list)
+    entropy: float | None = None  # of the last distribution, if the policy wants it
+    overtaken: int = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens of the cache that it needs to start, or to go on."""
+        # the last new token is never an input
+        whole = len(self.tokens) - len(self.new) + self.most - 1
+        return whole if self.handle.request.max_new_tokens is not None else min(whole, len(self.tokens) + GROWTH)
+
+
+def admit(waiting: Mapping[int, Running], pool: TokenPool, places: int) -> Iterator[Running]:
+    """Reserve room for up to `places` of those that wait, in their order; each is to be taken from `waiting`."""
+    passed: list[Running] = []
+    for item in list(waiting.values()):
+        if not places or (passed and passed[0].overtaken >= OVERTAKEN):  # nobody was overtaken more often
+            return
+        item.place = pool.reserve(item.room)
+        if item.place is None:
+            passed.append(item)
+            continue
+        for other in passed:
+            other.overtaken += 1
+        places -= 1
+        yield item
+
+
+def grow(running: Iterable[Running], pool: TokenPool) -> list[Running]:
+    """Get room for the next token of all that have used theirs up; those for which there is none."""
+    stalled = []
+    for item in running:
+        if item.place is None or len(item.tokens) <= item.place.stop - item.place.start:
+            continue
+        larger = pool.grow(item.place, item.past, item.room)
+        if larger is None:
+            stalled.append(item)
+        else:
+            item.place = larger
+    return stalled
