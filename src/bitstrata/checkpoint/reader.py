@@ -19,7 +19,16 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UnsupportedBitsError
 from ..planes.weights import MAX_BITS, PlaneWeight, is_byte_unit, make_decoder
-from .schema import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, UNIT, QuantizationSpec, TensorSpec, guard_name
+from .schema import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    SAFETENSORS_DTYPES,
+    SINGLE_FILE,
+    UNIT,
+    QuantizationSpec,
+    TensorSpec,
+    guard_name,
+)
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 
@@ -255,6 +264,14 @@ class CheckpointReader:
     def tensor_spec(self, tensor: str) -> TensorSpec:
         """(dtype, shape) of a stored tensor from its file's header."""
         return self._shard_with(tensor).spec(tensor)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that the model was quantized in, from its guards; None if it has none."""
+        for layer in self.spec.layers:
+            if guard_name(layer) in self.weight_map:
+                return SAFETENSORS_DTYPES.get(self.tensor_spec(guard_name(layer))[0])
+        return None
 
     def missing_guards(self) -> list[str]:
         """Quantized layers without the placeholder that makes foreign loaders fail loudly."""
