@@ -120,17 +120,6 @@ class PreflightError(BitstrataError):
         self.exit_code = max(problem.exit_code for problem in problems)
 
 
-def printable(text: str) -> str:
-    """`text` with control characters, and what no encoding knows, as escapes: a file's names reach terminals."""
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def check_regular(path: Path, error: type[InputError]) -> None:
-    """Raise `error` if something is at `path` that is no file: a pipe keeps whoever reads it waiting for ever."""
-    if path.exists() and not path.is_file():
-        raise error(f"{path} is not a regular file", hint="put the file itself there")
-
-
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write `path` into an error that says what to do."""

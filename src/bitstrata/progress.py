@@ -12,8 +12,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .errors import printable
-
 MAX_LINES = 100  # a step is a line where there is no terminal; longer counts are thinned to this
 
 
@@ -45,7 +43,7 @@ class Reporter:
 
     def say(self, message: str) -> None:
         if not self.quiet:
-            self.console.print(printable(message), markup=False)
+            self.console.print(message, markup=False)
 
     def track(self, what: str, total: int, unit: str) -> Steps:
         """Count `total` steps of `what`; use as a context manager and call `step` after each."""
@@ -91,7 +89,7 @@ class Steps:
         self._done += 1
         self._measured += not skipped
         if self._bar is not None:
-            self._bar.update(self._task, advance=1, detail=printable(detail))
+            self._bar.update(self._task, advance=1, detail=detail)
         elif self._total <= MAX_LINES or self._done % -(-self._total // MAX_LINES) == 0 or self._done == self._total:
             self._reporter.say(f"{self._what}: {self._unit} {self._done}/{self._total} {detail} {self._eta()}".rstrip())
 

@@ -14,7 +14,7 @@ import torch
 import typer
 from transformers.utils import logging as transformers_logging
 
-from ..errors import BitstrataError, printable
+from ..errors import BitstrataError
 from ..version import __version__
 from . import bench, chat, demo, env, eval, generate, inspect, plan, quantize, serve
 
@@ -101,7 +101,7 @@ def _explain(error: BaseException) -> int:
 
 
 def _say(message: str) -> None:
-    typer.echo(printable(message), err=True)
+    typer.echo(message, err=True)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ for. Publishers keep other copies beside them, often as large again.
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..checkpoint import QuantizationSpec, is_checkpoint
 from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from ..errors import BitstrataError, ModelError
+from ..errors import BitstrataError, ModelError, UsageError
 from ..planes.weights import MAX_BITS
 from .shards import promised
 
@@ -29,16 +30,20 @@ def resolve(model: str | Path, *, kind: str = "model", max_bits: int | None = No
         max_bits: of a checkpoint on the hub, the highest bits that will be read.
         weights: whether weights are needed at all; a tokenizer needs none.
 
-    Raises ModelError if it is neither.
+    Raises ModelError if it is neither, UsageError for something that is no name at all.
     """
-    path = Path(model).expanduser()
-    try:
-        if path.is_dir():
-            return path
-        exists = path.exists()
-    except OSError as error:
-        raise ModelError(f"{str(model)[:80]!r} cannot be a folder: {error.strerror}", hint="check the path") from error
-    if exists:
+    if not isinstance(model, (str, os.PathLike)):
+        raise UsageError(
+            f"a {type(model).__name__} is not the folder or hub id of a {kind}", hint="give its path or id as a string"
+        )
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
+        if any("\ud800" <= character <= "\udfff" for character in str(path)):
+            raise ModelError(f"the name of {path} is not UTF-8, as the readers of its files need it", hint="rename it")
+        return path
+    if os.path.islink(path) and not os.path.exists(path):
+        raise ModelError(f"{path} is a link to {os.readlink(path)}, which is not there", hint="check the link")
+    if os.path.exists(path):
         raise ModelError(f"{path} is a file, not a {kind} folder", hint=f"pass the folder that holds the {kind}")
     text = str(model)
     head, _, tail = text.rpartition(":")

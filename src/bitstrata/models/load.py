@@ -175,7 +175,6 @@ def _build(
             state_dict=tensors,
             dtype=dtype or own.dtype or reader.dtype or torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
             **placement,
         )
     except (BitstrataError, MemoryError, torch.OutOfMemoryError):
@@ -185,12 +184,6 @@ def _build(
             f"{folder} does not fit the model that its config.json describes: {first_line(error)}",
             hint="the folder was changed after it was written; copy or download it again",
         ) from error
-    for name, *shapes in sorted(info["mismatched_keys"]):
-        found, expected = (list(shape) for shape in shapes)
-        raise CheckpointError(
-            f"{name} in {folder}: the config asks for shape {expected}, the file has {found}",
-            hint="config.json and the weights are of different models",
-        )
     for kind, what in (("missing_keys", "stores no tensor for"), ("unexpected_keys", "stores an unknown tensor")):
         if info[kind]:
             raise CheckpointError(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from pathlib import Path, PurePosixPath
 
+from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import INDEX_FILE, SINGLE_FILE
-from ..errors import ModelError, check_regular
+from ..errors import ModelError
 
 ADAPTER = "adapter_config.json"
 AGAIN = "download the model again"
@@ -25,9 +26,10 @@ def entry_file(folder: Path, named: str | None = None) -> str:
 
     Raises ModelError if there is none; it says what there is instead.
     """
+    if named is not None and not _is_inside(named):
+        raise ModelError(f"{folder / 'config.json'}: transformers_weights {named!r} is not a file name", hint=AGAIN)
     for name in (SINGLE_FILE, INDEX_FILE) if named is None else (named,):
-        check_regular(folder / name, ModelError)
-        if (folder / name).is_file():
+        if regular_file(folder / name, ModelError).is_file():
             return name
     found = sorted(path.name for kind in ("*.safetensors", "*.bin", "*.gguf") for path in folder.glob(kind))
     there = f"; there is {', '.join(found[:3])}" if found else ""

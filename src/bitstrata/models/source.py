@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint import is_checkpoint
+from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import SAFETENSORS_DTYPES
-from ..errors import ModelError, check_regular
+from ..errors import ModelError
 from . import names
 from .architecture import causal_class, check_causal
 from .hub import first_line
@@ -50,8 +51,7 @@ class SourceModel:
         self._stored: dict[str, str] = {}
 
     def _read_config(self) -> PreTrainedConfig:
-        path = self.folder / "config.json"
-        check_regular(path, ModelError)
+        path = regular_file(self.folder / "config.json", ModelError)
         if not path.is_file():
             raise ModelError(
                 f"{self.folder} has no config.json", hint="pass the folder of a Hugging Face causal language model"
@@ -82,15 +82,13 @@ class SourceModel:
         return files
 
     def _open(self, file: str) -> safe_open:
-        check_regular(self.folder / file, ModelError)
+        path = regular_file(self.folder / file, ModelError)
         try:
-            return safe_open(str(self.folder / file), framework="pt")
+            return safe_open(str(path), framework="pt")
         except FileNotFoundError:
             raise ModelError(f"shard {file} is missing from {self.folder}", hint=AGAIN) from None
         except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{self.folder / file} is not a whole safetensors file: {error}", hint="download it again"
-            ) from error
+            raise ModelError(f"{path} is not a whole safetensors file: {error}", hint="download it again") from error
 
     def _keys(self, file: str) -> list[str]:
         return list(self._open(file).keys())

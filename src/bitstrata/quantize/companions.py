@@ -57,9 +57,10 @@ def checkpoint_config(source: SourceModel) -> dict[str, Any]:
 
     It says the dtype where the source leaves that to be found in the weights: the first floating
     tensor of a checkpoint is one of our scales. It ties nothing where the source stores both sides
-    of a tie and they differ.
+    of a tie and they differ. It names no file of the source's.
     """
     config = _without_code(read_json(source.folder / CONFIG_FILE))
+    config.pop("transformers_weights", None)
     name = str(source.dtype).removeprefix("torch.")
     nested = [key for key in source.config.sub_configs if isinstance(config.get(key), dict)]
     text = source.config.get_text_config(decoder=True)
