@@ -94,8 +94,9 @@ def find_blocks(model: PreTrainedModel) -> str:
         if not isinstance(module, nn.ModuleList) or len(module) != layers:
             continue
         owner = next(part for part in _ancestors(name) if part in owners)
-        if type(owners[owner].config) is type(text) and (size := _linear_weights(module)):
-            sizes[name] = size
+        linears = [info for child in module.modules() if (info := linear_info("", child, 0)) is not None]
+        if linears and type(owners[owner].config) is type(text):
+            sizes[name] = sum(info.in_features * info.out_features for info in linears)
     if sizes:
         return max(sizes, key=lambda name: sizes[name])
     others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"})
@@ -111,11 +112,6 @@ def _ancestors(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
-
-
-def _linear_weights(module: nn.Module) -> int:
-    found = (linear_info("", child, 0) for child in module.modules())
-    return sum(info.in_features * info.out_features for info in found if info is not None)
 
 
 def discover(model: PreTrainedModel, skip: Sequence[str] = ()) -> Discovery:
