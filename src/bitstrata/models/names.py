@@ -42,7 +42,8 @@ def bind(model: PreTrainedModel, stored_names: Iterable[str]) -> dict[str, str]:
             renamed, _ = renaming.rename_source_key(renamed)
         if any(converter.rename_source_key(renamed)[1] is not None for converter in converters):
             raise ModelError(
-                f"{stored} is stored in pieces that transformers merges when it loads them (mixture of experts)",
+                f"{stored} is stored in pieces that transformers merges or splits when it loads them, as those of a "
+                "mixture of experts",
                 hint="such models cannot be quantized yet",
             )
         for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix)):

@@ -58,6 +58,8 @@ class SourceModel:
             )
         try:
             config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
+            if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
+                raise ValueError("its part for text is not the config of a model")
         except Exception as error:
             raise ModelError(
                 f"{path} cannot be used: {first_line(error)}",
