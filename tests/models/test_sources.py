@@ -316,8 +316,10 @@ def test_what_is_no_causal_model_is_refused_by_its_architecture(kind: str, tmp_p
     assert "download" not in said
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["LlamaModel"], ["LLaMAForCausalLM"], ["LlamaForCausalLM"]])
-def test_a_causal_model_by_any_of_its_names_is_taken(architectures: list[str] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "architectures", [None, [], 7, [7], ["LlamaModel"], ["LLaMAForCausalLM"], ["LlamaForCausalLM"]]
+)
+def test_a_causal_model_by_any_of_its_names_is_taken(architectures: Any, tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "source", tie_word_embeddings=True)
     configure(source, architectures=architectures)
     quantize(source, tmp_path / "out")
@@ -342,6 +344,8 @@ def test_bert_as_a_decoder_is_taken(tmp_path: Path) -> None:
         {"rope_parameters": {"rope_type": "no such type", "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
         {"rope_scaling": {"rope_type": "linear", "factor": "many"}},
+        {"decoder": 7},
+        {"decoder": {}, "text_config": {}},
     ],
     ids=str,
 )

@@ -45,7 +45,8 @@ def check_causal(folder: Path, config: PreTrainedConfig) -> None:
         raise ModelError(
             f"{folder}: {config.model_type!r} is not a causal language model of transformers", hint=DECODERS
         )
-    trained = [name for name in config.architectures or () if isinstance(name, str)]
+    named = config.architectures
+    trained = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     own = causal_class(config)[0].__name__
     if trained and own not in trained and not any(CAUSAL.fullmatch(name) for name in trained):
         raise ModelError(
