@@ -55,6 +55,20 @@ def file(name: str, content: str) -> Damage:
     return lambda folder: (folder / name).write_text(content)  # type: ignore[return-value]
 
 
+def index(content: str) -> Damage:
+    """The weights in a shard, and an index over it."""
+
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return damage
+
+
+def index_of(files: dict[str, Any]) -> Damage:
+    return index(json.dumps({"weight_map": files}))
+
+
 def only_pickles(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -81,16 +95,22 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "too large for fp16": (one_weight(1e6), [f"{LAYER} has weights above 65504"]),
     "integers": (replaced(lambda w: w.to(torch.int32)), [f"{LAYER} holds torch.int32"]),
     "8-bit floats": (replaced(lambda w: w.to(torch.float8_e4m3fn)), [LAYER, "F8_E4M3"]),
-    "index is not JSON": (file("model.safetensors.index.json", "nonsense"), ["is not a valid index"]),
-    "index without a map": (file("model.safetensors.index.json", "{}"), ["is not a valid index"]),
+    "index is not JSON": (index("nonsense"), ["is not a valid index"]),
+    "index without a map": (index("{}"), ["is not a valid index"]),
+    "index with a list for a map": (index('{"weight_map": [1]}'), ["is not a valid index"]),
+    "index without an end": (index("[" * 100_000), ["is not a valid index"]),
     "index names a missing shard": (
-        file("model.safetensors.index.json", json.dumps({"weight_map": {LAYER: "model-9.safetensors"}})),
+        index_of({LAYER: "model-9.safetensors"}),
         ["shard model-9.safetensors is missing"],
     ),
     "index promises a missing tensor": (
-        file("model.safetensors.index.json", json.dumps({"weight_map": {"no.such": "model.safetensors"}})),
+        index_of({"no.such": "model-1.safetensors"}),
         ["lacks no.such that the index promises"],
     ),
+    **{
+        f"index names {file!r}": (index_of({LAYER: file}), ["is not a file name"])
+        for file in ("../model.safetensors", "/etc/hostname", "\ud800", "a\0b", "", ".", 7, None)
+    },
 }
 
 

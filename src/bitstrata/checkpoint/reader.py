@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,40 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError, UnsupportedBitsError
+from ..errors import CheckpointError, InputError, UnsupportedBitsError
 from ..planes.weights import MAX_BITS, PlaneWeight, is_byte_unit, make_decoder
-from .schema import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, UNIT, QuantizationSpec, TensorSpec, guard_name
+from .schema import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    SAFETENSORS_DTYPES,
+    SINGLE_FILE,
+    UNIT,
+    QuantizationSpec,
+    TensorSpec,
+    guard_name,
+)
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+
+
+def regular_file(path: Path, error: type[InputError] = CheckpointError) -> Path:
+    """`path`, unless it is a pipe, a socket or a device, which would be waited for or read without end: then `error`.
+
+    Whoever opens it says what else is wrong with it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return path
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise error(f"{path} is not a file but a pipe, socket or device", hint="put the file itself in its place")
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`; CheckpointError if it is missing, not JSON, or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(regular_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing", hint="is this the right folder?") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, absurdly long numbers or deep nesting
@@ -53,6 +77,7 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        regular_file(path)
         try:
             self._file = safe_open(str(path), framework="pt")
             self.names: frozenset[str] = frozenset(self._file.keys())  # type: ignore[no-untyped-call]
@@ -255,6 +280,14 @@ class CheckpointReader:
     def tensor_spec(self, tensor: str) -> TensorSpec:
         """(dtype, shape) of a stored tensor from its file's header."""
         return self._shard_with(tensor).spec(tensor)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that the model was quantized in, from its guards; None if it has none."""
+        for layer in self.spec.layers:
+            if guard_name(layer) in self.weight_map:
+                return SAFETENSORS_DTYPES.get(self.tensor_spec(guard_name(layer))[0])
+        return None
 
     def missing_guards(self) -> list[str]:
         """Quantized layers without the placeholder that makes foreign loaders fail loudly."""

@@ -43,7 +43,7 @@ def command(
         raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max-new-tokens be at least 1")
     target, chosen = choose_bits(model, bits)
     loaded = load_sized(target, chosen, budget=budget, fit=fit, context=None, device=device)
-    tokenizer = load_tokenizer(resolve(target))
+    tokenizer = load_tokenizer(resolve(target, weights=False))
     talk = Conversation(
         loaded,
         tokenizer,

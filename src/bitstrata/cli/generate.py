@@ -34,10 +34,10 @@ def command(
     target, chosen = choose_bits(model, None if bits is None else parse_bits_or_plan(bits))
     context = None
     if fit:
-        context = len(encode_prompt(load_tokenizer(resolve(target)), prompt)) + max_new_tokens
+        context = len(encode_prompt(load_tokenizer(resolve(target, weights=False)), prompt)) + max_new_tokens
     most = chosen if isinstance(chosen, int) else None
     loaded = load_sized(target, chosen, budget=budget, fit=fit, context=context, device=device, max_bits=most)
-    tokenizer = load_tokenizer(resolve(target))
+    tokenizer = load_tokenizer(resolve(target, weights=False))
     streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     result = generate(
         loaded,

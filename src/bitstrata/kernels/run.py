@@ -57,9 +57,7 @@ def prepared_weight(
     return weight
 
 
-def linear(
-    x: Tensor, weights: Sequence[AnyWeight], bits: int | Tensor, arithmetic: str | None = None
-) -> list[Tensor]:
+def linear(x: Tensor, weights: Sequence[AnyWeight], bits: int | Tensor, arithmetic: str | None = None) -> list[Tensor]:
     """x [..., K] times each weight, all of one layout, K and groups: [..., N_i] in x's dtype.
 
     Every row at `bits`, or row r at bits[r]; in `arithmetic`, or as the best kernel does.

@@ -1,8 +1,9 @@
 """Which linear layers of a model are quantized, found without knowing the architecture.
 
-The decoder blocks are the `ModuleList` with one entry a hidden layer (`num_hidden_layers`). Every
-`nn.Linear` and every transformers `Conv1D` (GPT-2's transposed linear) inside a block is a
-candidate. Everything else that holds a matrix is left out and named with a reason, never silently.
+The decoder blocks are the `ModuleList` with one entry a hidden layer (`num_hidden_layers`) in the
+text model; what sees or hears is never touched. Every `nn.Linear` and every transformers `Conv1D`
+(GPT-2's transposed linear) inside a block is a candidate. Everything else that holds a matrix is
+left out and named with a reason, never silently.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, UsageError
+
+# subclasses of nn.Linear that compute what it computes; others multiply by something else, or return more
+PLAIN_LINEARS = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
 
 @dataclass(frozen=True)
@@ -66,25 +70,48 @@ def linear_info(name: str, module: nn.Module, block: int) -> LinearInfo | None:
     if isinstance(module, Conv1D):
         columns, rows = module.weight.shape
         return LinearInfo(name, columns, rows, module.bias is not None, True, block)
-    if type(module) is nn.Linear:
+    if isinstance(module, nn.Linear) and _is_plain(type(module)):
         return LinearInfo(name, module.in_features, module.out_features, module.bias is not None, False, block)
     return None
 
 
+def _is_plain(kind: type[nn.Linear]) -> bool:
+    return kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in PLAIN_LINEARS
+
+
 def find_blocks(model: PreTrainedModel) -> str:
-    """Name of the ModuleList that holds the decoder blocks. Raises ModelError if there is none."""
-    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    """Name of the ModuleList that holds the decoder blocks. Raises ModelError if there is none.
+
+    It is the list of the right length with the most weights in linears, of those that the text model
+    itself owns: the innermost transformers model around it has the text model's kind of config, and
+    a vision or audio tower of equal depth has its own.
+    """
+    text = model.config.get_text_config(decoder=True)
+    layers = getattr(text, "num_hidden_layers", None)
+    owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers and _has_linear(module):
-            return name
+        if not isinstance(module, nn.ModuleList) or len(module) != layers:
+            continue
+        owner = next(part for part in _ancestors(name) if part in owners)
+        linears = [info for child in module.modules() if (info := linear_info("", child, 0)) is not None]
+        if linears and type(owners[owner].config) is type(text):
+            sizes[name] = sum(info.in_features * info.out_features for info in linears)
+    if sizes:
+        return max(sizes, key=lambda name: sizes[name])
+    others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"})
     raise ModelError(
-        f"found no list of {layers} decoder blocks with linear layers in {type(model).__name__}",
-        hint="bitstrata quantizes decoder-only causal language models",
+        f"found no list of {layers} decoder blocks with linear layers in the text model of {type(model).__name__}"
+        + (f"; its linear layers are {', '.join(others)}" if others else ""),
+        hint="this architecture cannot be quantized yet",
     )
 
 
-def _has_linear(module: nn.Module) -> bool:
-    return any(linear_info("", child, 0) for child in module.modules())
+def _ancestors(name: str) -> Iterator[str]:
+    """The names of the modules around the one called `name`, innermost first; the model itself is ""."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def discover(model: PreTrainedModel, skip: Sequence[str] = ()) -> Discovery:
@@ -155,7 +182,8 @@ def _left_out(model: PreTrainedModel, quantized: set[str], skipped: dict[str, st
             elif isinstance(module, nn.Embedding):
                 reason = "embedding"
             elif isinstance(module, nn.Linear):
-                reason = "outside the decoder blocks, or a subclass of nn.Linear"
+                outside = _is_plain(type(module))
+                reason = "outside the decoder blocks" if outside else f"a {type(module).__name__}, no plain nn.Linear"
             else:
                 reason = f"unknown module {type(module).__name__}"
             yield LeftOut(f"{name}.{key}", tuple(parameter.shape), reason)

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import PreTrainedConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import QUANT_METHOD, CheckpointReader, QuantizationSpec
+from ..checkpoint.schema import INDEX_FILE
 from ..errors import UsageError
 from ..nn import (
     Bits,
@@ -70,6 +72,19 @@ class BitstrataQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: BitstrataConfig
 
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Called before the dtype is settled by transformers that does not call `update_attn_implementation`."""
+        return self.update_attn_implementation(config)
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Called before the dtype is settled: say it where the checkpoint's config does not.
+
+        transformers would take that of the first floating tensor, which is one of our scales.
+        """
+        if config.dtype is None and (index := _stored_file(config.name_or_path, INDEX_FILE)) is not None:
+            config.dtype = CheckpointReader(index.parent).dtype
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
@@ -93,6 +108,18 @@ class BitstrataQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _stored_file(name: str | None, file: str) -> Path | None:
+    """`file` of a model that is a folder or was fetched from the hub."""
+    if not name:
+        return None
+    path = (
+        Path(name, file)
+        if Path(name).is_dir()
+        else cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    )
+    return Path(path) if path is not None and Path(path).is_file() else None
 
 
 def replace_layers(model: PreTrainedModel, spec: QuantizationSpec, *, paged: bool = False) -> QuantizationSpec:

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -24,9 +23,10 @@ from ..nn import Bits, RowBits, bits_state
 from ..planes import whole_number
 from ..progress import Reporter
 from ..torch_state import ordinary_torch
+from .architecture import causal_class
 from .fit import fit_budget
+from .hub import first_line, resolve
 from .resize import Pages, Size
-from .source import first_line, resolve
 
 Chosen = TypeVar("Chosen", bound=int | Plan)
 
@@ -131,7 +131,8 @@ def load(
             if isinstance(bits, (str, Path))
             else "bits are an int, or a plan",
         )
-    folder = resolve(path_or_id, kind="bitstrata checkpoint")
+    # a model with one plan's pages may be resized to any other plan, so it needs all files
+    folder = resolve(path_or_id, kind="bitstrata checkpoint", max_bits=None if paged else max_bits)
     where = pick_device(device)
     reader = CheckpointReader(folder, max_bits=max_bits, verify=verify is not False, paged=paged)
     if isinstance(bits, int) and bits not in reader.bits:
@@ -182,12 +183,13 @@ def _build(
             config.quantization_config = dict(config.quantization_config, paged=True)
         else:
             config.quantization_config = _restricted(config.quantization_config, reader)
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        model_class, own = causal_class(config)
+        own.quantization_config = config.quantization_config
         model, info = model_class.from_pretrained(
             None,
-            config=config,
+            config=own,
             state_dict=tensors,
-            dtype=dtype or config.dtype or torch.float32,
+            dtype=dtype or own.dtype or reader.dtype or torch.float32,
             output_loading_info=True,
             **placement,
         )

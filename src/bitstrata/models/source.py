@@ -6,7 +6,6 @@ Nothing here loads the whole model. Only safetensors files are read.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -18,140 +17,93 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint import is_checkpoint
+from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import SAFETENSORS_DTYPES
 from ..errors import ModelError
+from ..memory import is_out_of_memory
+from . import names
+from .architecture import causal_class, check_causal
+from .hub import first_line
+from .shards import AGAIN, check_adapter, entry_file, promised
 from .watch import FileWatch
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 READ_BYTES = 1 << 26
-
-
-def resolve(model: str | Path, *, kind: str = "model") -> Path:
-    """A local folder for `model`: itself, or the snapshot of a hub id, downloaded if need be.
-
-    Raises ModelError if it is neither.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"{path} is a file, not a {kind} folder", hint=f"pass the folder that holds the {kind}")
-    text = str(model)
-    head, _, tail = text.rpartition(":")
-    if head and tail.isdigit():  # not a hub id: those have no colon
-        raise ModelError(f"there is no {kind} folder {text!r}", hint=f"bits do not belong here: give {head}")
-    if text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith("/") or not text:
-        raise ModelError(f"there is no {kind} folder {text!r}", hint="check the path")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(
-            snapshot_download(
-                text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
-            )
-        )
-    except Exception as error:
-        raise ModelError(
-            f"{text!r} is not a local folder, and the hub did not give it: {first_line(error)}",
-            hint="check the path or the hub id; HF_TOKEN is needed for gated models",
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class SourceModel:
     """A causal language model folder with safetensors weights.
 
+    untied: pairs (head, embedding) that the config ties though their stored tensors differ. Both are
+        kept, as transformers does; `config` then ties nothing. Known after `skeleton`.
+
     Raises ModelError at construction for anything that keeps the weights from being read: no
-    config, an unknown architecture, no safetensors, a missing or truncated shard.
+    config, an architecture that is unknown or no causal language model, no safetensors, a missing
+    or truncated shard.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if is_checkpoint(folder):
             raise ModelError(f"{folder} is already quantized by bitstrata", hint="quantize the original model instead")
+        check_adapter(folder)
         self._watch = FileWatch(folder)
         self.config = self._read_config()
         self.files = self._read_files()
+        self.untied: list[tuple[str, str]] = []
         self._stored: dict[str, str] = {}
 
     def _read_config(self) -> PreTrainedConfig:
-        if not (self.folder / "config.json").is_file():
+        path = regular_file(self.folder / "config.json", ModelError)
+        if not path.is_file():
             raise ModelError(
                 f"{self.folder} has no config.json", hint="pass the folder of a Hugging Face causal language model"
             )
         self._watch.check("config.json")
         try:
             config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
+            if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
+                raise ValueError("its part for text is not the config of a model")
         except Exception as error:
             raise ModelError(
-                f"{self.folder / 'config.json'} cannot be used: {first_line(error)}",
+                f"{path} cannot be used: {first_line(error)}",
                 hint="is this the folder of a causal language model that this version of transformers knows?",
             ) from error
-        known = type(config) in AutoModelForCausalLM._model_mapping  # not .keys(): that imports every architecture
-        if not known:
-            raise ModelError(
-                f"{self.folder}: {config.model_type!r} is not a causal language model of transformers",
-                hint="bitstrata quantizes decoder-only causal language models",
-            )
+        check_causal(self.folder, config)
         if getattr(config, "quantization_config", None):
             raise ModelError(f"{self.folder} is already quantized", hint="quantize the original model instead")
         return config
 
     def _read_files(self) -> dict[str, str]:
-        """Tensor name -> file name."""
-        if (self.folder / INDEX).is_file():
-            try:
-                files = dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(
-                    f"{self.folder / INDEX} is not a valid index: {error}", hint="download the model again"
-                ) from error
-        elif (self.folder / SINGLE).is_file():
-            files = dict.fromkeys(self._keys(SINGLE), SINGLE)
-        else:
-            found = sorted(path.name for path in self.folder.glob("*.bin"))
-            hint = (
-                "convert the .bin files first: load with transformers and save_pretrained"
-                if found
-                else "is the download complete?"
-            )
-            raise ModelError(f"{self.folder} has no {SINGLE} and no {INDEX}", hint=hint)
-        for file in files.values():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ModelError(f"{self.folder / INDEX}: {file!r} is not a file name", hint="download the model again")
-        for file in sorted(set(files.values())):
-            missing = {name for name, home in files.items() if home == file} - self._keys(file)
+        """Tensor name -> file name, files in order of their names, tensors as the file lists them."""
+        entry = entry_file(self.folder, getattr(self.config, "transformers_weights", None))
+        listed = promised(self.folder / entry) if entry.endswith(".json") else {}
+        files: dict[str, str] = {}
+        for file in sorted(set(listed.values())) or [entry]:
+            keys = self._keys(file)
+            missing = {name for name, home in listed.items() if home == file}.difference(keys)
             if missing:
-                raise ModelError(
-                    f"{self.folder / file} lacks {sorted(missing)[0]} that the index promises",
-                    hint="download the model again",
-                )
+                raise ModelError(f"{self.folder / file} lacks {min(missing)} that the index promises", hint=AGAIN)
+            files.update(dict.fromkeys(keys, file))
         return files
 
     def _open(self, file: str) -> safe_open:
+        path = regular_file(self.folder / file, ModelError)
         try:
-            opened = safe_open(str(self.folder / file), framework="pt")
+            opened = safe_open(str(path), framework="pt")
         except FileNotFoundError:
-            raise ModelError(f"shard {file} is missing from {self.folder}", hint="download the model again") from None
+            raise ModelError(f"shard {file} is missing from {self.folder}", hint=AGAIN) from None
         except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{self.folder / file} is not a whole safetensors file: {error}", hint="download it again"
-            ) from error
+            raise ModelError(f"{path} is not a whole safetensors file: {error}", hint="download it again") from error
         self._watch.check(file)
         return opened
 
-    def _keys(self, file: str) -> set[str]:
-        return set(self._open(file).keys())
+    def _keys(self, file: str) -> list[str]:
+        return list(self._open(file).keys())
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype the model is stored in: the config's, else that of its first floating tensor."""
-        declared = getattr(self.config, "dtype", None)
+        """The dtype that transformers loads the model in: the config's, else that of its first floating tensor."""
+        declared = getattr(causal_class(self.config)[1], "dtype", None)
         if isinstance(declared, torch.dtype):
             return declared
         return next((self.spec(name)[0] for name in self.files if self.spec(name)[0].is_floating_point), torch.float32)
@@ -165,48 +117,67 @@ class SourceModel:
         self._watch.check_all()
 
     def skeleton(self) -> PreTrainedModel:
-        """The model with every parameter on meta; buffers such as rotary frequencies are real, fp32."""
-        with init_empty_weights(include_buffers=False):
-            # a copy, because transformers writes the dtype into the config it is given
-            config = copy.deepcopy(self.config)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.tie_weights()
-        self._stored = self._bind(model)
+        """The model with every parameter on meta; buffers such as rotary frequencies are real, fp32.
+
+        Raises ModelError if the config describes no model, or one with tensors that are merged when they are loaded.
+        """
+        model = self._build()
+        ties = list(model.all_tied_weights_keys.items())
+        bound = names.bind(model, self.files)
+        self.untied = [(head, other) for head, other in ties if self._differ(bound.get(head), bound.get(other))]
+        if self.untied:
+            for config in (self.config, *_sub_configs(self.config)):
+                if getattr(config, "tie_word_embeddings", False):
+                    config.tie_word_embeddings = False
+            model = self._build()
+            bound = names.bind(model, self.files)
+        self._stored = names.share(bound, ties)
         return model.eval().requires_grad_(False)
+
+    def _build(self) -> PreTrainedModel:
+        whole = causal_class(self.config)[1]
+        layers = [getattr(config, "num_hidden_layers", None) for config in (whole, *_sub_configs(whole))]
+        most = max((count for count in layers if isinstance(count, int)), default=0)
+        if most > len(self.files):
+            raise ModelError(
+                f"{self.folder / 'config.json'} asks for {most} layers, the files hold {len(self.files)} tensors",
+                hint="config.json and the weights are of different models",
+            )
+        try:
+            with init_empty_weights(include_buffers=False):
+                # a copy, because transformers writes the dtype into the config it is given
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(self.config), dtype=torch.float32
+                )
+            model.tie_weights()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"{self.folder / 'config.json'} describes no model: {type(error).__name__}: {first_line(error)}",
+                hint="download it again, or try the transformers version that the model was made with",
+            ) from error
+        return model
+
+    def _differ(self, one: str | None, other: str | None) -> bool:
+        """Whether two stored tensors, if both are, differ in the dtype that the model is loaded in."""
+        if one is None or other is None or one == other:
+            return False
+        shape = self.spec(one)[1]
+        if shape != self.spec(other)[1]:
+            return True
+        if not shape:
+            return not torch.equal(self.map(one), self.map(other))
+        step = max(1, READ_BYTES // max(1, 4 * torch.Size(shape[1:]).numel()))
+        for start in range(0, shape[0], step):
+            parts = [self.rows(name, start, start + step).to(self.dtype) for name in (one, other)]
+            if not torch.equal(*parts):
+                return True
+        return False
 
     def stored_name(self, name: str) -> str | None:
         """The stored name of state-dict entry `name`; None if it is not stored. Needs `skeleton` first."""
         return self._stored.get(name)
-
-    def _bind(self, model: PreTrainedModel) -> dict[str, str]:
-        """State-dict name -> stored name.
-
-        Names may differ by the base model's prefix and by the renamings that transformers applies to
-        older files. Raises ModelError for tensors that transformers would merge or split.
-        """
-        expected = set(model.state_dict())
-        prefix = f"{model.base_model_prefix}."
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        transforms = get_model_conversion_mapping(model)
-        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        names: dict[str, str] = {}
-        for stored in sorted(self.files):
-            renamed = stored
-            for renaming in renamings:
-                renamed, _ = renaming.rename_source_key(renamed)
-            if any(converter.rename_source_key(renamed)[1] is not None for converter in converters):
-                raise ModelError(
-                    f"{stored} is stored in pieces that transformers merges when it loads them (mixture of experts)",
-                    hint="such models cannot be quantized yet",
-                )
-            for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
-                if candidate in expected:
-                    names[candidate] = stored
-                    break
-        return names
 
     def spec(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """(dtype, shape) of a stored tensor, from the header."""
@@ -275,10 +246,9 @@ class SourceModel:
                 owner._buffers[leaf] = value
 
 
-def context_limit(config: PreTrainedConfig) -> int | None:
-    """The longest sequence, in tokens, that a model of this config was made for; None if it does not say."""
-    limit: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit
+def _sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    parts = [getattr(config, key, None) for key in config.sub_configs]
+    return [part for part in parts if isinstance(part, PreTrainedConfig)]
 
 
 def all_finite(tensor: Tensor) -> bool:

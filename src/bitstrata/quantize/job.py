@@ -29,25 +29,20 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, copy_file, is_checkpoint, write_checkpoint
-from ..checkpoint.reader import read_json
-from ..checkpoint.schema import CONFIG_FILE, REPORT_FILE, guard_name
+from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_checkpoint, write_checkpoint
+from ..checkpoint.schema import REPORT_FILE, guard_name
 from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
 from ..memory import memory_errors
 from ..progress import Reporter
 from ..torch_state import ordinary_torch
 from .blocks import BlockLoop
+from .companions import checkpoint_config, copy_companions
 from .head import HeadPlanes
 from .preflight import Prepared, prepare
 from .report import Report, make_report
 from .settings import Settings
 from .sizes import megabytes
 from .state import JobState, differences
-
-COPIED_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja",
-    "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 MORE_MEMORY = (
     "end other programs and run the same command again: finished blocks are kept; or start over with a lower "
@@ -166,11 +161,8 @@ def _assemble(prepared: Prepared, state: JobState, report: Report) -> None:
         entries.extend(state.entries(layer.role, [layer.name]))
         entries.append(TensorEntry.of(guard_name(layer.name), torch.empty(0, dtype=source.dtype)))
     output = prepared.settings.output
-    for pattern in COPIED_FILES:
-        for path in sorted(source.folder.glob(pattern)):
-            if path.is_file():
-                copy_file(path, output / path.name)
-    config = read_json(source.folder / CONFIG_FILE)
+    copy_companions(source, output)
+    config = checkpoint_config(source)
     config["quantization_config"] = prepared.spec().model_dump(exclude_none=True)
     source.check_unchanged()  # what is copied and written from here on is compared as it is read
     write_checkpoint(output, config, entries, report.saved())

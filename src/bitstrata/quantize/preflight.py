@@ -38,8 +38,10 @@ from ..models import (
     load_tokenizer,
     resolve,
 )
+from ..models.names import missing_tensors
 from ..progress import Reporter
 from ..version import __version__
+from .companions import note_companions
 from .grouping import check_weight
 from .settings import Settings
 from .sizes import MemoryNeed, disk_bytes, megabytes, memory_need
@@ -147,6 +149,7 @@ def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataE
     head = () if settings.head_bits is None else problems.attempt(lambda: find_head(model)) or ()
     discovery = _without(discovery, head)
     common = _check_tensors(source, model, discovery, head, problems.found, reporter)
+    note_companions(source, reporter)
     prepared = Prepared(
         settings,
         source,
@@ -278,7 +281,7 @@ def _check_tensors(
     quantized = {f"{linear.name}.weight": "leave the layer out with --skip" for linear in discovery.linears}
     quantized |= {f"{layer.name}.weight": "leave --head-bits out" for layer in head}
     copies = {name for group in discovery.tied for name in group[1:]}
-    common, used = {}, set()
+    common, used, missing = {}, set(), []
     for name, tensor in model.state_dict().items():
         stored = source.stored_name(name)
         if stored is not None:
@@ -286,9 +289,7 @@ def _check_tensors(
         if name in copies:
             continue
         if stored is None:
-            problems.append(
-                ModelError(f"{source.folder} stores no tensor for {name}", hint="is the download complete?")
-            )
+            missing.append(name)
             continue
         try:
             _check_tensor(source, stored, tensor, quantize=quantized.get(name))
@@ -297,8 +298,12 @@ def _check_tensors(
             continue
         if name not in quantized:
             common[name] = stored
+    for one, other in source.untied:
+        reporter.note(f"the config ties {one} to {other}, but the stored tensors differ: both are kept, tied no longer")
     unused = sorted(set(source.files) - used)
-    if unused:
+    if missing:
+        problems.append(missing_tensors(source.folder, type(model).__name__, missing, unused))
+    elif unused:
         reporter.note(
             f"{len(unused)} stored tensors are not part of the model and are dropped: {', '.join(unused[:5])}"
         )

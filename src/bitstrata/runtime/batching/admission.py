@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ...models import Stops
 from ..policy import Steps
 from .memory import Range, TokenPool
 from .request import Handle
@@ -34,6 +35,7 @@ class Running:
     most: int  # new tokens it may make
     sampler: Sampler
     steps: Steps  # the policy's, of this request
+    stops: Stops | None
     place: Range | None = None
     past: int = 0
     new: list[int] = field(default_factory=list)
