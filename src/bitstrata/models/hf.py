@@ -74,7 +74,8 @@ class BitstrataQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if checkpoint_files:
-            CheckpointReader(Path(checkpoint_files[0]).parent)  # names whatever is missing or malformed
+            reader = CheckpointReader(Path(checkpoint_files[0]).parent)  # names whatever is missing or malformed
+            reader.note_changes(Reporter())
         replace_layers(model, self.quantization_config.spec, paged=self.quantization_config.paged)
         return model
 

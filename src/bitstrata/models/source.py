@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ..checkpoint import is_checkpoint
 from ..checkpoint.schema import SAFETENSORS_DTYPES
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,12 +31,20 @@ READ_BYTES = 1 << 26
 def resolve(model: str | Path, *, kind: str = "model") -> Path:
     """A local folder for `model`: itself, or the snapshot of a hub id, downloaded if need be.
 
-    Raises ModelError if it is neither.
+    Raises ModelError if it is neither, UsageError for something that is no name at all.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    if not isinstance(model, (str, os.PathLike)):
+        raise UsageError(
+            f"a {type(model).__name__} is not the folder or hub id of a {kind}", hint="give its path or id as a string"
+        )
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
+        if any("\ud800" <= character <= "\udfff" for character in str(path)):
+            raise ModelError(f"the name of {path} is not UTF-8, as the readers of its files need it", hint="rename it")
         return path
-    if path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
+        raise ModelError(f"{path} is a link to {os.readlink(path)}, which is not there", hint="check the link")
+    if os.path.exists(path):
         raise ModelError(f"{path} is a file, not a {kind} folder", hint=f"pass the folder that holds the {kind}")
     text = str(model)
     head, _, tail = text.rpartition(":")
