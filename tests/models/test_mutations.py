@@ -30,6 +30,13 @@ VALUES = (
     "\ud800", "float32", "int8", "../x", [], [9], [[1]], {}, {"a": 1}, {"rope_type": "yarn"}, [None] * 3,
 )  # fmt: skip
 
+# what such files hold besides tokens
+GENERATION_VALUES = {
+    "do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1,
+    "max_length": 64, "min_new_tokens": 1, "no_repeat_ngram_size": 3, "eos_token_id": [1, 2], "pad_token_id": 1,
+    "num_beams": 1, "suppress_tokens": [4], "bad_words_ids": [[7, 8]], "length_penalty": 1.0, "epsilon_cutoff": 0.0,
+}  # fmt: skip
+
 Draw = random.Random
 
 
@@ -41,6 +48,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     bitstrata.quantize(source, folder / "out", bits="2-3", method="rtn", group_size=32, reporter=Reporter(quiet=True))
     assert (folder / "out" / GENERATION).exists()
+    values = json.loads((folder / "out" / GENERATION).read_text())
+    (folder / "out" / GENERATION).write_text(json.dumps(values | GENERATION_VALUES))
     return folder / "out"
 
 
@@ -135,7 +144,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def fault(folder: Path, draw: Draw, expected: torch.Tensor) -> str | None:
-    """What is wrong with how a mutated checkpoint is taken; None if nothing, "refused" for a refusal as it should be."""
+    """What is wrong with how a mutated checkpoint is taken; None if nothing, "refused" for a proper refusal."""
     what, is_damaged = mutate(folder, draw)
     reporter = Reporter(quiet=True)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +29,7 @@ _Count = Annotated[int, Field(ge=1, le=2**31 - 1)] | None
 _Length = Annotated[int, Field(ge=0)] | None
 _Number = Annotated[float, Field(allow_inf_nan=False)] | None
 _Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
-_Token = int | None
-_Tokens = int | list[int] | None
+_TokenId = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]  # -1 stands for none in some files
 
 
 class _GenerationFile(BaseModel):
@@ -37,9 +37,9 @@ class _GenerationFile(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    bos_token_id: _Tokens = None
-    eos_token_id: _Tokens = None
-    pad_token_id: _Token = None
+    bos_token_id: _TokenId | list[_TokenId] | None = None
+    eos_token_id: _TokenId | list[_TokenId] | None = None
+    pad_token_id: _TokenId | None = None
     max_length: _Count = None
     max_new_tokens: _Count = None
     min_length: _Length = None
@@ -61,9 +61,14 @@ class _GenerationFile(BaseModel):
     length_penalty: _Number = None
     no_repeat_ngram_size: _Length = None
     guidance_scale: _Number = None
-    bad_words_ids: list[list[int]] | None = None
-    suppress_tokens: list[int] | None = None
-    begin_suppress_tokens: list[int] | None = None
+    bad_words_ids: Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1)] | None = None
+    suppress_tokens: list[_TokenId] | None = None
+    begin_suppress_tokens: list[_TokenId] | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | list[int] | None = None
+    output_scores: bool | None = None
+    output_logits: bool | None = None
+    return_dict_in_generate: bool | None = None
 
 
 def read_config(folder: Path, reader: CheckpointReader) -> PreTrainedConfig:
@@ -97,7 +102,7 @@ def _block_counts(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
             yield prefix + key, value
 
 
-def read_generation_config(folder: Path) -> GenerationConfig | None:
+def read_generation_config(folder: Path, vocab_size: int) -> GenerationConfig | None:
     """The defaults of `generate` beside a model, if there are any. Raises CheckpointError if they cannot be used."""
     path = folder / GENERATION_FILE
     if not path.exists():
@@ -105,13 +110,21 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     values = read_json(path)
     hint = f"correct {path}, or delete it: the model then has its config's defaults"
     try:
-        _GenerationFile.model_validate(values)
-        return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        checked = _GenerationFile.model_validate(values)
+        config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{path}: {first['loc'][0]}: {first['msg']}", hint=hint) from error
     except Exception as error:
         raise CheckpointError(f"{path} cannot be used: {first_line(error)}", hint=hint) from error
+    barred = [*(checked.suppress_tokens or []), *(checked.begin_suppress_tokens or [])]
+    unknown = [token for token in chain(barred, *(checked.bad_words_ids or [])) if not -1 <= token < vocab_size]
+    if unknown:
+        raise CheckpointError(f"{path} bars token {unknown[0]}; the model has {vocab_size} tokens", hint=hint)
+    for name in checked.model_fields_set & _GenerationFile.model_fields.keys():
+        if isinstance(value := getattr(checked, name), float):  # transformers refuses some of them as integers
+            setattr(config, name, value)
+    return config
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

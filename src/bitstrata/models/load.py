@@ -131,7 +131,8 @@ def load(
     where = pick_device(device)
     reader = CheckpointReader(folder, max_bits=max_bits, verify=verify, paged=paged)
     reader.note_changes(reporter)
-    config, generation = read_config(folder, reader), read_generation_config(folder)
+    config = read_config(folder, reader)
+    generation = read_generation_config(folder, config.get_text_config(decoder=True).vocab_size)
     if isinstance(bits, int) and bits not in reader.bits:
         raise UnsupportedBitsError(bits, reader.bits, where=str(folder))
     if isinstance(bits, Plan):
