@@ -175,7 +175,7 @@ def read_file(path: Path, schema: type[File], version: int, what: str) -> File:
     except FileNotFoundError:
         raise PlanError(f"there is no {what} {path}", hint="`bitstrata plan` writes them") from None
     except OSError as error:
-        raise PlanError(f"{path} cannot be read: {error.strerror}") from error
+        raise PlanError(f"{path} cannot be read: {error.strerror}", hint="check the path") from error
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not valid JSON: {error}", hint=hint) from error
     if is_deeper(raw, MAX_DEPTH):

@@ -36,6 +36,7 @@ from .schema import (
 
 MAX_DEPTH = 100  # of JSON: real configs have six levels, and whoever walks one by recursion can take this many
 ACCEPT_CONFIG = f"if it was changed on purpose, delete metadata.config_sha256 from {INDEX_FILE}"
+_MIXED = f"{CONFIG_FILE} and the weights are of different models; copy or download them again"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 
 
@@ -226,7 +227,7 @@ class CheckpointReader:
         if spec.bias:
             yield from self._header_problems(bias, (spec.out_features,))
         elif bias in self.weight_map:
-            yield CheckpointError(f"{bias} is stored, but {CONFIG_FILE} says that the layer has no bias")
+            yield CheckpointError(f"{bias} is stored, but {CONFIG_FILE} says that the layer has no bias", hint=_MIXED)
         if guard_name(layer) in self.weight_map:
             yield from self._header_problems(guard_name(layer), (0,))
         for name, expected in self._layer_tensors(layer).items():
@@ -241,7 +242,9 @@ class CheckpointReader:
         for name in sorted(self.common_names() - own):
             layer = name.rpartition(".")[0]
             if layer in self.spec.layers or PLANE.search(name):
-                yield CheckpointError(f"{name} is stored, but {CONFIG_FILE} describes no layer that has it")
+                yield CheckpointError(
+                    f"{name} is stored, but {CONFIG_FILE} describes no layer that has it", hint=_MIXED
+                )
             else:
                 yield from self._header_problems(name, None)
         if self.changed_config and (self._verify or "quantization_config" in self.changed_config):
@@ -269,12 +272,12 @@ class CheckpointReader:
             return
         if shape is not None and found != shape:
             yield CheckpointError(
-                f"{name} in {self.weight_map[name]}: expected shape {list(shape)}, found {list(found)}"
+                f"{name} in {self.weight_map[name]}: expected shape {list(shape)}, found {list(found)}", hint=_MIXED
             )
         known = SAFETENSORS_DTYPES.get(dtype)
         if known is None or (shape is not None and not known.is_floating_point):
             kind = "a floating-point dtype" if shape is not None else f"one of {', '.join(SAFETENSORS_DTYPES)}"
-            yield CheckpointError(f"{name} in {self.weight_map[name]}: expected {kind}, found {dtype}")
+            yield CheckpointError(f"{name} in {self.weight_map[name]}: expected {kind}, found {dtype}", hint=_MIXED)
 
     def _layer_tensors(self, layer: str) -> dict[str, TensorSpec]:
         """The tensors of `layer` that this reader looks at."""

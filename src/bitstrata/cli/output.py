@@ -61,7 +61,7 @@ def show(result: Result, *, as_json: bool) -> None:
     """Print `result` on stdout."""
     text = json.dumps(_plain(result.to_json()), indent=2, allow_nan=False) if as_json else printable(str(result))
     with writing_stdout():
-        typer.echo(text)
+        sys.stdout.write(text + "\n")  # typer.echo would write UTF-8 to a stream that is ASCII
 
 
 def _plain(value: Any) -> Any:

@@ -118,7 +118,7 @@ def read_generation_config(folder: Path, vocab_size: int) -> GenerationConfig | 
     except Exception as error:
         raise CheckpointError(f"{path} cannot be used: {first_line(error)}", hint=hint) from error
     barred = [*(checked.suppress_tokens or []), *(checked.begin_suppress_tokens or [])]
-    unknown = [token for token in chain(barred, *(checked.bad_words_ids or [])) if not -1 <= token < vocab_size]
+    unknown = [token for token in chain(barred, *(checked.bad_words_ids or [])) if not 0 <= token < vocab_size]
     if unknown:
         raise CheckpointError(f"{path} bars token {unknown[0]}; the model has {vocab_size} tokens", hint=hint)
     for name in checked.model_fields_set & _GenerationFile.model_fields.keys():
