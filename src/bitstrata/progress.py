@@ -5,6 +5,7 @@ Everything goes to stderr, so that stdout stays free for results.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from types import TracebackType
@@ -12,7 +13,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
 MAX_LINES = 100  # a step is a line where there is no terminal; longer counts are thinned to this
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: names and values from files may hold characters that steer it, which are escaped."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class _Console(Console):
@@ -43,7 +50,7 @@ class Reporter:
 
     def say(self, message: str) -> None:
         if not self.quiet:
-            self.console.print(message, markup=False)
+            self.console.print(printable(message), markup=False)
 
     def track(self, what: str, total: int, unit: str) -> Steps:
         """Count `total` steps of `what`; use as a context manager and call `step` after each."""

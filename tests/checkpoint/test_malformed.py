@@ -101,6 +101,36 @@ DAMAGE = {
         edit_spec(lambda s: s["layers"].update(c={"in_features": 4, "out_features": 4})),
         r"tensor c\.plane_0 is not listed",
     ),
+    "no-layers": (set_field("layers", {}), "layers must name at least one layer without a role"),
+    "layer-gone-from-the-config": (
+        edit_spec(lambda s: s["layers"].pop("b")),
+        r"b\.plane_0 is stored, but",
+    ),
+    "guard-not-empty": (
+        edit_tensor("a.weight", lambda _: torch.zeros(5, 70)),
+        r"a\.weight .*\[0\], found \[5, 70\]",
+    ),
+    "guard-of-integers": (edit_tensor("a.weight", lambda _: torch.zeros(0).int()), r"a\.weight .*floating.*found I32"),
+    "guard-of-eight-bits": (
+        edit_tensor("a.weight", lambda _: torch.zeros(0).to(torch.float8_e4m3fn)),
+        r"a\.weight .*expected a floating-point dtype, found F8_E4M3",
+    ),
+    "common-of-an-unknown-dtype": (
+        edit_tensor("norm.weight", lambda tensor: tensor.to(torch.uint16)),
+        r"norm\.weight in model-common\.safetensors: expected one of F64, .*found U16",
+    ),
+    "common-missing": (delete("model-common.safetensors"), r"model-common\.safetensors is missing"),
+    "bias-that-nobody-promised": (
+        lambda folder: (
+            edit_tensor("norm.weight", lambda tensor: tensor)(folder),
+            remap("a.bias", "model-common.safetensors")(folder),
+        ),
+        r"a\.bias is stored, but config\.json says that the layer has no bias",
+    ),
+    "index-of-a-file-that-is-not-there": (
+        remap("norm.weight", "model-00009.safetensors"),
+        r"model-00009\.safetensors is missing",
+    ),
     "index-not-json": (write(INDEX, b"{"), r"index\.json is not valid JSON"),
     "index-a-number": (write(INDEX, b"7"), r"index\.json must hold a JSON object"),
     "index-without-map": (edit_index(lambda i: i.pop("weight_map")), "weight_map must map tensor names"),
@@ -179,6 +209,14 @@ def test_a_bias_of_the_wrong_length_is_named(tmp_path):
     save_checkpoint(tmp_path, LAYERS, common={"a.bias": torch.zeros(4)})
     set_layer("bias", True)(tmp_path)
     with pytest.raises(CheckpointError, match=r"a\.bias in model-common.*expected shape \[5\], found \[4\]"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_bias_of_whole_numbers_is_named(tmp_path):
+    save_checkpoint(tmp_path, LAYERS, common={"a.bias": torch.zeros(5, dtype=torch.int64)})
+    set_layer("bias", True)(tmp_path)
+    forget_digests(tmp_path)
+    with pytest.raises(CheckpointError, match=r"a\.bias in model-common.*expected a floating-point dtype, found I64"):
         CheckpointReader(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import make_v1
@@ -55,8 +56,17 @@ def test_the_same_content_is_written_byte_for_byte_today(version, tmp_path):
     MAKERS[version].write(tmp_path / version)
     written = {path.name: path.read_bytes() for path in (tmp_path / version).iterdir()}
     assert written.keys() == {path.name for path in (HERE / version).iterdir()}
+    index = json.loads(written["model.safetensors.index.json"])
+    config = json.loads(written["config.json"])
+    assert index["metadata"].pop("config_sha256").keys() == config.keys()  # these files are older than it
+    written["model.safetensors.index.json"] = (json.dumps(index, indent=2) + "\n").encode()
     for name, data in written.items():
         assert data == (HERE / version / name).read_bytes(), name
+
+
+def test_files_older_than_digests_of_the_config_are_read_and_said_to_have_none(version):
+    reader = CheckpointReader(HERE / version, verify=True)
+    assert (reader.has_digests, reader.covers_config, reader.changed_config) == (True, False, ())
 
 
 def test_the_expected_weights_follow_from_the_definition(version):

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bitstrata
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import CheckpointError, ModelError, UnsupportedBitsError, UsageError
 from bitstrata.models import parse_target
 from bitstrata.nn import PlaneLinear, bits_state
@@ -87,15 +88,38 @@ def test_from_pretrained_names_a_tensor_of_the_wrong_shape(out, tmp_path):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
-def test_a_damaged_file_is_found_by_its_digest(out, tmp_path):
+def test_a_damaged_file_is_found_by_its_digest_when_asked(out, tmp_path):
     copied = shutil.copytree(out, tmp_path / "copy")
     path = copied / "model-plane-0.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 0x10
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model-plane-0\.safetensors is damaged"):
-        bitstrata.load(copied)
-    bitstrata.load(copied, verify=False)
+        bitstrata.load(copied, verify=True)
+    with pytest.raises(CheckpointError, match=r"model-plane-0\.safetensors is damaged"):
+        bitstrata.inspect(copied, verify=True)
+
+
+def test_files_are_not_read_to_the_end_unless_that_is_asked_for(out, monkeypatch):
+    """By default headers and sizes are checked; a digest would read every byte once more."""
+    compared = []
+    monkeypatch.setattr(CheckpointReader, "check_digest", lambda reader, file: compared.append(file))
+    for arguments in ({}, {"max_bits": 3}, {"plan": 3}):
+        bitstrata.load(out, **arguments)
+    assert compared == []
+    bitstrata.load(out, max_bits=2, verify=True)
+    shards = {"common", "plane-0", "plane-1", "bits-2"}
+    assert sorted(compared) == sorted(f"model-{shard}.safetensors" for shard in shards)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"max_bits": 2}, {"plan": 2}], ids=str)
+@pytest.mark.parametrize("file", ["model-common", "model-plane-1", "model-bits-2"])
+def test_a_file_that_lacks_its_end_is_found_without_digests(file, arguments, out, tmp_path):
+    copied = shutil.copytree(out, tmp_path / "copy")
+    path = copied / f"{file}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"{file}.safetensors is not a whole safetensors file"):
+        bitstrata.load(copied, **arguments)
 
 
 def test_bits_are_restored_after_an_exception(out, ids):

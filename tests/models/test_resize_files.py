@@ -159,14 +159,14 @@ def test_whole_files_are_compared_with_their_digests_when_asked(folder):
     assert_unchanged(model, before)
 
 
-def test_common_files_are_compared_with_their_digests_by_default(folder):
+def test_common_files_are_compared_with_their_digests_when_asked(folder):
     path = folder / "model-common.safetensors"
     with open(path, "r+b") as file:
         file.seek(-8, os.SEEK_END)
         file.write(bytes(8))
     with pytest.raises(CheckpointError, match="model-common"):
-        bitstrata.load(folder, plan=3)
-    bitstrata.load(folder, plan=3, verify=False)
+        bitstrata.load(folder, plan=3, verify=True)
+    bitstrata.load(folder, plan=3)
 
 
 def test_one_safetensors_file_without_an_index_is_read_page_by_page_too(quantized, tmp_path):

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from ..errors import PlanError
-from .reader import CheckpointReader
+from .reader import MAX_DEPTH, CheckpointReader, is_deeper, regular_file
 from .schema import QuantizationSpec, Strict
 from .writer import write_json
 
@@ -171,13 +171,15 @@ def read_file(path: Path, schema: type[File], version: int, what: str) -> File:
     """The JSON file `path` as `schema`. Raises PlanError naming the file, the field and what is wrong with it."""
     hint = f"is this a {what}? `bitstrata plan` writes them"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(regular_file(path, PlanError).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PlanError(f"there is no {what} {path}", hint="`bitstrata plan` writes them") from None
     except OSError as error:
-        raise PlanError(f"{path} cannot be read: {error.strerror}") from error
+        raise PlanError(f"{path} cannot be read: {error.strerror}", hint="check the path") from error
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not valid JSON: {error}", hint=hint) from error
+    if is_deeper(raw, MAX_DEPTH):
+        raise PlanError(f"{path} is nested more than {MAX_DEPTH} levels deep", hint=hint)
     found = raw.get("version") if isinstance(raw, dict) else None
     if isinstance(found, int) and found > version:
         raise PlanError(

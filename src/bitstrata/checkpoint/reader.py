@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from torch import Tensor
 
 from ..errors import CheckpointError, InputError, UnsupportedBitsError
 from ..planes.weights import MAX_BITS, PlaneWeight, is_byte_unit, make_decoder
+from ..progress import Reporter
+from .config_digest import changed_fields
 from .schema import (
     CONFIG_FILE,
     INDEX_FILE,
+    PLANE,
     SAFETENSORS_DTYPES,
     SINGLE_FILE,
     UNIT,
@@ -31,6 +34,9 @@ from .schema import (
     guard_name,
 )
 
+MAX_DEPTH = 100  # of JSON: real configs have six levels, and whoever walks one by recursion can take this many
+ACCEPT_CONFIG = f"if it was changed on purpose, delete metadata.config_sha256 from {INDEX_FILE}"
+_MIXED = f"{CONFIG_FILE} and the weights are of different models; copy or download them again"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 
 
@@ -49,7 +55,7 @@ def regular_file(path: Path, error: type[InputError] = CheckpointError) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; CheckpointError if it is missing, not JSON, or not an object."""
+    """A JSON object from `path`; CheckpointError if it is missing, not JSON, not an object, or nested too deep."""
     try:
         value = json.loads(regular_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -60,7 +66,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    if is_deeper(value, MAX_DEPTH):
+        raise CheckpointError(f"{path} is not valid JSON for a model: it is nested more than {MAX_DEPTH} levels deep")
     return value
+
+
+def is_deeper(value: object, limit: int) -> bool:
+    """Whether dicts and lists are nested more than `limit` deep."""
+    level = [value]
+    for _ in range(limit):
+        inside = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
+        level = [item for items in inside for item in items]
+    return any(isinstance(one, (dict, list)) for one in level)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -70,6 +87,14 @@ def is_checkpoint(folder: Path) -> bool:
     except CheckpointError:
         return False
     return isinstance(spec, dict) and spec.get("quant_method") == "bitstrata"
+
+
+def _digests_of(metadata: object, key: str, what: str, path: Path) -> dict[str, str]:
+    """The digests under `key` of an index's metadata; none where it is not there."""
+    digests = metadata.get(key, {}) if isinstance(metadata, Mapping) else None
+    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+        raise CheckpointError(f"{path}: metadata.{key} must map {what} to digests")
+    return digests
 
 
 class Shard:
@@ -86,7 +111,7 @@ class Shard:
                 f"shard {path.name} is missing from {path.parent}",
                 hint="copy or download it again, or load with a lower max_bits",
             ) from None
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, UnicodeError) as error:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file: {error}", hint="copy or download it again"
             ) from error
@@ -137,9 +162,11 @@ class CheckpointReader:
         folder: the checkpoint.
         max_bits: only planes 0..max_bits-1 and decoders up to it are looked at; files that hold
             nothing else need not exist. Layers with a role are read whole.
-        verify: compare the sha256 of every file that is opened with the one in the index.
+        verify: compare the sha256 of every file that is opened, and of every field of config.json, with those in the
+            index. Without it `quantization_config` alone is compared, and `changed_config` names the others.
         paged: look only at what every plan of the model needs; planes and decoders of the planned layers are somebody
             else's concern (PageReader).
+        checked: compare the headers with config.json at once; if not, `layer_problems` and `other_problems` do it.
 
     Raises:
         CheckpointError: anything missing or malformed, named.
@@ -147,7 +174,13 @@ class CheckpointReader:
     """
 
     def __init__(
-        self, folder: str | Path, *, max_bits: int | None = None, verify: bool = False, paged: bool = False
+        self,
+        folder: str | Path,
+        *,
+        max_bits: int | None = None,
+        verify: bool = False,
+        paged: bool = False,
+        checked: bool = True,
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -159,36 +192,92 @@ class CheckpointReader:
         if not self.bits:
             raise UnsupportedBitsError(f"<= {max_bits}", self.spec.bits, where=str(self.folder))
         self._verify, self.paged = verify, paged
-        self._shards: dict[str, Shard] = {}
+        self._shards: dict[str, Shard | CheckpointError] = {}
         self._digests: dict[str, str] = {}
+        self._config_digests: dict[str, str] = {}
         self.weight_map = self._read_weight_map()
-        self._check_layers()
+        self.changed_config = changed_fields(self.config, self._config_digests) if self._config_digests else ()
+        if checked:
+            for layer in self.spec.layers:
+                for problem in self.layer_problems(layer):
+                    raise problem
+            for problem in self.other_problems():
+                raise problem
 
     def _read_weight_map(self) -> dict[str, str]:
-        if not (self.folder / INDEX_FILE).exists():
+        # transformers takes the single file where there are both, and the index is then of files written earlier
+        if (self.folder / SINGLE_FILE).exists() or not (self.folder / INDEX_FILE).exists():
             return dict.fromkeys(self.shard(SINGLE_FILE).names, SINGLE_FILE)
-        index = read_json(self.folder / INDEX_FILE)
+        path = self.folder / INDEX_FILE
+        index = read_json(path)
         weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{self.folder / INDEX_FILE}: weight_map must map tensor names to file names")
+            raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
         for file in weight_map.values():
             if not _SHARD_NAME.fullmatch(file):
-                raise CheckpointError(f"{self.folder / INDEX_FILE}: {file!r} is not a plain safetensors file name")
-        digests = metadata.get("sha256", {}) if isinstance(metadata, dict) else None
-        if not isinstance(digests, dict):
-            raise CheckpointError(f"{self.folder / INDEX_FILE}: metadata.sha256 must map file names to digests")
-        self._digests = digests
+                raise CheckpointError(f"{path}: {file!r} is not a plain safetensors file name")
+        self._digests = _digests_of(metadata, "sha256", "file names", path)
+        self._config_digests = _digests_of(metadata, "config_sha256", "fields of config.json", path)
         return weight_map
 
-    def _check_layers(self) -> None:
-        for layer, spec in self.spec.layers.items():
-            bias = f"{layer}.bias"
-            if spec.bias and (found := self._shard_with(bias).spec(bias)[1]) != (spec.out_features,):
-                raise CheckpointError(
-                    f"{bias} in {self.weight_map[bias]}: expected shape {[spec.out_features]}, found {list(found)}"
-                )
-            for name, expected in self._layer_tensors(layer).items():
+    def layer_problems(self, layer: str) -> Iterator[CheckpointError]:
+        """What is wrong with the tensors of `layer` as their files' headers describe them; no weight is read."""
+        spec = self.spec.layers[layer]
+        bias = f"{layer}.bias"
+        if spec.bias:
+            yield from self._header_problems(bias, (spec.out_features,))
+        elif bias in self.weight_map:
+            yield CheckpointError(f"{bias} is stored, but {CONFIG_FILE} says that the layer has no bias", hint=_MIXED)
+        if guard_name(layer) in self.weight_map:
+            yield from self._header_problems(guard_name(layer), (0,))
+        for name, expected in self._layer_tensors(layer).items():
+            try:
                 check_spec(name, self.weight_map.get(name, ""), self._shard_with(name).spec(name), expected)
+            except CheckpointError as error:
+                yield error
+
+    def other_problems(self) -> Iterator[CheckpointError]:
+        """What is wrong with the tensors of no layer, and with config.json."""
+        own = {name for layer in self.spec.layers for name in (guard_name(layer), f"{layer}.bias")}
+        for name in sorted(self.common_names() - own):
+            layer = name.rpartition(".")[0]
+            if layer in self.spec.layers or PLANE.search(name):
+                yield CheckpointError(
+                    f"{name} is stored, but {CONFIG_FILE} describes no layer that has it", hint=_MIXED
+                )
+            else:
+                yield from self._header_problems(name, None)
+        if self.changed_config and (self._verify or "quantization_config" in self.changed_config):
+            yield CheckpointError(
+                f"{self._changes()}; {ACCEPT_CONFIG}", hint="copy or download it again, unless the change is wanted"
+            )
+
+    def note_changes(self, reporter: Reporter) -> None:
+        """Say so if config.json was changed since the checkpoint was written."""
+        if self.changed_config:
+            reporter.note(f"{self._changes()}, and is used as it is now; {ACCEPT_CONFIG}")
+
+    def _changes(self) -> str:
+        return f"{self.folder / CONFIG_FILE} is not as it was written (changed: {', '.join(self.changed_config)})"
+
+    def _header_problems(self, name: str, shape: tuple[int, ...] | None) -> Iterator[CheckpointError]:
+        """Problems of an unquantized tensor, which has a dtype that we know, and this shape if one is given.
+
+        A bias or a guard stands for the weight of a linear layer, so its numbers have a fraction.
+        """
+        try:
+            dtype, found = self._shard_with(name).spec(name)
+        except CheckpointError as error:
+            yield error
+            return
+        if shape is not None and found != shape:
+            yield CheckpointError(
+                f"{name} in {self.weight_map[name]}: expected shape {list(shape)}, found {list(found)}", hint=_MIXED
+            )
+        known = SAFETENSORS_DTYPES.get(dtype)
+        if known is None or (shape is not None and not known.is_floating_point):
+            kind = "a floating-point dtype" if shape is not None else f"one of {', '.join(SAFETENSORS_DTYPES)}"
+            yield CheckpointError(f"{name} in {self.weight_map[name]}: expected {kind}, found {dtype}", hint=_MIXED)
 
     def _layer_tensors(self, layer: str) -> dict[str, TensorSpec]:
         """The tensors of `layer` that this reader looks at."""
@@ -199,18 +288,27 @@ class CheckpointReader:
     def shard(self, file: str) -> Shard:
         """The shard `file`, opened and (with `verify`) compared with its digest, once."""
         if file not in self._shards:
-            shard = Shard(self.folder / file)
-            if self._verify:
-                self.check_digest(file)
-            self._shards[file] = shard
-        return self._shards[file]
+            try:
+                shard = Shard(self.folder / file)
+                if self._verify:
+                    self.check_digest(file)
+                self._shards[file] = shard
+            except CheckpointError as error:
+                self._shards[file] = error
+        found = self._shards[file]
+        if isinstance(found, CheckpointError):
+            raise found
+        return found
 
     def check_digest(self, file: str) -> None:
         """Raise CheckpointError unless `file` has the digest that the index has of it; reads all of it."""
         if not self._digests:
             return
-        with open(self.folder / file, "rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        try:
+            with open(self.folder / file, "rb") as handle:
+                found = hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / file} cannot be read: {error.strerror}") from error
         if found != self._digests.get(file):
             raise CheckpointError(
                 f"{self.folder / file} is damaged: its sha256 is not the one in {INDEX_FILE}",
@@ -271,6 +369,11 @@ class CheckpointReader:
     def has_digests(self) -> bool:
         """Whether the index carries digests; `save_pretrained` writes none."""
         return bool(self._digests)
+
+    @property
+    def covers_config(self) -> bool:
+        """Whether the index carries digests of config.json; older checkpoints have none."""
+        return bool(self._config_digests)
 
     @property
     def digests(self) -> dict[str, str]:

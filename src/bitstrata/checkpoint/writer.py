@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import disk_errors
 from ..planes.weights import PlaneWeight
+from .config_digest import config_digests
 from .schema import CONFIG_FILE, DTYPE_NAMES, INDEX_FILE, REPORT_FILE, shard_of
 
 TEMPORARY = ".bitstrata-tmp"
@@ -171,7 +172,11 @@ def write_checkpoint(
 
     digests = {name: write_safetensors(folder / name, shards[name]) for name in sorted(shards)}
     index = {
-        "metadata": {"total_size": sum(entry.nbytes for entry in entries), "sha256": digests},
+        "metadata": {
+            "total_size": sum(entry.nbytes for entry in entries),
+            "sha256": digests,
+            "config_sha256": config_digests(config),
+        },
         "weight_map": {name: homes[name] for name in sorted(homes)},
     }
     write_json(folder / INDEX_FILE, index)

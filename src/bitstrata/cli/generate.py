@@ -9,8 +9,16 @@ from transformers import TextStreamer
 
 from ..models import choose_bits, encode_prompt, load_tokenizer, parse_bits_or_plan, resolve
 from ..runtime import generate
-from .output import DEVICE_OPTION, JSON_OPTION, show
+from .output import DEVICE_OPTION, JSON_OPTION, show, writing_stdout
 from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
+
+
+class _Stream(TextStreamer):
+    """Text on stdout as it comes."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        with writing_stdout():
+            super().on_finalized_text(text, stream_end)
 
 
 def command(
@@ -38,7 +46,7 @@ def command(
     most = chosen if isinstance(chosen, int) else None
     loaded = load_sized(target, chosen, budget=budget, fit=fit, context=context, device=device, max_bits=most)
     tokenizer = load_tokenizer(resolve(target, weights=False))
-    streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
+    streamer = None if json else _Stream(tokenizer, skip_special_tokens=True)
     result = generate(
         loaded,
         prompt,

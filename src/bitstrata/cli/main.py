@@ -15,8 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import BitstrataError
 from ..memory import is_out_of_memory
+from ..progress import printable
 from ..version import __version__
 from . import bench, chat, demo, env, eval, generate, inspect, plan, quantize, serve
+from .output import open_streams
 
 # what typer raises for a wrong command line: click's class or, in newer versions, typer's copy of it
 _CommandLineError: type[Exception] = next(
@@ -49,6 +51,7 @@ for _verb in (demo, quantize, plan, eval, generate, chat, serve, inspect, bench,
 
 def main() -> None:
     """Entry point of the `bitstrata` script."""
+    open_streams()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]  # accepted before and after the verb
@@ -75,10 +78,10 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except BaseException as error:
         if debug:
             traceback.print_exc()
-        return _explain(error)
+        return _explain(error, arguments)
 
 
-def _explain(error: BaseException) -> int:
+def _explain(error: BaseException, arguments: list[str]) -> int:
     if isinstance(error, BitstrataError):
         _say(f"error: {error.message}")
         if error.hint:
@@ -92,13 +95,31 @@ def _explain(error: BaseException) -> int:
         _say(f"error: the disk is full: {error.filename or error}")
         _say("hint: free some space and run the same command again")
         return 4
+    if isinstance(error, OSError) and error.filename is not None:
+        _say(f"error: {error.filename}: {error.strerror}")
+        _say("hint: check the path")
+        return 3
+    halves = [argument for argument in arguments if not _is_text(argument)]
+    if isinstance(error, UnicodeError) and halves:
+        _say(f"error: the argument {halves[0]!r} is not {sys.getfilesystemencoding()} text")
+        _say("hint: give it in that encoding; a file of such a name has to be renamed")
+        return 2
     _say(f"error: {type(error).__name__}: {error}")
     _say("hint: this is a bug in bitstrata; run again with --debug and report the traceback")
     return 1
 
 
+def _is_text(argument: str) -> bool:
+    """Whether it was text on the command line: Python keeps bytes that are none as halves of characters."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _say(message: str) -> None:
-    typer.echo(message, err=True)
+    typer.echo(printable(message), err=True)
 
 
 if __name__ == "__main__":

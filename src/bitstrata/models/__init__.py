@@ -1,12 +1,13 @@
 """Joining to transformers: which linears, loading and saving, source models."""
 
 from .context import context_limit
+from .described import load_tokenizer
 from .discover import Discovery, LeftOut, LinearInfo, discover
 from .fit import fit_budget
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .hub import resolve
-from .load import choose_bits, load, load_tokenizer, parse_target
+from .load import choose_bits, load, parse_target
 from .modules import bytes_per_token, input_device
 from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
 from .resize import Resized, resize

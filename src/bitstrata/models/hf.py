@@ -89,7 +89,8 @@ class BitstrataQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if checkpoint_files:
-            CheckpointReader(Path(checkpoint_files[0]).parent)  # names whatever is missing or malformed
+            reader = CheckpointReader(Path(checkpoint_files[0]).parent)  # names whatever is missing or malformed
+            reader.note_changes(Reporter())
         self._held = replace_layers(model, self.quantization_config.spec, paged=self.quantization_config.paged)
         take_bits(model)  # now: hooks that are put in while weights load have to find `forward` as it will be
         return model

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
 from ..checkpoint import Budget, CheckpointReader, Fingerprint, Plan, parse_budget
-from ..errors import BitstrataError, CheckpointError, InputError, UnsupportedBitsError, UsageError
+from ..errors import BitstrataError, CheckpointError, UnsupportedBitsError, UsageError
 from ..memory import is_out_of_memory
 from ..nn import Bits, RowBits, bits_state
 from ..planes import whole_number
 from ..progress import Reporter
 from ..torch_state import ordinary_torch
 from .architecture import causal_class
+from .described import read_config, read_generation_config
 from .fit import fit_budget
+from .hf import replace_layers
 from .hub import first_line, resolve
 from .resize import Pages, Size
 
@@ -45,7 +41,7 @@ def choose_bits(target: str, bits: Chosen | None) -> tuple[str, Chosen | int | N
     A folder that exists under the whole name is taken as it is. Raises UsageError if both name bits
     and differ.
     """
-    name, named = (target, None) if Path(target).is_dir() else parse_target(target)
+    name, named = (target, None) if os.path.isdir(target) else parse_target(target)
     if named is not None and bits is not None and named != bits:
         raise UsageError(f"bits given twice: {named} in {target} and {bits} in --bits", hint="give one of them")
     return name, _whole(bits) if bits is not None else named
@@ -57,7 +53,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UsageError(f"{device!r} is not a device", hint="use auto, cpu, cuda or cuda:1") from error
     if chosen.type not in ("cpu", "cuda"):
         raise UsageError(f"device {device} is not supported", hint="use auto, cpu, cuda or cuda:1")
@@ -78,7 +74,7 @@ def load(
     fit: bool = False,
     context: int | None = None,
     dtype: torch.dtype | None = None,
-    verify: bool | None = None,
+    verify: bool = False,
     reporter: Reporter | None = None,
 ) -> PreTrainedModel:
     """Load a quantized model: whole, or with `plan`, `budget` or `fit` only the pages of one plan.
@@ -97,20 +93,24 @@ def load(
         fit: the largest budget that the free memory leaves (models/fit.py).
         context: with `fit`, tokens to leave room for in the cache of keys and values; the model's context by default.
         dtype: of activations and unquantized weights; the stored one by default.
-        verify: compare each file with the digest in the index, which reads the files once. By default all of them, but
-            of a model with one plan's pages only those that are read whole.
+        verify: compare each file and config.json with the digests in the index, which reads the files once more; a
+            model with one plan's pages compares the others when it first reads from them. Without it, files are checked
+            to be whole and as config.json describes them, and a changed byte among the weights goes unnoticed, as with
+            other loaders: `bitstrata inspect OUT --verify` after a download or a copy.
 
     Returns:
         A transformers model whose `forward` and `generate` take `bits=`.
 
     Raises:
-        CheckpointError: something is missing or malformed; the tensor and file are named.
+        CheckpointError: something is missing or malformed; the tensor and file are named. Also a `quantization_config`
+            that is not as it was written; other changes of config.json are a note.
         PlanError: a plan or the page order is malformed or of another model, or there is no order.
         UnsupportedBitsError: `bits` or `max_bits` is not available in the file.
-        UsageError: a budget below the smallest plan, more than one way of saying how much to load, or bits that are
-            neither bits nor a plan.
+        UsageError: a budget below the smallest plan, more than one way of saying how much to load, or an argument of
+            the wrong type.
         ResourceError: with `fit`, not even the smallest plan fits into memory.
     """
+    reporter = reporter or Reporter()
     pages_of = {"plan": plan, "budget": budget, "fit": fit or None}
     paged = any(value is not None for value in pages_of.values())
     given = [name for name, value in {"bits": bits, "max_bits": max_bits, **pages_of}.items() if value is not None]
@@ -118,12 +118,12 @@ def load(
         raise UsageError(f"{' and '.join(given)} each say how much to load", hint="give one of them")
     if context is not None and not fit:
         raise UsageError("context says how much memory `fit` leaves for the cache", hint="give it together with fit")
-    bits = _whole(bits)
-    max_bits = _whole(max_bits)
-    if max_bits is not None and type(max_bits) is not int:
-        raise UsageError(
-            f"max_bits={max_bits!r} is not a whole number", hint="give the highest bits that are needed: 4"
-        )
+    for name, count in (("max_bits", max_bits), ("context", context)):
+        if count is not None and whole_number(count) is None:
+            raise UsageError(f"{name}={count!r} is not a whole number")
+    bits, plan, max_bits = _whole(bits), _whole(plan), _whole(max_bits)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype={dtype!r} is not a floating-point dtype of torch", hint="for example torch.bfloat16")
     if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, Mapping, torch.Tensor, RowBits))):
         raise UsageError(
             f"bits={bits!r} is neither a number of bits nor a plan",
@@ -134,29 +134,32 @@ def load(
     # a model with one plan's pages may be resized to any other plan, so it needs all files
     folder = resolve(path_or_id, kind="bitstrata checkpoint", max_bits=None if paged else max_bits)
     where = pick_device(device)
-    reader = CheckpointReader(folder, max_bits=max_bits, verify=verify is not False, paged=paged)
+    reader = CheckpointReader(folder, max_bits=max_bits, verify=verify, paged=paged)
+    reader.note_changes(reporter)
+    config = read_config(folder, reader)
+    generation = read_generation_config(folder, config.get_text_config(decoder=True).vocab_size)
     if isinstance(bits, int) and bits not in reader.bits:
         raise UnsupportedBitsError(bits, reader.bits, where=str(folder))
     if isinstance(bits, Plan):
         bits.check(reader)
     if paged:
-        pages = Pages(folder, verify=verify is True, dtype=dtype)
+        pages = Pages(folder, verify=verify, dtype=dtype)
         size: Size
         if fit:
-            size = fit_budget(pages.sizes, _config(folder), where, context, dtype, reporter=reporter)
+            size = fit_budget(pages.sizes, config, where, context, dtype, reporter=reporter)
         elif budget is not None:
             size = parse_budget(budget)
         else:
             assert plan is not None
             size = Path(plan) if isinstance(plan, str) else plan
-        chosen = pages.plan(size, reporter or Reporter())
+        chosen = pages.plan(size, reporter)
 
     # On a CPU the mapped file is the weight; elsewhere transformers copies tensor by tensor.
     placement: dict[str, Any] = {} if where.type == "cpu" else {"device_map": {"": where}}
-    model = _build(folder, reader, dtype, placement)
+    model = _build(folder, reader, config, dtype, placement)
     model.name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    if generation is not None:
+        model.generation_config = generation
     bits_state(model).made_from = Fingerprint.of(reader)
     if paged:
         model.bitstrata_pages = pages  # type: ignore[assignment]
@@ -173,12 +176,11 @@ def _whole(value: Any) -> Any:
 
 
 def _build(
-    folder: Path, reader: CheckpointReader, dtype: torch.dtype | None, placement: dict[str, Any]
+    folder: Path, reader: CheckpointReader, config: Any, dtype: torch.dtype | None, placement: dict[str, Any]
 ) -> PreTrainedModel:
     """The model with the reader's tensors in it; CheckpointError unless they fit it one to one."""
     tensors = reader.state_dict()
     try:
-        config: Any = _config(folder)
         if reader.paged:
             config.quantization_config = dict(config.quantization_config, paged=True)
         else:
@@ -198,8 +200,9 @@ def _build(
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        reason = _misfit(folder, reader) or first_line(error)
         raise CheckpointError(
-            f"{folder} does not fit the model that its config.json describes: {first_line(error)}",
+            f"{folder} does not fit the model that its config.json describes: {reason}",
             hint="the folder was changed after it was written; copy or download it again",
         ) from error
     for kind, what in (("missing_keys", "stores no tensor for"), ("unexpected_keys", "stores an unknown tensor")):
@@ -211,14 +214,25 @@ def _build(
     return built
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def _misfit(folder: Path, reader: CheckpointReader) -> str | None:
+    """The first tensor whose shape is not the model's, in words: transformers says that there is one, but not which.
+
+    None if there is none, or if there can be no such model at all.
+    """
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        raise CheckpointError(f"{folder} has no usable config.json: {first_line(error)}") from error
-    return config
+        config = read_config(folder, reader)
+        with torch.device("meta"):
+            model_class, own = causal_class(config)
+            model = model_class(own)
+            replace_layers(model, reader.spec)
+        shapes = {name: tuple(place.shape) for name, place in model.state_dict().items()}
+    except Exception:
+        return None
+    for name in sorted(reader.common_names() & shapes.keys()):
+        found = reader.tensor_spec(name)[1]
+        if found != shapes[name]:
+            return f"{name} is {list(found)} in {reader.weight_map[name]}, {list(shapes[name])} in the model"
+    return None
 
 
 def _restricted(raw: dict[str, Any], reader: CheckpointReader) -> dict[str, Any]:
@@ -229,17 +243,3 @@ def _restricted(raw: dict[str, Any], reader: CheckpointReader) -> dict[str, Any]
         for name, layer in raw["layers"].items()
     }
     return spec
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model. Raises InputError if there is none or it cannot be read."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        raise InputError(
-            f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0] if str(error) else error!r}",
-            hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
-        ) from error
-    return tokenizer

@@ -175,6 +175,7 @@ def continue_tokens(
         extra["bits"] = bits
     if draft_bits is not None:
         extra |= {"draft_bits": draft_bits, "draft_tokens": draft_tokens}
+    extra |= {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}  # whatever its file says
     clock, device = _Clock(streamer), input_device(model)
     started = time.perf_counter()
     with torch.no_grad():

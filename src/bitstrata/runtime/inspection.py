@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import CheckpointReader, validate
+from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE
 from ..errors import CheckpointError
 from ..evaluate.report import render
 from ..kernels import Problem, select
@@ -22,8 +23,10 @@ class Inspection:
     bpw_read and bytes: bits -> bits per weight, bytes that one token reads of the quantized layers.
     total_bytes: size of all weight files; common_bytes: of the unquantized tensors among them.
     kernel: the one that will run each layer on this machine's default device, and why.
-    verified: True if every byte was checked and is right, False if the files carry no digests to check
+    verified: True if every byte of the weights was checked and is right, False if the files carry no digests to check
         them with; None if that was not asked for.
+    unchecked: files of the folder that no digest covers: config.json and the weights if the index has none of them,
+        and always the tokenizer, generation_config.json and reports; None if that was not asked for.
     """
 
     path: str
@@ -38,6 +41,7 @@ class Inspection:
     common_bytes: int
     kernel: str
     verified: bool | None
+    unchecked: tuple[str, ...] | None
     layers: tuple[dict[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -50,9 +54,11 @@ class Inspection:
             f"files {self.total_bytes / 1e6:.2f} MB, of which {self.common_bytes / 1e6:.2f} MB are not quantized",
             f"kernel {self.kernel}",
         ]
-        if self.verified is not None:
+        if self.unchecked is not None:
+            config = "" if CONFIG_FILE in self.unchecked else " and every field of config.json"
             no_digests = "structure checked: ok; this folder carries no digests, so bytes cannot be checked"
-            lines.append("every byte checked: ok" if self.verified else no_digests)
+            lines.append(f"every byte of the weights{config} checked: ok" if self.verified else no_digests)
+            lines.append(f"without a digest, so not checked: {', '.join(self.unchecked) or 'nothing'}")
         rows = [[str(b), f"{self.bpw_read[str(b)]:.3f}", f"{self.bytes[str(b)] / 1e6:.2f}"] for b in self.bits]
         table = render("what each precision reads", ["bits", "bpw read", "MB read"], rows)
         layer_rows = [
@@ -68,7 +74,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
     """Describe a checkpoint from its headers.
 
     Args:
-        verify: also read every byte: digests, finite scales, padding.
+        verify: also read every byte: digests, finite scales, padding. `Inspection.unchecked` names what has no digest.
 
     Raises:
         CheckpointError: not a checkpoint, or malformed; with `verify`, all problems at once.
@@ -116,5 +122,12 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
         common_bytes=total - sum(map(spec.layer_bytes, spec.layers)),
         kernel=f"{', '.join(sorted(chosen))} on {device}: the highest priority that can run there",
         verified=reader.has_digests if verify else None,
+        unchecked=_unchecked(reader) if verify else None,
         layers=tuple(layers),
     )
+
+
+def _unchecked(reader: CheckpointReader) -> tuple[str, ...]:
+    """The files in the folder without a digest; the index, which holds the digests, is not one of them."""
+    covered = {INDEX_FILE, *reader.digests, *([CONFIG_FILE] if reader.covers_config else [])}
+    return tuple(sorted(path.name for path in reader.folder.iterdir() if path.is_file() and path.name not in covered))
