@@ -139,19 +139,19 @@ def test_a_failed_rewrite_of_one_file_keeps_the_old_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "expected"),
-    [(errno.ENOSPC, ResourceError), (errno.EDQUOT, ResourceError), (errno.EACCES, UsageError), (errno.EIO, OSError)],
+    [(errno.ENOSPC, ResourceError), (errno.EDQUOT, ResourceError), (errno.EACCES, UsageError), (errno.EIO, UsageError)],
     ids=["disk-full", "quota", "permission", "other"],
 )
 def test_refusals_of_the_operating_system_say_what_to_do(tmp_path, code, expected):
     with pytest.raises(expected) as caught:
         write_safetensors(tmp_path / "x", [failing(OSError(code, "refused"))])
-    assert expected is OSError or caught.value.hint
+    assert caught.value.hint
     assert files(tmp_path) == []
 
 
 def test_a_parent_that_is_a_file_cannot_hold_a_checkpoint(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):  # noqa: PT011  (which one depends on the platform)
+    with pytest.raises(UsageError, match="cannot write"):
         write_checkpoint(tmp_path / "file" / "out", CONFIG, [])
 
 
