@@ -89,7 +89,7 @@ def test_forward(model, state, bits):
 
 
 def test_loading(folder, model, state):
-    name, enter = state
+    _, enter = state
     with torch.no_grad():
         expected = model(IDS, bits=3).logits
         with enter():
