@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -237,3 +238,27 @@ def test_pickle_keeps_a_model_that_takes_bits(out, ids):
     with torch.no_grad():
         for bits in (2, 3):
             assert torch.equal(again(ids, bits=bits).logits, model(ids, bits=bits).logits)
+
+
+@pytest.mark.parametrize("three", [np.int64(3), np.uint8(3), torch.tensor(3)], ids=repr)
+def test_whole_numbers_of_other_libraries_are_bits(three, out, ids):
+    model = bitstrata.load(out, bits=three)
+    assert bits_state(model).value == 3
+    assert bits_state(bitstrata.load(out, max_bits=three)).supported == (2, 3)
+    paged = bitstrata.load(out, plan=three)
+    assert bits_state(paged).supported == (3,)
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(bitstrata.load(out)(ids, bits=three).logits, expected)
+        assert torch.equal(paged(ids, bits=three).logits, expected)
+        paged.resize(three - 1)
+        assert torch.equal(paged(ids).logits, model(ids, bits=2).logits)
+        settings = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(model.generate(ids, bits=three, **settings), model.generate(ids, bits=3, **settings))
+
+
+@pytest.mark.parametrize("value", [3.0, "3", True, np.float32(3), torch.tensor(3.0)], ids=repr)
+def test_what_is_no_whole_number_is_refused(value, out):
+    for name in ("bits", "max_bits"):
+        with pytest.raises(UsageError, match="bits"):
+            bitstrata.load(out, **{name: value})

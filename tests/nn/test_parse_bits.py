@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from bitstrata.errors import UsageError
 from bitstrata.nn import parse_bits
@@ -28,6 +30,11 @@ from bitstrata.nn import parse_bits
         ({3}, (3,)),
         (range(2, 5), (2, 3, 4)),
         (["2-3", "5"], (2, 3, 5)),
+        (np.int64(3), (3,)),
+        (torch.tensor(3), (3,)),
+        (np.array([4, 2]), (2, 4)),
+        (torch.tensor([2, 3]), (2, 3)),
+        ([np.int8(2), torch.tensor(4)], (2, 4)),
         pytest.param(iter([2]), (2,), id="an iterator-(2,)"),
     ],
     ids=repr,
@@ -71,6 +78,11 @@ def test_good(text, expected):
         [True],
         [2.0],
         [2, None],
+        3.0,
+        None,
+        np.float64(3),
+        np.bool_(True),
+        np.int64(9),
     ],
     ids=repr,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from page_orders import write_order
@@ -89,6 +90,7 @@ KINDS = {
 }
 
 
+WITH_HEAD = {"head", "head and plan", "all on disk", "from_pretrained"}
 DENSE = {}  # (folder, precision) -> the dense model
 
 
@@ -97,9 +99,7 @@ class Case:
 
     def __init__(self, kind, folders, source, room):
         self.kind, self.room, self.source = kind, room, source
-        self.folder = folders[
-            "head" if kind in ("head", "head and plan", "all on disk", "from_pretrained") else "plain"
-        ]
+        self.folder = folders["head" if kind in WITH_HEAD else "plain"]
         self.model = KINDS[kind](folders, room)
         self.state = bits_state(self.model)
 
@@ -190,11 +190,12 @@ def test_transformers_generate(case):
 def test_generate_and_conversation(case):
     tokenizer = tiny_tokenizer()
     for bits in (None, *case.state.supported):
-        found = bitstrata.generate(case.model, PROMPT, bits=bits, max_new_tokens=NEW, tokenizer=tokenizer)
+        asked = None if bits is None else np.int64(bits)
+        found = bitstrata.generate(case.model, PROMPT, bits=asked, max_new_tokens=NEW, tokenizer=tokenizer)
         ids = torch.tensor([bitstrata.runtime.generation.encode_prompt(tokenizer, PROMPT)])
         text = tokenizer.decode(continued(case.dense(bits), ids), skip_special_tokens=True)
         assert found.text == text
-        talk = Conversation(case.model, tokenizer, bits=bits, max_new_tokens=NEW)
+        talk = Conversation(case.model, tokenizer, bits=asked, max_new_tokens=NEW)
         assert talk.reply(PROMPT).text == text
 
 
@@ -218,7 +219,8 @@ def test_evaluate(case, tmp_path):
 def test_engine(case):
     with Engine(case.model) as engine:
         for bits in (None, *case.state.supported):
-            handle = engine.submit(Request(IDS[0].tolist(), bits=bits, max_new_tokens=NEW, ignore_eos=True))
+            asked = None if bits is None else np.int64(bits)
+            handle = engine.submit(Request(IDS[0].tolist(), bits=asked, max_new_tokens=NEW, ignore_eos=True))
             assert handle.result(WAIT) == continued(case.dense(bits), IDS, eos_token_id=None)
     case.assert_logits(case.model(IDS).logits)
 

@@ -242,7 +242,9 @@ def parse_bits(text: str | int | Iterable[int | str]) -> tuple[int, ...]:
     whole = whole_number(text)
     try:
         parts = [whole] if whole is not None else text.split(",") if isinstance(text, str) else text
-        for part in map(str, parts):  # type: ignore[arg-type]  # TypeError for what is no number, text or several
+        for given in parts:  # type: ignore[union-attr]  # TypeError for what is no number, text or several
+            whole = whole_number(given)
+            part = str(given if whole is None else whole)
             low, dash, high = part.strip().partition("-")
             first, last = int(low), int(high if dash else low)
             if not 1 <= first <= last <= MAX_BITS:
