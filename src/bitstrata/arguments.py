@@ -22,7 +22,8 @@ def number(name: str, value: object, least: int, *, hint: str | None = None) -> 
     if found is None:
         raise UsageError(f"{name} must be a whole number, got {shown(value)}", hint=hint)
     if not least <= found < 2**63:
-        raise UsageError(f"{name} must be at least {least}, got {shown(value)}", hint=hint)
+        bound = f"at least {least}" if found < least else "below 2^63"
+        raise UsageError(f"{name} must be {bound}, got {shown(value)}", hint=hint)
     return found
 
 

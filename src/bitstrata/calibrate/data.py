@@ -53,10 +53,7 @@ def read_text(text: str | Path, part: str | None = None) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise TextError(
-            f"there is no text {arguments.shown(text, LONGEST_PATH)}",
-            hint="pass a UTF-8 file, or the built-in text `stdlib`",
-        ) from None
+        raise TextError(f"there is no text {name}", hint="pass a UTF-8 file, or the built-in text `stdlib`") from None
     except UnicodeDecodeError as error:
         raise TextError(
             f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",

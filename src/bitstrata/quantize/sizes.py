@@ -9,17 +9,17 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibrate import Windows, fisher_bytes
+from ..checkpoint.schema import CONFIG_FILE
 from ..models import Discovery, HeadLayer, SourceModel
 from ..planes import words_per_row
 from ..planes.weights import decoder_bytes
+from .companions import companions
 from .settings import Settings
 
 # What names, shapes and digests take, at most: of a tensor in the headers of its parts and of its shard, and in the
 # index; of a layer in config.json and the report.
 TENSOR_TEXT = 640
 LAYER_TEXT = 1024
-# files of these kinds are weights in other formats; what else lies beside a model may be copied
-WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def disk_bytes(
     for stored in common.values():
         dtype, shape = source.spec(stored)
         copied += torch.Size(shape).numel() * dtype.itemsize
-    beside = [path for path in source.folder.iterdir() if path.is_file() and path.suffix not in WEIGHT_FILES]
-    copied += sum(path.stat().st_size for path in beside)
+    copied += sum(path.stat().st_size for path in [source.folder / CONFIG_FILE, *companions(source)])
     tensors = len(discovery.linears) * (settings.bits[-1] + 3 * len(settings.bits)) + len(common)
     tensors += len(head) * ((settings.head_bits or 0) + 3)
     layers = len(discovery.linears) + len(head) + len(discovery.left_out)
