@@ -262,3 +262,27 @@ def test_what_is_no_whole_number_is_refused(value, out):
     for name in ("bits", "max_bits"):
         with pytest.raises(UsageError, match="bits"):
             bitstrata.load(out, **{name: value})
+
+
+@pytest.mark.parametrize("bits", [2, torch.tensor([2, 8])], ids=["2", "rows"])
+def test_bits_of_one_call_do_not_reach_blocks_that_run_again_in_the_backward_pass(bits, out, ids):
+    model = bitstrata.load(out)
+    expected = model(ids, bits=bits, use_cache=False).logits.detach()
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(UsageError, match="gradient checkpointing") as caught:
+        model(ids, bits=bits, use_cache=False)
+    assert "use_bits" in caught.value.hint
+    ran = []
+    layer = model.model.layers[1].mlp.up_proj
+    layer.register_forward_pre_hook(lambda module, _: ran.append(bits_state(model).value))
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with bitstrata.use_bits(model, bits):
+        logits = model(inputs_embeds=embeddings, use_cache=False).logits
+        logits.sum().backward()
+    torch.testing.assert_close(logits, expected)
+    assert len(ran) == 2, "once forward and once again"
+    for value in ran:
+        assert torch.equal(torch.as_tensor(value).flatten().unique(), torch.as_tensor(bits).unique())
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, bits=bits, use_cache=False).logits, expected)

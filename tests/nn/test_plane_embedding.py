@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_linear_close, assert_same_weight, random_weight
 
-from bitstrata.nn import FixedBits, PlaneEmbedding, PlaneLinear, TiedHead, multiplied_layers, prepare_layers
+from bitstrata.nn import FixedBits, PlaneEmbedding, PlaneLinear, TiedHead, multiplied_layers
 from bitstrata.planes import decode
 
 SHAPES = [(1, 5), (7, 33), (15, 70), (16, 64), (17, 128), (65, 31), (300, 96)]
@@ -100,7 +100,7 @@ def test_only_the_embedding_stores_moves_and_counts_the_planes():
 
 def test_an_embedding_alone_stays_in_the_stored_order():
     _, module, _ = embedding(33, 64, tied=False)
-    prepare_layers(module)
+    module.prepare()
     assert module.prepared is None
     assert multiplied_layers(module) == []
 

@@ -197,8 +197,10 @@ def _unhooked(module: PlaneModule) -> Iterator[None]:
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module  # there, as there is a hook
 
     remove_hook_from_module(module)
-    yield
-    add_hook_to_module(module, hook)
+    try:
+        yield
+    finally:
+        add_hook_to_module(module, hook)
 
 
 def take_bits(model: PreTrainedModel) -> None:
@@ -304,8 +306,22 @@ def _running(model: Any, bits: Bits | None, args: tuple[Any, ...], kwargs: dict[
     with state.still():
         value = state.value if bits is None else bits
         fitted = _fit_rows(value, kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds"))
+        if bits is not None and model.training and torch.is_grad_enabled():
+            _check_checkpointing(model, bits)
         with state.using(bits if fitted is value else fitted):
             yield
+
+
+def _check_checkpointing(model: Any, bits: Bits) -> None:
+    """Raise UsageError if blocks that are run again in the backward pass would then run at other bits than `bits`."""
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return
+    state = model.bits_state
+    if isinstance(bits, (torch.Tensor, RowBits)) or state.check(bits) != state.value:
+        raise UsageError(
+            "with gradient checkpointing, blocks run again in the backward pass, after the bits of this call",
+            hint="put the call and backward() inside `with bitstrata.use_bits(model, bits):`",
+        )
 
 
 def _with_draft(model: Any, bits: Bits | None, speculation: Speculation, kwargs: dict[str, Any]) -> dict[str, Any]:

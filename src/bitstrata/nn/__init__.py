@@ -3,7 +3,7 @@
 from .bits import Bits, BitsState, FixedBits, Precision, RowBits, bits_state, parse_bits, use_bits
 from .embedding import PlaneEmbedding, TiedHead
 from .fused import fuse
-from .layers import multiplied_layers, prepare_layers, steady_rows
+from .layers import multiplied_layers, steady_rows
 from .linear import PlaneLinear
 from .resident import ResidentState
 from .stored import PlaneModule
@@ -23,7 +23,6 @@ __all__ = [
     "fuse",
     "multiplied_layers",
     "parse_bits",
-    "prepare_layers",
     "steady_rows",
     "use_bits",
 ]

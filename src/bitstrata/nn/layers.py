@@ -8,19 +8,11 @@ from torch import nn
 from ..kernels import Problem, select
 from .embedding import TiedHead
 from .linear import PlaneLinear
-from .stored import PlaneModule
 
 
 def multiplied_layers(model: nn.Module) -> list[PlaneLinear | TiedHead]:
     """The layers of `model` that multiply by planes: what every token reads."""
     return [module for module in model.modules() if isinstance(module, (PlaneLinear, TiedHead))]
-
-
-def prepare_layers(model: nn.Module) -> None:
-    """Put every weight of `model` into the layout of the kernel that runs here."""
-    for module in model.modules():
-        if isinstance(module, PlaneModule):
-            module.prepare()
 
 
 def steady_rows(model: nn.Module, dtype: torch.dtype) -> int | None:
