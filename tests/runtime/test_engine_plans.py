@@ -41,9 +41,9 @@ def test_requests_at_plans_and_bits_in_one_batch_get_the_tokens_they_get_alone(m
     with Engine(model, max_requests=18, max_batch_tokens=2 * steady + 9) as engine:
         run = engine._forward.model.forward
 
-        def watch(*args, bits, **kwargs):
-            shared.add(type(bits))
-            return run(*args, bits=bits, **kwargs)
+        def watch(*args, **kwargs):
+            shared.add(type(bits_state(model).value))
+            return run(*args, **kwargs)
 
         engine._forward.model.forward = watch
         try:
