@@ -115,7 +115,7 @@ def generate(
         model,
         tokenizer,
         prompt,
-        bits=state.keep(bits),
+        bits=state.default if bits is None else state.check(bits),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
