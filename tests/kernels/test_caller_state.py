@@ -116,6 +116,12 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         for x, b in zip(i.xs, i.row_bits, strict=True)
         for bits in (2, b)
     ],
+    "linear_in": lambda i: [
+        kernels.linear_in(arithmetic, x, weight, bits)
+        for x, b in zip(i.xs, i.row_bits, strict=True)
+        for arithmetic, weight in (("exact", i.weight), ("exact", i.blocked), ("int8", i.blocked))
+        for bits in (2, b)
+    ],
     "prepared_lookup": lambda i: kernels.prepared_lookup(i.index, i.blocked, 4, torch.float16),
     "prepare": lambda i: kernels.prepare(i.weight, torch.float32),
     "without_pages": lambda i: kernels.without_pages(i.weight.kind, N, K, 32, "cpu", torch.float32).with_pages(
@@ -142,9 +148,12 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
 }
 # what a forward pass may contain; the rest is done when weights are loaded, where nothing is recorded
 RECORDED = ("plane_linear", "plane_linear_rows", "plane_lookup", "prepared_linear", "prepared_lookup")
-NATIVE = ("prepared_linear", "prepared_lookup", "prepare", "without_pages", "BlockedWeight")
+NATIVE = ("linear_in", "prepared_linear", "prepared_lookup", "prepare", "without_pages", "BlockedWeight")
 NOT_EXPORTED = {"BlockedWeight", "TiledWeight", "join_decoders"}
-NO_TENSORS = {"KernelReport", "PreparedWeight", "Problem", "is_plain", "Decoder", "group_count", "words_per_row"}
+NO_TENSORS = {
+    "KernelReport", "PreparedWeight", "Problem", "is_plain", "select_in", "Decoder", "group_count", "whole_number",
+    "words_per_row",
+}  # fmt: skip
 DECODERS = {"AffineDecoder", "ByteAffineDecoder", "CodebookDecoder"}  # what a PlaneWeight is made of
 
 

@@ -100,7 +100,10 @@ BAD_GENERATION = {
     "top_k a fraction": ('{"top_k": 1.5}', "top_k: "),
     "no beams": ('{"num_beams": 0}', "num_beams: "),
     "a cache of no kind": ('{"cache_implementation": "none such"}', "cache_implementation"),
-    "a barred token beyond the vocabulary": ('{"suppress_tokens": [64]}', "bars token 64; the model has 64 tokens"),
+    "a barred token too high": (
+        '{"bad_words_ids": [[1], [64]]}',
+        "bars token 64; the model has 64 tokens",
+    ),
 }
 
 

@@ -199,7 +199,6 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, ca
             refused(capfd, 2, "in use", "--port", arguments=[str(checkpoint), "--port", port])
         refused(capfd, 2, "cannot serve at", arguments=[str(checkpoint), "--host", "no.such.host.invalid"])
         refused(capfd, 2, "API key", arguments=[str(checkpoint), "--api-key", ""])
-        refused(capfd, 2, "half a character", arguments=[str(checkpoint), "--served-model-name", "caf\udce9"])
         refused(capfd, 2, "policy", "load, position", arguments=[str(checkpoint), "--policy", "hope"])
         free = [str(checkpoint), "--port", "0"]
         mixed, foreign = tmp_path / "mixed.json", tmp_path / "foreign.json"
@@ -219,9 +218,9 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(checkpoint, ca
             capfd, 2, "not Unicode text", "--served-model-name", arguments=[*free, "--served-model-name", "caf\udce9"]
         )
         refused(capfd, 2, "--allowed-host", arguments=[*free, "--allowed-host", "http://a.example"])
-        named = tmp_path / os.fsdecode(b"caf\xe9")  # a folder's name is its model's
+        named = tmp_path / os.fsdecode(b"caf\xe9")
         shutil.copytree(checkpoint, named)
-        refused(capfd, 2, "not Unicode text", "--served-model-name", arguments=[str(named), "--port", "0"])
+        refused(capfd, 3, "not UTF-8", arguments=[str(named), "--port", "0"])
         patched.setattr(importlib.util, "find_spec", lambda _: None)
         refused(capfd, 2, "fastapi", "pip install 'bitstrata[serve]'", arguments=[str(checkpoint)])
 

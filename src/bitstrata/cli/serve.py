@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ..checkpoint import CheckpointReader, Plan
-from ..errors import InputError, UsageError
-from ..models import bits_name, check_text, choose_bits, end_tokens, load_tokenizer, parse_bits_or_plan, resolve
+from ..errors import UsageError
+from ..models import bits_name, choose_bits, end_tokens, load_tokenizer, parse_bits_or_plan, resolve
 from ..progress import Reporter
 from ..runtime import Engine, parse_policy
 from .output import DEVICE_OPTION
@@ -106,10 +106,6 @@ def command(
     with bind(host, port) as bound:
         folder = resolve(target, kind="bitstrata checkpoint")
         name = served_model_name or (folder.resolve().name if Path(target).is_dir() else target)
-        try:
-            check_text(name, "the name that the model is served under")
-        except InputError as error:
-            raise UsageError(error.message, hint="--served-model-name NAME, in UTF-8") from None
         if plans:
             checkpoint = CheckpointReader(folder)
             for made in plans.values():

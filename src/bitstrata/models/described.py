@@ -117,8 +117,8 @@ def read_generation_config(folder: Path, vocab_size: int) -> GenerationConfig | 
         raise CheckpointError(f"{path}: {first['loc'][0]}: {first['msg']}", hint=hint) from error
     except Exception as error:
         raise CheckpointError(f"{path} cannot be used: {first_line(error)}", hint=hint) from error
-    barred = [*(checked.suppress_tokens or []), *(checked.begin_suppress_tokens or [])]
-    unknown = [token for token in chain(barred, *(checked.bad_words_ids or [])) if not 0 <= token < vocab_size]
+    # suppressed tokens beyond the vocabulary are without effect; words are looked up in it
+    unknown = [token for token in chain(*(checked.bad_words_ids or [])) if not 0 <= token < vocab_size]
     if unknown:
         raise CheckpointError(f"{path} bars token {unknown[0]}; the model has {vocab_size} tokens", hint=hint)
     for name in checked.model_fields_set & _GenerationFile.model_fields.keys():
@@ -127,10 +127,10 @@ def read_generation_config(folder: Path, vocab_size: int) -> GenerationConfig | 
     return config
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. Raises InputError if there is none, or if it cannot be read or used."""
     try:
-        for path in folder.iterdir():
+        for path in Path(folder).iterdir():
             regular_file(path, InputError)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
