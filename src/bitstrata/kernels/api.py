@@ -31,11 +31,13 @@ def _prepared_arguments(weight: PreparedWeight, decoder_bits: Sequence[int]) -> 
     return planes, decoders, list(decoder_bits), weight.layout, weight.out_features, weight.group_size, weight.kind
 
 
-def _check_x(x: Tensor, weight: PlaneWeight | PreparedWeight) -> None:
+def _check_x(x: Tensor, *weights: PlaneWeight | PreparedWeight) -> None:
     if not isinstance(x, Tensor):
         raise UsageError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dim() == 0 or x.shape[-1] != weight.in_features:
-        raise UsageError(f"expected x [..., {weight.in_features}], got {list(x.shape)}")
+    columns = x.shape[-1] if x.dim() else None
+    for weight in weights:
+        if columns != weight.in_features:
+            raise UsageError(f"expected x [..., {weight.in_features}], got {list(x.shape)}")
     if x.layout != torch.strided:
         raise UsageError(f"x must be dense, got a tensor in the layout {x.layout}", hint="x.to_dense()")
 
@@ -127,11 +129,10 @@ def prepared_linear(x: Tensor, weights: Sequence[PreparedWeight], bits: int | Te
 
     The weights share K and groups. Raises as `plane_linear` and `plane_linear_rows` do.
     """
-    for weight in weights:
-        _check_x(x, weight)
+    _check_x(x, *weights)
     if isinstance(bits, Tensor):
         _check_row_bits(bits)
-        if is_plain(x) and is_plain(bits) and x.device == weights[0].planes[0].device:
+        if is_plain(x, bits) and x.device == weights[0].planes[0].device:
             return run.linear(x, weights, bits)
         rows = torch.ops.bitstrata.prepared_linear_rows
         return [rows(x, *_prepared_arguments(weight, weight.bits), bits) for weight in weights]

@@ -15,24 +15,31 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether nobody wants to see what is done with `x`, and its memory holds its values.
+def is_plain(x: Tensor, *more: Tensor) -> bool:
+    """Whether nobody wants to see what is done with these tensors, and their memory holds their values.
 
     False while a compiler, an exporter or a tracer looks on (torch.compile, torch.export, torch.jit.trace, make_fx),
     inside the transforms of torch.func, where a gradient or a tangent may be wanted, under a dispatch or function mode,
     and for subclasses of Tensor and values that torch has not written yet (lazy negation, lazy zeros).
     """
     return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()  # before what a compiler could not follow
+        not torch.compiler.is_compiling()  # before what a compiler could not follow
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
-        and not (x.requires_grad and torch.is_grad_enabled())
         and forward_ad._current_level < 0
+        and (not torch._C._is_torch_function_mode_enabled() or _only_devices())
+        and _is_ordinary(x)
+        and all(map(_is_ordinary, more))
+    )
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    return (
+        type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
         and not x.is_neg()
         and not x._is_zerotensor()
-        and (not torch._C._is_torch_function_mode_enabled() or _only_devices())
     )
 
 

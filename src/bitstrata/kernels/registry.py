@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ from ..planes.weights import Decoder, PlaneWeight, decoder_kind, decoder_shapes,
 ENVIRONMENT = "BITSTRATA_KERNEL"
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a kernel is asked to do: device type, activation dtype, rows and the decoder's kind."""
 
     device: str
