@@ -22,7 +22,7 @@ FLAGS = [
     *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
     *("disable-component-update", "disable-sync", "window-size=1100,900"),
 ]
-PROMPT = "class Node: # <b>&amp;</b>\n"  # markup must show as the text that it is
+PROMPT = "<|endoftext|>class Node: # <b>&amp;</b>\n"  # markup must show as the text that it is
 SECONDS = 30
 TOKENS = 24
 
