@@ -156,13 +156,18 @@ def test_numbers_of_any_whole_type_are_taken(good):
 @pytest.mark.parametrize(
     "arguments",
     [{"bits": "3"}, {"bits": 2.0}, {"bits": True}, {"max_bits": "4"}, {"max_bits": 2.5}, {"max_bits": True},
-     {"plan": 2.0}, {"plan": True}, {"budget": 600}, {"fit": True, "context": "9"}, {"dtype": "bfloat16"},
+     {"plan": 2.0}, {"plan": True}, {"budget": 600}, {"fit": True, "context": "9"}, {"dtype": "no such"},
      {"dtype": torch.int8}, {"device": None}, {"device": 7.5}],
     ids=str,
 )  # fmt: skip
 def test_arguments_of_another_type_are_refused(good, arguments):
     with pytest.raises(UsageError):
         bitstrata.load(good, **arguments)
+
+
+def test_a_dtype_may_be_named(good):
+    for arguments in ({}, {"plan": 2}):
+        assert bitstrata.load(good, dtype="bfloat16", **arguments).dtype == torch.bfloat16
 
 
 def test_what_is_no_folder_is_refused(good, tmp_path):

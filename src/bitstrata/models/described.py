@@ -102,8 +102,11 @@ def _block_counts(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
             yield prefix + key, value
 
 
-def read_generation_config(folder: Path, vocab_size: int) -> GenerationConfig | None:
-    """The defaults of `generate` beside a model, if there are any. Raises CheckpointError if they cannot be used."""
+def read_generation_config(folder: Path, vocab_size: int | None) -> GenerationConfig | None:
+    """The defaults of `generate` beside a model, if there are any. Raises CheckpointError if they cannot be used.
+
+    `vocab_size` is the model's, None where its config has none.
+    """
     path = folder / GENERATION_FILE
     if not path.exists():
         return None
@@ -118,9 +121,9 @@ def read_generation_config(folder: Path, vocab_size: int) -> GenerationConfig | 
     except Exception as error:
         raise CheckpointError(f"{path} cannot be used: {first_line(error)}", hint=hint) from error
     # suppressed tokens beyond the vocabulary are without effect; words are looked up in it
-    unknown = [token for token in chain(*(checked.bad_words_ids or [])) if not 0 <= token < vocab_size]
-    if unknown:
-        raise CheckpointError(f"{path} bars token {unknown[0]}; the model has {vocab_size} tokens", hint=hint)
+    for token in chain(*(checked.bad_words_ids or [])):
+        if token < 0 or (vocab_size is not None and token >= vocab_size):
+            raise CheckpointError(f"{path} bars token {token}; the model has {vocab_size} tokens", hint=hint)
     for name in checked.model_fields_set & _GenerationFile.model_fields.keys():
         if isinstance(value := getattr(checked, name), float):  # transformers refuses some of them as integers
             setattr(config, name, value)

@@ -73,7 +73,7 @@ def load(
     budget: str | Budget | None = None,
     fit: bool = False,
     context: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     verify: bool = False,
     reporter: Reporter | None = None,
 ) -> PreTrainedModel:
@@ -92,7 +92,7 @@ def load(
             unless it is the smallest plan or covers everything.
         fit: the largest budget that the free memory leaves (models/fit.py).
         context: with `fit`, tokens to leave room for in the cache of keys and values; the model's context by default.
-        dtype: of activations and unquantized weights; the stored one by default.
+        dtype: of activations and unquantized weights, or its name; the stored one by default.
         verify: compare each file and config.json with the digests in the index, which reads the files once more; a
             model with one plan's pages compares the others when it first reads from them. Without it, files are checked
             to be whole and as config.json describes them, and a changed byte among the weights goes unnoticed, as with
@@ -122,6 +122,7 @@ def load(
         if count is not None and whole_number(count) is None:
             raise UsageError(f"{name}={count!r} is not a whole number")
     bits, plan, max_bits = _whole(bits), _whole(plan), _whole(max_bits)
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype={dtype!r} is not a floating-point dtype of torch", hint="for example torch.bfloat16")
     if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, Mapping, torch.Tensor, RowBits))):
@@ -137,7 +138,7 @@ def load(
     reader = CheckpointReader(folder, max_bits=max_bits, verify=verify, paged=paged)
     reader.note_changes(reporter)
     config = read_config(folder, reader)
-    generation = read_generation_config(folder, config.get_text_config(decoder=True).vocab_size)
+    generation = read_generation_config(folder, getattr(config.get_text_config(decoder=True), "vocab_size", None))
     if isinstance(bits, int) and bits not in reader.bits:
         raise UnsupportedBitsError(bits, reader.bits, where=str(folder))
     if isinstance(bits, Plan):
