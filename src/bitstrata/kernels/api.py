@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedBitsError, UsageError
+from ..errors import UsageError
 from ..planes.weights import PlaneWeight, decoder_tensors
 from . import cpu, ops, run
 from .plain import is_plain
 from .registry import PreparedWeight, Problem, select
+
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def _arguments(weight: PlaneWeight, decoder_bits: Sequence[int]) -> tuple[object, ...]:
@@ -42,24 +44,28 @@ def _check_x(x: Tensor, *weights: PlaneWeight | PreparedWeight) -> None:
         raise UsageError(f"x must be dense, got a tensor in the layout {x.layout}", hint="x.to_dense()")
 
 
+def _integer(bits: Any) -> int:
+    if type(bits) is int:
+        return bits
+    if isinstance(bits, (bool, Tensor)):
+        raise UsageError(f"bits must be an int, got {bits!r}")
+    try:
+        return operator.index(bits)  # NumPy's integers, for one
+    except TypeError:
+        raise UsageError(f"bits must be an int, got {bits!r}") from None
+
+
 def _checked_bits(bits: Any, weight: PlaneWeight | PreparedWeight) -> int:
     """`bits` as an int, if the weight has a decoder for them."""
-    if type(bits) is not int:
-        if isinstance(bits, (bool, Tensor)):
-            raise UsageError(f"bits must be an int, got {bits!r}")
-        try:
-            bits = operator.index(bits)  # NumPy's integers, for one
-        except TypeError:
-            raise UsageError(f"bits must be an int, got {bits!r}") from None
-    if bits not in weight.decoders:
-        raise UnsupportedBitsError(bits, weight.bits, where="this layer")
-    return int(bits)
+    bits = _integer(bits)
+    run.check_bits(bits, [weight])
+    return bits
 
 
 def _check_row_bits(row_bits: Any) -> None:
     if not isinstance(row_bits, Tensor):
         raise UsageError(f"row_bits must be an integer tensor, got {type(row_bits).__name__}")
-    if row_bits.is_floating_point() or row_bits.is_complex() or row_bits.dtype == torch.bool:
+    if row_bits.dtype not in INTEGERS:
         raise UsageError(f"row_bits must be an integer tensor, got {row_bits.dtype}")
 
 
@@ -90,7 +96,7 @@ def plane_linear_rows(x: Tensor, weight: PlaneWeight, row_bits: Tensor) -> Tenso
 
 
 def _check_lookup(index: Tensor, dtype: torch.dtype) -> None:
-    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+    if not isinstance(index, Tensor) or index.dtype not in INTEGERS:
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise UsageError(f"index must be an integer tensor, got {kind}")
     if not dtype.is_floating_point:
@@ -136,10 +142,10 @@ def prepared_linear(x: Tensor, weights: Sequence[PreparedWeight], bits: int | Te
             return run.linear(x, weights, bits)
         rows = torch.ops.bitstrata.prepared_linear_rows
         return [rows(x, *_prepared_arguments(weight, weight.bits), bits) for weight in weights]
-    for weight in weights:
-        bits = _checked_bits(bits, weight)
+    bits = _integer(bits)
     if is_plain(x) and x.device == weights[0].planes[0].device:
         return run.linear(x, weights, bits)
+    run.check_bits(bits, weights)
     uniform = torch.ops.bitstrata.prepared_linear
     return [uniform(x, *_prepared_arguments(weight, [bits]), bits) for weight in weights]
 

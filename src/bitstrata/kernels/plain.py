@@ -30,7 +30,7 @@ def is_plain(x: Tensor, *more: Tensor) -> bool:
         and forward_ad._current_level < 0
         and (not torch._C._is_torch_function_mode_enabled() or _only_devices())
         and _is_ordinary(x)
-        and all(map(_is_ordinary, more))
+        and (not more or all(map(_is_ordinary, more)))
     )
 
 

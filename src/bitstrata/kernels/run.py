@@ -69,8 +69,8 @@ def linear(x: Tensor, weights: Sequence[AnyWeight], bits: int | Tensor, arithmet
     if isinstance(bits, Tensor):
         for weight in weights:
             check_row_bits(bits, flat.shape[0], weight.bits)
-    elif any(bits not in weight.decoders for weight in weights):
-        raise UnsupportedBitsError(bits, first.bits, where="this layer")
+    else:
+        check_bits(bits, weights)
     device = x.device.type
     problem = Problem(device, x.dtype, flat.shape[0], first.kind)
     kernel = select(problem) if arithmetic is None else select_in(problem, arithmetic)
@@ -144,6 +144,13 @@ def lookup(index: Tensor, weight: AnyWeight, bits: int, dtype: torch.dtype) -> T
         kernel = select(Problem(index.device.type, dtype, flat.numel(), weight.kind))
         rows = kernel.lookup(flat, _readable(weight, kernel, dtype), bits, dtype)
     return rows.view(*index.shape, weight.in_features)
+
+
+def check_bits(bits: int, weights: Sequence[AnyWeight]) -> None:
+    """Raise UnsupportedBitsError unless all of `weights` have a decoder for `bits`."""
+    for weight in weights:
+        if bits not in weight.decoders:
+            raise UnsupportedBitsError(bits, weight.bits, where="this layer")
 
 
 def check_row_bits(row_bits: Tensor, rows: int, supported: tuple[int, ...]) -> None:
