@@ -36,22 +36,43 @@ def is_empty(engine):
     return (stats.running, stats.waiting, stats.cache_used_tokens) == (0, 0, 0)
 
 
-@pytest.mark.xfail(strict=False, reason="on some processors two tokens may be so near that the order of a sum decides")
+NEAR = 0.05  # of logits: what one activation rounded to the other of two bytes moves them by (their deviation is 3)
+
+
+def is_near_tie(model, prompt, bits, expected, found):
+    """Whether the first token in which two continuations differ was all but as likely as the other."""
+    at = next((at for at, (one, two) in enumerate(zip(expected, found, strict=False)) if one != two), None)
+    if at is None:  # one of them ended early
+        return False
+    with torch.no_grad():  # as `generate` goes: the prompt, then one token at a time
+        output = model(torch.tensor([prompt]), bits=bits, use_cache=True)
+        for token in expected[:at]:
+            output = model(torch.tensor([[token]]), bits=bits, past_key_values=output.past_key_values, use_cache=True)
+    logits = output.logits[0, -1]
+    return float(logits[expected[at]] - logits[found[at]]) < NEAR
+
+
 def test_every_request_of_a_mixed_batch_gets_the_tokens_it_gets_alone(model, tokenizer, code, alone, seed):
     steady = steady_rows(model, torch.float32) or 16
     lengths = [1, 2, steady - 1, steady, steady + 1, 2 * steady + 1, 50, 90]  # kernels change at `steady` rows
     requests = some_requests(code, seed, 24, lengths)
     expected = [alone(*request) for request in requests]
+    made, ties = 0, 0
     with Engine(model, tokenizer, max_requests=20, max_batch_tokens=2 * steady + 9) as engine:
         handles = submit(engine, requests)
-        for handle, (_, bits, _), tokens in zip(handles, requests, expected, strict=True):
+        for handle, (prompt, bits, _), tokens in zip(handles, requests, expected, strict=True):
             events = list(handle.events(WAIT))
-            assert [event.id for event in events[:-1]] == tokens
+            found = [event.id for event in events[:-1]]
+            if found != tokens:  # sums of torch's own products may come in another order in a batch
+                assert is_near_tie(model, prompt, bits, tokens, found)
+                ties += 1
+            made += len(found)
             assert {event.bits for event in events[:-1]} == {bits}
-            ended = tokens[-1] == model.generation_config.eos_token_id
+            ended = found[-1] == model.generation_config.eos_token_id
             assert events[-1] == Finished("stop" if ended else "length")
         stats = engine.stats()
-    assert stats.new_tokens == sum(map(len, expected))
+    assert ties <= 2
+    assert stats.new_tokens == made
     assert stats.prompt_tokens == sum(len(prompt) for prompt, _, _ in requests)
     assert stats.batches < stats.new_tokens / 2, "requests did not share batches"
 
