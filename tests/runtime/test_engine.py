@@ -57,21 +57,21 @@ def test_every_request_of_a_mixed_batch_gets_the_tokens_it_gets_alone(model, tok
     lengths = [1, 2, steady - 1, steady, steady + 1, 2 * steady + 1, 50, 90]  # kernels change at `steady` rows
     requests = some_requests(code, seed, 24, lengths)
     expected = [alone(*request) for request in requests]
-    made, ties = 0, 0
+    made, differing = 0, []
     with Engine(model, tokenizer, max_requests=20, max_batch_tokens=2 * steady + 9) as engine:
         handles = submit(engine, requests)
         for handle, (prompt, bits, _), tokens in zip(handles, requests, expected, strict=True):
             events = list(handle.events(WAIT))
             found = [event.id for event in events[:-1]]
             if found != tokens:  # sums of torch's own products may come in another order in a batch
-                assert is_near_tie(model, prompt, bits, tokens, found)
-                ties += 1
+                differing.append((prompt, bits, tokens, found))
             made += len(found)
             assert {event.bits for event in events[:-1]} == {bits}
             ended = found[-1] == model.generation_config.eos_token_id
             assert events[-1] == Finished("stop" if ended else "length")
         stats = engine.stats()
-    assert ties <= 2
+    assert len(differing) <= 2
+    assert all(is_near_tie(model, *difference) for difference in differing)
     assert stats.new_tokens == made
     assert stats.prompt_tokens == sum(len(prompt) for prompt, _, _ in requests)
     assert stats.batches < stats.new_tokens / 2, "requests did not share batches"
