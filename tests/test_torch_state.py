@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -294,3 +295,27 @@ def test_the_demo_begins_in_the_ordinary_state(monkeypatch: pytest.MonkeyPatch, 
     with state(), pytest.raises(InterruptedError):
         bitstrata.demo(reporter=Reporter(quiet=True))
     assert without_what_is_left_alone(seen[0]) == without_what_is_left_alone(ORDINARY)
+
+
+def test_verbs_that_overlap_in_threads_share_what_belongs_to_the_process():
+    """The first to end must not put back what the other still needs."""
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    @ordinary_torch()
+    def long_verb():
+        inside.set()
+        assert leave.wait(60)
+        seen.append(torch.get_default_dtype())
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other = threading.Thread(target=long_verb)
+        with ordinary_torch():
+            other.start()
+            assert inside.wait(60)
+        leave.set()
+        other.join(60)
+        assert seen == [torch.float32]
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
