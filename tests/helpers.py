@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from bitstrata.checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, format_version, write_checkpoint
 from bitstrata.nn import BitsState, PlaneLinear
@@ -163,3 +166,14 @@ def dense_output(model: torch.nn.Sequential, x: Tensor, *bits: int) -> Tensor:
         if layer.bias is not None:
             x = x + layer.bias
     return x
+
+
+def with_decoded_weights(original: PreTrainedModel, quantized: PreTrainedModel, bits: int) -> PreTrainedModel:
+    """A copy of the original whose linears hold the decoded weights."""
+    dense = copy.deepcopy(original)
+    for name, layer in quantized.named_modules():
+        if isinstance(layer, PlaneLinear):
+            weight = decode(layer.plane_weight(), bits)
+            linear = dense.get_submodule(name)
+            linear.weight.data = weight.T.contiguous() if isinstance(linear, Conv1D) else weight
+    return dense

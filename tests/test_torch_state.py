@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_states
 from job_helpers import ANYBCQ, ANYPRECISION, BCQ, RTN, digests
 from job_helpers import run as quantize
 from tiny_models import tiny_llama, tiny_text
@@ -26,31 +27,12 @@ from bitstrata.torch_state import ordinary_torch
 
 
 @contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
 def default_device(device: str) -> Iterator[None]:
     torch.set_default_device(device)
     try:
         yield
     finally:
         torch.set_default_device(None)
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @contextlib.contextmanager
@@ -72,14 +54,8 @@ def all_at_once() -> Iterator[None]:
 
 
 STATES: dict[str, Callable[[], Any]] = {
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "float64": lambda: default_dtype(torch.float64),
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "device meta": lambda: torch.device("meta"),
+    **torch_states.STATES,
     "default device meta": lambda: default_device("meta"),
-    "deterministic": deterministic,
     "inexact products": inexact_products,
     "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
     "all at once": all_at_once,
@@ -307,8 +283,7 @@ def test_verbs_that_overlap_in_threads_share_what_belongs_to_the_process():
         assert leave.wait(60)
         seen.append(torch.get_default_dtype())
 
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with torch_states.default_dtype(torch.bfloat16):
         other = threading.Thread(target=long_verb)
         with ordinary_torch():
             other.start()
@@ -317,5 +292,3 @@ def test_verbs_that_overlap_in_threads_share_what_belongs_to_the_process():
         other.join(60)
         assert seen == [torch.float32]
         assert torch.get_default_dtype() == torch.bfloat16
-    finally:
-        torch.set_default_dtype(torch.float32)

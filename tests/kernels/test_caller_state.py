@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from helpers import random_weight
 from torch import Tensor
+from torch_states import STATES as MODES
 
 from bitstrata import kernels, planes
 from bitstrata.kernels import registry
@@ -20,26 +21,6 @@ from bitstrata.planes.weights import decoder_tensors, join_decoders
 N, K = 37, 70
 BITS = (2, 4, 6)
 ROWS = (1, 5, 17, 40)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Memory that is allocated and not written holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def inside(state: Callable[[], AbstractContextManager[Any]]) -> Callable:
@@ -62,13 +43,7 @@ def compiled(call: Callable[[], Any]) -> Any:
 
 
 STATES: dict[str, Callable] = {
-    "no_grad": inside(torch.no_grad),
-    "inference_mode": inside(torch.inference_mode),
-    "autocast": inside(lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
-    "default dtype float64": inside(lambda: default_dtype(torch.float64)),
-    "default dtype bfloat16": inside(lambda: default_dtype(torch.bfloat16)),
-    "default device meta": inside(lambda: torch.device("meta")),
-    "deterministic": inside(deterministic),
+    **{name: inside(mode) for name, mode in MODES.items()},
     "jit.trace": while_tracing,
     "compile": compiled,
 }

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-
 import architectures
 import pytest
 import tiny_models
 import torch
+from helpers import with_decoded_weights
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 import bitstrata
 from bitstrata.errors import PreflightError
 from bitstrata.models import SourceModel, discover
 from bitstrata.nn import PlaneLinear
-from bitstrata.planes import decode
 
 NAMES = list(architectures.CONFIGS)
 LINEARS_PER_BLOCK = {"phi3": 4, "opt": 6, "gpt-neox": 4, "gpt2": 4}
@@ -23,17 +20,6 @@ LINEARS_PER_BLOCK = {"phi3": 4, "opt": 6, "gpt-neox": 4, "gpt2": 4}
 
 def tokens(seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(seed))
-
-
-def with_decoded_weights(original, quantized, bits: int):
-    """A copy of the original whose linears hold the decoded weights."""
-    dense = copy.deepcopy(original)
-    for name, layer in quantized.named_modules():
-        if isinstance(layer, PlaneLinear):
-            weight = decode(layer.plane_weight(), bits)
-            linear = dense.get_submodule(name)
-            linear.weight.data = weight.T.contiguous() if isinstance(linear, Conv1D) else weight
-    return dense
 
 
 @pytest.mark.parametrize("name", NAMES)

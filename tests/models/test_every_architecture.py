@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import every_architecture
 import pytest
 import torch
+from helpers import with_decoded_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
-from transformers.pytorch_utils import Conv1D
 
 import bitstrata
 from bitstrata.errors import PreflightError
 from bitstrata.nn import PlaneLinear
-from bitstrata.planes import decode
 from bitstrata.progress import Reporter
 
 
@@ -27,16 +25,6 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(ids, use_cache=False).logits
     return result
-
-
-def with_decoded_weights(original: PreTrainedModel, quantized: PreTrainedModel, bits: int) -> PreTrainedModel:
-    dense = copy.deepcopy(original)
-    for name, layer in quantized.named_modules():
-        if isinstance(layer, PlaneLinear):
-            weight = decode(layer.plane_weight(), bits)
-            linear = dense.get_submodule(name)
-            linear.weight.data = weight.T.contiguous() if isinstance(linear, Conv1D) else weight
-    return dense
 
 
 def known(names: dict[str, object]) -> list[str]:

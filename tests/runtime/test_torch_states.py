@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from tiny_models import tiny_llama, tiny_text, tiny_tokenizer
+from torch_states import STATES
 
 import bitstrata
 from bitstrata.nn import bits_state
 from bitstrata.progress import Reporter
 
 IDS = torch.tensor([[0, 5, 9, 13, 17, 21, 25]])
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-STATES = {
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "float64": lambda: default_dtype(torch.float64),
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "on meta": lambda: torch.device("meta"),
-    "deterministic": deterministic,
-}
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,13 @@ from .config_digest import changed_fields
 from .schema import (
     CONFIG_FILE,
     INDEX_FILE,
-    PLANE,
     SAFETENSORS_DTYPES,
     SINGLE_FILE,
     UNIT,
     QuantizationSpec,
     TensorSpec,
     guard_name,
+    is_plane,
 )
 
 MAX_DEPTH = 100  # of JSON: real configs have six levels, and whoever walks one by recursion can take this many
@@ -241,7 +241,7 @@ class CheckpointReader:
         own = {name for layer in self.spec.layers for name in (guard_name(layer), f"{layer}.bias")}
         for name in sorted(self.common_names() - own):
             layer = name.rpartition(".")[0]
-            if layer in self.spec.layers or PLANE.search(name):
+            if layer in self.spec.layers or is_plane(name):
                 yield CheckpointError(
                     f"{name} is stored, but {CONFIG_FILE} describes no layer that has it", hint=_MIXED
                 )

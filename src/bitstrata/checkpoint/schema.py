@@ -31,7 +31,7 @@ SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 REPORT_FILE = "bitstrata_report.json"
 
-PLANE = re.compile(r"\.plane_(\d+)$")
+_PLANE = re.compile(r"\.plane_(\d+)$")
 UNIT = re.compile(r"\.unit_\d+$")
 _DECODER = re.compile(r"\.(?:scale|offset|unit|table)_(\d+)$")
 
@@ -254,7 +254,7 @@ def guard_name(layer: str) -> str:
 
 def is_plane(tensor: str) -> bool:
     """Whether a tensor's full name is a plane's."""
-    return PLANE.search(tensor) is not None
+    return _PLANE.search(tensor) is not None
 
 
 def shard_of(tensor: str, whole_layers: Container[str] = ()) -> str:
@@ -263,9 +263,9 @@ def shard_of(tensor: str, whole_layers: Container[str] = ()) -> str:
     `whole_layers` are those of the spec: they are in a file of their own, because a reader that wants
     few bits of the others needs all of these.
     """
-    if tensor.rpartition(".")[0] in whole_layers and (PLANE.search(tensor) or _DECODER.search(tensor)):
+    if tensor.rpartition(".")[0] in whole_layers and (_PLANE.search(tensor) or _DECODER.search(tensor)):
         return HEAD_SHARD
-    if plane := PLANE.search(tensor):
+    if plane := _PLANE.search(tensor):
         return f"model-plane-{int(plane[1])}.safetensors"
     if decoder := _DECODER.search(tensor):
         return f"model-bits-{int(decoder[1])}.safetensors"

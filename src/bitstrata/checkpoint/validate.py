@@ -11,7 +11,8 @@ from .reader import CheckpointReader
 def validate(folder: str | Path) -> list[str]:
     """All problems of the checkpoint in `folder`, each one sentence that names file and tensor.
 
-    Reads every byte: structure, digests, finite scales, padding bits. An empty list means valid.
+    Reads every byte of quantized layers and of files with a digest: structure, digests, finite scales, padding bits.
+    An empty list means valid.
     `CheckpointReader.covers_config` says whether config.json has digests. Never raises for malformed input.
     """
     try:

@@ -123,7 +123,8 @@ def read_generation_config(folder: Path, vocab_size: int | None) -> GenerationCo
     # suppressed tokens beyond the vocabulary are without effect; words are looked up in it
     for token in chain(*(checked.bad_words_ids or [])):
         if token < 0 or (vocab_size is not None and token >= vocab_size):
-            raise CheckpointError(f"{path} bars token {token}; the model has {vocab_size} tokens", hint=hint)
+            size = "" if vocab_size is None else f"; the model has {vocab_size} tokens"
+            raise CheckpointError(f"{path} bars token {token}, which is none of the model's{size}", hint=hint)
     for name in checked.model_fields_set & _GenerationFile.model_fields.keys():
         if isinstance(value := getattr(checked, name), float):  # transformers refuses some of them as integers
             setattr(config, name, value)
