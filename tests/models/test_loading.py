@@ -12,12 +12,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import bitstrata
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import CheckpointError, ModelError, UnsupportedBitsError, UsageError
-from bitstrata.models import parse_target
+from bitstrata.models import BitstrataConfig, BitstrataQuantizer, parse_target
 from bitstrata.nn import PlaneLinear, bits_state
 
 
@@ -286,3 +286,14 @@ def test_bits_of_one_call_do_not_reach_blocks_that_run_again_in_the_backward_pas
         assert torch.equal(torch.as_tensor(value).flatten().unique(), torch.as_tensor(bits).unique())
     with torch.no_grad():
         torch.testing.assert_close(model(ids, bits=bits, use_cache=False).logits, expected)
+
+
+def test_a_tensor_of_another_shape_is_noticed_whatever_transformers_compares(out):
+    config = AutoConfig.from_pretrained(out)
+    quantizer = BitstrataQuantizer(BitstrataConfig(**config.quantization_config))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    quantizer._process_model_before_weight_loading(model)
+    model.model.norm.weight = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is \[3\] in the files, \[48\] in the model"):
+        quantizer._process_model_after_weight_loading(model)

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import QUANT_METHOD, CheckpointReader, QuantizationSpec
 from ..checkpoint.schema import INDEX_FILE
-from ..errors import UsageError
+from ..errors import CheckpointError, UsageError
 from ..nn import (
     Bits,
     BitsState,
@@ -92,10 +92,17 @@ class BitstrataQuantizer(HfQuantizer):
             reader = CheckpointReader(Path(checkpoint_files[0]).parent)  # names whatever is missing or malformed
             reader.note_changes(Reporter())
         self._held = replace_layers(model, self.quantization_config.spec, paged=self.quantization_config.paged)
+        self._shapes = _shapes(model)
         take_bits(model)  # now: hooks that are put in while weights load have to find `forward` as it will be
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, found in _shapes(model).items():  # some versions of transformers do not compare them for a quantizer
+            if found != (wanted := self._shapes.get(name, found)):
+                raise CheckpointError(
+                    f"{name} is {list(found)} in the files, {list(wanted)} in the model",
+                    hint="config.json and the weights are of different models; copy or download them again",
+                )
         model.config.quantization_config = BitstrataConfig(**self._held.model_dump(exclude_none=True))
         return attach(model)
 
@@ -109,6 +116,10 @@ class BitstrataQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def _stored_file(name: str | None, file: str) -> Path | None:

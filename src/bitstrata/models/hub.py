@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..checkpoint import QuantizationSpec, is_checkpoint
@@ -90,8 +90,13 @@ def _fetch_weights(repo: str, folder: Path, max_bits: int | None) -> None:
     """Download what `folder`, a snapshot, lacks of the weights to be read; all of it from the same revision."""
     revision = folder.name if folder.parent.name == "snapshots" else None
 
-    def fetch(files: Iterable[str]) -> None:
-        _snapshot(repo, [glob.escape(file) for file in files], revision=revision)
+    def fetch(files: Sequence[str], needed: Sequence[str] | None = None) -> None:
+        """`needed`: those that are sure to exist; all by default."""
+        try:
+            _snapshot(repo, [glob.escape(file) for file in files], revision=revision)
+        except Exception:  # without the hub, some versions of its client do not look into their cache for a revision
+            if not all((folder / file).is_file() for file in (files if needed is None else needed)):
+                raise
 
     named = None
     if (folder / CONFIG_FILE).is_file() and not is_checkpoint(folder):
@@ -101,7 +106,9 @@ def _fetch_weights(repo: str, folder: Path, max_bits: int | None) -> None:
         if named.endswith(".json") and (folder / named).is_file():
             fetch(sorted(set(promised(folder / named).values())))
         return
-    fetch([CONFIG_FILE, SINGLE_FILE])  # with a file that is sure to exist: the hub's client warns where nothing matches
+    fetch(
+        [CONFIG_FILE, SINGLE_FILE], [CONFIG_FILE]
+    )  # with a file that is sure to exist: the hub's client warns where nothing matches
     if (folder / SINGLE_FILE).is_file() or not (folder / INDEX_FILE).is_file():
         return
     shards = promised(folder / INDEX_FILE)
