@@ -106,9 +106,8 @@ def _fetch_weights(repo: str, folder: Path, max_bits: int | None) -> None:
         if named.endswith(".json") and (folder / named).is_file():
             fetch(sorted(set(promised(folder / named).values())))
         return
-    fetch(
-        [CONFIG_FILE, SINGLE_FILE], [CONFIG_FILE]
-    )  # with a file that is sure to exist: the hub's client warns where nothing matches
+    # with a file that is sure to exist: the hub's client warns where nothing matches
+    fetch([CONFIG_FILE, SINGLE_FILE], needed=[CONFIG_FILE])
     if (folder / SINGLE_FILE).is_file() or not (folder / INDEX_FILE).is_file():
         return
     shards = promised(folder / INDEX_FILE)
