@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import bitstrata
-from bitstrata.bench.machine import describe
+from bitstrata.benchmark.machine import describe
 from bitstrata.kernels import Problem, select
 from bitstrata.kernels.registry import ENVIRONMENT
 

@@ -25,8 +25,8 @@ import torch
 from transformers import PreTrainedModel
 
 import bitstrata
-from bitstrata.bench.machine import describe
-from bitstrata.bench.random_model import SHAPES, random_model, shape_config
+from bitstrata.benchmark.machine import describe
+from bitstrata.benchmark.random_model import SHAPES, random_model, shape_config
 from bitstrata.nn import bits_state, parse_bits
 from bitstrata.runtime import Engine, Request
 

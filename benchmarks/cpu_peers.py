@@ -29,8 +29,8 @@ from peers.contender import Contender, Problem, check
 from peers.measure import REGIMES, OtherProcesses, race
 from peers.table import HEAD, Result, compare, table
 
-from bitstrata.bench.machine import Bandwidth, describe
-from bitstrata.bench.run import DEFAULT_SHAPES, parse_shapes
+from bitstrata.benchmark.machine import Bandwidth, describe
+from bitstrata.benchmark.run import DEFAULT_SHAPES, parse_shapes
 from bitstrata.errors import BitstrataError, CheckError, ResourceError, UsageError
 
 PEERS: dict[str, ModuleType] = {"ours": ours, "ort": ort, "ggml": ggml, "torch": torch_peer}

@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitstrata.bench.clock import current
-from bitstrata.bench.linear import Contender, LinearResult, bench_linear, beyond_cache
-from bitstrata.bench.machine import Bandwidth, describe
-from bitstrata.bench.model import ModelResult, bench_model
-from bitstrata.bench.random_model import SHAPES, dense_model, random_model, shape_config
-from bitstrata.bench.run import parse_shapes
-from bitstrata.bench.tune import tune
+from bitstrata.benchmark.clock import current
+from bitstrata.benchmark.linear import Contender, LinearResult, bench_linear, beyond_cache
+from bitstrata.benchmark.machine import Bandwidth, describe
+from bitstrata.benchmark.model import ModelResult, bench_model
+from bitstrata.benchmark.random_model import SHAPES, dense_model, random_model, shape_config
+from bitstrata.benchmark.run import parse_shapes
+from bitstrata.benchmark.tune import tune
 from bitstrata.errors import BitstrataError, UsageError
 from bitstrata.kernels import Problem, select
 from bitstrata.models.load import pick_device

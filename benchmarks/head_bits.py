@@ -1,7 +1,7 @@
 """What planes for the output head and the embedding cost: nll and divergence by solver and bits, and the size.
 
 Only the head and the embedding are quantized, everything else stays as it is. Solvers: round-to-nearest, BCQ from a
-greedy start, the clipped grid, and the clipped grid refined (what `--head-bits` does, quantize/head.py).
+greedy start, the clipped grid, and the clipped grid refined (what `--head-bits` does, quantization/head.py).
 
     python benchmarks/head_bits.py MODEL --text FILE [--bits 4,6,8] [--group-size N] [--max-tokens N] [--json FILE]
 """
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitstrata.bench.machine import describe
-from bitstrata.calibrate import evaluation_windows, read_text
-from bitstrata.evaluate import Tally
+from bitstrata.benchmark.machine import describe
+from bitstrata.calibration import evaluation_windows, read_text
+from bitstrata.evaluation import Tally
 from bitstrata.models import context_limit, find_head, load_tokenizer
 from bitstrata.nn import parse_bits
 from bitstrata.planes import PlaneWeight, decode
-from bitstrata.quantize.bcq import BCQ
-from bitstrata.quantize.grouping import Grouping, affine_weight, join_rows, row_chunks
-from bitstrata.quantize.head import CHUNK, clipped_grid, solve_rows
-from bitstrata.quantize.rtn import RTN
+from bitstrata.quantization.bcq import BCQ
+from bitstrata.quantization.grouping import Grouping, affine_weight, join_rows, row_chunks
+from bitstrata.quantization.head import CHUNK, clipped_grid, solve_rows
+from bitstrata.quantization.rtn import RTN
 
 
 def clipped(weight: Tensor, bits: int, group_size: int) -> PlaneWeight:

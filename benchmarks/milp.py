@@ -15,9 +15,9 @@ import time
 import numpy as np
 import torch
 
-from bitstrata.allocate import Problem, milp, paired, waterfill
-from bitstrata.bench.machine import describe
-from bitstrata.planes.weights import decoder_bytes
+from bitstrata.allocation import Problem, milp, paired, waterfill
+from bitstrata.benchmark.machine import describe
+from bitstrata.planes.weights import scales_bytes
 
 BITS = range(2, 9)
 SHAPES = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
@@ -28,7 +28,7 @@ def problem(blocks: int, bpw: float, seed: int = 0) -> Problem:
     shapes = SHAPES * blocks
     unit = np.repeat(np.arange(len(shapes)), len(BITS))
     bits = np.tile(np.array(BITS), len(shapes))
-    sizes = [4 * b * n * k // 32 + decoder_bytes("affine8", b, n, k, 128) for n, k in shapes for b in BITS]
+    sizes = [4 * b * n * k // 32 + scales_bytes("affine8", b, n, k, 128) for n, k in shapes for b in BITS]
     height = np.exp(generator.normal(0, 1.5, len(shapes)))[:, None]
     slope = np.cumsum(generator.uniform(0.8, 2.0, (len(shapes), len(BITS))), axis=1)
     losses = (height * np.exp(-slope)).ravel()

@@ -32,11 +32,11 @@ from peers.llama_model import LlamaDecoder, write_gguf
 from peers.measure import SETTLE, OtherProcesses, Timing
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from bitstrata.bench.machine import Bandwidth, describe
-from bitstrata.bench.model import Decoder
-from bitstrata.bench.random_model import SHAPES, dense_model, random_model, shape_config
+from bitstrata.benchmark.machine import Bandwidth, describe
+from bitstrata.benchmark.model import Decoder
+from bitstrata.benchmark.random_model import SHAPES, dense_model, random_model, shape_config
 from bitstrata.errors import BitstrataError, CheckError, ResourceError, UsageError
-from bitstrata.evaluate.report import optional, render
+from bitstrata.evaluation.report import optional, render
 from bitstrata.models import bytes_per_token
 
 PEERS = ("ours", "torch", "llama.cpp")
@@ -162,17 +162,17 @@ def _contenders(
             _say(f"llama.cpp {kind}")
             path = folder / f"{kind}.gguf"
             size = write_gguf(path, config, kind, arguments.seed)
-            decoder = LlamaDecoder(
+            scales = LlamaDecoder(
                 path,
                 vocabulary=config.vocab_size,
                 context=arguments.context,
                 most_tokens=arguments.context + arguments.rounds * (arguments.tokens + 1) + 1,
                 threads=arguments.threads,
             )
-            if not (np.isfinite(decoder.logits).all() and decoder.logits.std() > 0):
+            if not (np.isfinite(scales.logits).all() and scales.logits.std() > 0):
                 raise CheckError(f"llama.cpp gives unusable logits with {kind}", hint="nothing is reported")
-            close.append(decoder.close)
-            found.append(Contender(f"llama.cpp {kind}", size, bits, decoder.step))
+            close.append(scales.close)
+            found.append(Contender(f"llama.cpp {kind}", size, bits, scales.step))
     return found, close
 
 

@@ -30,7 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bitstrata
-from bitstrata.allocate import (
+from bitstrata.allocation import (
     SENSITIVITY_FILE,
     SOLVERS,
     Objective,
@@ -40,10 +40,10 @@ from bitstrata.allocate import (
     page_order,
     random_allocation,
 )
-from bitstrata.bench.machine import describe
-from bitstrata.calibrate import calibration_windows, read_text, text_digest
+from bitstrata.benchmark.machine import describe
+from bitstrata.calibration import calibration_windows, read_text, text_digest
 from bitstrata.checkpoint import CheckpointReader, ModelSizes, Plan
-from bitstrata.evaluate.report import render
+from bitstrata.evaluation.report import render
 from bitstrata.models import load_tokenizer
 from bitstrata.progress import Reporter
 

@@ -43,11 +43,11 @@ from arrivals import bursts, lengths
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitstrata
-from bitstrata.bench.machine import describe
-from bitstrata.bench.random_model import SHAPES, random_model, shape_config
-from bitstrata.calibrate import read_text
-from bitstrata.evaluate.divergence import Tally
-from bitstrata.evaluate.report import render
+from bitstrata.benchmark.machine import describe
+from bitstrata.benchmark.random_model import SHAPES, random_model, shape_config
+from bitstrata.calibration import read_text
+from bitstrata.evaluation.divergence import Tally
+from bitstrata.evaluation.report import render
 from bitstrata.models import load_tokenizer
 from bitstrata.nn import parse_bits
 from bitstrata.runtime import Engine, Policy, Request, Token, parse_policy

@@ -29,7 +29,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import bitstrata
-from bitstrata.evaluate.report import render
+from bitstrata.evaluation.report import render
 from bitstrata.progress import Reporter
 
 BITS = (2, 3, 4)

@@ -35,8 +35,8 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 import bitstrata
-from bitstrata.bench.machine import describe
-from bitstrata.bench.random_model import SHAPES, random_checkpoint
+from bitstrata.benchmark.machine import describe
+from bitstrata.benchmark.random_model import SHAPES, random_checkpoint
 from bitstrata.checkpoint import (
     PAGES_FILE,
     CheckpointReader,

@@ -34,7 +34,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from bitstrata.bench.machine import describe
+from bitstrata.benchmark.machine import describe
 from bitstrata.nn import parse_bits
 
 SOAK_TOKENS = 2

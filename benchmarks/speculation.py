@@ -21,8 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 import bitstrata
-from bitstrata.calibrate import read_text
-from bitstrata.evaluate.report import render
+from bitstrata.calibration import read_text
+from bitstrata.evaluation.report import render
 from bitstrata.models import load_tokenizer
 
 

@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from bitstrata.checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, format_version, write_checkpoint
 from bitstrata.nn import BitsState, PlaneLinear
 from bitstrata.planes import (
-    AffineDecoder,
-    ByteAffineDecoder,
-    CodebookDecoder,
-    Decoder,
+    AffineScales,
+    ByteScales,
+    Codebook,
     PlaneWeight,
+    Scales,
     decode,
     group_count,
     pack_bits,
@@ -31,13 +31,13 @@ def random_weight(
     K: int,
     bits: Sequence[int] = (2, 3, 4),
     group_size: int = 32,
-    decoder: str = "affine",
+    kind: str = "affine",
     seed: int = 0,
 ) -> PlaneWeight:
-    """A weight [N, K] with random planes and, for each of `bits`, a random decoder.
+    """A weight [N, K] with random planes and, for each of `bits`, random scales.
 
     Scales of plane i are about 2**-i, as in a real weight, so that entries are of order one. Every
-    decoder is drawn independently: a test that mixes up two of them fails.
+    set is drawn independently: a test that mixes up two of them fails.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -46,23 +46,23 @@ def random_weight(
 
     planes = tuple(pack_bits(torch.rand(N, K, generator=generator) < 0.5) for _ in range(max(bits)))
     groups = group_count(K, group_size)
-    decoders: dict[int, Decoder] = {}
+    scales: dict[int, Scales] = {}
     for value in bits:
-        if decoder == "affine8" and value <= BYTE_BITS:
+        if kind == "affine8" and value <= BYTE_BITS:
             exponent = torch.randint(-4, -2, (N,), generator=generator)
             unit = torch.randint(8, 16, (N,), generator=generator) * torch.exp2(exponent)
             scale = (96 + 12 * normal(value, N, groups)).clamp(-127, 127).to(torch.int8)
             offset = (12 * normal(N, groups)).clamp(-127, 127).to(torch.int8)
-            decoders[value] = ByteAffineDecoder(scale, offset, unit.half())
-        elif decoder in ("affine", "affine8"):
+            scales[value] = ByteScales(scale, offset, unit.half())
+        elif kind in ("affine", "affine8"):
             size = torch.exp2(-torch.arange(value, dtype=torch.float32)).view(-1, 1, 1)
             scale = size * (0.75 + 0.1 * normal(value, N, groups))
-            decoders[value] = AffineDecoder(scale.half(), (0.1 * normal(N, groups)).half())
-        elif decoder == "codebook":
-            decoders[value] = CodebookDecoder(normal(N, 2**value).half())
+            scales[value] = AffineScales(scale.half(), (0.1 * normal(N, groups)).half())
+        elif kind == "codebook":
+            scales[value] = Codebook(normal(N, 2**value).half())
         else:
-            raise ValueError(f"unknown decoder {decoder!r}")
-    return PlaneWeight(planes, decoders, K, group_size)
+            raise ValueError(f"unknown scales {kind!r}")
+    return PlaneWeight(planes, scales, K, group_size)
 
 
 def spec_of(layers: Mapping[str, PlaneWeight], bits: Sequence[int], group_size: int) -> QuantizationSpec:

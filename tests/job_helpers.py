@@ -12,11 +12,11 @@ from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import bitstrata
-from bitstrata.calibrate import calibration_windows, read_text
-from bitstrata.evaluate import Tally
+from bitstrata.calibration import calibration_windows, read_text
+from bitstrata.evaluation import Tally
 from bitstrata.progress import Reporter
-from bitstrata.quantize import Report, quantize
-from bitstrata.quantize.preflight import HELDOUT_WINDOWS
+from bitstrata.quantization import Report, quantize
+from bitstrata.quantization.preflight import HELDOUT_WINDOWS
 
 # a job of a fraction of a second that still trains every block
 ANYBCQ = {"method": "anybcq", "options": {"steps": 6, "rounds": 3, "batch_size": 4}}

@@ -14,7 +14,7 @@ from helpers import assert_linear_close
 from torch import Tensor
 
 from bitstrata.kernels.cpu import FEW_ROWS
-from bitstrata.planes import CodebookDecoder, PlaneWeight, decode, group_count
+from bitstrata.planes import Codebook, PlaneWeight, decode, group_count
 
 Check = Callable[[Tensor, Tensor, str], None]
 
@@ -53,19 +53,19 @@ def chunks_of(weight: PlaneWeight, bits: int) -> Tensor:
     no groups, so that the whole row is one.
     """
     K = weight.in_features
-    size = min(weight.group_size, K) if weight.decoders[bits].kind != "codebook" else K
+    size = min(weight.group_size, K) if weight.scales[bits].kind != "codebook" else K
     group, within = torch.arange(K) // size, torch.arange(K) % size
     return (group * group_count(size, 128) + within // 128) * 4 + within % 16 // 4
 
 
 def level_steps(weight: PlaneWeight, bits: int, level_max: int) -> Tensor:
     """What one byte level of each weight is worth, tables of planes 0-3 and 4-7 added up: float64 [N, K]."""
-    decoder = weight.decoders[bits]
-    if isinstance(decoder, CodebookDecoder):
-        low, high = decoder.table.double().aminmax(dim=1, keepdim=True)
+    scales = weight.scales[bits]
+    if isinstance(scales, Codebook):
+        low, high = scales.table.double().aminmax(dim=1, keepdim=True)
         return ((high - low) / level_max).expand(-1, weight.in_features)
     group = torch.arange(weight.in_features) // weight.group_size
-    stored = decoder.affine().scale
+    stored = scales.affine().scale
     tables = [stored[first : min(bits, first + 4)].double().abs() for first in range(0, bits, 4)]
     # the two values of a table of one plane fall on levels, whatever they are
     spans = [2 * scales.sum(0) for scales in tables if len(scales) > 1]  # [N, J] each

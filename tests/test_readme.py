@@ -12,7 +12,7 @@ from tiny_models import tiny_llama, tiny_text
 
 import bitstrata
 from bitstrata.cli.main import run
-from bitstrata.demo.run import MODEL
+from bitstrata.demonstration.run import MODEL
 from bitstrata.nn import bits_state
 
 README = Path(__file__).parent.parent / "README.md"

@@ -18,8 +18,8 @@ from job_helpers import run as quantize
 from tiny_models import tiny_llama, tiny_text
 
 import bitstrata
-from bitstrata.allocate import SENSITIVITY_FILE
-from bitstrata.demo import run as demo_module
+from bitstrata.allocation import SENSITIVITY_FILE
+from bitstrata.demonstration import run as demo_module
 from bitstrata.models import load_tokenizer
 from bitstrata.progress import Reporter
 from bitstrata.runtime import Conversation, Engine, Request

@@ -44,9 +44,9 @@ def meta_weight(n: int, k: int, bits: tuple[int, ...], group_size: int = 128, ki
     planes = tuple(
         torch.empty(shape.blocks * shape.chunks * 128, dtype=torch.int32, device="meta") for _ in range(max(bits))
     )
-    sizes = {value: shape._decoder_size(value) for value in bits}
-    decoders = {value: torch.empty(count, dtype=dtype, device="meta") for value, (dtype, count) in sizes.items()}
-    return TiledWeight(planes, decoders, n, k, group_size, kind)
+    sizes = {value: shape._scales_size(value) for value in bits}
+    scales = {value: torch.empty(count, dtype=dtype, device="meta") for value, (dtype, count) in sizes.items()}
+    return TiledWeight(planes, scales, n, k, group_size, kind)
 
 
 class _Recorded:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitstrata.bench.random_model import random_weight
-from bitstrata.bench.verify import run
+from bitstrata.benchmark.random_model import random_weight
+from bitstrata.benchmark.verify import run
 from bitstrata.kernels import PreparedWeight, cpu, prepare, select
 from bitstrata.kernels import Problem as KernelProblem
 from bitstrata.planes import PlaneWeight, decode

@@ -8,14 +8,14 @@ Importing bitstrata registers its checkpoints with transformers, so
 `AutoModelForCausalLM.from_pretrained("out")` works too.
 """
 
-from .allocate import plan
-from .bench import bench
-from .demo import demo
+from .allocation import plan
+from .benchmark import bench
+from .demonstration import demo
 from .errors import BitstrataError
-from .evaluate import evaluate
+from .evaluation import evaluate
 from .models import load, resize
 from .nn import use_bits
-from .quantize import quantize
+from .quantization import quantize
 from .runtime import env, generate, inspect
 from .version import __version__
 

@@ -18,7 +18,7 @@ SHARD = "model-bits-3.safetensors"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_checkpoint(tmp_path / "out", {"a": random_weight(5, 70, decoder="affine8", bits=(2, 3, 6))}, bits=(2, 3, 6))
+    save_checkpoint(tmp_path / "out", {"a": random_weight(5, 70, kind="affine8", bits=(2, 3, 6))}, bits=(2, 3, 6))
     return tmp_path / "out"
 
 
@@ -34,7 +34,7 @@ def damage(folder: Path, unit: float) -> None:
 
 def test_they_come_back_as_they_were_written(folder):
     assert validate(folder) == []
-    original = random_weight(5, 70, decoder="affine8", bits=(2, 3, 6))
+    original = random_weight(5, 70, kind="affine8", bits=(2, 3, 6))
     assert_same_weight(CheckpointReader(folder).layer("a"), original)
     assert_same_weight(CheckpointReader(folder, max_bits=3).layer("a"), original.prefix(3))
     stored = load_file(folder / SHARD)
@@ -58,5 +58,5 @@ def test_bytes_need_their_format_version(folder):
     assert config["quantization_config"]["format_version"] == 3
     config["quantization_config"]["format_version"] = 2
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="a: decoder 'affine8' needs format_version 3"):
+    with pytest.raises(CheckpointError, match="a: scales 'affine8' needs format_version 3"):
         CheckpointReader(folder)

@@ -13,7 +13,7 @@ from helpers import random_weight, save_checkpoint
 
 from bitstrata.checkpoint import CheckpointReader, PageReader
 from bitstrata.errors import CheckpointError
-from bitstrata.planes.weights import decoder_tensors
+from bitstrata.planes.weights import scales_tensors
 
 BITS = (2, 3, 6)
 
@@ -34,9 +34,9 @@ def test_pages_are_the_tensors_of_the_whole_layer(folder):
     for layer in "ab":
         expected, held = whole.layer(layer), 0
         for bits in BITS:
-            planes, decoder = reader.pages(layer, held, bits)
+            planes, scales = reader.pages(layer, held, bits)
             assert all(torch.equal(*pair) for pair in zip(planes, expected.planes[held:bits], strict=True))
-            found, wanted = (decoder_tensors(item, bits) for item in (decoder, expected.decoders[bits]))
+            found, wanted = (scales_tensors(item, bits) for item in (scales, expected.scales[bits]))
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
             held = bits

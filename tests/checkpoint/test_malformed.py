@@ -27,7 +27,7 @@ from helpers import random_weight, save_checkpoint
 from bitstrata.checkpoint import CheckpointReader, validate
 from bitstrata.errors import CheckpointError
 
-LAYERS = {"a": random_weight(5, 70, seed=1), "b": random_weight(3, 33, decoder="codebook", seed=2)}
+LAYERS = {"a": random_weight(5, 70, seed=1), "b": random_weight(3, 33, kind="codebook", seed=2)}
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ DAMAGE = {
     "in-features-wrong": (set_layer("in_features", 170), r"a\.plane_0 .*expected I32 \[5, 6\], found I32 \[5, 3\]"),
     "in-features-absurd": (set_layer("in_features", 10**30), r"layers\.a\.in_features: "),
     "out-features-wrong": (set_layer("out_features", 6), r"a\.plane_0 .*expected I32 \[6, 3\]"),
-    "decoder-unknown": (set_layer("decoder", "vector"), r"layers\.a\.decoder: "),
-    "decoder-of-another-layer": (set_layer("decoder", "codebook"), r"tensor a\.table_2 is not listed"),
+    "scales-unknown": (set_layer("decoder", "vector"), r"layers\.a\.decoder: "),
+    "scales-of-another-layer": (set_layer("decoder", "codebook"), r"tensor a\.table_2 is not listed"),
     "bias-promised-but-absent": (set_layer("bias", True), r"tensor a\.bias is not listed"),
     "layer-not-in-the-file": (
         edit_spec(lambda s: s["layers"].update(c={"in_features": 4, "out_features": 4})),

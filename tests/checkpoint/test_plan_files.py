@@ -24,8 +24,8 @@ from bitstrata.progress import Reporter
 
 LAYERS = {
     "a": random_weight(5, 70, seed=1),
-    "b": random_weight(3, 33, decoder="codebook", seed=2),
-    "c": random_weight(4, 64, bits=(2, 3, 4, 6), decoder="affine8", seed=3),
+    "b": random_weight(3, 33, kind="codebook", seed=2),
+    "c": random_weight(4, 64, bits=(2, 3, 4, 6), kind="affine8", seed=3),
 }
 COMMON = {"norm.weight": torch.arange(4.0), "embed.weight": torch.ones(7, 3).half(), "count": torch.arange(3)}
 

@@ -30,7 +30,7 @@ def models(draw):
             K=draw(st.one_of(st.sampled_from([1, 31, 32, 33, 70]), st.integers(1, 150))),
             bits=draw(st.one_of(st.just(bits), BITS.map(lambda more: tuple(sorted({*bits, *more}))))),
             group_size=draw(st.sampled_from([1, 32, 43, 128, 1000])),
-            decoder=draw(st.sampled_from(["affine", "affine8", "codebook"])),
+            kind=draw(st.sampled_from(["affine", "affine8", "codebook"])),
             seed=draw(st.integers(0, 2**31)),
         )
     return layers, bits
@@ -52,7 +52,7 @@ def test_any_layer_reads_back_equal_at_every_bits(model):
 
 @pytest.fixture
 def folder(tmp_path):
-    layers = {"a": random_weight(5, 70, seed=1), "b": random_weight(3, 33, decoder="codebook", seed=2)}
+    layers = {"a": random_weight(5, 70, seed=1), "b": random_weight(3, 33, kind="codebook", seed=2)}
     save_checkpoint(tmp_path / "out", layers, common={"norm.weight": torch.arange(4.0)})
     return tmp_path / "out"
 
@@ -108,7 +108,7 @@ def test_state_dict_holds_common_tensors_guards_and_layers(folder):
     state = reader.state_dict()
     assert reader.common_names() == {"norm.weight", "a.weight", "b.weight"}
     expected = {f"a.{name}" for name in random_weight(5, 70).tensors()}
-    expected |= {f"b.{name}" for name in random_weight(3, 33, decoder="codebook").tensors()}
+    expected |= {f"b.{name}" for name in random_weight(3, 33, kind="codebook").tensors()}
     assert state.keys() == expected | reader.common_names()
     assert torch.equal(state["norm.weight"], torch.arange(4.0))
     assert state["a.weight"].shape == (0,)
@@ -117,7 +117,7 @@ def test_state_dict_holds_common_tensors_guards_and_layers(folder):
 
 def test_decoded_weights_survive_the_way_through_the_file(folder):
     layer = CheckpointReader(folder).layer("b")
-    original = random_weight(3, 33, decoder="codebook", seed=2)
+    original = random_weight(3, 33, kind="codebook", seed=2)
     for bits in (2, 3, 4):
         assert torch.equal(decode(layer, bits, torch.float64), decode(original, bits, torch.float64))
 

@@ -55,11 +55,11 @@ def test_a_layer_may_have_more_bits_and_another_group_size(spec):
 
 
 @pytest.mark.parametrize(("max_bits", "count"), [(8, 7), (3, 7), (2, 4), (1, 0)])
-def test_max_bits_cuts_planes_and_decoders(spec, max_bits, count):
+def test_max_bits_cuts_planes_and_scales(spec, max_bits, count):
     assert len(spec.layer_tensors("a", max_bits)) == count
 
 
-def test_bytes_read_counts_the_prefix_and_one_decoder(spec):
+def test_bytes_read_counts_the_prefix_and_one_scales(spec):
     a = 2 * 5 * 3 * 4 + (2 + 1) * 5 * 3 * 2
     b = 2 * 3 * 2 * 4 + 3 * 4 * 2
     assert spec.bytes_read(2) == a + b

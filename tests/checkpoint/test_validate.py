@@ -13,7 +13,7 @@ from bitstrata.checkpoint import validate
 @pytest.fixture
 def folder(tmp_path):
     """A checkpoint whose digests do not hide what is changed later."""
-    layers = {"a": random_weight(5, 70, seed=1), "b": random_weight(3, 64, decoder="codebook", seed=2)}
+    layers = {"a": random_weight(5, 70, seed=1), "b": random_weight(3, 64, kind="codebook", seed=2)}
     save_checkpoint(tmp_path, layers, common={"norm.weight": torch.arange(4.0)})
     forget_digests(tmp_path)
     return tmp_path

@@ -9,7 +9,7 @@ import torch
 from control_groups import cgroups, group  # noqa: F401  (a fixture)
 
 from bitstrata import memory
-from bitstrata.bench import verify as checks
+from bitstrata.benchmark import verify as checks
 from bitstrata.kernels import registry
 
 QUICK = ("--rounds", "1", "--device", "cpu")

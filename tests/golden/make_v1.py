@@ -6,7 +6,7 @@ expected weights, and, as long as it writes version 1, must write them again byt
 of the format gets a version, a script and a folder of its own.
 
 Bits, scales and tables follow from integer arithmetic alone, so the content depends on no random
-generator; the expected weights are added up here in plain Python, without the package's decoder.
+generator; the expected weights are added up here in plain Python, without the package's scales.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bitstrata.checkpoint import (
     write_checkpoint,
     write_safetensors,
 )
-from bitstrata.planes import AffineDecoder, CodebookDecoder, Decoder, PlaneWeight, pack_bits
+from bitstrata.planes import AffineScales, Codebook, PlaneWeight, Scales, pack_bits
 
 BITS = (2, 3, 4)
 GROUP_SIZE = 32
@@ -80,22 +80,22 @@ def expected_weight(layer: str, bits: int) -> Tensor:
 
 
 def weight(layer: str) -> PlaneWeight:
-    """The same weight as planes and decoders."""
+    """The same weight as planes and scales."""
     N, K = SHAPES[layer]
     planes = tuple(
         pack_bits(torch.tensor([[bit(layer, plane, n, k) for k in range(K)] for n in range(N)]))
         for plane in range(max(BITS))
     )
-    decoders: dict[int, Decoder] = {}
+    scales: dict[int, Scales] = {}
     for bits in BITS:
         if layer == AFFINE:
-            scales = [[[scale(bits, i, n, j) for j in range(GROUPS)] for n in range(N)] for i in range(bits)]
+            steps = [[[scale(bits, i, n, j) for j in range(GROUPS)] for n in range(N)] for i in range(bits)]
             offsets = [[offset(bits, n, j) for j in range(GROUPS)] for n in range(N)]
-            decoders[bits] = AffineDecoder(torch.tensor(scales).half(), torch.tensor(offsets).half())
+            scales[bits] = AffineScales(torch.tensor(steps).half(), torch.tensor(offsets).half())
         else:
             table = [[entry(bits, n, code) for code in range(2**bits)] for n in range(N)]
-            decoders[bits] = CodebookDecoder(torch.tensor(table).half())
-    return PlaneWeight(planes, decoders, K, GROUP_SIZE)
+            scales[bits] = Codebook(torch.tensor(table).half())
+    return PlaneWeight(planes, scales, K, GROUP_SIZE)
 
 
 def write(folder: Path) -> None:

@@ -21,7 +21,7 @@ from bitstrata.checkpoint import (
     write_checkpoint,
     write_safetensors,
 )
-from bitstrata.planes import AffineDecoder, PlaneWeight, pack_bits
+from bitstrata.planes import AffineScales, PlaneWeight, pack_bits
 
 BITS = (2, 3)
 GROUP_SIZE = 32
@@ -57,19 +57,19 @@ def expected_weight(layer: str, bits: int) -> Tensor:
 
 
 def weight(layer: str) -> PlaneWeight:
-    """The same weight as planes and decoders."""
+    """The same weight as planes and scales."""
     N, K = LAYERS[layer].out_features, LAYERS[layer].in_features
     groups = range(-(-K // group_size(layer)))
     planes = tuple(
         pack_bits(torch.tensor([[bit(layer, plane, n, k) for k in range(K)] for n in range(N)]))
         for plane in range(max(supported(layer)))
     )
-    decoders = {}
+    scales = {}
     for bits in supported(layer):
-        scales = [[[scale(bits, i, n, j) for j in groups] for n in range(N)] for i in range(bits)]
+        steps = [[[scale(bits, i, n, j) for j in groups] for n in range(N)] for i in range(bits)]
         offsets = [[offset(bits, n, j) for j in groups] for n in range(N)]
-        decoders[bits] = AffineDecoder(torch.tensor(scales).half(), torch.tensor(offsets).half())
-    return PlaneWeight(planes, decoders, K, group_size(layer))
+        scales[bits] = AffineScales(torch.tensor(steps).half(), torch.tensor(offsets).half())
+    return PlaneWeight(planes, scales, K, group_size(layer))
 
 
 def write(folder: Path) -> None:

@@ -21,7 +21,7 @@ from bitstrata.checkpoint import (
     write_checkpoint,
     write_safetensors,
 )
-from bitstrata.planes import AffineDecoder, ByteAffineDecoder, Decoder, PlaneWeight, pack_bits
+from bitstrata.planes import AffineScales, ByteScales, PlaneWeight, Scales, pack_bits
 
 BITS = (1, 4, 5)
 GROUP_SIZE = 32
@@ -66,24 +66,24 @@ def expected_weight(bits: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def decoder(bits: int) -> Decoder:
+def scales(bits: int) -> Scales:
     if bits > 4:
         scales = [[[scale(bits, i, n, j) for j in GROUPS] for n in range(N)] for i in range(bits)]
         offsets = [[offset(bits, n, j) for j in GROUPS] for n in range(N)]
-        return AffineDecoder(torch.tensor(scales).half(), torch.tensor(offsets).half())
+        return AffineScales(torch.tensor(scales).half(), torch.tensor(offsets).half())
     signed = [[[byte_scale(bits, i, n, j) for j in GROUPS] for n in range(N)] for i in range(bits)]
     shifts = [[byte_offset(bits, n, j) for j in GROUPS] for n in range(N)]
     units = torch.tensor([unit(n) for n in range(N)]).half()
-    return ByteAffineDecoder(torch.tensor(signed).to(torch.int8), torch.tensor(shifts).to(torch.int8), units)
+    return ByteScales(torch.tensor(signed).to(torch.int8), torch.tensor(shifts).to(torch.int8), units)
 
 
 def weight() -> PlaneWeight:
-    """The same weight as planes and decoders."""
+    """The same weight as planes and scales."""
     planes = tuple(
         pack_bits(torch.tensor([[bit(LAYER, plane, n, k) for k in range(K)] for n in range(N)]))
         for plane in range(max(BITS))
     )
-    return PlaneWeight(planes, {bits: decoder(bits) for bits in BITS}, K, GROUP_SIZE)
+    return PlaneWeight(planes, {bits: scales(bits) for bits in BITS}, K, GROUP_SIZE)
 
 
 def write(folder: Path) -> None:

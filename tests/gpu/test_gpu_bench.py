@@ -13,8 +13,8 @@ import torch
 from pretended_gpu import DeviceTensor
 
 import bitstrata
-from bitstrata.bench import bench, clock, linear, model, random_model, run, tune
-from bitstrata.bench.model import StaticDecoder
+from bitstrata.benchmark import bench, clock, linear, model, random_model, run, tune
+from bitstrata.benchmark.model import StaticDecoder
 from bitstrata.cli.main import run as command
 from bitstrata.errors import CheckError
 from bitstrata.kernels.triton import KERNEL, config
@@ -127,20 +127,20 @@ def test_a_decoder_in_place_makes_the_tokens_of_generate(gpu, checkpoint):
         settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         expected = loaded.generate(ids, bits=bits, max_new_tokens=4, **settings)[0, 8:].tolist()
         own = StaticDecoder(loaded, 8, bits, room=4)
-        for decoder in (own, shared):
+        for scales in (own, shared):
             held.fill_(bits)
-            decoder.rewind()
-            if decoder is shared:  # its prompt ran at 4 bits; the same keys and values as of `own` from here on
-                for mine, other in zip(decoder.cache.layers, own.cache.layers, strict=True):
+            scales.rewind()
+            if scales is shared:  # its prompt ran at 4 bits; the same keys and values as of `own` from here on
+                for mine, other in zip(scales.cache.layers, own.cache.layers, strict=True):
                     mine.keys.copy_(other.keys)
                     mine.values.copy_(other.values)
-                decoder.token.copy_(own.first)
-            address = decoder.token
-            made = [decoder.token.item()]
+                scales.token.copy_(own.first)
+            address = scales.token
+            made = [scales.token.item()]
             for _ in range(3):
-                decoder.step()
-                made.append(decoder.token.item())
-            assert decoder.token is address
+                scales.step()
+                made.append(scales.token.item())
+            assert scales.token is address
             assert made == expected
             own.rewind()
 
@@ -155,12 +155,12 @@ def test_a_captured_step_survives_a_switch(checkpoint):
     for bits in (4, 2, 3, 4):
         held.fill_(bits)
         made = []
-        for decoder, move in ((eager, eager.step), (graphed, step)):
-            decoder.rewind()
+        for scales, move in ((eager, eager.step), (graphed, step)):
+            scales.rewind()
             tokens = []
             for _ in range(3):
                 move()
-                tokens.append(decoder.token.item())
+                tokens.append(scales.token.item())
             made.append(tokens)
         assert made[0] == made[1]
 

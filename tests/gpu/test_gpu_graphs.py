@@ -92,14 +92,14 @@ def test_a_step_waits_for_nothing(pretended, checkpoint):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (Linux only)")
-@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
-def test_launching_a_kernel_waits_for_nothing(pretended, decoder, seed):
+@pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
+def test_launching_a_kernel_waits_for_nothing(pretended, scales, seed):
     from bitstrata.kernels.triton import config, launch
 
-    weight = TiledWeight.pack(random_weight(19, 269, (2, 3, 4), 64, decoder, seed))
+    weight = TiledWeight.pack(random_weight(19, 269, (2, 3, 4), 64, scales, seed))
     planes = tuple(plane.to("cuda:0") for plane in weight.planes)
-    decoders = {bits: tensor.to("cuda:0") for bits, tensor in weight.decoders.items()}
-    there = TiledWeight(planes, decoders, 19, 269, 64, weight.kind)
+    scales = {bits: tensor.to("cuda:0") for bits, tensor in weight.scales.items()}
+    there = TiledWeight(planes, scales, 19, 269, 64, weight.kind)
     index, launched = torch.tensor([3, 5], device="cuda:0"), []
 
     class Recorder:

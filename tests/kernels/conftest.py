@@ -51,8 +51,8 @@ def threads():
 def runs(kernel):
     """Skip problems that the forced kernel says it cannot run."""
 
-    def check(dtype: torch.dtype, decoder: str, rows: int = 1, device: str = "cpu") -> None:
-        reason = registry._KERNELS[kernel].can_run(registry.Problem(device, dtype, rows, decoder))
+    def check(dtype: torch.dtype, scales: str, rows: int = 1, device: str = "cpu") -> None:
+        reason = registry._KERNELS[kernel].can_run(registry.Problem(device, dtype, rows, scales))
         if reason is not None:
             pytest.skip(f"{kernel}: {reason}")
 

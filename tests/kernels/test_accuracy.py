@@ -24,17 +24,17 @@ LAYOUTS = [
 ]
 
 layouts = pytest.mark.parametrize(
-    ("decoder", "group_size"),
+    ("scales", "group_size"),
     LAYOUTS,
-    ids=[f"{decoder}-{'K' if size == K else size}" for decoder, size in LAYOUTS],
+    ids=[f"{scales}-{'K' if size == K else size}" for scales, size in LAYOUTS],
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-decoders = pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
+scales = pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def make(decoder, group_size, seed, n=N, k=K):
-    return random_weight(n, k, ALL_BITS, group_size, decoder, seed)
+def make(scales, group_size, seed, n=N, k=K):
+    return random_weight(n, k, ALL_BITS, group_size, scales, seed)
 
 
 def activations(rows, dtype, seed, k=K):
@@ -60,42 +60,42 @@ def check_rows(promise):
 
 @dtypes
 @layouts
-def test_all_bits_and_rows(runs, promise, decoder, group_size, dtype, seed):
-    weight = make(decoder, group_size, seed)
+def test_all_bits_and_rows(runs, promise, scales, group_size, dtype, seed):
+    weight = make(scales, group_size, seed)
     for bits in ALL_BITS:
         check = promise(weight, bits)
         for rows in ROWS if dtype == torch.float32 else SOME_ROWS:
-            runs(dtype, decoder, rows)
+            runs(dtype, scales, rows)
             x = activations(rows, dtype, seed + rows)
             check(plane_linear(x, weight, bits), x, "uniform")
 
 
 @dtypes
 @layouts
-def test_each_row_at_its_own_bits(runs, check_rows, decoder, group_size, dtype, seed):
-    weight = make(decoder, group_size, seed)
+def test_each_row_at_its_own_bits(runs, check_rows, scales, group_size, dtype, seed):
+    weight = make(scales, group_size, seed)
     for rows in ROWS if dtype == torch.float32 else SOME_ROWS:
-        runs(dtype, decoder, rows)
+        runs(dtype, scales, rows)
         x, row_bits = activations(rows, dtype, seed + rows), row_bits_for(rows, seed + rows)
         check_rows(plane_linear_rows(x, weight, row_bits), x, row_bits, weight, f"of {rows} mixed rows")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 32), (3, 31), (8, 33), (16, 128), (65, 64), (129, 257)], ids=str)
-@decoders
-def test_widths_around_words_and_tiles(runs, promise, decoder, shape, seed):
-    runs(torch.float32, decoder, 5)
+@scales
+def test_widths_around_words_and_tiles(runs, promise, scales, shape, seed):
+    runs(torch.float32, scales, 5)
     n, k = shape
-    weight = make(decoder, 32, seed, n, k)
+    weight = make(scales, 32, seed, n, k)
     x = activations(5, torch.float32, seed, k)
     for bits in ALL_BITS:
         promise(weight, bits)(plane_linear(x, weight, bits), x, "shape")
 
 
 @dtypes
-@decoders
-def test_a_row_of_a_batch_is_as_near_as_that_row_alone(runs, promise, decoder, dtype, seed):
-    runs(dtype, decoder, 17)
-    weight = make(decoder, 43, seed)
+@scales
+def test_a_row_of_a_batch_is_as_near_as_that_row_alone(runs, promise, scales, dtype, seed):
+    runs(dtype, scales, 17)
+    weight = make(scales, 43, seed)
     x, row_bits = activations(17, dtype, seed), row_bits_for(17, seed, (2, 3, 4))
     together = plane_linear_rows(x, weight, row_bits)
     for row, bits in enumerate(row_bits.tolist()):

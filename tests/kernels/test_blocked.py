@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from bitstrata.kernels import registry
 from bitstrata.kernels.cpu import BlockedWeight, missing
 from bitstrata.planes import PlaneWeight
-from bitstrata.planes.weights import decoder_shapes, make_decoder, map_decoder
+from bitstrata.planes.weights import make_scales, map_scales, scales_shapes
 
 pytestmark = pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
-decoders = pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
+scales = pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 
 
 def any_bits(shape, dtype, generator):
@@ -38,13 +38,13 @@ def weights(draw):
     weight = random_weight(N, K, bits, group_size, kind, draw(st.integers(0, 2**31)))
     made = {}
     for value in bits:
-        shapes = decoder_shapes(kind, value, N, K, group_size).items()
+        shapes = scales_shapes(kind, value, N, K, group_size).items()
         tensors = {
             name: weight.tensors()[name] if name.startswith("unit") else any_bits(shape, dtype, generator)
             for name, (dtype, shape) in shapes
         }
-        made[value] = make_decoder(kind, value, tensors)
-    return replace(weight, decoders=made)
+        made[value] = make_scales(kind, value, tensors)
+    return replace(weight, scales=made)
 
 
 def as_integers(weight):
@@ -73,42 +73,40 @@ def test_unpack_gives_back_what_was_packed_bit_for_bit(weight, threads):
         assert torch.equal(plane, expected)
 
 
-@decoders
-def test_packing_leaves_the_weight_alone_and_shares_nothing_with_it(decoder, seed):
-    weight = random_weight(19, 70, decoder=decoder, seed=seed)
+@scales
+def test_packing_leaves_the_weight_alone_and_shares_nothing_with_it(scales, seed):
+    weight = random_weight(19, 70, kind=scales, seed=seed)
     packed = BlockedWeight.pack(weight)
     unpacked = packed.unpack()
-    assert_same_weight(weight, random_weight(19, 70, decoder=decoder, seed=seed))
+    assert_same_weight(weight, random_weight(19, 70, kind=scales, seed=seed))
     for tensor in unpacked.tensors().values():
         tensor.zero_()
     for tensor in weight.tensors().values():
         tensor.zero_()
-    assert_same_weight(packed.unpack(), random_weight(19, 70, decoder=decoder, seed=seed))
+    assert_same_weight(packed.unpack(), random_weight(19, 70, kind=scales, seed=seed))
 
 
-@decoders
-def test_packing_takes_views(decoder, seed):
+@scales
+def test_packing_takes_views(scales, seed):
     """Rows of a larger weight, and tensors that are not contiguous."""
-    whole = random_weight(40, 70, decoder=decoder, seed=seed)
+    whole = random_weight(40, 70, kind=scales, seed=seed)
     part = whole.rows(3, 22)
     assert_same_weight(BlockedWeight.pack(part).unpack(), part)
     strided = replace(
         part,
         planes=tuple(plane.t().contiguous().t() for plane in part.planes),
-        decoders={
-            bits: map_decoder(d, lambda t, dim: torch.stack([t, t], -1)[..., 0]) for bits, d in part.decoders.items()
-        },
+        scales={bits: map_scales(d, lambda t, dim: torch.stack([t, t], -1)[..., 0]) for bits, d in part.scales.items()},
     )
     assert not strided.planes[0].is_contiguous()
     assert_same_weight(BlockedWeight.pack(strided).unpack(), part)
 
 
-@decoders
-def test_padding_is_zero(decoder, seed):
+@scales
+def test_padding_is_zero(scales, seed):
     """Else two copies of one weight would differ."""
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
-        first = BlockedWeight.pack(random_weight(19, 70, decoder=decoder, seed=seed))
+        first = BlockedWeight.pack(random_weight(19, 70, kind=scales, seed=seed))
     finally:
         torch.use_deterministic_algorithms(False)
     second = BlockedWeight.pack(first.unpack())
@@ -118,13 +116,13 @@ def test_padding_is_zero(decoder, seed):
 
 
 def tensors_of(packed):
-    return [*packed.planes, *packed.decoders.values()]
+    return [*packed.planes, *packed.scales.values()]
 
 
-def test_decoders_of_both_kinds_are_refused():
-    affine, codebook = random_weight(5, 70), random_weight(5, 70, decoder="codebook")
-    mixed = PlaneWeight(affine.planes, {2: affine.decoders[2], 3: codebook.decoders[3]}, 70, 32)
-    with pytest.raises(ValueError, match="affine and codebook decoders cannot be packed"):
+def test_scales_of_both_kinds_are_refused():
+    affine, codebook = random_weight(5, 70), random_weight(5, 70, kind="codebook")
+    mixed = PlaneWeight(affine.planes, {2: affine.scales[2], 3: codebook.scales[3]}, 70, 32)
+    with pytest.raises(ValueError, match="affine and codebook scales cannot be packed"):
         BlockedWeight.pack(mixed)
 
 
@@ -142,34 +140,34 @@ FAULTS = {
 }
 
 
-@decoders
-@pytest.mark.parametrize("part", ["plane", "decoder"])
+@scales
+@pytest.mark.parametrize("part", ["plane", "scales"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_tensors_that_do_not_fit_are_refused(decoder, part, fault):
+def test_tensors_that_do_not_fit_are_refused(scales, part, fault):
     """The native code gets addresses only, and could not notice."""
-    packed = BlockedWeight.pack(random_weight(19, 70, decoder=decoder))
+    packed = BlockedWeight.pack(random_weight(19, 70, kind=scales))
     change, message = FAULTS[fault]
-    planes, made = packed.planes, dict(packed.decoders)
+    planes, made = packed.planes, dict(packed.scales)
     if part == "plane":
         planes = (planes[0], change(planes[1]), *planes[2:])
     else:
         made[3] = change(made[3])
-    with pytest.raises(ValueError, match=f"{'plane 1' if part == 'plane' else 'decoder for 3 bits'}: .*{message}"):
-        BlockedWeight(planes, made, 19, 70, 32, decoder)
+    with pytest.raises(ValueError, match=f"{'plane 1' if part == 'plane' else 'scales for 3 bits'}: .*{message}"):
+        BlockedWeight(planes, made, 19, 70, 32, scales)
 
 
 def test_a_weight_is_refused_whose_shape_is_not_that_of_its_tensors():
     packed = BlockedWeight.pack(random_weight(19, 70))
     for shape in ((70, 70, 32), (19, 300, 32), (19, 70, 8)):
         with pytest.raises(ValueError, match="contiguous entries"):
-            BlockedWeight(packed.planes, packed.decoders, *shape, "affine")
+            BlockedWeight(packed.planes, packed.scales, *shape, "affine")
     for shape in ((0, 70, 32), (19, 0, 32), (19, 70, 0)):
         with pytest.raises(ValueError, match="cannot be empty"):
-            BlockedWeight(packed.planes, packed.decoders, *shape, "affine")
+            BlockedWeight(packed.planes, packed.scales, *shape, "affine")
     with pytest.raises(ValueError, match="needs as many planes"):
-        BlockedWeight(packed.planes[:3], packed.decoders, 19, 70, 32, "affine")
+        BlockedWeight(packed.planes[:3], packed.scales, 19, 70, 32, "affine")
     with pytest.raises(IndexError, match="planes are numbered 0 to 7"):
-        BlockedWeight(packed.planes[:1] * 9, packed.decoders, 19, 70, 32, "affine")
+        BlockedWeight(packed.planes[:1] * 9, packed.scales, 19, 70, 32, "affine")
 
 
 def through_pickle(packed):
@@ -187,10 +185,10 @@ def result(packed, x):
     return registry._KERNELS["scalar-exact"].linear(x, packed, 3)
 
 
-@decoders
+@scales
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle, through_torch], ids=lambda f: f.__name__)
-def test_copies_work_and_outlive_the_original(decoder, copied, seed):
-    weight = random_weight(19, 70, decoder=decoder, seed=seed)
+def test_copies_work_and_outlive_the_original(scales, copied, seed):
+    weight = random_weight(19, 70, kind=scales, seed=seed)
     packed, x = BlockedWeight.pack(weight), torch.randn(2, 70)
     expected = result(packed, x)
     twin = copied(packed)
@@ -219,17 +217,17 @@ def test_a_pickle_holds_every_tensor_once():
     assert len(pickle.dumps(packed)) < 1.2 * size + 4096
 
 
-@decoders
-def test_bytes_read_counts_the_planes_of_the_prefix_and_one_decoder(decoder):
-    weight = random_weight(32, 256, decoder=decoder)
+@scales
+def test_bytes_read_counts_the_planes_of_the_prefix_and_one_scales(scales):
+    weight = random_weight(32, 256, kind=scales)
     packed = BlockedWeight.pack(weight)
-    wider = 2 * 32 if decoder == "affine8" else 0  # units become fp32
+    wider = 2 * 32 if scales == "affine8" else 0  # units become fp32
     for bits in weight.bits:  # nothing is padded at this shape
         assert packed.bytes_read(bits) == weight.bytes_read(bits) + wider
-    odd = random_weight(19, 70, decoder=decoder)
+    odd = random_weight(19, 70, kind=scales)
     padded = BlockedWeight.pack(odd)
     for bits in odd.bits:
-        used = [*padded.planes[:bits], padded.decoders[bits]]
+        used = [*padded.planes[:bits], padded.scales[bits]]
         assert padded.bytes_read(bits) == sum(tensor.nbytes for tensor in used) > odd.bytes_read(bits)
 
 
@@ -239,9 +237,9 @@ def test_padding_stays_small_for_the_shapes_of_models():
         assert BlockedWeight.pack(weight).bytes_read(4) <= 1.07 * weight.bytes_read(4)
 
 
-@decoders
-def test_torchs_default_device_does_not_matter(decoder, seed):
-    weight = random_weight(35, 70, (2, 4), 32, decoder, seed)
+@scales
+def test_torchs_default_device_does_not_matter(scales, seed):
+    weight = random_weight(35, 70, (2, 4), 32, scales, seed)
     x = torch.randn(20, 70, generator=torch.Generator().manual_seed(seed))
     bits = torch.full((20,), 4)
     kernel = registry.select(registry.Problem("cpu", x.dtype, 1, weight.kind))

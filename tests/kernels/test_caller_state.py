@@ -16,7 +16,7 @@ from bitstrata import kernels, planes
 from bitstrata.kernels import registry
 from bitstrata.kernels.cpu import BlockedWeight, missing
 from bitstrata.kernels.triton import TiledWeight
-from bitstrata.planes.weights import decoder_tensors, join_decoders
+from bitstrata.planes.weights import join_scales, scales_tensors
 
 N, K = 37, 70
 BITS = (2, 4, 6)
@@ -50,9 +50,9 @@ STATES: dict[str, Callable] = {
 
 
 class Inputs:
-    def __init__(self, decoder: str, seed: int) -> None:
+    def __init__(self, scales: str, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.weight = random_weight(N, K, BITS, 32, decoder, seed)
+        self.weight = random_weight(N, K, BITS, 32, scales, seed)
         self.blocked = None if missing else BlockedWeight.pack(self.weight)
         self.tiled = TiledWeight.pack(self.weight)
         self.xs = [
@@ -64,8 +64,8 @@ class Inputs:
         self.index = torch.randint(N, (2, 20), generator=generator)
         self.bits = torch.rand(N, K, generator=generator) < 0.5
 
-    def pages(self) -> tuple[int, list[Tensor], planes.Decoder]:
-        return 6, list(self.weight.planes[4:]), self.weight.decoders[6]
+    def pages(self) -> tuple[int, list[Tensor], planes.Scales]:
+        return 6, list(self.weight.planes[4:]), self.weight.scales[6]
 
 
 def tensors_of(result: Any) -> list[Any]:
@@ -100,7 +100,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "prepared_lookup": lambda i: kernels.prepared_lookup(i.index, i.blocked, 4, torch.float16),
     "prepare": lambda i: kernels.prepare(i.weight, torch.float32),
     "without_pages": lambda i: kernels.without_pages(i.weight.kind, N, K, 32, "cpu", torch.float32).with_pages(
-        2, i.weight.planes[:2], i.weight.decoders[2]
+        2, i.weight.planes[:2], i.weight.scales[2]
     ),
     "select": lambda i: kernels.select(kernels.Problem("cpu", torch.float32, 1, i.weight.kind)).name,
     "describe": lambda i: [
@@ -116,20 +116,20 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "signs": lambda i: planes.signs(i.weight, 1),
     "pack_bits": lambda i: planes.pack_bits(i.bits),
     "unpack_bits": lambda i: planes.unpack_bits(i.weight.planes[0], K),
-    "join_decoders": lambda i: list(
-        decoder_tensors(join_decoders([i.weight.rows(0, 9).decoders[6], i.weight.rows(9, N).decoders[6]]), 6).values()
+    "join_scales": lambda i: list(
+        scales_tensors(join_scales([i.weight.rows(0, 9).scales[6], i.weight.rows(9, N).scales[6]]), 6).values()
     ),
     "PlaneWeight": lambda i: [i.weight.prefix(4), i.weight.rows(3, 20), i.weight.take(i.index.flatten())],
 }
 # what a forward pass may contain; the rest is done when weights are loaded, where nothing is recorded
 RECORDED = ("plane_linear", "plane_linear_rows", "plane_lookup", "prepared_linear", "prepared_lookup")
 NATIVE = ("linear_in", "prepared_linear", "prepared_lookup", "prepare", "without_pages", "BlockedWeight")
-NOT_EXPORTED = {"BlockedWeight", "TiledWeight", "join_decoders"}
+NOT_EXPORTED = {"BlockedWeight", "TiledWeight", "join_scales"}
 NO_TENSORS = {
-    "KernelReport", "PreparedWeight", "Problem", "is_plain", "select_in", "Decoder", "group_count", "whole_number",
+    "KernelReport", "PreparedWeight", "Problem", "is_plain", "select_in", "Scales", "group_count", "whole_number",
     "words_per_row",
 }  # fmt: skip
-DECODERS = {"AffineDecoder", "ByteAffineDecoder", "CodebookDecoder"}  # what a PlaneWeight is made of
+DECODERS = {"AffineScales", "ByteScales", "Codebook"}  # what a PlaneWeight is made of
 
 
 def test_every_public_function_is_here():
@@ -137,16 +137,16 @@ def test_every_public_function_is_here():
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python", "ignore:.*torch.jit.*deprecated")
-@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
+@pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 @pytest.mark.parametrize(
     ("name", "state"),
     [(name, state) for name in CALLS for state in STATES if name in RECORDED or state not in ("jit.trace", "compile")],
 )
-def test_the_state_changes_no_value(name, state, decoder, seed, monkeypatch):
+def test_the_state_changes_no_value(name, state, scales, seed, monkeypatch):
     if missing and name in NATIVE:
         pytest.skip(missing)
     monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
-    inputs, call = Inputs(decoder, seed), CALLS[name]
+    inputs, call = Inputs(scales, seed), CALLS[name]
     expected = tensors_of(call(inputs))
     found = tensors_of(STATES[state](lambda: call(inputs)))
     assert len(found) == len(expected)

@@ -10,7 +10,7 @@ from helpers import random_weight
 
 from bitstrata.kernels.cpu import BlockedWeight
 from bitstrata.kernels.cpu import kernel as module
-from bitstrata.planes import AffineDecoder, CodebookDecoder, decode
+from bitstrata.planes import AffineScales, Codebook, decode
 
 ALL_BITS = tuple(range(1, 9))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,12 +56,12 @@ def test_all_bits_and_groups(isa, dtype, group_size, seed):
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1), (1, 129), (16, 128), (17, 31), (33, 256)], ids=str)
 def test_shapes(isa, dtype, shape, seed):
-    for decoder in ("affine", "affine8", "codebook"):
-        weight = random_weight(*shape, ALL_BITS, 32, decoder, seed)
+    for scales in ("affine", "affine8", "codebook"):
+        weight = random_weight(*shape, ALL_BITS, 32, scales, seed)
         packed = BlockedWeight.pack(weight)
         for bits in ALL_BITS:
             found = tile(isa, packed, bits, 0, shape[0], dtype, threads=2)
-            assert_same_bits(found, decode(weight, bits, dtype), f"{decoder} bits={bits}")
+            assert_same_bits(found, decode(weight, bits, dtype), f"{scales} bits={bits}")
 
 
 @isas
@@ -75,9 +75,9 @@ def test_rounding_at_the_ends_of_the_range(isa, dtype, factor, seed):
         return (tensor.float() * factor).clamp(-60000, 60000).half()
 
     affine = replace(
-        affine, decoders={b: AffineDecoder(large(d.scale), large(d.offset)) for b, d in affine.decoders.items()}
+        affine, scales={b: AffineScales(large(d.scale), large(d.offset)) for b, d in affine.scales.items()}
     )
-    codebook = replace(codebook, decoders={b: CodebookDecoder(large(d.table)) for b, d in codebook.decoders.items()})
+    codebook = replace(codebook, scales={b: Codebook(large(d.table)) for b, d in codebook.scales.items()})
     for weight in (affine, codebook):
         packed = BlockedWeight.pack(weight)
         for bits in ALL_BITS:
@@ -97,7 +97,7 @@ def test_what_cannot_be_decoded_is_refused(isa):
         with pytest.raises(IndexError, match="rows to decode"):
             call(**rows)
     for bits in (-1, 0, 1, 5, 9):
-        with pytest.raises(ValueError, match="no decoder for these bits"):
+        with pytest.raises(ValueError, match="no scales for these bits"):
             call(bits=bits)
     with pytest.raises(ValueError, match="unknown type"):
         call(kind=3)

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.skipif(not KERNELS, reason="the native kernels are not built"),
 ]
-layouts = pytest.mark.parametrize(("decoder", "group_size"), LAYOUTS.values(), ids=LAYOUTS.keys())
+layouts = pytest.mark.parametrize(("scales", "group_size"), LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
 @pytest.fixture(params=KERNELS)
@@ -36,8 +36,8 @@ def native(request):
     return kernel
 
 
-def packed(decoder, group_size, seed):
-    return BlockedWeight.pack(random_weight(N, K, ALL_BITS, group_size, decoder, seed))
+def packed(scales, group_size, seed):
+    return BlockedWeight.pack(random_weight(N, K, ALL_BITS, group_size, scales, seed))
 
 
 def activations(seed, dtype=torch.float32):
@@ -45,8 +45,8 @@ def activations(seed, dtype=torch.float32):
 
 
 @layouts
-def test_a_row_of_a_batch_equals_that_row_alone(native, decoder, group_size, seed):
-    weight = packed(decoder, group_size, seed)
+def test_a_row_of_a_batch_equals_that_row_alone(native, scales, group_size, seed):
+    weight = packed(scales, group_size, seed)
     for dtype in DTYPES.values():
         x = activations(seed, dtype)
         for bits in ALL_BITS:
@@ -58,8 +58,8 @@ def test_a_row_of_a_batch_equals_that_row_alone(native, decoder, group_size, see
 
 @layouts
 @pytest.mark.parametrize("bits", [(2, 3, 4), (1, 5), ALL_BITS, (8,)], ids=str)
-def test_rows_at_their_own_bits_equal_all_rows_at_these(native, decoder, group_size, bits, seed):
-    weight, x = packed(decoder, group_size, seed), activations(seed)
+def test_rows_at_their_own_bits_equal_all_rows_at_these(native, scales, group_size, bits, seed):
+    weight, x = packed(scales, group_size, seed), activations(seed)
     row_bits = torch.tensor(bits)[torch.randint(len(bits), (ROWS,), generator=torch.Generator().manual_seed(seed))]
     y = native.linear_rows(x, weight, row_bits)
     for value in row_bits.unique().tolist():
@@ -67,9 +67,9 @@ def test_rows_at_their_own_bits_equal_all_rows_at_these(native, decoder, group_s
 
 
 @layouts
-def test_weights_in_one_call_equal_weights_one_by_one(native, decoder, group_size, seed):
+def test_weights_in_one_call_equal_weights_one_by_one(native, scales, group_size, seed):
     weights = [
-        BlockedWeight.pack(random_weight(rows, K, ALL_BITS, group_size, decoder, seed + rows)) for rows in (37, 1, 16)
+        BlockedWeight.pack(random_weight(rows, K, ALL_BITS, group_size, scales, seed + rows)) for rows in (37, 1, 16)
     ]
     x = activations(seed)[: FEW_ROWS + 1]
     row_bits = torch.tensor([2, 5, 3])[torch.arange(len(x)) % 3]
@@ -80,8 +80,8 @@ def test_weights_in_one_call_equal_weights_one_by_one(native, decoder, group_siz
 
 
 @layouts
-def test_neither_threads_nor_repetition_change_anything(native, threads, decoder, group_size, seed):
-    weight, x = packed(decoder, group_size, seed), activations(seed)
+def test_neither_threads_nor_repetition_change_anything(native, threads, scales, group_size, seed):
+    weight, x = packed(scales, group_size, seed), activations(seed)
     row_bits = torch.arange(ROWS) % 8 + 1
     threads(1)
     first = [native.linear(x, weight, bits) for bits in (1, 3, 8)] + [native.linear_rows(x, weight, row_bits)]

@@ -32,7 +32,7 @@ N, K = 37, 70
 BITS = tuple(range(1, 9))
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-decoders = pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
+scales = pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 native = pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
 
 
@@ -92,10 +92,10 @@ def assert_gradient(found: Tensor | None, gradient: Tensor, layer: Layer, bits: 
 
 
 @pytest.mark.filterwarnings("ignore:.*unpacked at every call")
-@decoders
+@scales
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-def test_every_bits_and_row_count(layout, decoder, dtype, seed):
-    layer = Layer(random_weight(N, K, BITS, 32, decoder, seed), layout)
+def test_every_bits_and_row_count(layout, scales, dtype, seed):
+    layer = Layer(random_weight(N, K, BITS, 32, scales, seed), layout)
     for rows in ROWS:
         for bits in (*BITS, torch.tensor(BITS)[torch.arange(rows) * 3 % 8]):
             x, g = normal(seed, rows, K, dtype=dtype).requires_grad_(), normal(seed + 1, rows, N, dtype=dtype)
@@ -312,7 +312,7 @@ def test_no_weight_is_held_for_the_backward_pass(seed):
 
 def test_derivatives_of_scales_are_refused(seed):
     weight, x = random_weight(N, K, BITS, 32, seed=seed), normal(seed, 3, K)
-    weight.decoders[3].scale.requires_grad_()
+    weight.scales[3].scale.requires_grad_()
     for call in (
         lambda: plane_linear(x, weight, 3),
         lambda: plane_linear_rows(x, weight, torch.tensor([2, 3, 4])),
@@ -329,13 +329,13 @@ def test_derivatives_of_scales_are_refused(seed):
 @native
 def test_what_cannot_be_mapped_is_refused_in_words(seed):
     layer = Layer(random_weight(5, K, BITS, 32, seed=seed), "stored")
-    x, scale = normal(seed, 3, K).requires_grad_(), layer.weight.decoders[3].scale
+    x, scale = normal(seed, 3, K).requires_grad_(), layer.weight.scales[3].scale
     with pytest.raises(UsageError, match=r"is_grads_batched=True") as caught:
         torch.autograd.grad(layer(x, 3), x, torch.ones(2, 3, 5), is_grads_batched=True)
     assert "torch.func" in caught.value.hint
 
     def with_scale(scale):
-        arguments = ([*layer.weight.planes[:3]], [scale, layer.weight.decoders[3].offset], "affine", [3], 32)
+        arguments = ([*layer.weight.planes[:3]], [scale, layer.weight.scales[3].offset], "affine", [3], 32)
         return torch.ops.bitstrata.plane_linear(x.detach(), *arguments, 3)
 
     with pytest.raises(UsageError, match="vmap cannot map over a quantized weight"):

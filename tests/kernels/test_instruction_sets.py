@@ -13,7 +13,7 @@ from kernel_errors import chunks_of, fewest_levels, int8_errors
 from bitstrata.kernels import plane_linear, plane_linear_rows, registry
 from bitstrata.kernels.cpu import BlockedWeight
 from bitstrata.kernels.cpu import kernel as module
-from bitstrata.planes import AffineDecoder, CodebookDecoder, PlaneWeight, decode, group_count, pack_bits
+from bitstrata.planes import AffineScales, Codebook, PlaneWeight, decode, group_count, pack_bits
 
 ALL_BITS = tuple(range(1, 9))
 ISAS = [name for name, runs, _ in module.native.instruction_sets() if runs] if module.native else []
@@ -39,8 +39,8 @@ def random_problem(seed):
     """A weight of random shape with all bits."""
     draw = random.Random(seed)
     shape = draw.randint(1, 70), draw.randint(1, 400)
-    decoder = draw.choice(["affine", "affine8", "codebook"])
-    return random_weight(*shape, ALL_BITS, draw.randint(1, 300), decoder, seed), draw.randint(1, 20)
+    scales = draw.choice(["affine", "affine8", "codebook"])
+    return random_weight(*shape, ALL_BITS, draw.randint(1, 300), scales, seed), draw.randint(1, 20)
 
 
 @isas
@@ -66,7 +66,7 @@ def test_int8_results_equal_the_scalar_ones(isa, seed):
 
 
 def evenly_spaced(bits, N, groups, generator):
-    """A decoder whose weights fall on whole levels: scales that halve from plane to plane, with signs of their own."""
+    """Scales whose weights fall on whole levels: scales that halve from plane to plane, with signs of their own."""
 
     def whole(low, high, *shape):
         return torch.randint(low, high, shape, generator=generator)
@@ -74,16 +74,14 @@ def evenly_spaced(bits, N, groups, generator):
     sizes = whole(16, 32, 2, N, groups) * 2.0**-5  # of planes 0-3 and 4-7
     halves = torch.exp2(torch.arange(bits) % 4).view(-1, 1, 1)
     signs = whole(0, 2, bits, N, groups) * 2 - 1
-    return AffineDecoder(
-        (sizes[torch.arange(bits) // 4] / halves * signs).half(), whole(-50, 50, N, groups).half() / 64
-    )
+    return AffineScales((sizes[torch.arange(bits) // 4] / halves * signs).half(), whole(-50, 50, N, groups).half() / 64)
 
 
 def whole_entries(bits, N, most, generator):
     """A table of whole numbers that span 0..most, moved."""
     table = torch.randint(0, most + 1, (N, 2**bits), generator=generator)
     table[:, 0], table[:, -1] = most, 0
-    return CodebookDecoder((table - 100).half())
+    return Codebook((table - 100).half())
 
 
 @isas

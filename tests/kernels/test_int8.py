@@ -10,7 +10,7 @@ from helpers import random_weight
 from kernel_errors import assert_int8_close, assert_int8_typical, fewest_levels
 
 from bitstrata.kernels import registry
-from bitstrata.planes import AffineDecoder, CodebookDecoder
+from bitstrata.planes import AffineScales, Codebook
 
 ALL_BITS = tuple(range(1, 9))
 INT8 = {name: kernel for name, kernel in registry._KERNELS.items() if name.endswith("-int8")}
@@ -56,12 +56,12 @@ RELATIVE_ERROR = {
 }
 
 
-@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
-def test_the_error_is_below_about_one_percent(int8, decoder, seed):
-    weight = random_weight(N, K, ALL_BITS[1:], 128, decoder, seed)
+@pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
+def test_the_error_is_below_about_one_percent(int8, scales, seed):
+    weight = random_weight(N, K, ALL_BITS[1:], 128, scales, seed)
     x = gaussian(64, K, seed)
     exact = registry._KERNELS[int8.name.replace("-int8", "-exact")]
-    limit = RELATIVE_ERROR[decoder, int8.isa == "avx2"]
+    limit = RELATIVE_ERROR[scales, int8.isa == "avx2"]
     for bits in weight.bits:
         y, true = int8.linear(x, weight, bits), exact.linear(x, weight, bits)
         assert 0.001 < (y - true).norm() / true.norm() < limit, f"bits={bits}"
@@ -73,18 +73,18 @@ def without_plane(weight, bits, plane):
     return replace(weight, planes=tuple(planes))
 
 
-def with_decoder(weight, bits, **change):
-    return replace(weight, decoders={**weight.decoders, bits: replace(weight.decoders[bits], **change)})
+def with_scales(weight, bits, **change):
+    return replace(weight, scales={**weight.scales, bits: replace(weight.scales[bits], **change)})
 
 
 def scaled(factor, part=slice(None)):
     def change(weight, bits):
-        decoder = weight.decoders[bits]
-        if isinstance(decoder, CodebookDecoder):
-            return with_decoder(weight, bits, table=(decoder.table.float() * factor).half())
-        scale = decoder.scale.float()
+        scales = weight.scales[bits]
+        if isinstance(scales, Codebook):
+            return with_scales(weight, bits, table=(scales.table.float() * factor).half())
+        scale = scales.scale.float()
         scale[part] *= factor
-        return with_decoder(weight, bits, scale=scale.half())
+        return with_scales(weight, bits, scale=scale.half())
 
     return change
 
@@ -96,16 +96,16 @@ TYPICAL_FAULTS = {
     "first-plane-2%": (scaled(1.02, 0), "affine"),
     "last-group-10%": (scaled(1.1, (slice(None), slice(None), -1)), "affine"),
     "one-row-10%": (scaled(1.1, (slice(None), 5)), "affine"),
-    "no-offset": (lambda w, bits: with_decoder(w, bits, offset=torch.zeros_like(w.decoders[bits].offset)), "affine"),
-    "groups-swapped": (lambda w, bits: with_decoder(w, bits, scale=w.decoders[bits].scale.flip(-1)), "affine"),
+    "no-offset": (lambda w, bits: with_scales(w, bits, offset=torch.zeros_like(w.scales[bits].offset)), "affine"),
+    "groups-swapped": (lambda w, bits: with_scales(w, bits, scale=w.scales[bits].scale.flip(-1)), "affine"),
     "last-plane-lost": (lambda w, bits: without_plane(w, bits, bits - 1), "affine"),
 }
 
 
 @pytest.mark.parametrize("fault", TYPICAL_FAULTS)
 def test_the_statistic_notices(int8, fault, seed):
-    change, decoder = TYPICAL_FAULTS[fault]
-    weight = random_weight(N, K, (4,), 128, decoder, seed)
+    change, scales = TYPICAL_FAULTS[fault]
+    weight = random_weight(N, K, (4,), 128, scales, seed)
     x = gaussian(16, K, seed)
     y = int8.linear(x, change(weight, 4), 4)
     with pytest.raises(AssertionError, match=r"faulty: (RMS error|off by a factor)"):
@@ -123,11 +123,9 @@ def flipped(weight, x, plane):
 WORST_FAULTS = {
     "bit-of-plane-0": lambda w, x: flipped(w, x, 0),
     "bit-of-plane-1": lambda w, x: flipped(w, x, 1),
-    "no-offset": lambda w, x: with_decoder(w, 3, offset=torch.zeros_like(w.decoders[3].offset)),
+    "no-offset": lambda w, x: with_scales(w, 3, offset=torch.zeros_like(w.scales[3].offset)),
     "scales-8%": lambda w, x: scaled(1.08)(w, 3),
-    "other-decoder": lambda w, x: replace(
-        w, decoders={3: AffineDecoder(w.decoders[3].scale.roll(1, 1), w.decoders[3].offset)}
-    ),
+    "other-scales": lambda w, x: replace(w, scales={3: AffineScales(w.scales[3].scale.roll(1, 1), w.scales[3].offset)}),
 }
 
 

@@ -16,7 +16,7 @@ sys.modules["bitstrata.kernels.cpu._native"] = None
 PROGRAMS = {
     "a layer is prepared": """
 import torch
-from bitstrata.bench.random_model import random_weight
+from bitstrata.benchmark.random_model import random_weight
 from bitstrata.nn import PlaneLinear
 from bitstrata.planes import decode
 weight = random_weight(19, 70, (2, 3), 32, torch.Generator().manual_seed(0))

@@ -13,11 +13,11 @@ from bitstrata.kernels.api import _arguments
 
 N, K = 5, 70
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-decoders = pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
+scales = pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 
 
-def make(decoder="affine"):
-    return random_weight(N, K, bits=(2, 4), decoder=decoder)
+def make(scales="affine"):
+    return random_weight(N, K, bits=(2, 4), kind=scales)
 
 
 def arguments(weight, x, bits):
@@ -28,20 +28,20 @@ def arguments(weight, x, bits):
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-@decoders
+@scales
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (1,), ()], ids=str)
-def test_opcheck_of_plane_linear(decoder, shape):
+def test_opcheck_of_plane_linear(scales, shape):
     x = torch.randn(*shape, K)
-    torch.library.opcheck(torch.ops.bitstrata.plane_linear.default, arguments(make(decoder), x, 4), test_utils=OPCHECK)
+    torch.library.opcheck(torch.ops.bitstrata.plane_linear.default, arguments(make(scales), x, 4), test_utils=OPCHECK)
 
 
-@decoders
+@scales
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (1,)], ids=str)
-def test_opcheck_of_plane_linear_rows(decoder, shape):
+def test_opcheck_of_plane_linear_rows(scales, shape):
     x = torch.randn(*shape, K)
     row_bits = torch.tensor([2, 4] * 3, dtype=torch.int8)[: x.shape[:-1].numel()]
     torch.library.opcheck(
-        torch.ops.bitstrata.plane_linear_rows.default, arguments(make(decoder), x, row_bits), test_utils=OPCHECK
+        torch.ops.bitstrata.plane_linear_rows.default, arguments(make(scales), x, row_bits), test_utils=OPCHECK
     )
 
 
@@ -67,9 +67,9 @@ def test_the_meta_device_is_enough_to_trace_shapes():
     assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 3, N), torch.bfloat16)
 
 
-@decoders
-def test_bits_without_a_decoder_are_refused(decoder):
-    weight, x = make(decoder), torch.randn(2, K)
+@scales
+def test_bits_without_a_scales_are_refused(scales):
+    weight, x = make(scales), torch.randn(2, K)
     for bits in (0, 1, 3, 5, -1):
         with pytest.raises(UnsupportedBitsError) as caught:
             plane_linear(x, weight, bits)

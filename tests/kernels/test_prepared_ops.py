@@ -30,12 +30,12 @@ OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 pytestmark = pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
-decoders = pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
+scales = pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 ops = pytest.mark.parametrize("rows_op", [False, True], ids=["prepared_linear", "prepared_linear_rows"])
 
 
-def make(decoder="affine"):
-    return random_weight(N, K, BITS, decoder=decoder)
+def make(scales="affine"):
+    return random_weight(N, K, BITS, kind=scales)
 
 
 def arguments(packed, x, bits):
@@ -44,7 +44,7 @@ def arguments(packed, x, bits):
     return (
         x,
         list(packed.planes[: max(chosen)]),
-        [packed.decoders[value] for value in chosen],
+        [packed.scales[value] for value in chosen],
         list(chosen),
         packed.layout,
         packed.out_features,
@@ -62,12 +62,12 @@ def op_and_bits(rows_op, x):
 
 
 @ops
-@decoders
+@scales
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (1,), (17,)], ids=str)
-def test_opcheck(decoder, shape, rows_op):
+def test_opcheck(scales, shape, rows_op):
     x = torch.randn(*shape, K)
     op, bits = op_and_bits(rows_op, x)
-    torch.library.opcheck(op.default, arguments(BlockedWeight.pack(make(decoder)), x, bits), test_utils=OPCHECK)
+    torch.library.opcheck(op.default, arguments(BlockedWeight.pack(make(scales)), x, bits), test_utils=OPCHECK)
 
 
 @ops
@@ -85,12 +85,12 @@ def test_fakes_tell_the_shape_dtype_and_strides_of_the_result(shape, dtype, rows
 
 
 @pytest.mark.filterwarnings("ignore:.*unpacked at every call")
-@decoders
+@scales
 @pytest.mark.parametrize("kernel", ["scalar", "scalar-int8", "scalar-exact", "reference"])
-def test_op_function_and_unprepared_agree(kernel, decoder, seed, monkeypatch):
+def test_op_function_and_unprepared_agree(kernel, scales, seed, monkeypatch):
     """The same kernel on the same bits: equal to the last one."""
     monkeypatch.setenv(registry.ENVIRONMENT, kernel)
-    weight = random_weight(N, K, BITS, decoder=decoder, seed=seed)
+    weight = random_weight(N, K, BITS, kind=scales, seed=seed)
     packed = BlockedWeight.pack(weight)
     for rows in (1, 6, 20):
         x = torch.randn(rows, K)
@@ -184,10 +184,10 @@ def test_activations_that_are_not_floating_point_have_no_kernel(dtype):
             prepared_linear(x, [packed], bits)
 
 
-@decoders
+@scales
 @pytest.mark.parametrize("bits", [0, 1, 3, 5, 8, -1])
-def test_bits_without_a_decoder_are_refused(decoder, bits):
-    packed, x = BlockedWeight.pack(make(decoder)), torch.randn(2, K)
+def test_bits_without_a_scales_are_refused(scales, bits):
+    packed, x = BlockedWeight.pack(make(scales)), torch.randn(2, K)
     with pytest.raises(UnsupportedBitsError) as caught:
         prepared_linear(x, [packed], bits)
     assert caught.value.hint == "supported bits: 2, 4, 6"
@@ -314,7 +314,7 @@ def test_weights_of_different_groups_do_not_share_a_call():
 
 def test_weights_and_activations_are_left_alone():
     packed, x = BlockedWeight.pack(make()), torch.randn(3, K)
-    tensors = [x, *packed.planes, *packed.decoders.values()]
+    tensors = [x, *packed.planes, *packed.scales.values()]
     before = [t.clone() for t in tensors]
     prepared_linear(x, [packed], 4)
     prepared_linear(x, [packed], torch.tensor([2, 4, 2]))

@@ -95,9 +95,9 @@ def test_two_kernels_of_one_name_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
-def test_the_reference_runs_every_floating_dtype(dtype, decoder):
-    assert registry._KERNELS["reference"].can_run(Problem("cpu", dtype, 3, decoder)) is None
+@pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
+def test_the_reference_runs_every_floating_dtype(dtype, scales):
+    assert registry._KERNELS["reference"].can_run(Problem("cpu", dtype, 3, scales)) is None
 
 
 def test_the_reference_says_why_it_cannot_run_integers():

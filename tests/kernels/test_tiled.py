@@ -19,13 +19,13 @@ from bitstrata.planes import PlaneWeight
 
 ALL_BITS = tuple(range(1, 9))
 LAYOUTS = [*(("affine", size) for size in (1, 12, 32, 43, 64, 100, 128, 200)), ("affine8", 64), ("codebook", 128)]
-layouts = pytest.mark.parametrize(("decoder", "group_size"), LAYOUTS, ids=str)
+layouts = pytest.mark.parametrize(("scales", "group_size"), LAYOUTS, ids=str)
 
 
 @layouts
 @pytest.mark.parametrize("shape", [(1, 1), (16, 256), (37, 301), (17, 33), (3, 1100)], ids=str)
-def test_unpack_gives_the_weight_back(decoder, group_size, shape, seed, monkeypatch):
-    weight = random_weight(*shape, ALL_BITS, group_size, decoder, seed)
+def test_unpack_gives_the_weight_back(scales, group_size, shape, seed, monkeypatch):
+    weight = random_weight(*shape, ALL_BITS, group_size, scales, seed)
     assert_same_weight(TiledWeight.pack(weight).unpack(), weight)
     monkeypatch.setattr("bitstrata.kernels.triton.tiled.STEP", 1)  # a block of 16 rows at a time
     assert_same_weight(TiledWeight.pack(weight).unpack(), weight)
@@ -63,15 +63,15 @@ def test_tensors_that_do_not_fit_are_refused():
     tiled = TiledWeight.pack(random_weight(37, 301, (2,)))
     with pytest.raises(ValueError, match=r"plane 1: expected \d+ contiguous entries of torch\.int32"):
         replace(tiled, planes=(tiled.planes[0], tiled.planes[1][:-1]))
-    with pytest.raises(ValueError, match="decoder for 2 bits: expected"):
-        replace(tiled, decoders={2: tiled.decoders[2].float()})
-    with pytest.raises(ValueError, match="a decoder for 3 bits needs as many planes"):
-        replace(tiled, decoders={3: tiled.decoders[2]})
+    with pytest.raises(ValueError, match="scales for 2 bits: expected"):
+        replace(tiled, scales={2: tiled.scales[2].float()})
+    with pytest.raises(ValueError, match="scales for 3 bits needs as many planes"):
+        replace(tiled, scales={3: tiled.scales[2]})
 
 
 def test_mixed_kinds_are_refused():
-    affine, codebook = random_weight(5, 33, (2,)), random_weight(5, 33, (3,), decoder="codebook")
-    mixed = PlaneWeight(codebook.planes, {**affine.decoders, **codebook.decoders}, 33, 32)
+    affine, codebook = random_weight(5, 33, (2,)), random_weight(5, 33, (3,), kind="codebook")
+    mixed = PlaneWeight(codebook.planes, {**affine.scales, **codebook.scales}, 33, 32)
     with pytest.raises(ValueError, match="affine and codebook"):
         TiledWeight.pack(mixed)
 

@@ -15,7 +15,7 @@ from helpers import assert_linear_close, random_weight
 from bitstrata.kernels import plane_linear, plane_linear_rows, prepared_linear, prepared_lookup
 from bitstrata.kernels.triton import KERNEL, TiledWeight
 from bitstrata.planes import PlaneWeight, decode
-from bitstrata.planes.weights import map_decoder
+from bitstrata.planes.weights import map_scales
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -44,7 +44,7 @@ LAYOUTS = {
     "bytes-200": ("affine8", 200),
     "codebook": ("codebook", K),
 }
-layouts = pytest.mark.parametrize(("decoder", "group_size"), LAYOUTS.values(), ids=LAYOUTS.keys())
+layouts = pytest.mark.parametrize(("scales", "group_size"), LAYOUTS.values(), ids=LAYOUTS.keys())
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
 
@@ -53,13 +53,13 @@ def forced(monkeypatch):
     monkeypatch.setenv("BITSTRATA_KERNEL", "triton")
 
 
-def make(decoder, group_size, seed, bits=ALL_BITS, n=N, k=K):
+def make(kind, group_size, seed, bits=ALL_BITS, n=N, k=K):
     """A weight as stored, on the CPU, and tiled, on the device."""
-    weight = random_weight(n, k, bits, group_size, decoder, seed)
+    weight = random_weight(n, k, bits, group_size, kind, seed)
     tiled = TiledWeight.pack(weight)
     planes = tuple(plane.to(DEVICE) for plane in tiled.planes)
-    decoders = {value: tensor.to(DEVICE) for value, tensor in tiled.decoders.items()}
-    return weight, TiledWeight(planes, decoders, n, k, group_size, tiled.kind)
+    scales = {value: tensor.to(DEVICE) for value, tensor in tiled.scales.items()}
+    return weight, TiledWeight(planes, scales, n, k, group_size, tiled.kind)
 
 
 def activations(rows, dtype, seed, k=K):
@@ -77,9 +77,9 @@ def check(y, x, weight, bits, label):
 
 
 @layouts
-def test_all_bits_at_every_number_of_rows(decoder, group_size, seed):
+def test_all_bits_at_every_number_of_rows(scales, group_size, seed):
     """Every bits and every number of rows; which meet is the seed's."""
-    weight, tiled = make(decoder, group_size, seed)
+    weight, tiled = make(scales, group_size, seed)
     kinds = list(DTYPES.values())
     for at, bits in enumerate(ALL_BITS):
         rows, dtype = ROWS[(at + seed) % len(ROWS)], kinds[(at + seed // 8) % 3]
@@ -88,18 +88,18 @@ def test_all_bits_at_every_number_of_rows(decoder, group_size, seed):
 
 
 @dtypes
-@pytest.mark.parametrize("decoder", ["affine", "codebook"])
-def test_every_number_of_rows(decoder, dtype, seed):
-    weight, tiled = make(decoder, 64, seed, (2, 3))
+@pytest.mark.parametrize("scales", ["affine", "codebook"])
+def test_every_number_of_rows(scales, dtype, seed):
+    weight, tiled = make(scales, 64, seed, (2, 3))
     for rows in ROWS:
         x = activations(rows, dtype, seed + rows)
-        check(linear(x, tiled, 3), x, weight, 3, decoder)
+        check(linear(x, tiled, 3), x, weight, 3, scales)
 
 
 @layouts
-def test_rows_at_their_own_bits_equal_all_rows_at_these(decoder, group_size, seed):
+def test_rows_at_their_own_bits_equal_all_rows_at_these(scales, group_size, seed):
     bits = (2, 3, 5)
-    weight, tiled = make(decoder, group_size, seed, bits)
+    weight, tiled = make(scales, group_size, seed, bits)
     for rows, dtype in zip((3, 17), (torch.float16, torch.bfloat16), strict=True):
         x = activations(rows, dtype, seed + rows)
         row_bits = torch.tensor(bits)[torch.randint(3, (rows,), generator=torch.Generator().manual_seed(seed))]
@@ -123,8 +123,8 @@ def test_a_row_of_a_batch_equals_that_row_alone_and_twice(layout, seed):
 
 
 @layouts
-def test_decoding_is_exact(decoder, group_size, seed):
-    weight, tiled = make(decoder, group_size, seed)
+def test_decoding_is_exact(scales, group_size, seed):
+    weight, tiled = make(scales, group_size, seed)
     index = torch.randint(N, (2, 5), generator=torch.Generator().manual_seed(seed))
     from bitstrata.kernels.triton import launch
 
@@ -136,10 +136,10 @@ def test_decoding_is_exact(decoder, group_size, seed):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 32), (3, 31), (8, 33), (16, 256), (17, 600)], ids=str)
-@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
-def test_widths_around_words_and_tiles(decoder, shape, seed):
+@pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
+def test_widths_around_words_and_tiles(scales, shape, seed):
     n, k = shape
-    weight, tiled = make(decoder, 32, seed, (2, 4), n, k)
+    weight, tiled = make(scales, 32, seed, (2, 4), n, k)
     for rows in (3, 17):
         x = activations(rows, torch.float16, seed, k)
         check(linear(x, tiled, 4), x, weight, 4, "shape")
@@ -213,9 +213,9 @@ def test_bits_may_be_one_number_on_the_device_that_changes(seed):
         check(linear(x, tiled, bits.expand(4)), x, weight, value, "device bits")
 
 
-@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
-def test_bits_that_the_host_did_not_see_and_nothing_has_become_nan(decoder, seed):
-    weight, tiled = make(decoder, 64, seed, (2, 4))
+@pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
+def test_bits_that_the_host_did_not_see_and_nothing_has_become_nan(scales, seed):
+    weight, tiled = make(scales, 64, seed, (2, 4))
     x = activations(3, torch.float16, seed)
     (y,) = KERNEL.linear_many(x.to(DEVICE), [tiled], torch.tensor([2, 3, 4], device=DEVICE))
     assert y[1].isnan().all()
@@ -227,7 +227,7 @@ def test_the_stored_weight_can_be_used_too(seed):
     weight = random_weight(N, K, (2, 3), 64, "affine", seed)
     there = PlaneWeight(
         tuple(plane.to(DEVICE) for plane in weight.planes),
-        {bits: map_decoder(decoder, lambda tensor, _: tensor.to(DEVICE)) for bits, decoder in weight.decoders.items()},
+        {bits: map_scales(scales, lambda tensor, _: tensor.to(DEVICE)) for bits, scales in weight.scales.items()},
         weight.in_features,
         weight.group_size,
     )

@@ -9,7 +9,7 @@ import torch
 from helpers import random_weight
 
 from bitstrata.kernels import plane_linear, plane_linear_rows
-from bitstrata.planes import AffineDecoder, CodebookDecoder
+from bitstrata.planes import AffineScales, Codebook
 
 N, K = 19, 301
 BITS = (1, 3, 4, 6, 8)
@@ -23,12 +23,12 @@ LAYOUTS = {
     "codebook": ("codebook", K),
 }
 
-layouts = pytest.mark.parametrize(("decoder", "group_size"), LAYOUTS.values(), ids=LAYOUTS.keys())
+layouts = pytest.mark.parametrize(("scales", "group_size"), LAYOUTS.values(), ids=LAYOUTS.keys())
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def make(decoder="affine", group_size=64, seed=0):
-    return random_weight(N, K, BITS, group_size, decoder, seed)
+def make(scales="affine", group_size=64, seed=0):
+    return random_weight(N, K, BITS, group_size, scales, seed)
 
 
 def activations(rows, seed):
@@ -46,8 +46,8 @@ def check_both(promise, weight, x, label):
 
 
 @layouts
-def test_outliers(promise, decoder, group_size, seed):
-    weight = make(decoder, group_size, seed)
+def test_outliers(promise, scales, group_size, seed):
+    weight = make(scales, group_size, seed)
     for rows, dtype in zip((1, 6, 18), DTYPES.values(), strict=True):
         x = activations(rows, seed)
         x[:, seed % K] = 1e3
@@ -56,8 +56,8 @@ def test_outliers(promise, decoder, group_size, seed):
 
 
 @layouts
-def test_an_outlier_spoils_its_own_chunk_only(decoder, group_size, seed):
-    weight, rest, spike = make(decoder, group_size, seed), activations(1, seed), torch.zeros(1, K)
+def test_an_outlier_spoils_its_own_chunk_only(scales, group_size, seed):
+    weight, rest, spike = make(scales, group_size, seed), activations(1, seed), torch.zeros(1, K)
     rest[:, :256] = 0
     spike[:, 0] = 1e3
     for bits in BITS:
@@ -69,9 +69,9 @@ def test_an_outlier_spoils_its_own_chunk_only(decoder, group_size, seed):
 
 @pytest.mark.parametrize("tiny", [1e-39, 1e-44, 5e-31, 2e-30], ids=str)
 @layouts
-def test_denormals_and_the_edge_of_zero(promise, decoder, group_size, tiny, seed):
+def test_denormals_and_the_edge_of_zero(promise, scales, group_size, tiny, seed):
     """Rows of tiny activations alone give next to nothing, never NaN; among others they do no harm."""
-    weight, x = make(decoder, group_size, seed), activations(4, seed)
+    weight, x = make(scales, group_size, seed), activations(4, seed)
     x[0] *= tiny
     x[1, ::2] *= tiny
     x[2, 200:] = tiny
@@ -89,8 +89,8 @@ def test_half_precision_denormals(promise, seed):
 
 
 @layouts
-def test_a_row_of_zeros_gives_zeros(decoder, group_size, seed):
-    weight = make(decoder, group_size, seed)
+def test_a_row_of_zeros_gives_zeros(scales, group_size, seed):
+    weight = make(scales, group_size, seed)
     for dtype in DTYPES.values():
         x = activations(17, seed).to(dtype)
         x[3] = 0
@@ -102,9 +102,9 @@ def test_a_row_of_zeros_gives_zeros(decoder, group_size, seed):
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
 @layouts
-def test_a_row_that_is_not_finite_stays_alone(promise, decoder, group_size, value, seed):
+def test_a_row_that_is_not_finite_stays_alone(promise, scales, group_size, value, seed):
     """Nothing of it is passed off as a number, and the other rows are what they were."""
-    weight = make(decoder, group_size, seed)
+    weight = make(scales, group_size, seed)
     finite = torch.arange(7) != 4
     row_bits = torch.tensor([1, 3, 8, 4, 8, 6, 1])
     for dtype, column in zip(DTYPES.values(), (0, 130, K - 1), strict=True):
@@ -160,20 +160,20 @@ SCALES = [negative, random_signs, some_zero, all_zero, denormal, one_dominates, 
 @pytest.mark.parametrize("group_size", [32, 200])
 def test_odd_scales(promise, change, group_size, seed):
     weight = make("affine", group_size, seed)
-    decoders = {bits: AffineDecoder(change(d.scale.float()).half(), d.offset) for bits, d in weight.decoders.items()}
+    scales = {bits: AffineScales(change(d.scale.float()).half(), d.offset) for bits, d in weight.scales.items()}
     for rows in (1, 7, 17):
-        check_both(promise, replace(weight, decoders=decoders), activations(rows, seed), change.__name__)
+        check_both(promise, replace(weight, scales=scales), activations(rows, seed), change.__name__)
 
 
 @pytest.mark.parametrize("offset", [1000.0, -60000.0], ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 17])
 def test_offsets_that_dwarf_the_scales(promise, offset, rows, seed):
     weight = make(seed=seed)
-    decoders = {
-        bits: AffineDecoder((d.scale.float() * 2**-8).half(), torch.full_like(d.offset, offset))
-        for bits, d in weight.decoders.items()
+    scales = {
+        bits: AffineScales((d.scale.float() * 2**-8).half(), torch.full_like(d.offset, offset))
+        for bits, d in weight.scales.items()
     }
-    check_both(promise, replace(weight, decoders=decoders), activations(rows, seed), "offset")
+    check_both(promise, replace(weight, scales=scales), activations(rows, seed), "offset")
 
 
 TABLES = {
@@ -189,6 +189,6 @@ TABLES = {
 @pytest.mark.parametrize("change", TABLES.values(), ids=TABLES.keys())
 def test_odd_tables(promise, change, seed):
     weight = make("codebook", K, seed)
-    decoders = {bits: CodebookDecoder(change(d.table.float()).half()) for bits, d in weight.decoders.items()}
+    scales = {bits: Codebook(change(d.table.float()).half()) for bits, d in weight.scales.items()}
     for rows in (1, 7, 17):
-        check_both(promise, replace(weight, decoders=decoders), activations(rows, seed), "table")
+        check_both(promise, replace(weight, scales=scales), activations(rows, seed), "table")

@@ -36,52 +36,52 @@ def empty(request, monkeypatch):
 
 def only(weight, bits):
     """What of `weight` a plan at `bits` holds."""
-    return PlaneWeight(weight.planes[:bits], {bits: weight.decoders[bits]}, weight.in_features, weight.group_size)
+    return PlaneWeight(weight.planes[:bits], {bits: weight.scales[bits]}, weight.in_features, weight.group_size)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("scales", DECODERS)
 @pytest.mark.parametrize(("N", "K", "group"), [(33, 70, 32), (16, 128, 128), (50, 300, 43)])
-def test_any_way_to_a_size_gives_the_same_weight(decoder, N, K, group, empty, seed):
-    weight = random_weight(N, K, BITS, group, decoder, seed)
-    held = empty(weight, decoder)
+def test_any_way_to_a_size_gives_the_same_weight(scales, N, K, group, empty, seed):
+    weight = random_weight(N, K, BITS, group, scales, seed)
+    held = empty(weight, scales)
     for bits in (3, 8, 5, 1, 6, 2):
         have = len(held.planes)
-        held = held.with_pages(bits, weight.planes[have:bits], weight.decoders[bits])
+        held = held.with_pages(bits, weight.planes[have:bits], weight.scales[bits])
         assert held.bits == (bits,)
         assert_same_weight(held.unpack(), only(weight, bits))
 
 
 def test_planes_that_stay_are_shared_and_the_old_weight_is_left_alone(empty, seed):
     weight = random_weight(40, 256, BITS, 64, "affine", seed)
-    small = empty(weight, "affine").with_pages(3, weight.planes[:3], weight.decoders[3])
-    large = small.with_pages(5, weight.planes[3:5], weight.decoders[5])
+    small = empty(weight, "affine").with_pages(3, weight.planes[:3], weight.scales[3])
+    large = small.with_pages(5, weight.planes[3:5], weight.scales[5])
     assert [plane.data_ptr() for plane in large.planes[:3]] == [plane.data_ptr() for plane in small.planes]
     assert_same_weight(small.unpack(), only(weight, 3))
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_pages_that_do_not_fit_are_refused(decoder, empty, seed):
-    weight = random_weight(40, 256, BITS, 64, decoder, seed)
-    other = random_weight(40, 256, BITS, 64, "codebook" if decoder != "codebook" else "affine", seed)
-    wide = random_weight(40, 320, BITS, 64, decoder, seed)
-    held = empty(weight, decoder).with_pages(3, weight.planes[:3], weight.decoders[3])
+@pytest.mark.parametrize("scales", DECODERS)
+def test_pages_that_do_not_fit_are_refused(scales, empty, seed):
+    weight = random_weight(40, 256, BITS, 64, scales, seed)
+    other = random_weight(40, 256, BITS, 64, "codebook" if scales != "codebook" else "affine", seed)
+    wide = random_weight(40, 320, BITS, 64, scales, seed)
+    held = empty(weight, scales).with_pages(3, weight.planes[:3], weight.scales[3])
     for planes, given in (
-        ((), weight.decoders[5]),
-        (weight.planes[3:6], weight.decoders[5]),
-        (wide.planes[3:5], weight.decoders[5]),
-        (tuple(plane.long() for plane in weight.planes[3:5]), weight.decoders[5]),
-        (weight.planes[3:5], wide.decoders[5] if decoder != "codebook" else weight.decoders[4]),
-        (weight.planes[3:5], weight.decoders[4]),
-        (weight.planes[3:5], other.decoders[5]),
+        ((), weight.scales[5]),
+        (weight.planes[3:6], weight.scales[5]),
+        (wide.planes[3:5], weight.scales[5]),
+        (tuple(plane.long() for plane in weight.planes[3:5]), weight.scales[5]),
+        (weight.planes[3:5], wide.scales[5] if scales != "codebook" else weight.scales[4]),
+        (weight.planes[3:5], weight.scales[4]),
+        (weight.planes[3:5], other.scales[5]),
     ):
         with pytest.raises(ValueError, match=r"planes|expected|cannot have"):
             held.with_pages(5, planes, given)
 
 
 def test_bytes_and_halves_are_not_mixed_up(empty, seed):
-    """Up to 4 bits an affine8 weight has bytes; a decoder of halves there would be read beyond its end."""
+    """Up to 4 bits an affine8 weight has bytes; scales of halves there would be read beyond its end."""
     bytes_, halves = (random_weight(40, 256, BITS, 64, kind, seed) for kind in ("affine8", "affine"))
     held = empty(bytes_, "affine8")
     with pytest.raises(ValueError, match="cannot have"):
-        held.with_pages(3, bytes_.planes[:3], halves.decoders[3])
-    assert held.with_pages(5, bytes_.planes[:5], halves.decoders[5]).bits == (5,)
+        held.with_pages(3, bytes_.planes[:3], halves.scales[3])
+    assert held.with_pages(5, bytes_.planes[:5], halves.scales[5]).bits == (5,)

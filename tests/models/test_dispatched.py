@@ -167,7 +167,7 @@ class Adapter(nn.Module):
 
 
 def test_models_inside_of_others(out, ids):
-    """The decoder inside a model, and a module around one."""
+    """The scales inside a model, and a module around one."""
     whole, model = bitstrata.load(out), bitstrata.load(out)
     with torch.no_grad():
         for bits in (2, 8, torch.tensor([2, 8])):

@@ -138,7 +138,7 @@ def test_a_named_weights_file_is_the_one_that_is_fetched(hub: Hub, tmp_path: Pat
     assert hub.weights() == {"this.safetensors"}
 
 
-def test_a_checkpoint_costs_the_planes_and_decoders_of_the_bits_asked_for(hub: Hub, tmp_path: Path) -> None:
+def test_a_checkpoint_costs_the_planes_and_scales_of_the_bits_asked_for(hub: Hub, tmp_path: Path) -> None:
     out = rtn(tiny_llama(tmp_path / "source"), tmp_path / "out", "2-4")
     hub.publish("org/quantized", out)
     model = bitstrata.load("org/quantized", max_bits=2)

@@ -1,4 +1,4 @@
-"""A checkpoint as a classifier or as a plain decoder: the quantized layers are the same, a head of its own is kept."""
+"""A checkpoint as a classifier or as a plain scales: the quantized layers are the same, a head of its own is kept."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ids(seed):
 
 
 def hidden_states(source, folder, ids, bits):
-    """What the decoder makes of `ids` with the weights as decoded at `bits`, fp32."""
+    """What the scales makes of `ids` with the weights as decoded at `bits`, fp32."""
     reader = CheckpointReader(folder)
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for layer, spec in reader.spec.layers.items():
@@ -70,7 +70,7 @@ def test_a_plain_decoder(checkpoint, ids, tmp_path):
 
 
 def plan_of(model, plan):
-    """`plan` under the names of `model`: a decoder saved alone has no prefix."""
+    """`plan` under the names of `model`: scales saved alone has no prefix."""
     own = bits_state(model).layers
     prefix = f"{model.base_model_prefix}."
     return {layer if layer in own else layer.removeprefix(prefix): bits for layer, bits in plan.items()}

@@ -8,8 +8,8 @@ from job_helpers import RTN, run
 from transformers import AutoModelForCausalLM
 
 from bitstrata import load
-from bitstrata.calibrate import read_text
-from bitstrata.demo.run import MODEL
+from bitstrata.calibration import read_text
+from bitstrata.demonstration.run import MODEL
 from bitstrata.kernels import Problem, registry, select
 from bitstrata.kernels.cpu import missing
 from bitstrata.models import load_tokenizer

@@ -137,8 +137,8 @@ def test_the_report_counts_what_was_read_added_and_dropped(folder):
     spec = CheckpointReader(folder).spec
     layer = spec.layers[name]
     plane = 4 * layer.out_features * -(-layer.in_features // 32)
-    decoder = spec.prefix_bytes(name, 4) - 4 * plane
-    assert (done.layers, done.read, done.added) == (1, plane + decoder, plane + decoder)
+    scales = spec.prefix_bytes(name, 4) - 4 * plane
+    assert (done.layers, done.read, done.added) == (1, plane + scales, plane + scales)
     assert done.dropped == spec.prefix_bytes(name, 3) - 3 * plane
     assert done.after - done.before == done.added - done.dropped
     assert done.after == sizes.of_plan({**plan, name: 4}).total

@@ -9,7 +9,7 @@ import pytest
 from page_orders import write_order
 from transformers import LlamaConfig
 
-from bitstrata.bench.random_model import random_checkpoint
+from bitstrata.benchmark.random_model import random_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import bitstrata
-from bitstrata.demo.run import MODEL
+from bitstrata.demonstration.run import MODEL
 from bitstrata.errors import UnsupportedBitsError, UsageError
 from bitstrata.kernels.registry import Problem, describe
 from bitstrata.models import speculation

@@ -10,7 +10,7 @@ from tiny_models import CHARACTERS, VOCABULARY, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AddedToken, ByT5Tokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from bitstrata.demo.run import MODEL
+from bitstrata.demonstration.run import MODEL
 from bitstrata.errors import InputError, UsageError
 from bitstrata.models import (
     Stops,

@@ -15,8 +15,8 @@ from bitstrata.planes import decode
 SHAPES = [(1, 5), (7, 33), (15, 70), (16, 64), (17, 128), (65, 31), (300, 96)]
 
 
-def embedding(N, K, *, bits=6, decoder="affine", tied=True, dtype=torch.float32, seed=0):
-    weight = random_weight(N, K, (bits,), 32, decoder, seed)
+def embedding(N, K, *, bits=6, scales="affine", tied=True, dtype=torch.float32, seed=0):
+    weight = random_weight(N, K, (bits,), 32, scales, seed)
     made = PlaneEmbedding.from_weight(weight, dtype=dtype)
     head = TiedHead(made) if tied else None
     made.prepare()
@@ -24,12 +24,12 @@ def embedding(N, K, *, bits=6, decoder="affine", tied=True, dtype=torch.float32,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
+@pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_rows_are_exactly_those_of_the_decoded_weight(N, K, tied, decoder, dtype, seed):
+def test_rows_are_exactly_those_of_the_decoded_weight(N, K, tied, scales, dtype, seed):
     for bits in (1, 3, 6, 8):
-        weight, module, _ = embedding(N, K, bits=bits, decoder=decoder, tied=tied, dtype=dtype, seed=seed)
+        weight, module, _ = embedding(N, K, bits=bits, scales=scales, tied=tied, dtype=dtype, seed=seed)
         table = decode(weight, bits, dtype)
         generator = torch.Generator().manual_seed(seed)
         for shape in ((), (1,), (3,), (2, 9), (40,), (0,)):
@@ -125,7 +125,7 @@ def test_the_lookup_is_one_node_for_a_compiler(tied):
     torch.library.opcheck(
         torch.ops.bitstrata.plane_lookup.default,
         (
-            ids, list(arguments.planes), [arguments.decoders[6].scale, arguments.decoders[6].offset], "affine", [6], 32,
+            ids, list(arguments.planes), [arguments.scales[6].scale, arguments.scales[6].offset], "affine", [6], 32,
             6, 64, torch.bfloat16,
         ),
     )  # fmt: skip
@@ -139,7 +139,7 @@ def test_the_lookup_of_a_prepared_weight_passes_the_checks_of_torch():
     torch.library.opcheck(
         torch.ops.bitstrata.prepared_lookup.default,
         (
-            torch.tensor([[1, 39], [0, 7]]), list(packed.planes), [packed.decoders[6]], [6], packed.layout,
+            torch.tensor([[1, 39], [0, 7]]), list(packed.planes), [packed.scales[6]], [6], packed.layout,
             packed.out_features, packed.group_size, packed.kind, 6, 64, torch.float16,
         ),
     )  # fmt: skip

@@ -16,8 +16,8 @@ from bitstrata.planes import decode
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def layer_of(decoder="affine", bias=None, **kwargs):
-    return PlaneLinear.from_weight(random_weight(5, 70, (2, 4), 32, decoder, **kwargs), bias)
+def layer_of(scales="affine", bias=None, **kwargs):
+    return PlaneLinear.from_weight(random_weight(5, 70, (2, 4), 32, scales, **kwargs), bias)
 
 
 def test_names_of_the_state_dict_are_those_of_the_checkpoint():
@@ -43,19 +43,19 @@ def test_an_empty_layer_has_the_shapes_of_the_checkpoint():
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
-def test_from_weight_holds_exactly_that_weight(decoder, seed):
-    weight = random_weight(5, 70, (2, 4), 43, decoder, seed)
+@pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
+def test_from_weight_holds_exactly_that_weight(scales, seed):
+    weight = random_weight(5, 70, (2, 4), 43, scales, seed)
     layer = PlaneLinear.from_weight(weight)
     assert_same_weight(layer.plane_weight(), weight)
     assert_same_weight(layer.plane_weight((2,)), weight.prefix(2))
 
 
-@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
-def test_a_state_dict_loads_into_an_empty_layer(decoder, seed):
-    source = layer_of(decoder, torch.arange(5.0), seed=seed)
+@pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
+def test_a_state_dict_loads_into_an_empty_layer(scales, seed):
+    source = layer_of(scales, torch.arange(5.0), seed=seed)
     state = BitsState((2, 4), {"": (2, 4)})
-    target = PlaneLinear(70, 5, name="", state=state, bits=(2, 4), group_size=32, decoder=decoder, bias=True)
+    target = PlaneLinear(70, 5, name="", state=state, bits=(2, 4), group_size=32, kind=scales, bias=True)
     target.load_state_dict(source.state_dict())
     x = torch.randn(3, 70)
     assert torch.equal(target(x), source(x))

@@ -19,7 +19,7 @@ from bitstrata.planes import decode
 pytestmark = pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
 N, K = 33, 70
 BITS = (2, 3, 4)
-both_decoders = pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
+both_kinds_of_scales = pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 
 
 @pytest.fixture(autouse=True)
@@ -27,13 +27,13 @@ def not_forced(monkeypatch):
     monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
 
 
-def stored(decoder="affine", seed=0):
-    return random_weight(N, K, BITS, 32, decoder, seed)
+def stored(scales="affine", seed=0):
+    return random_weight(N, K, BITS, 32, scales, seed)
 
 
-def layer_of(decoder="affine", seed=0, dtype=torch.float32, bias=True):
+def layer_of(scales="affine", seed=0, dtype=torch.float32, bias=True):
     given = torch.arange(N).to(dtype) if bias else None
-    return PlaneLinear.from_weight(stored(decoder, seed), given, dtype=dtype)
+    return PlaneLinear.from_weight(stored(scales, seed), given, dtype=dtype)
 
 
 def prepared_layer(*arguments, **options):
@@ -50,8 +50,8 @@ def activations(seed, dtype=torch.float32, rows=5):
 def assert_right(layer, seed, dtype=torch.float32):
     """At each bits, and row by row, within what the kernel that runs promises."""
     x = activations(seed, dtype)
-    kernel = registry.select(registry.Problem("cpu", dtype, len(x), layer.decoder))
-    weight, bias = stored(layer.decoder, seed), layer.bias
+    kernel = registry.select(registry.Problem("cpu", dtype, len(x), layer.kind))
+    weight, bias = stored(layer.kind, seed), layer.bias
     layer.bias = None
     row_bits = torch.tensor([2, 4, 3, 3, 2])
     try:
@@ -66,15 +66,15 @@ def assert_right(layer, seed, dtype=torch.float32):
         layer.bias = bias
 
 
-@both_decoders
+@both_kinds_of_scales
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_prepared_layer_computes_the_same_thing(decoder, dtype, seed):
-    assert_right(prepared_layer(decoder, seed, dtype), seed, dtype)
+def test_a_prepared_layer_computes_the_same_thing(scales, dtype, seed):
+    assert_right(prepared_layer(scales, seed, dtype), seed, dtype)
 
 
-@both_decoders
-def test_the_state_dict_is_that_of_the_stored_layer(decoder, seed):
-    layer = layer_of(decoder, seed)
+@both_kinds_of_scales
+def test_the_state_dict_is_that_of_the_stored_layer(scales, seed):
+    layer = layer_of(scales, seed)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layer.prepare()
     after = layer.state_dict()
@@ -84,7 +84,7 @@ def test_the_state_dict_is_that_of_the_stored_layer(decoder, seed):
         assert torch.equal(after[name], tensor), name
     layer.restore()
     assert sorted(layer.state_dict()) == sorted(before)
-    assert_same_weight(layer.plane_weight(), stored(decoder, seed))
+    assert_same_weight(layer.plane_weight(), stored(scales, seed))
 
 
 def test_the_state_dict_has_the_prefix_of_the_layer(seed):
@@ -93,13 +93,13 @@ def test_the_state_dict_has_the_prefix_of_the_layer(seed):
     assert torch.equal(model.state_dict()["inner.plane_1"], stored(seed=seed).planes[1])
 
 
-@both_decoders
+@both_kinds_of_scales
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_state_dict_loads_into_a_prepared_layer(decoder, strict, seed):
-    source, target = prepared_layer(decoder, seed), prepared_layer(decoder, seed + 1)
+def test_a_state_dict_loads_into_a_prepared_layer(scales, strict, seed):
+    source, target = prepared_layer(scales, seed), prepared_layer(scales, seed + 1)
     source.bias += 1
     target.load_state_dict(source.state_dict(), strict=strict)
-    assert_same_weight(target.plane_weight(), stored(decoder, seed))
+    assert_same_weight(target.plane_weight(), stored(scales, seed))
     assert torch.equal(target.bias, source.bias)
     assert_right(target, seed)
 
@@ -119,7 +119,7 @@ def test_nothing_is_held_twice(seed):
     assert {name.rpartition("_")[0] or name for name, _ in layer.named_buffers()} == {"prepared", "weight"}
     assert sum(tensor.nbytes for tensor in layer.buffers()) == size, "nothing is padded at this shape"
     held = {tensor.data_ptr() for tensor in layer.buffers() if tensor.numel()}
-    assert held == {t.data_ptr() for t in [*layer.prepared.planes, *layer.prepared.decoders.values()]}
+    assert held == {t.data_ptr() for t in [*layer.prepared.planes, *layer.prepared.scales.values()]}
     assert not any(hasattr(layer, name) for name in ("plane_0", "scale_2", "offset_4"))
     layer.restore()
     assert not any(name.startswith("prepared") for name, _ in layer.named_buffers())
@@ -137,12 +137,12 @@ def test_preparing_and_restoring_twice_is_as_once(seed):
     assert_same_weight(layer.plane_weight(), stored(seed=seed))
 
 
-@both_decoders
-def test_bytes_read_are_those_of_the_stored_tensors(decoder, seed):
-    layer = layer_of(decoder, seed)
+@both_kinds_of_scales
+def test_bytes_read_are_those_of_the_stored_tensors(scales, seed):
+    layer = layer_of(scales, seed)
     for _ in range(2):  # not prepared, then prepared
         for bits in BITS:
-            assert layer.bytes_read(bits) == stored(decoder, seed).bytes_read(bits)
+            assert layer.bytes_read(bits) == stored(scales, seed).bytes_read(bits)
         layer.prepare()
 
 
@@ -166,10 +166,10 @@ COPIES = {
 }
 
 
-@both_decoders
+@both_kinds_of_scales
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
-def test_copies_compute_the_same_and_share_nothing(decoder, copied, seed):
-    layer = prepared_layer(decoder, seed)
+def test_copies_compute_the_same_and_share_nothing(scales, copied, seed):
+    layer = prepared_layer(scales, seed)
     twin, x = copied(layer), activations(seed)
     for bits in BITS:
         with use_bits(layer, bits), use_bits(twin, bits):
@@ -179,7 +179,7 @@ def test_copies_compute_the_same_and_share_nothing(decoder, copied, seed):
     assert not pointers & {tensor.data_ptr() for tensor in twin.buffers()}
     for tensor in [*layer.buffers(), layer.bias]:
         tensor.zero_()
-    assert_same_weight(twin.plane_weight(), stored(decoder, seed))
+    assert_same_weight(twin.plane_weight(), stored(scales, seed))
     assert_right(twin, seed)
 
 
@@ -188,7 +188,7 @@ def test_a_copy_holds_nothing_twice_either(copied, seed):
     twin = copied(prepared_layer(seed=seed))
     buffers = {tensor.data_ptr() for tensor in twin.buffers() if tensor.numel()}
     assert twin.prepared is None or buffers == {
-        tensor.data_ptr() for tensor in [*twin.prepared.planes, *twin.prepared.decoders.values()]
+        tensor.data_ptr() for tensor in [*twin.prepared.planes, *twin.prepared.scales.values()]
     }
 
 
@@ -210,14 +210,14 @@ CHANGES = {
 }
 
 
-@both_decoders
+@both_kinds_of_scales
 @pytest.mark.parametrize("change", CHANGES)
-def test_changing_dtype_leaves_the_weight_alone(decoder, change, seed):
-    layer = prepared_layer(decoder, seed)
+def test_changing_dtype_leaves_the_weight_alone(scales, change, seed):
+    layer = prepared_layer(scales, seed)
     apply, dtype = CHANGES[change]
     apply(layer)
     assert layer.weight.dtype == layer.bias.dtype == dtype
-    assert_same_weight(layer.plane_weight(), stored(decoder, seed))
+    assert_same_weight(layer.plane_weight(), stored(scales, seed))
     assert_right(layer, seed, dtype)
 
 
@@ -236,17 +236,17 @@ def test_a_prepared_layer_can_go_to_the_meta_device(seed):
     assert layer.prepared is None, "there is nothing to prepare"
 
 
-@both_decoders
+@both_kinds_of_scales
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_the_reference_can_be_forced_after_preparation(decoder, dtype, seed, monkeypatch):
-    layer, x = prepared_layer(decoder, seed, bias=False), activations(seed, dtype)
+def test_the_reference_can_be_forced_after_preparation(scales, dtype, seed, monkeypatch):
+    layer, x = prepared_layer(scales, seed, bias=False), activations(seed, dtype)
     monkeypatch.setenv(registry.ENVIRONMENT, "reference")
     for bits in BITS:
         with use_bits(layer, bits):
-            assert torch.equal(layer(x), torch.nn.functional.linear(x, decode(stored(decoder, seed), bits, dtype)))
+            assert torch.equal(layer(x), torch.nn.functional.linear(x, decode(stored(scales, seed), bits, dtype)))
     with use_bits(layer, torch.tensor([2, 3, 4, 4, 2])):
         assert torch.equal(
-            layer(x)[:1], torch.nn.functional.linear(x[[0, 4]], decode(stored(decoder, seed), 2, dtype))[:1]
+            layer(x)[:1], torch.nn.functional.linear(x[[0, 4]], decode(stored(scales, seed), 2, dtype))[:1]
         )
     assert layer.prepared is not None
 
@@ -326,17 +326,17 @@ LOADS = {
 }
 
 
-@both_decoders
+@both_kinds_of_scales
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
-def test_loading_leaves_a_layer_prepared_and_no_call_packs(decoder, load, packs, seed):
-    source, target = prepared_layer(decoder, seed), prepared_layer(decoder, seed + 1)
+def test_loading_leaves_a_layer_prepared_and_no_call_packs(scales, load, packs, seed):
+    source, target = prepared_layer(scales, seed), prepared_layer(scales, seed + 1)
     load(target, source.state_dict())
     assert target.prepared is not None
     assert target.fused is None
     packs.clear()
     assert_right(target, seed)
     assert packs == [], "a call packed the weight"
-    assert_same_weight(target.plane_weight(), stored(decoder, seed))
+    assert_same_weight(target.plane_weight(), stored(scales, seed))
 
 
 @pytest.mark.parametrize("copied", [*COPIES.values(), lambda m: m.to("cpu"), lambda m: m.half().float()])

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitstrata.planes import ByteAffineDecoder, PlaneWeight
+from bitstrata.planes import ByteScales, PlaneWeight
 from bitstrata.planes.weights import BYTE_BITS, byte_unit, is_byte_unit
-from bitstrata.quantize.grouping import make_affine, to_bytes
+from bitstrata.quantization.grouping import make_affine, to_bytes
 
 LARGEST = 61440.0
 
@@ -41,7 +41,7 @@ def test_every_coefficient_is_an_fp16_number():
     units = torch.cat([torch.arange(16) * 2.0**e for e in range(-14, 13)]).half().unique()
     bytes_ = torch.arange(-128, 128).to(torch.int8)
     scale = bytes_.expand(BYTE_BITS, len(units), -1).contiguous()
-    fp16 = ByteAffineDecoder(scale, scale[0].contiguous(), units).affine()
+    fp16 = ByteScales(scale, scale[0].contiguous(), units).affine()
     for plane in range(BYTE_BITS):
         exact = bytes_.double() * units.double().unsqueeze(1) / 2 ** (7 + plane)
         assert torch.equal(fp16.scale[plane].double(), exact)
@@ -57,9 +57,9 @@ def test_rounding_is_to_the_nearest_and_saturates(seed):
     step = unit.float() * torch.tensor([2.0**-7, 2.0**-8, 2.0**-9, 2.0**-7]).unsqueeze(1)
     clamped = coefficients.clamp(-127 * step, 127 * step)
     assert ((rounded - clamped).abs() <= step / 2 * (1 + 1e-6)).all()
-    decoder = make_affine(rounded[:-1].unsqueeze(-1), rounded[-1].unsqueeze(-1), unit)
-    assert torch.equal(decoder.affine().scale[..., 0].float(), rounded[:-1]), "what is rounded already stays"
-    assert torch.equal(decoder.affine().offset[..., 0].float(), rounded[-1])
+    scales = make_affine(rounded[:-1].unsqueeze(-1), rounded[-1].unsqueeze(-1), unit)
+    assert torch.equal(scales.affine().scale[..., 0].float(), rounded[:-1]), "what is rounded already stays"
+    assert torch.equal(scales.affine().offset[..., 0].float(), rounded[-1])
 
 
 def test_bytes_are_for_few_bits_and_then_for_all_of_those():
@@ -68,6 +68,6 @@ def test_bytes_are_for_few_bits_and_then_for_all_of_those():
 
     planes = (torch.zeros(2, 1, dtype=torch.int32),) * 5
     assert PlaneWeight(planes, {2: made(2, True), 5: made(5, False)}, 7, 7).kind == "affine8"
-    for decoders in ({2: made(2, True), 4: made(4, False)}, {4: made(4, True), 5: made(5, True)}):
-        with pytest.raises(ValueError, match="decoders of up to 4 bits, and no others, have bytes"):
-            PlaneWeight(planes, decoders, 7, 7)
+    for scales in ({2: made(2, True), 4: made(4, False)}, {4: made(4, True), 5: made(5, True)}):
+        with pytest.raises(ValueError, match="scales of up to 4 bits, and no others, have bytes"):
+            PlaneWeight(planes, scales, 7, 7)

@@ -8,26 +8,26 @@ import pytest
 import torch
 from helpers import random_weight
 
-from bitstrata.planes import AffineDecoder, CodebookDecoder, PlaneWeight, decode, group_count, words_per_row
-from bitstrata.planes.weights import decoder_shapes
+from bitstrata.planes import AffineScales, Codebook, PlaneWeight, decode, group_count, words_per_row
+from bitstrata.planes.weights import scales_shapes
 
 
 def with_plane(weight, index, plane):
     return replace(weight, planes=(*weight.planes[:index], plane, *weight.planes[index + 1 :]))
 
 
-def with_decoder(weight, bits, decoder):
-    return replace(weight, decoders={**weight.decoders, bits: decoder})
+def with_scales(weight, bits, scales):
+    return replace(weight, scales={**weight.scales, bits: scales})
 
 
 def with_scale(weight, bits, change):
-    decoder = weight.decoders[bits]
-    return with_decoder(weight, bits, replace(decoder, scale=change(decoder.scale)))
+    scales = weight.scales[bits]
+    return with_scales(weight, bits, replace(scales, scale=change(scales.scale)))
 
 
 def with_offset(weight, bits, change):
-    decoder = weight.decoders[bits]
-    return with_decoder(weight, bits, replace(decoder, offset=change(decoder.offset)))
+    scales = weight.scales[bits]
+    return with_scales(weight, bits, replace(scales, offset=change(scales.offset)))
 
 
 AFFINE_FAULTS = {
@@ -37,7 +37,7 @@ AFFINE_FAULTS = {
     "plane-one-dimensional": (lambda w: with_plane(w, 3, w.planes[3].flatten()), "plane_3: "),
     "scale-float32": (lambda w: with_scale(w, 3, torch.Tensor.float), "scale_3: expected torch.float16"),
     "scale-bfloat16": (lambda w: with_scale(w, 3, torch.Tensor.bfloat16), "scale_3: expected torch.float16"),
-    "scale-of-other-bits": (lambda w: with_decoder(w, 4, w.decoders[3]), r"scale_4: expected .*\(4, 5, 3\)"),
+    "scale-of-other-bits": (lambda w: with_scales(w, 4, w.scales[3]), r"scale_4: expected .*\(4, 5, 3\)"),
     "scale-group-missing": (lambda w: with_scale(w, 2, lambda s: s[..., :2]), "scale_2: "),
     "offset-transposed": (lambda w: with_offset(w, 2, torch.t), r"offset_2: expected .*\(5, 3\).*\(3, 5\)"),
     "offset-float32": (lambda w: with_offset(w, 4, torch.Tensor.float), "offset_4: "),
@@ -45,11 +45,11 @@ AFFINE_FAULTS = {
     "in-features-of-another-weight": (lambda w: replace(w, in_features=64), "plane_0: "),
     "plane-missing": (lambda w: replace(w, planes=w.planes[:3]), "bits 4 needs as many planes, got 3"),
     "no-planes": (lambda w: replace(w, planes=()), "at least one plane"),
-    "no-decoders": (lambda w: replace(w, decoders={}), "one decoder"),
+    "no-scales": (lambda w: replace(w, scales={}), "one set of scales"),
     "group-size-zero": (lambda w: replace(w, group_size=0), "group_size 0"),
     "in-features-zero": (lambda w: replace(w, in_features=0), "in_features 0"),
-    "bits-zero": (lambda w: with_decoder(w, 0, w.decoders[2]), "bits must lie in 1..8"),
-    "bits-nine": (lambda w: with_decoder(w, 9, w.decoders[2]), "bits must lie in 1..8"),
+    "bits-zero": (lambda w: with_scales(w, 0, w.scales[2]), "bits must lie in 1..8"),
+    "bits-nine": (lambda w: with_scales(w, 9, w.scales[2]), "bits must lie in 1..8"),
     "nine-planes": (lambda w: replace(w, planes=w.planes[:1] * 9), "bits must lie in 1..8"),
 }
 
@@ -71,14 +71,14 @@ def test_wrong_shapes_and_dtypes_are_refused_by_name(fault):
     ],
 )
 def test_wrong_tables_are_refused_by_name(change):
-    weight = random_weight(5, 70, decoder="codebook")
+    weight = random_weight(5, 70, kind="codebook")
     with pytest.raises(ValueError, match="table_3: expected"):
-        with_decoder(weight, 3, CodebookDecoder(change(weight.decoders[3].table)))
+        with_scales(weight, 3, Codebook(change(weight.scales[3].table)))
 
 
-def test_unknown_decoder_kind_is_refused():
-    with pytest.raises(ValueError, match="unknown decoder 'vector'; known: affine, affine8, codebook"):
-        decoder_shapes("vector", 2, 1, 1, 1)
+def test_unknown_scales_kind_is_refused():
+    with pytest.raises(ValueError, match="unknown scales 'vector'; known: affine, affine8, codebook"):
+        scales_shapes("vector", 2, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -100,19 +100,19 @@ def test_bytes_read_at_group_128_is_the_published_bits_per_weight(K, bits, expec
     assert 8 * weight.bytes_read(bits) / (6 * K) == expected
 
 
-def test_bytes_read_counts_padding_words_and_only_that_decoder():
+def test_bytes_read_counts_padding_words_and_only_that_scales():
     affine = random_weight(5, 70, bits=(2, 4), group_size=32)
     assert affine.bytes_read(2) == 2 * 5 * 3 * 4 + (2 + 1) * 5 * 3 * 2
     assert affine.bytes_read(4) == 4 * 5 * 3 * 4 + (4 + 1) * 5 * 3 * 2
-    codebook = random_weight(5, 70, bits=(2, 4), decoder="codebook")
+    codebook = random_weight(5, 70, bits=(2, 4), kind="codebook")
     assert codebook.bytes_read(2) == 2 * 5 * 3 * 4 + 5 * 2**2 * 2
     with pytest.raises(KeyError):
         affine.bytes_read(3)
 
 
-@pytest.mark.parametrize("decoder", ["affine", "affine8", "codebook"])
-def test_rows_are_those_rows_and_no_copy(decoder, seed):
-    weight = random_weight(9, 70, (2, 4), 43, decoder, seed)
+@pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
+def test_rows_are_those_rows_and_no_copy(scales, seed):
+    weight = random_weight(9, 70, (2, 4), 43, scales, seed)
     part = weight.rows(2, 7)
     assert (part.out_features, part.bits, part.group_size) == (5, (2, 4), 43)
     assert part.planes[1].data_ptr() == weight.planes[1][2].data_ptr()
@@ -123,24 +123,24 @@ def test_rows_are_those_rows_and_no_copy(decoder, seed):
 def test_tensors_carry_the_names_of_the_checkpoint():
     planes = ["plane_0", "plane_1", "plane_2", "plane_3"]
     assert list(random_weight(2, 33, bits=(2, 4)).tensors()) == [*planes, "scale_2", "offset_2", "scale_4", "offset_4"]
-    assert list(random_weight(2, 33, bits=(2, 4), decoder="codebook").tensors()) == [*planes, "table_2", "table_4"]
+    assert list(random_weight(2, 33, bits=(2, 4), kind="codebook").tensors()) == [*planes, "table_2", "table_4"]
 
 
 def test_tensors_are_not_copied():
     weight = random_weight(2, 33, bits=(2,))
     named = weight.tensors()
     assert named["plane_1"] is weight.planes[1]
-    assert named["scale_2"] is weight.decoders[2].scale
+    assert named["scale_2"] is weight.scales[2].scale
 
 
 def test_bits_and_features_are_read_off_the_tensors():
     weight = random_weight(5, 70, bits=(4, 2))
     assert (weight.bits, weight.out_features, weight.in_features) == ((2, 4), 5, 70)
     assert weight.kind == "affine"
-    assert random_weight(5, 70, decoder="codebook").kind == "codebook"
+    assert random_weight(5, 70, kind="codebook").kind == "codebook"
 
 
 def test_a_decoder_alone_needs_no_model():
-    decoder = AffineDecoder(torch.ones(1, 2, 1).half(), torch.zeros(2, 1).half())
-    weight = PlaneWeight((torch.zeros(2, 1, dtype=torch.int32),), {1: decoder}, 7, 7)
+    scales = AffineScales(torch.ones(1, 2, 1).half(), torch.zeros(2, 1).half())
+    weight = PlaneWeight((torch.zeros(2, 1, dtype=torch.int32),), {1: scales}, 7, 7)
     assert weight.bytes_read(1) == 16

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bitstrata
-from bitstrata.demo.run import MODEL
+from bitstrata.demonstration.run import MODEL
 from bitstrata.models import load_tokenizer
 from bitstrata.progress import Reporter
 

@@ -13,7 +13,7 @@ from tiny_models import tiny_llama, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import bitstrata
-from bitstrata.calibrate import evaluation_windows, read_text
+from bitstrata.calibration import evaluation_windows, read_text
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import UnsupportedBitsError, UsageError
 from bitstrata.kernels import registry

@@ -12,7 +12,7 @@ from tiny_models import tiny_llama
 
 import bitstrata
 from bitstrata.checkpoint import CheckpointReader, ModelSizes
-from bitstrata.demo.run import MODEL
+from bitstrata.demonstration.run import MODEL
 from bitstrata.errors import CheckpointError, UnsupportedBitsError, UsageError
 from bitstrata.models import load_tokenizer
 from bitstrata.nn import PlaneLinear, bits_state

@@ -14,7 +14,7 @@ import torch
 from http_calls import Served, served
 
 import bitstrata
-from bitstrata.demo.run import MODEL
+from bitstrata.demonstration.run import MODEL
 from bitstrata.models import load_tokenizer
 from bitstrata.progress import Reporter
 from bitstrata.runtime import Engine

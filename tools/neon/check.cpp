@@ -15,7 +15,7 @@ using namespace bitstrata;
 
 constexpr int kN = 29, kK = 301, kUnits = 12, kBlocks = 2;  // as many units as any group size below asks for
 uint8_t planes[kMaxBits][kBlocks * kUnits * kQuads * kWordBytes];
-uint16_t decoder[kBlocks * kBlockRows << kMaxBits];
+uint16_t scales[kBlocks * kBlockRows << kMaxBits];
 float source[kMaxRows * kK], staged[kMaxRows * kUnits * kUnitColumns];
 int8_t x[kMaxRows * kUnits * kUnitColumns];
 float x_scale[kMaxRows * kUnits * 4 * kQuarters], x_sum[kMaxRows * kUnits * 4];
@@ -40,11 +40,11 @@ extern "C" float check(int bits, int group_size, int rows, int codebook, int low
   Layout layout(kN, kK, codebook ? kK : group_size);
   for (auto& plane : planes)
     for (auto& byte : plane) byte = uint8_t(random_bits());
-  for (auto& value : decoder) value = half_of((int(random_bits() % 2001) - 700) / 1000.f + 0.0001f);
+  for (auto& value : scales) value = half_of((int(random_bits() % 2001) - 700) / 1000.f + 0.0001f);
   for (auto& value : source) value = (int(random_bits() % 2001) - 1000) / 300.f;
   Weight weight{layout, codebook != 0};
   for (int i = 0; i < kMaxBits; ++i) weight.planes[i] = planes[i];
-  for (int i = 1; i <= kMaxBits; ++i) weight.decoders[i] = decoder;
+  for (int i = 1; i <= kMaxBits; ++i) weight.scales[i] = scales;
 
   float worst = 0;
   if (what == 1) {
@@ -63,7 +63,7 @@ extern "C" float check(int bits, int group_size, int rows, int codebook, int low
     kNeon.quantize(layout, staged + r * padded, x + r * padded, x_scale + r * layout.chunks * kQuarters,
                    x_sum + r * layout.chunks);
   }
-  const Segment mixed[] = {{low_bits, 0, 1, decoder}, {bits, 1, rows, decoder}}, uniform[] = {{bits, 0, rows, decoder}};
+  const Segment mixed[] = {{low_bits, 0, 1, scales}, {bits, 1, rows, scales}}, uniform[] = {{bits, 0, rows, scales}};
   FewRows call{};
   call.layout = &layout;
   for (int i = 0; i < kMaxBits; ++i) call.planes[i] = planes[i];

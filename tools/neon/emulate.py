@@ -3,7 +3,7 @@
     python tools/neon/emulate.py          (needs the extra `cross`: ziglang to compile, unicorn to emulate)
 
 Compiles check.cpp with the kernels into one static program, loads it into the emulator, and calls `check` for every
-precision, group size, decoder and kind of call. Exit status 1 if anything differs by more than rounding.
+precision, group size, scales and kind of call. Exit status 1 if anything differs by more than rounding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Planes and decoders on disk: schema, writer, reader, validator. FORMAT.md is the one-page contract."""
+"""Planes and scales on disk: schema, writer, reader, validator. FORMAT.md is the one-page contract."""
 
 from .budget import Budget, ModelSizes, PlanBytes, bytes_text, parse_budget
 from .fetch import PageReader

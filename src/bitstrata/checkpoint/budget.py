@@ -2,7 +2,7 @@
 
 Three numbers, which must not be mixed up:
 
-    weights   what the planned layers hold in memory: of each, planes 0..b-1 and the decoder for b bits
+    weights   what the planned layers hold in memory: of each, planes 0..b-1 and the scales for b bits
     total     what the whole model holds: those, the layers with one precision, and every unquantized
               tensor in the dtype it is loaded with
     bpw       bits that one token reads for each quantized weight, scales included: the planned layers, and

@@ -1,4 +1,4 @@
-"""Read single pages of a checkpoint: of one layer some planes and one decoder, and nothing else.
+"""Read single pages of a checkpoint: of one layer some planes and one set of scales, and nothing else.
 
 Files are read, not mapped: what was read and dropped leaves no trace in the process, and a file that
 was cut off under a running process is an error instead of a signal. They stay open: a folder that is
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..memory import allocate
 from ..planes.pack import words_per_row
-from ..planes.weights import Decoder, decoder_bytes, decoder_shapes, make_decoder
+from ..planes.weights import Scales, make_scales, scales_bytes, scales_shapes
 from .reader import CheckpointReader, Shard, check_spec, check_values
 from .schema import CONFIG_FILE, DTYPE_NAMES, INDEX_FILE, SAFETENSORS_DTYPES, TensorSpec
 
@@ -79,8 +79,8 @@ class PageReader:
         self._stamps = self._description()
         self.bytes_read = 0  # of tensors, since the start
 
-    def pages(self, layer: str, held: int, bits: int) -> tuple[list[Tensor], Decoder]:
-        """Planes held..bits-1 of `layer`, int32 [N, ceil(K/32)] each, and its decoder for `bits`.
+    def pages(self, layer: str, held: int, bits: int) -> tuple[list[Tensor], Scales]:
+        """Planes held..bits-1 of `layer`, int32 [N, ceil(K/32)] each, and its scales for `bits`.
 
         Raises CheckpointError naming the tensor and file that is missing, damaged or not as described.
         """
@@ -89,20 +89,20 @@ class PageReader:
         expected = self.spec.layer_tensors(layer)
         planes = [self._read(name, expected[name]) for name in (f"{layer}.plane_{i}" for i in range(held, bits))]
         tensors = {}
-        for key, (dtype, shape) in decoder_shapes(
+        for key, (dtype, shape) in scales_shapes(
             described.decoder, bits, rows, columns, self.spec.layer_group_size(layer)
         ).items():
             name = f"{layer}.{key}"
             tensors[key] = self._read(name, (DTYPE_NAMES[dtype], shape))
             check_values(name, self._reader.weight_map[name], tensors[key])
-        return planes, make_decoder(described.decoder, bits, tensors)
+        return planes, make_scales(described.decoder, bits, tensors)
 
     def page_bytes(self, layer: str, held: int, bits: int) -> int:
         """Bytes of what `pages` reads."""
         described = self.spec.layers[layer]
         rows, columns = described.out_features, described.in_features
-        decoder = decoder_bytes(described.decoder, bits, rows, columns, self.spec.layer_group_size(layer))
-        return 4 * max(0, bits - held) * rows * words_per_row(columns) + decoder
+        scales = scales_bytes(described.decoder, bits, rows, columns, self.spec.layer_group_size(layer))
+        return 4 * max(0, bits - held) * rows * words_per_row(columns) + scales
 
     def _read(self, tensor: str, expected: TensorSpec) -> Tensor:
         file = self._reader.weight_map.get(tensor)

@@ -1,7 +1,7 @@
 """A universal order of pages: every budget is a prefix of it.
 
 A page raises some layers (usually one) from some bits to higher ones: it adds planes and exchanges the
-decoder, so its bytes are a difference. The order starts at the smallest plan, every layer at its lowest
+scales, so its bytes are a difference. The order starts at the smallest plan, every layer at its lowest
 bits, and ends at the largest. What is resident for a budget is the longest prefix that fits; a smaller
 budget's plan is never above a larger one's in any layer, so shrinking and growing only ever drop and
 read pages.

@@ -29,7 +29,7 @@ File = TypeVar("File", bound=Strict)
 class Fingerprint(Strict):
     """Which checkpoint something was made for.
 
-    layout: sha256 of every layer's name, shape, bits, group size, decoder and role.
+    layout: sha256 of every layer's name, shape, bits, group size, scales and role.
     weights: sha256 of the digests in the index; None where it has none, as after `save_pretrained`.
     """
 

@@ -1,4 +1,4 @@
-"""Read checkpoints lazily: headers first, then only the planes and decoders that are asked for.
+"""Read checkpoints lazily: headers first, then only the planes and scales that are asked for.
 
 Names, dtypes and shapes are compared with `config.json` before a single weight is read, so a
 malformed file is a CheckpointError that names the tensor and the file.
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError, UnsupportedBitsError
-from ..planes.weights import MAX_BITS, PlaneWeight, is_byte_unit, make_decoder
+from ..planes.weights import MAX_BITS, PlaneWeight, is_byte_unit, make_scales
 from ..progress import Reporter
 from .config_digest import changed_fields
 from .schema import (
@@ -145,7 +145,7 @@ def check_spec(tensor: str, file: str, found: TensorSpec, expected: TensorSpec) 
 
 
 def check_values(tensor: str, file: str, value: Tensor) -> None:
-    """CheckpointError unless a tensor of planes or decoders has values that a reader can use."""
+    """CheckpointError unless a tensor of planes or scales has values that a reader can use."""
     if value.dtype == torch.float16 and not all(bool(bound.isfinite()) for bound in value.aminmax()):
         raise CheckpointError(f"{tensor} in {file} holds NaN or infinity", hint="the file is damaged")
     if UNIT.search(tensor) and not bool(is_byte_unit(value).all()):
@@ -160,11 +160,11 @@ class CheckpointReader:
 
     Args:
         folder: the checkpoint.
-        max_bits: only planes 0..max_bits-1 and decoders up to it are looked at; files that hold
+        max_bits: only planes 0..max_bits-1 and scales up to it are looked at; files that hold
             nothing else need not exist. Layers with a role are read whole.
         verify: compare the sha256 of every file that is opened, and of every field of config.json, with those in the
             index. Without it `quantization_config` alone is compared, and `changed_config` names the others.
-        paged: look only at what every plan of the model needs; planes and decoders of the planned layers are somebody
+        paged: look only at what every plan of the model needs; planes and scales of the planned layers are somebody
             else's concern (PageReader).
         checked: compare the headers with config.json at once; if not, `layer_problems` and `other_problems` do it.
 
@@ -329,7 +329,7 @@ class CheckpointReader:
         return value
 
     def layer(self, name: str) -> PlaneWeight:
-        """The planes and decoders of layer `name`, up to `max_bits`."""
+        """The planes and scales of layer `name`, up to `max_bits`."""
         layer = self.spec.layers.get(name)
         if layer is None:
             raise CheckpointError(f"{self.folder} has no quantized layer {name}")
@@ -339,7 +339,7 @@ class CheckpointReader:
         supported = self.spec.layer_bits(name, self.max_bits)
         return PlaneWeight(
             planes=tuple(tensors[f"plane_{index}"] for index in range(max(supported))),
-            decoders={bits: make_decoder(layer.decoder, bits, tensors) for bits in supported},
+            scales={bits: make_scales(layer.decoder, bits, tensors) for bits in supported},
             in_features=layer.in_features,
             group_size=self.spec.layer_group_size(name),
         )

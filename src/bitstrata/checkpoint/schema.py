@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import CheckpointError
 from ..planes.pack import words_per_row
-from ..planes.weights import MAX_BITS, Kind, decoder_bytes, decoder_shapes
+from ..planes.weights import MAX_BITS, Kind, scales_bytes, scales_shapes
 
 QUANT_METHOD = "bitstrata"
 FORMAT_VERSION = 3  # the highest that is read; what needs no higher one is still written as 1
@@ -33,7 +33,7 @@ REPORT_FILE = "bitstrata_report.json"
 
 _PLANE = re.compile(r"\.plane_(\d+)$")
 UNIT = re.compile(r"\.unit_\d+$")
-_DECODER = re.compile(r"\.(?:scale|offset|unit|table)_(\d+)$")
+_SCALES = re.compile(r"\.(?:scale|offset|unit|table)_(\d+)$")
 
 # (safetensors dtype, shape) of a tensor
 TensorSpec = tuple[str, tuple[int, ...]]
@@ -134,10 +134,10 @@ class QuantizationSpec(Strict):
         return self
 
     @model_validator(mode="after")
-    def _decoders_are_of_the_version(self) -> QuantizationSpec:
+    def _scales_are_of_the_version(self) -> QuantizationSpec:
         for name, layer in self.layers.items():
             if layer.decoder == "affine8" and self.format_version < BYTE_VERSION:
-                raise ValueError(f"{name}: decoder 'affine8' needs format_version {BYTE_VERSION}")
+                raise ValueError(f"{name}: scales 'affine8' needs format_version {BYTE_VERSION}")
         return self
 
     @classmethod
@@ -178,7 +178,7 @@ class QuantizationSpec(Strict):
         return self.layers[name].group_size or self.group_size
 
     def layer_tensors(self, name: str, max_bits: int = MAX_BITS) -> dict[str, TensorSpec]:
-        """Full names, dtypes and shapes of the planes and decoders of layer `name` up to `max_bits`."""
+        """Full names, dtypes and shapes of the planes and scales of layer `name` up to `max_bits`."""
         layer = self.layers[name]
         supported = self.layer_bits(name, max_bits)
         plane_shape = (layer.out_features, words_per_row(layer.in_features))
@@ -186,25 +186,25 @@ class QuantizationSpec(Strict):
             f"{name}.plane_{index}": ("I32", plane_shape) for index in range(max(supported, default=0))
         }
         for bits in supported:
-            shapes = decoder_shapes(
+            shapes = scales_shapes(
                 layer.decoder, bits, layer.out_features, layer.in_features, self.layer_group_size(name)
             )
             tensors.update({f"{name}.{key}": (DTYPE_NAMES[dtype], shape) for key, (dtype, shape) in shapes.items()})
         return tensors
 
     def layer_bytes(self, name: str) -> int:
-        """Bytes stored for layer `name`: all planes and decoders."""
+        """Bytes stored for layer `name`: all planes and scales."""
         return sum(map(tensor_bytes, self.layer_tensors(name).values()))
 
     def prefix_bytes(self, name: str, bits: int) -> int:
-        """Bytes of layer `name` at `bits`, one of its own: planes 0..bits-1 and that decoder."""
+        """Bytes of layer `name` at `bits`, one of its own: planes 0..bits-1 and those scales."""
         layer = self.layers[name]
         rows, columns = layer.out_features, layer.in_features
         planes = 4 * bits * rows * words_per_row(columns)
-        return planes + decoder_bytes(layer.decoder, bits, rows, columns, self.layer_group_size(name))
+        return planes + scales_bytes(layer.decoder, bits, rows, columns, self.layer_group_size(name))
 
     def bytes_read(self, bits: int) -> int:
-        """Bytes that one token reads of the quantized layers at `bits`: the prefix and its decoders.
+        """Bytes that one token reads of the quantized layers at `bits`: the prefix and its scales.
 
         An output head counts with all its planes, the one row of an embedding with nothing.
         """
@@ -238,7 +238,7 @@ def format_version(layers: Iterable[LayerSpec]) -> int:
 
 
 def tensor_bytes(spec: TensorSpec) -> int:
-    """Bytes of a stored plane or decoder tensor."""
+    """Bytes of a stored plane or scales tensor."""
     dtype, shape = spec
     return prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
 
@@ -263,10 +263,10 @@ def shard_of(tensor: str, whole_layers: Container[str] = ()) -> str:
     `whole_layers` are those of the spec: they are in a file of their own, because a reader that wants
     few bits of the others needs all of these.
     """
-    if tensor.rpartition(".")[0] in whole_layers and (_PLANE.search(tensor) or _DECODER.search(tensor)):
+    if tensor.rpartition(".")[0] in whole_layers and (_PLANE.search(tensor) or _SCALES.search(tensor)):
         return HEAD_SHARD
     if plane := _PLANE.search(tensor):
         return f"model-plane-{int(plane[1])}.safetensors"
-    if decoder := _DECODER.search(tensor):
-        return f"model-bits-{int(decoder[1])}.safetensors"
+    if found := _SCALES.search(tensor):
+        return f"model-bits-{int(found[1])}.safetensors"
     return COMMON_SHARD

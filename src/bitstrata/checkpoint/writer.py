@@ -53,7 +53,7 @@ class TensorEntry:
 
 
 def entries_of(layer: str, weight: PlaneWeight) -> list[TensorEntry]:
-    """The planes and decoders of one layer as entries with their full names."""
+    """The planes and scales of one layer as entries with their full names."""
     return [TensorEntry.of(f"{layer}.{name}", tensor) for name, tensor in weight.tensors().items()]
 
 

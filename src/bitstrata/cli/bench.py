@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..bench import bench
+from ..benchmark import bench
 from .output import DEVICE_OPTION, JSON_OPTION, show
 
 

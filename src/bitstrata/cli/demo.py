@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..demo import demo
+from ..demonstration import demo
 from .output import JSON_OPTION, show
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..evaluate import evaluate
+from ..evaluation import evaluate
 from .output import DEVICE_OPTION, JSON_OPTION, show
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from ..allocate import SOLVERS, Measure, plan
+from ..allocation import SOLVERS, Measure, plan
 from ..errors import UsageError
 from .output import DEVICE_OPTION, JSON_OPTION, show
 

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UsageError
 from ..progress import Reporter
-from ..quantize import quantize
+from ..quantization import quantize
 from .output import DEVICE_OPTION, JSON_OPTION, show
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..planes.weights import PlaneWeight, decoder_tensors
+from ..planes.weights import PlaneWeight, scales_tensors
 from . import cpu, ops, run
 from .plain import is_plain
 from .registry import PreparedWeight, Problem, select
@@ -23,14 +23,14 @@ from .registry import PreparedWeight, Problem, select
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
-def _arguments(weight: PlaneWeight, decoder_bits: Sequence[int]) -> tuple[object, ...]:
-    tensors = [tensor for bits in decoder_bits for tensor in decoder_tensors(weight.decoders[bits], bits).values()]
-    return list(weight.planes[: max(decoder_bits)]), tensors, weight.kind, list(decoder_bits), weight.group_size
+def _arguments(weight: PlaneWeight, scales_bits: Sequence[int]) -> tuple[object, ...]:
+    tensors = [tensor for bits in scales_bits for tensor in scales_tensors(weight.scales[bits], bits).values()]
+    return list(weight.planes[: max(scales_bits)]), tensors, weight.kind, list(scales_bits), weight.group_size
 
 
-def _prepared_arguments(weight: PreparedWeight, decoder_bits: Sequence[int]) -> tuple[object, ...]:
-    planes, decoders = list(weight.planes[: max(decoder_bits)]), [weight.decoders[bits] for bits in decoder_bits]
-    return planes, decoders, list(decoder_bits), weight.layout, weight.out_features, weight.group_size, weight.kind
+def _prepared_arguments(weight: PreparedWeight, scales_bits: Sequence[int]) -> tuple[object, ...]:
+    planes, scales = list(weight.planes[: max(scales_bits)]), [weight.scales[bits] for bits in scales_bits]
+    return planes, scales, list(scales_bits), weight.layout, weight.out_features, weight.group_size, weight.kind
 
 
 def _check_x(x: Tensor, *weights: PlaneWeight | PreparedWeight) -> None:
@@ -56,7 +56,7 @@ def _integer(bits: Any) -> int:
 
 
 def _checked_bits(bits: Any, weight: PlaneWeight | PreparedWeight) -> int:
-    """`bits` as an int, if the weight has a decoder for them."""
+    """`bits` as an int, if the weight has scales for them."""
     bits = _integer(bits)
     run.check_bits(bits, [weight])
     return bits
@@ -74,7 +74,7 @@ def plane_linear(x: Tensor, weight: PlaneWeight, bits: int) -> Tensor:
 
     The kernels of CPUs and GPUs re-lay the weight at every call: `prepare` it once where there are several.
 
-    Raises UnsupportedBitsError if the weight has no decoder for `bits`, UsageError if x is not a dense tensor K wide or
+    Raises UnsupportedBitsError if the weight has no scales for `bits`, UsageError if x is not a dense tensor K wide or
     `bits` not an integer.
     """
     _check_x(x, weight)
@@ -86,7 +86,7 @@ def plane_linear(x: Tensor, weight: PlaneWeight, bits: int) -> Tensor:
 def plane_linear_rows(x: Tensor, weight: PlaneWeight, row_bits: Tensor) -> Tensor:
     """Row r of x at row_bits[r] bits: x [..., K], row_bits integer [rows] -> [..., N]. Otherwise as `plane_linear`.
 
-    Raises UnsupportedBitsError if any row asks for bits without a decoder, UsageError if x is not a dense tensor K wide
+    Raises UnsupportedBitsError if any row asks for bits without scales, UsageError if x is not a dense tensor K wide
     or row_bits are not integers, one entry a row.
     """
     _check_x(x, weight)
@@ -106,13 +106,13 @@ def _check_lookup(index: Tensor, dtype: torch.dtype) -> None:
 def plane_lookup(index: Tensor, weight: PlaneWeight, bits: int, dtype: torch.dtype) -> Tensor:
     """Rows `index` (integers [...]) of the weight at `bits`: [..., K] in `dtype`, exactly as the reference decodes.
 
-    Raises IndexError for an index that is not a row, UnsupportedBitsError for bits without a decoder, UsageError for an
+    Raises IndexError for an index that is not a row, UnsupportedBitsError for bits without scales, UsageError for an
     index that is not of integers and a dtype that is not floating point.
     """
     _check_lookup(index, dtype)
     bits = _checked_bits(bits, weight)
     if is_plain(index):
-        ops.check_constant(decoder_tensors(weight.decoders[bits], bits).values())
+        ops.check_constant(scales_tensors(weight.scales[bits], bits).values())
         return run.lookup(index, weight, bits, dtype)
     arguments = _arguments(weight, [bits])
     y: Tensor = torch.ops.bitstrata.plane_lookup(index, *arguments, bits, weight.in_features, dtype)
@@ -155,8 +155,8 @@ def prepare(weight: PlaneWeight, dtype: torch.dtype) -> PreparedWeight | None:
 
     Raises UsageError if its scales require gradients, which their copies would not have.
     """
-    for bits, decoder in weight.decoders.items():
-        ops.check_constant(decoder_tensors(decoder, bits).values())
+    for bits, scales in weight.scales.items():
+        ops.check_constant(scales_tensors(scales, bits).values())
     device = weight.planes[0].device.type
     _warn_without_kernels(device)
     return select(Problem(device, dtype, 1, weight.kind)).prepare(weight)
@@ -165,10 +165,10 @@ def prepare(weight: PlaneWeight, dtype: torch.dtype) -> PreparedWeight | None:
 def without_pages(
     kind: str, out_features: int, in_features: int, group_size: int, device: str, dtype: torch.dtype
 ) -> PreparedWeight | None:
-    """A weight [N, K] without planes and decoders, in the layout that `prepare` would choose; None for the stored one.
+    """A weight [N, K] without planes and scales, in the layout that `prepare` would choose; None for the stored one.
 
     Args:
-        kind: of its decoders; device, dtype: where it will run, and that of the activations.
+        kind: of its scales; device, dtype: where it will run, and that of the activations.
     """
     _warn_without_kernels(device)
     layout = select(Problem(device, dtype, 1, kind)).layout

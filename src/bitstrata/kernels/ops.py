@@ -7,7 +7,7 @@
     bitstrata::prepared_...          the same four from a weight in a kernel's own layout
 
 They take the layer's tensors as lists, because a dispatcher schema has no structures: planes; then the tensors of the
-decoders for `decoder_bits`, one after the other; or the tensors and the shape of a prepared weight. They are defined
+scales for `scales_bits`, one after the other; or the tensors and the shape of a prepared weight. They are defined
 through `torch.library.Library` rather than `custom_op`, which costs several times more per call.
 
 Products are linear in x, and W is constant. So the gradient with respect to x is g @ W, a tangent goes through as
@@ -37,8 +37,8 @@ from . import run
 _LIBRARY = torch.library.Library("bitstrata", "DEF")
 # the arguments that describe a weight, stored or prepared, and what makes it from them
 _WEIGHTS = {
-    "plane": "Tensor[] planes, Tensor[] decoders, str kind, int[] decoder_bits, int group_size",
-    "prepared": "Tensor[] planes, Tensor[] decoders, int[] decoder_bits, str layout, int out_features, int group_size, "
+    "plane": "Tensor[] planes, Tensor[] scales, str kind, int[] scales_bits, int group_size",
+    "prepared": "Tensor[] planes, Tensor[] scales, int[] scales_bits, str layout, int out_features, int group_size, "
     "str kind",
 }
 _MAKERS: dict[str, Any] = {"plane": run.stored_weight, "prepared": run.prepared_weight}
@@ -119,10 +119,10 @@ def _below(op: Any, keyset: Any, x: Tensor, arguments: Sequence[Any]) -> Tensor:
     return y
 
 
-def check_constant(decoders: Iterable[Tensor]) -> None:
+def check_constant(scales: Iterable[Tensor]) -> None:
     """Raise UsageError if somebody waits for derivatives with respect to a weight's own numbers: there are none."""
     backward, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
-    for tensor in decoders:
+    for tensor in scales:
         if (backward and tensor.requires_grad) or (forward and forward_ad.unpack_dual(tensor).tangent is not None):
             raise UsageError(
                 "derivatives with respect to the scales, offsets or tables of a quantized weight are not computed",
@@ -131,8 +131,8 @@ def check_constant(decoders: Iterable[Tensor]) -> None:
 
 
 def _autograd(op: Any, keyset: Any, x: Tensor, *arguments: Any) -> Tensor:
-    _, decoders, *_ = arguments
-    check_constant(decoders)
+    _, scales, *_ = arguments
+    check_constant(scales)
     forward = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     if x.is_floating_point() and (forward or (x.requires_grad and torch.is_grad_enabled())):
         with enable_single_level_autograd_function():

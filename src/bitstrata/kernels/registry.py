@@ -22,18 +22,18 @@ from torch import Tensor
 
 from ..errors import KernelError
 from ..planes.pack import words_per_row
-from ..planes.weights import Decoder, PlaneWeight, decoder_kind, decoder_shapes, decoder_tensors
+from ..planes.weights import PlaneWeight, Scales, scales_kind, scales_shapes, scales_tensors
 
 ENVIRONMENT = "BITSTRATA_KERNEL"
 
 
 class Problem(NamedTuple):
-    """What a kernel is asked to do: device type, activation dtype, rows and the decoder's kind."""
+    """What a kernel is asked to do: device type, activation dtype, rows and the scales's kind."""
 
     device: str
     dtype: torch.dtype
     rows: int
-    decoder: str
+    kind: str
 
 
 class PreparedWeight(Protocol):
@@ -44,7 +44,7 @@ class PreparedWeight(Protocol):
     @property
     def planes(self) -> tuple[Tensor, ...]: ...
     @property
-    def decoders(self) -> Mapping[int, Tensor]: ...
+    def scales(self) -> Mapping[int, Tensor]: ...
     @property
     def out_features(self) -> int: ...
     @property
@@ -52,7 +52,7 @@ class PreparedWeight(Protocol):
     @property
     def group_size(self) -> int: ...
     @property
-    def kind(self) -> str: ...  # of the decoders, "affine" or "codebook"
+    def kind(self) -> str: ...  # of the scales, "affine" or "codebook"
     @property
     def bits(self) -> tuple[int, ...]: ...
 
@@ -60,16 +60,16 @@ class PreparedWeight(Protocol):
         """The stored layout again, bit for bit."""
         ...
 
-    def with_pages(self, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> PreparedWeight:
+    def with_pages(self, bits: int, planes: Sequence[Tensor], scales: Scales) -> PreparedWeight:
         """A weight at `bits` alone: this one's planes 0..bits-1 as far as it has them, shared, then `planes`.
 
-        Planes and decoder come in the stored order, on the weight's device. This weight stays as it is. Raises
-        ValueError if the planes are not as many as are missing, or their shapes or those of the decoder do not fit.
+        Planes and scales come in the stored order, on the weight's device. This weight stays as it is. Raises
+        ValueError if the planes are not as many as are missing, or their shapes or those of the scales do not fit.
         """
         ...
 
 
-def check_pages(weight: PreparedWeight, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> None:
+def check_pages(weight: PreparedWeight, bits: int, planes: Sequence[Tensor], scales: Scales) -> None:
     """Raise ValueError unless `weight.with_pages` can use these: kernels trust the addresses they get."""
     missing = max(0, bits - len(weight.planes))
     if len(planes) != missing:
@@ -77,10 +77,10 @@ def check_pages(weight: PreparedWeight, bits: int, planes: Sequence[Tensor], dec
     rows, columns = weight.out_features, weight.in_features
     for plane in planes:
         _check_tensor("plane", plane, {"plane": (torch.int32, (rows, words_per_row(columns)))})
-    if decoder.kind != decoder_kind(weight.kind, bits):
-        raise ValueError(f"{bits} bits of a weight with {weight.kind} decoders cannot have one of {decoder.kind}")
-    expected = decoder_shapes(weight.kind, bits, rows, columns, weight.group_size)
-    for name, tensor in decoder_tensors(decoder, bits).items():
+    if scales.kind != scales_kind(weight.kind, bits):
+        raise ValueError(f"{bits} bits of a weight with {weight.kind} scales cannot have one of {scales.kind}")
+    expected = scales_shapes(weight.kind, bits, rows, columns, weight.group_size)
+    for name, tensor in scales_tensors(scales, bits).items():
         _check_tensor(name, tensor, expected)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedBitsError, UsageError
-from ..planes.weights import Decoder, PlaneWeight, decoder_shapes, make_decoder
+from ..planes.weights import PlaneWeight, Scales, make_scales, scales_shapes
 from . import cpu, reference  # noqa: F401  (they register themselves)
 from .reference import REFERENCE
 from .registry import ENVIRONMENT, Kernel, PreparedWeight, Problem, select, select_in
@@ -27,32 +27,32 @@ TILE_ROWS = 16  # of which a tile has a multiple: what the layouts keep together
 def stored_weight(
     columns: int,
     planes: Sequence[Tensor],
-    decoders: Sequence[Tensor],
+    scales: Sequence[Tensor],
     kind: str,
-    decoder_bits: Sequence[int],
+    scales_bits: Sequence[int],
     group_size: int,
 ) -> PlaneWeight:
-    """The weight [N, columns] whose decoders' tensors stand one after the other in `decoders`."""
-    left = iter(decoders)
-    made: dict[int, Decoder] = {}
-    for bits in decoder_bits:
-        names = decoder_shapes(kind, bits, 0, 0, 1)
-        made[bits] = make_decoder(kind, bits, dict(zip(names, left, strict=False)))
+    """The weight [N, columns] whose scales' tensors stand one after the other in `scales`."""
+    left = iter(scales)
+    made: dict[int, Scales] = {}
+    for bits in scales_bits:
+        names = scales_shapes(kind, bits, 0, 0, 1)
+        made[bits] = make_scales(kind, bits, dict(zip(names, left, strict=False)))
     return PlaneWeight(tuple(planes), made, columns, group_size)
 
 
 def prepared_weight(
     columns: int,
     planes: Sequence[Tensor],
-    decoders: Sequence[Tensor],
-    decoder_bits: Sequence[int],
+    scales: Sequence[Tensor],
+    scales_bits: Sequence[int],
     layout: str,
     out_features: int,
     group_size: int,
     kind: str,
 ) -> PreparedWeight:
     """The weight [out_features, columns] in `layout` that holds these tensors."""
-    by_bits = dict(zip(decoder_bits, decoders, strict=True))
+    by_bits = dict(zip(scales_bits, scales, strict=True))
     weight: PreparedWeight = LAYOUTS[layout](tuple(planes), by_bits, out_features, columns, group_size, kind)
     return weight
 
@@ -61,7 +61,7 @@ def linear(x: Tensor, weights: Sequence[AnyWeight], bits: int | Tensor, arithmet
     """x [..., K] times each weight, all of one layout, K and groups: [..., N_i] in x's dtype.
 
     Every row at `bits`, or row r at bits[r]; in `arithmetic`, or as the best kernel does.
-    Raises UnsupportedBitsError for bits without a decoder, KernelError if nothing computes in `arithmetic`.
+    Raises UnsupportedBitsError for bits without scales, KernelError if nothing computes in `arithmetic`.
     """
     first = weights[0]
     leading = x.shape[:-1]
@@ -147,18 +147,18 @@ def lookup(index: Tensor, weight: AnyWeight, bits: int, dtype: torch.dtype) -> T
 
 
 def check_bits(bits: int, weights: Sequence[AnyWeight]) -> None:
-    """Raise UnsupportedBitsError unless all of `weights` have a decoder for `bits`."""
+    """Raise UnsupportedBitsError unless all of `weights` have scales for `bits`."""
     for weight in weights:
-        if bits not in weight.decoders:
+        if bits not in weight.scales:
             raise UnsupportedBitsError(bits, weight.bits, where="this layer")
 
 
 def check_row_bits(row_bits: Tensor, rows: int, supported: tuple[int, ...]) -> None:
-    """Raise UsageError unless there is one entry a row, UnsupportedBitsError for an entry without a decoder."""
+    """Raise UsageError unless there is one entry a row, UnsupportedBitsError for an entry without scales."""
     if row_bits.dim() != 1 or row_bits.shape[0] != rows:
         raise UsageError(f"row_bits must have shape {[rows]}, one entry a row, got {list(row_bits.shape)}")
     if row_bits.device.type != "cpu":
-        return  # looking would wait for the device; its kernel makes NaN of rows whose bits have no decoder
+        return  # looking would wait for the device; its kernel makes NaN of rows whose bits have no scales
     unknown = set(row_bits.tolist()) - set(supported)
     if unknown:
         raise UnsupportedBitsError(sorted(unknown), supported, where="this layer")

@@ -109,7 +109,7 @@ def put_embedding(
 
     Args:
         layer: what the checkpoint says of it.
-        shared: group_size, decoder, device and dtype.
+        shared: group_size, scales, device and dtype.
         state: of the model.
 
     Raises CheckpointError if it does not fit the model.

@@ -162,7 +162,7 @@ def replace_layers(model: PreTrainedModel, spec: QuantizationSpec, *, paged: boo
         weight = place.weight
         shared: dict[str, Any] = {
             "group_size": spec.layer_group_size(known),
-            "decoder": layer.decoder,
+            "kind": layer.decoder,
             "device": weight.device,
             "dtype": weight.dtype,
         }

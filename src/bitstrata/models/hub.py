@@ -1,7 +1,7 @@
 """A model's folder: a local one, or the snapshot of a hub id with the files that will be read and no others.
 
 What describes a model is small and comes first. It says which weights there are to be read: of a
-source those that transformers would load, of a checkpoint the planes and decoders of the bits asked
+source those that transformers would load, of a checkpoint the planes and scales of the bits asked
 for. Publishers keep other copies beside them, often as large again.
 """
 

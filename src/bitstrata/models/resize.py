@@ -1,10 +1,10 @@
 """Growing and shrinking a running model: pages of its checkpoint read and dropped.
 
-A page is one plane of one layer, or its decoder for some bits. A model that was loaded with a plan or a budget holds,
-of each planned layer, planes 0..b-1 and the decoder for b bits: what the plan says, and nothing that another plan
+A page is one plane of one layer, or its scales for some bits. A model that was loaded with a plan or a budget holds,
+of each planned layer, planes 0..b-1 and the scales for b bits: what the plan says, and nothing that another plan
 would need. To resize,
 
-    read       of every layer that changes, the planes above those it has, and the new decoder, into the kernel's
+    read       of every layer that changes, the planes above those it has, and the new scales, into the kernel's
                layout; requests run on meanwhile, at the old plan
     exchange   every changed layer's weight, and the plan, between two steps (nn/resident.py)
     drop       what the new plan does not need, when the last user of the old weight has ended

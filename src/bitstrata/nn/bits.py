@@ -72,7 +72,7 @@ class BitsState:
     """The bits that a model's quantized layers use now.
 
     Args:
-        supported: bits for which the model has decoders.
+        supported: bits for which the model has scales.
         layers: for each quantized layer its supported bits; a plan must name exactly these layers.
         value: the bits to start with; the highest supported by default.
     """
@@ -116,7 +116,7 @@ class BitsState:
         """Switch to `value`, until the end of the block inside which that happens, and return the previous one.
 
         Raises:
-            UnsupportedBitsError: bits without a decoder. Nothing is rounded to the nearest.
+            UnsupportedBitsError: bits without scales. Nothing is rounded to the nearest.
             UsageError: a plan that does not name the model's layers, a tensor that is not of integers, or another
                 thread that is running the model at something else.
             PlanError: a Plan that was made for another checkpoint than `made_from`.

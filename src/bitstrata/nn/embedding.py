@@ -32,7 +32,7 @@ class PlaneEmbedding(PlaneModule):
         *,
         bits: int,
         group_size: int,
-        decoder: str = "affine",
+        kind: str = "affine",
         state: BitsState | None = None,
         scale: float | None = None,
         round_scale: bool = False,
@@ -40,9 +40,7 @@ class PlaneEmbedding(PlaneModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            columns, rows, bits=(bits,), group_size=group_size, decoder=decoder, device=device, dtype=dtype
-        )
+        super().__init__(columns, rows, bits=(bits,), group_size=group_size, kind=kind, device=device, dtype=dtype)
         self.scale, self.round_scale = scale, round_scale
         self.bits_state = FixedBits(bits, state)
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, columns, padding_idx
@@ -57,7 +55,7 @@ class PlaneEmbedding(PlaneModule):
             weight.in_features,
             bits=bits,
             group_size=weight.group_size,
-            decoder=weight.kind,
+            kind=weight.kind,
             device=weight.planes[0].device,
             dtype=dtype,
         )

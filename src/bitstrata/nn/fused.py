@@ -129,7 +129,7 @@ def fuse(model: nn.Module) -> int:
     for module in model.modules():
         for names in TOGETHER:
             members = [child for name in names if isinstance(child := getattr(module, name, None), PlaneLinear)]
-            shapes = {(child.in_features, child.group_size, child.decoder, child.bits) for child in members}
+            shapes = {(child.in_features, child.group_size, child.kind, child.bits) for child in members}
             if len(members) > 1 and len(shapes) == 1:
                 group = FusedGroup(members)
                 for child in members:

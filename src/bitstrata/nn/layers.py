@@ -24,5 +24,5 @@ def steady_rows(model: nn.Module, dtype: torch.dtype) -> int | None:
     for layer in multiplied_layers(model):
         held = layer if isinstance(layer, PlaneLinear) else layer.embedding
         device = held.get_buffer("weight").device.type
-        limits.add(select(Problem(device, dtype, 1, held.decoder)).steady_rows)
+        limits.add(select(Problem(device, dtype, 1, held.kind)).steady_rows)
     return min((limit for limit in limits if limit is not None), default=None)

@@ -1,4 +1,4 @@
-"""PlaneLinear: a linear layer whose weight is planes and decoders."""
+"""PlaneLinear: a linear layer whose weight is planes and scales."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PlaneLinear(PlaneModule):
     Args:
         name: the layer's name in the model; plans look it up.
         state: the model's BitsState; FixedBits for a layer that always runs at one precision.
-        decoder: "affine" or "codebook".
+        kind: of the scales, "affine", "affine8" or "codebook".
         dtype: of the bias and the placeholder.
     """
 
@@ -30,7 +30,7 @@ class PlaneLinear(PlaneModule):
         state: BitsState | FixedBits,
         bits: tuple[int, ...],
         group_size: int,
-        decoder: str = "affine",
+        kind: str = "affine",
         bias: bool = False,
         paged: bool = False,
         device: torch.device | str | None = None,
@@ -41,7 +41,7 @@ class PlaneLinear(PlaneModule):
             out_features,
             bits=bits,
             group_size=group_size,
-            decoder=decoder,
+            kind=kind,
             paged=paged,
             device=device,
             dtype=dtype,
@@ -70,7 +70,7 @@ class PlaneLinear(PlaneModule):
             state=state or BitsState(weight.bits, {name: weight.bits}),
             bits=weight.bits,
             group_size=weight.group_size,
-            decoder=weight.kind,
+            kind=weight.kind,
             bias=bias is not None,
             device=weight.planes[0].device,
             dtype=dtype if dtype is not None or bias is None else bias.dtype,

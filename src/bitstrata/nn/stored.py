@@ -1,4 +1,4 @@
-"""PlaneModule: a module that holds one weight as planes and decoders, in the stored order or a kernel's own."""
+"""PlaneModule: a module that holds one weight as planes and scales, in the stored order or a kernel's own."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..kernels import (
     without_pages,
 )
 from ..planes.pack import words_per_row
-from ..planes.weights import Decoder, PlaneWeight, decoder_bytes, decoder_shapes, make_decoder, map_decoder
+from ..planes.weights import PlaneWeight, Scales, make_scales, map_scales, scales_bytes, scales_shapes
 
 _PREPARED = "prepared_"
 
 
 class PlaneModule(nn.Module):
     """Buffers carry the names of the checkpoint: `plane_<i>` int32 [N, ceil(K/32)] and for each
-    supported bits p the tensors of `planes.weights.decoder_shapes`: for an affine decoder `scale_<p>`
+    supported bits p the tensors of `planes.weights.scales_shapes`: for affine scales `scale_<p>`
     fp16 [p, N, J] and `offset_<p>` fp16 [N, J]. `weight` is an empty placeholder: it tells code that
     asks a layer's dtype, and makes loaders that do not know the format fail on its shape.
 
@@ -34,13 +34,13 @@ class PlaneModule(nn.Module):
     live in buffers `prepared_<i>` that no checkpoint sees. `state_dict` gives the stored ones all
     the same, and loading, moving or `plane_weight` bring them back.
 
-    A `paged` module starts without planes and decoders. `with_pages` makes a weight for one bits value from what it
+    A `paged` module starts without planes and scales. `with_pages` makes a weight for one bits value from what it
     holds and the pages that are missing, `hold` puts it in place; `bits` is then that value, and the module is in every
     respect one that was quantized for it alone.
 
     Args:
         bits: the supported ones; of a paged module, those that it may get pages for.
-        decoder: "affine" or "codebook".
+        kind: of the scales, "affine", "affine8" or "codebook".
         dtype: of the placeholder.
     """
 
@@ -51,14 +51,14 @@ class PlaneModule(nn.Module):
         *,
         bits: tuple[int, ...],
         group_size: int,
-        decoder: str = "affine",
+        kind: str = "affine",
         paged: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.group_size, self.decoder, self.paged = group_size, decoder, paged
+        self.group_size, self.kind, self.paged = group_size, kind, paged
         self.bits: tuple[int, ...] = () if paged else bits
         self.prepared: PreparedWeight | None = None
         self._wants_layout = False  # somebody called `prepare`, and nobody `restore` since
@@ -66,15 +66,15 @@ class PlaneModule(nn.Module):
         for index in range(max(self.bits, default=0)):
             self.register_buffer(f"plane_{index}", torch.zeros(out_features, words, dtype=torch.int32, device=device))
         for value in self.bits:
-            for key, (kind, shape) in self._decoder_shapes(value).items():
-                self.register_buffer(key, torch.zeros(shape, dtype=kind, device=device))
+            for key, (stored_as, shape) in self._scales_shapes(value).items():
+                self.register_buffer(key, torch.zeros(shape, dtype=stored_as, device=device))
         self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device))
 
-    def _decoder_shapes(self, bits: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        return decoder_shapes(self.decoder, bits, self.out_features, self.in_features, self.group_size)
+    def _scales_shapes(self, bits: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return scales_shapes(self.kind, bits, self.out_features, self.in_features, self.group_size)
 
     def plane_weight(self, bits: tuple[int, ...] | None = None) -> PlaneWeight:
-        """The weight as stored, with the decoders for `bits` (all of them by default).
+        """The weight as stored, with the scales for `bits` (all of them by default).
 
         The tensors are the module's own, or copies if the weight is prepared for a kernel.
         """
@@ -83,16 +83,16 @@ class PlaneModule(nn.Module):
             stored = self.prepared.unpack()
             return PlaneWeight(
                 stored.planes[: max(chosen)],
-                {value: stored.decoders[value] for value in chosen},
+                {value: stored.scales[value] for value in chosen},
                 self.in_features,
                 self.group_size,
             )
-        decoders: dict[int, Decoder] = {}
+        scales: dict[int, Scales] = {}
         for value in chosen:
-            tensors = {key: getattr(self, key) for key in self._decoder_shapes(value)}
-            decoders[value] = make_decoder(self.decoder, value, tensors)
+            tensors = {key: getattr(self, key) for key in self._scales_shapes(value)}
+            scales[value] = make_scales(self.kind, value, tensors)
         planes = tuple(getattr(self, f"plane_{index}") for index in range(max(chosen)))
-        return PlaneWeight(planes, decoders, self.in_features, self.group_size)
+        return PlaneWeight(planes, scales, self.in_features, self.group_size)
 
     def _times(self, x: Tensor, bits: int | Tensor, arithmetic: str | None) -> Tensor:
         """x [..., K] @ W^T at `bits`, one value or one a row [rows].
@@ -109,9 +109,9 @@ class PlaneModule(nn.Module):
         return plane_linear(x, self.plane_weight((bits,)), bits)
 
     def bytes_read(self, bits: int) -> int:
-        """Bytes of the stored tensors that a product at `bits` needs: planes 0..bits-1 and that decoder."""
-        decoder = decoder_bytes(self.decoder, bits, self.out_features, self.in_features, self.group_size)
-        return 4 * bits * self.out_features * words_per_row(self.in_features) + decoder
+        """Bytes of the stored tensors that a product at `bits` needs: planes 0..bits-1 and those scales."""
+        scales = scales_bytes(self.kind, bits, self.out_features, self.in_features, self.group_size)
+        return 4 * bits * self.out_features * words_per_row(self.in_features) + scales
 
     def prepare(self) -> None:
         """Re-lay the weight for the kernel that runs here, if it wants a layout of its own."""
@@ -123,7 +123,7 @@ class PlaneModule(nn.Module):
         if self.paged:
             prepared = self._without_pages()
             if prepared is not None:
-                prepared = prepared.with_pages(self.bits[0], stored.planes, stored.decoders[self.bits[0]])
+                prepared = prepared.with_pages(self.bits[0], stored.planes, stored.scales[self.bits[0]])
         else:
             prepared = prepare(stored, placeholder.dtype)
         if prepared is not None:
@@ -146,19 +146,19 @@ class PlaneModule(nn.Module):
             if wants:
                 self.prepare()
 
-    def with_pages(self, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> PlaneWeight | PreparedWeight:
+    def with_pages(self, bits: int, planes: Sequence[Tensor], scales: Scales) -> PlaneWeight | PreparedWeight:
         """The weight at `bits` alone: the planes that the module holds as far as they go, shared, then `planes`.
 
-        The module stays as it is. `planes` and `decoder` in the stored order, on any device.
+        The module stays as it is. `planes` and `scales` in the stored order, on any device.
         """
         device = self.get_buffer("weight").device
         planes = [plane.to(device) for plane in planes]
-        decoder = map_decoder(decoder, lambda tensor, _: tensor.to(device))
+        scales = map_scales(scales, lambda tensor, _: tensor.to(device))
         held = self.prepared if self.bits else self._without_pages()
         if held is not None:
-            return held.with_pages(bits, planes, decoder)
+            return held.with_pages(bits, planes, scales)
         kept = [getattr(self, f"plane_{index}") for index in range(min(bits, max(self.bits, default=0)))]
-        return PlaneWeight((*kept, *planes), {bits: decoder}, self.in_features, self.group_size)
+        return PlaneWeight((*kept, *planes), {bits: scales}, self.in_features, self.group_size)
 
     def hold(self, weight: PlaneWeight | PreparedWeight) -> None:
         """Hold `weight`, of this module's shape, and nothing else. What is computing with the former one keeps it."""
@@ -168,7 +168,7 @@ class PlaneModule(nn.Module):
             prepared = None
         else:
             prepared = weight
-            held = [*weight.planes, *weight.decoders.values()]
+            held = [*weight.planes, *weight.scales.values()]
             buffers |= {f"{_PREPARED}{index}": tensor for index, tensor in enumerate(held)}
         self._non_persistent_buffers_set = {key for key in buffers if key.startswith(_PREPARED)}
         self._buffers, self.bits, self.prepared = buffers, weight.bits, prepared
@@ -176,7 +176,7 @@ class PlaneModule(nn.Module):
     def _without_pages(self) -> PreparedWeight | None:
         placeholder = self.get_buffer("weight")
         return without_pages(
-            self.decoder,
+            self.kind,
             self.out_features,
             self.in_features,
             self.group_size,
@@ -222,4 +222,4 @@ class PlaneModule(nn.Module):
 
     def extra_repr(self) -> str:
         bits = ",".join(map(str, self.bits))
-        return f"{self.in_features}, {self.out_features}, bits={bits}, group_size={self.group_size}, {self.decoder}"
+        return f"{self.in_features}, {self.out_features}, bits={bits}, group_size={self.group_size}, {self.kind}"

@@ -1,15 +1,15 @@
-"""The representation: packed bit-planes, decoders, and the reference that defines their meaning."""
+"""The representation: packed bit-planes, scales, and the reference that defines their meaning."""
 
 from .decode import codes, decode, signs
 from .pack import pack_bits, unpack_bits, words_per_row
-from .weights import AffineDecoder, ByteAffineDecoder, CodebookDecoder, Decoder, PlaneWeight, group_count, whole_number
+from .weights import AffineScales, ByteScales, Codebook, PlaneWeight, Scales, group_count, whole_number
 
 __all__ = [
-    "AffineDecoder",
-    "ByteAffineDecoder",
-    "CodebookDecoder",
-    "Decoder",
+    "AffineScales",
+    "ByteScales",
+    "Codebook",
     "PlaneWeight",
+    "Scales",
     "codes",
     "decode",
     "group_count",

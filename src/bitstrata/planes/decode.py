@@ -1,12 +1,12 @@
-"""The reference decoder: the specification of the format, obvious and slow.
+"""The reference scales: the specification of the format, obvious and slow.
 
     affine    W[n, k] = offset[n, j] + sum_{i<bits} scale[i, n, j] B_i[n, k],   j = k div group_size
-    affine8   the same, its coefficients from bytes (ByteAffineDecoder)
+    affine8   the same, its coefficients from bytes (ByteScales)
     codebook  W[n, k] = table[n, code],   code = sum_{i<bits} b_i 2^(bits-1-i)
 
 with B_i = 2 b_i - 1 in {-1, +1}. In float64 the sum is exact: up to nine fp16 terms span fewer
 than 53 bits. In any other dtype it is accumulated in float32, offset first, then planes 0, 1, ...,
-and converted once at the end. Faster decoders are compared with this one.
+and converted once at the end. Faster scales are compared with this one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .pack import unpack_bits
-from .weights import CodebookDecoder, PlaneWeight, group_count
+from .weights import Codebook, PlaneWeight, group_count
 
 CHUNK = 1 << 20  # weights decoded at a time: bounds the temporaries, and they stay in cache
 
@@ -34,7 +34,7 @@ def codes(weight: PlaneWeight, bits: int) -> Tensor:
 
 
 def decode(weight: PlaneWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight at `bits`: [N, K] in `dtype`. Raises KeyError if there is no decoder for `bits`."""
+    """The weight at `bits`: [N, K] in `dtype`. Raises KeyError if there is no scales for `bits`."""
     result = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.planes[0].device)
     step = max(1, CHUNK // weight.in_features)
     for start in range(0, weight.out_features, step):
@@ -43,17 +43,17 @@ def decode(weight: PlaneWeight, bits: int, dtype: torch.dtype = torch.float32) -
 
 
 def _decode_rows(weight: PlaneWeight, bits: int, dtype: torch.dtype) -> Tensor:
-    decoder = weight.decoders[bits]
+    scales = weight.scales[bits]
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    if isinstance(decoder, CodebookDecoder):
-        return decoder.table.to(dtype).gather(1, codes(weight, bits))
+    if isinstance(scales, Codebook):
+        return scales.table.to(dtype).gather(1, codes(weight, bits))
 
-    decoder = decoder.affine()
+    scales = scales.affine()
     columns = weight.in_features
     size = min(weight.group_size, columns)
     groups = group_count(columns, size)
-    total = decoder.offset.to(accumulate).unsqueeze(-1).repeat(1, 1, size)  # [N, J, g]
+    total = scales.offset.to(accumulate).unsqueeze(-1).repeat(1, 1, size)  # [N, J, g]
     for index in range(bits):
         plane = torch.nn.functional.pad(signs(weight, index, accumulate), (0, groups * size - columns))
-        total += decoder.scale[index].to(accumulate).unsqueeze(-1) * plane.view(len(plane), groups, size)
+        total += scales.scale[index].to(accumulate).unsqueeze(-1) * plane.view(len(plane), groups, size)
     return total.flatten(1)[:, :columns].to(dtype)

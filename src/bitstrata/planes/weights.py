@@ -1,7 +1,7 @@
-"""PlaneWeight: one linear layer's weight as shared bit-planes and one decoder per bits.
+"""PlaneWeight: one linear layer's weight as shared bit-planes and one set of scales per bits.
 
-Planes are shared by all bits; a decoder belongs to one bits value and never touches a plane.
-So the weight at `bits` depends on planes 0..bits-1 and on that one decoder, on nothing else.
+Planes are shared by all bits; scales belongs to one bits value and never touches a plane.
+So the weight at `bits` depends on planes 0..bits-1 and on that one set of scales, on nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .pack import words_per_row
 MAX_BITS = 8
 SCALE_DTYPE = torch.float16
 Kind = Literal["affine", "affine8", "codebook"]
-KINDS: tuple[Kind, ...] = get_args(Kind)  # of a layer's decoders; affine8 is affine above BYTE_BITS
+KINDS: tuple[Kind, ...] = get_args(Kind)  # of a layer's scales; affine8 is affine above BYTE_BITS
 BYTE_BITS = 4  # up to here coefficients may be bytes: finer precisions would feel their rounding
 
 
@@ -42,7 +42,7 @@ def group_count(columns: int, group_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class AffineDecoder:
+class AffineScales:
     """W[n, k] = offset[n, j] + sum_i scale[i, n, j] * B_i[n, k], j the group of column k.
 
     scale: fp16 [bits, N, J]; offset: fp16 [N, J].
@@ -53,14 +53,14 @@ class AffineDecoder:
     kind: ClassVar = "affine"
     row_dims: ClassVar = {"scale": 1, "offset": 0}  # which dimension of each tensor the weight's rows are
 
-    def affine(self) -> AffineDecoder:
+    def affine(self) -> AffineScales:
         """Itself."""
         return self
 
 
 @dataclass(frozen=True)
-class ByteAffineDecoder:
-    """An affine decoder whose coefficients are bytes, times a unit that a row's groups share.
+class ByteScales:
+    """affine scales whose coefficients are bytes, times a unit that a row's groups share.
 
         scale_i[n, j] = scale[i, n, j] * 2^-(7+i) * unit[n],    offset[n, j] = offset[n, j] * 2^-7 * unit[n]
 
@@ -74,14 +74,14 @@ class ByteAffineDecoder:
     kind: ClassVar = "affine8"
     row_dims: ClassVar = {"scale": 1, "offset": 0, "unit": 0}
 
-    def affine(self) -> AffineDecoder:
+    def affine(self) -> AffineScales:
         """The same coefficients in fp16."""
         step = byte_steps(self.unit, len(self.scale)).unsqueeze(-1)  # [bits + 1, N, 1]
-        return AffineDecoder((self.scale * step[:-1]).to(SCALE_DTYPE), (self.offset * step[-1]).to(SCALE_DTYPE))
+        return AffineScales((self.scale * step[:-1]).to(SCALE_DTYPE), (self.offset * step[-1]).to(SCALE_DTYPE))
 
 
 @dataclass(frozen=True)
-class CodebookDecoder:
+class Codebook:
     """W[n, k] = table[n, code], code = the plane bits of (n, k), plane 0 the most significant.
 
     table: fp16 [N, 2**bits].
@@ -92,22 +92,22 @@ class CodebookDecoder:
     row_dims: ClassVar = {"table": 0}
 
 
-Decoder = AffineDecoder | ByteAffineDecoder | CodebookDecoder
+Scales = AffineScales | ByteScales | Codebook
 
 
-def decoder_tensors(decoder: Decoder, bits: int) -> dict[str, Tensor]:
-    """A decoder's tensors under the names they carry in a checkpoint."""
-    return {f"{name}_{bits}": getattr(decoder, name) for name in decoder.row_dims}
+def scales_tensors(scales: Scales, bits: int) -> dict[str, Tensor]:
+    """A set of scales's tensors under the names they carry in a checkpoint."""
+    return {f"{name}_{bits}": getattr(scales, name) for name in scales.row_dims}
 
 
-def map_decoder(decoder: Decoder, change: Callable[[Tensor, int], Tensor]) -> Decoder:
-    """The decoder with every tensor replaced by `change(tensor, the dimension that is the weight's rows)`."""
-    return type(decoder)(**{name: change(getattr(decoder, name), dim) for name, dim in decoder.row_dims.items()})
+def map_scales(scales: Scales, change: Callable[[Tensor, int], Tensor]) -> Scales:
+    """The scales with every tensor replaced by `change(tensor, the dimension that is the weight's rows)`."""
+    return type(scales)(**{name: change(getattr(scales, name), dim) for name, dim in scales.row_dims.items()})
 
 
 @torch.autocast("cpu", enabled=False)  # there torch.cat takes no fp16
-def join_decoders(parts: Sequence[Decoder]) -> Decoder:
-    """Decoders of consecutive row ranges as one; all of one kind."""
+def join_scales(parts: Sequence[Scales]) -> Scales:
+    """Scales of consecutive row ranges as one; all of one kind."""
     tensors = {name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in parts[0].row_dims.items()}
     return type(parts[0])(**tensors)
 
@@ -119,7 +119,7 @@ def byte_steps(unit: Tensor, bits: int) -> Tensor:
 
 
 def is_byte_unit(unit: Tensor) -> Tensor:
-    """Which entries can be units of a ByteAffineDecoder: a bool each."""
+    """Which entries can be units of a ByteScales: a bool each."""
     whole = unit.float() * 2**14
     return (whole >= 0) & (whole % 1 == 0) & (whole.frexp().mantissa * 16 % 1 == 0)
 
@@ -135,15 +135,15 @@ def byte_unit(largest: Tensor) -> Tensor:
     return ((wanted / step).ceil() * step).clamp_max(61440.0).to(SCALE_DTYPE)
 
 
-def decoder_kind(kind: str, bits: int) -> str:
-    """What the decoder for `bits` is in a layer of `kind`: "affine", "affine8" or "codebook"."""
+def scales_kind(kind: str, bits: int) -> str:
+    """What the scales for `bits` is in a layer of `kind`: "affine", "affine8" or "codebook"."""
     return "affine" if kind == "affine8" and bits > BYTE_BITS else kind
 
 
-def decoder_shapes(
+def scales_shapes(
     kind: str, bits: int, rows: int, columns: int, group_size: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Names, dtypes and shapes of the tensors of the decoder for `bits` in a layer of `kind` (KINDS)."""
+    """Names, dtypes and shapes of the tensors of the scales for `bits` in a layer of `kind` (KINDS)."""
     groups = group_count(columns, group_size)
     if kind == "affine8" and bits <= BYTE_BITS:
         return {
@@ -155,56 +155,56 @@ def decoder_shapes(
         return {f"scale_{bits}": (SCALE_DTYPE, (bits, rows, groups)), f"offset_{bits}": (SCALE_DTYPE, (rows, groups))}
     if kind == "codebook":
         return {f"table_{bits}": (SCALE_DTYPE, (rows, 2**bits))}
-    raise ValueError(f"unknown decoder {kind!r}; known: {', '.join(KINDS)}")
+    raise ValueError(f"unknown scales {kind!r}; known: {', '.join(KINDS)}")
 
 
-def decoder_bytes(kind: str, bits: int, rows: int, columns: int, group_size: int) -> int:
-    """Bytes of that decoder's tensors."""
-    shapes = decoder_shapes(kind, bits, rows, columns, group_size).values()
+def scales_bytes(kind: str, bits: int, rows: int, columns: int, group_size: int) -> int:
+    """Bytes of those scales's tensors."""
+    shapes = scales_shapes(kind, bits, rows, columns, group_size).values()
     return sum(prod(shape) * dtype.itemsize for dtype, shape in shapes)
 
 
-def make_decoder(kind: str, bits: int, tensors: Mapping[str, Tensor]) -> Decoder:
-    """The decoder for `bits` in a layer of `kind` from tensors named as in `decoder_shapes`."""
+def make_scales(kind: str, bits: int, tensors: Mapping[str, Tensor]) -> Scales:
+    """The scales for `bits` in a layer of `kind` from tensors named as in `scales_shapes`."""
     if kind == "codebook":
-        return CodebookDecoder(tensors[f"table_{bits}"])
+        return Codebook(tensors[f"table_{bits}"])
     scale, offset = tensors[f"scale_{bits}"], tensors[f"offset_{bits}"]
     if kind == "affine8" and bits <= BYTE_BITS:
-        return ByteAffineDecoder(scale, offset, tensors[f"unit_{bits}"])
-    return AffineDecoder(scale, offset)
+        return ByteScales(scale, offset, tensors[f"unit_{bits}"])
+    return AffineScales(scale, offset)
 
 
 @dataclass(frozen=True)
 class PlaneWeight:
-    """A weight [N, K]: `planes[i]` int32 [N, ceil(K/32)] and `decoders[bits]` for each supported bits.
+    """A weight [N, K]: `planes[i]` int32 [N, ceil(K/32)] and `scales[bits]` for each supported bits.
 
     Raises ValueError at construction if a shape or dtype does not fit, naming what is wrong.
     """
 
     planes: tuple[Tensor, ...]
-    decoders: Mapping[int, Decoder]
+    scales: Mapping[int, Scales]
     in_features: int
     group_size: int
 
     def __post_init__(self) -> None:
-        if not self.planes or not self.decoders:
-            raise ValueError("a PlaneWeight needs at least one plane and one decoder")
+        if not self.planes or not self.scales:
+            raise ValueError("a PlaneWeight needs at least one plane and one set of scales")
         if self.group_size < 1 or self.in_features < 1:
             raise ValueError(f"group_size {self.group_size} and in_features {self.in_features} must be positive")
-        if not all(1 <= bits <= MAX_BITS for bits in self.decoders) or len(self.planes) > MAX_BITS:
-            raise ValueError(f"bits must lie in 1..{MAX_BITS}, got {sorted(self.decoders)}")
-        if max(self.decoders) > len(self.planes):
-            raise ValueError(f"bits {max(self.decoders)} needs as many planes, got {len(self.planes)}")
+        if not all(1 <= bits <= MAX_BITS for bits in self.scales) or len(self.planes) > MAX_BITS:
+            raise ValueError(f"bits must lie in 1..{MAX_BITS}, got {sorted(self.scales)}")
+        if max(self.scales) > len(self.planes):
+            raise ValueError(f"bits {max(self.scales)} needs as many planes, got {len(self.planes)}")
         expected = (self.out_features, words_per_row(self.in_features))
         for index, plane in enumerate(self.planes):
             if plane.dtype != torch.int32 or tuple(plane.shape) != expected:
                 raise ValueError(f"plane_{index}: expected int32 {expected}, got {plane.dtype} {tuple(plane.shape)}")
-        byte_bits = [bits for bits, decoder in self.decoders.items() if isinstance(decoder, ByteAffineDecoder)]
+        byte_bits = [bits for bits, scales in self.scales.items() if isinstance(scales, ByteScales)]
         if byte_bits and sorted(byte_bits) != [bits for bits in self.bits if bits <= BYTE_BITS]:
-            raise ValueError(f"decoders of up to {BYTE_BITS} bits, and no others, have bytes: got {byte_bits}")
-        for bits, decoder in self.decoders.items():
-            shapes = decoder_shapes(decoder.kind, bits, self.out_features, self.in_features, self.group_size)
-            for name, tensor in decoder_tensors(decoder, bits).items():
+            raise ValueError(f"scales of up to {BYTE_BITS} bits, and no others, have bytes: got {byte_bits}")
+        for bits, scales in self.scales.items():
+            shapes = scales_shapes(scales.kind, bits, self.out_features, self.in_features, self.group_size)
+            for name, tensor in scales_tensors(scales, bits).items():
                 dtype, shape = shapes[name]
                 if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                     raise ValueError(f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
@@ -216,49 +216,47 @@ class PlaneWeight:
     @property
     def bits(self) -> tuple[int, ...]:
         """The supported bits, ascending."""
-        return tuple(sorted(self.decoders))
+        return tuple(sorted(self.scales))
 
     @property
     def kind(self) -> str:
-        """The kind of the layer's decoders (KINDS): that of the lowest bits."""
-        return self.decoders[self.bits[0]].kind
+        """The kind of the layer's scales (KINDS): that of the lowest bits."""
+        return self.scales[self.bits[0]].kind
 
     def prefix(self, max_bits: int) -> PlaneWeight:
-        """The same weight without the planes and decoders above `max_bits`; ValueError if no decoder is left."""
-        decoders = {bits: decoder for bits, decoder in self.decoders.items() if bits <= max_bits}
-        if not decoders:
-            raise ValueError(f"no decoder at or below {max_bits} bits; there are {list(self.bits)}")
-        return PlaneWeight(self.planes[: max(decoders)], decoders, self.in_features, self.group_size)
+        """The same weight without the planes and scales above `max_bits`; ValueError if no scales is left."""
+        scales = {bits: scales for bits, scales in self.scales.items() if bits <= max_bits}
+        if not scales:
+            raise ValueError(f"no scales at or below {max_bits} bits; there are {list(self.bits)}")
+        return PlaneWeight(self.planes[: max(scales)], scales, self.in_features, self.group_size)
 
     def rows(self, start: int, stop: int) -> PlaneWeight:
         """Rows start..stop-1 as a weight of their own; nothing is copied."""
         stop = min(stop, self.out_features)
-        decoders = {
-            bits: map_decoder(decoder, lambda tensor, dim: tensor.narrow(dim, start, stop - start))
-            for bits, decoder in self.decoders.items()
+        scales = {
+            bits: map_scales(scales, lambda tensor, dim: tensor.narrow(dim, start, stop - start))
+            for bits, scales in self.scales.items()
         }
-        return PlaneWeight(
-            tuple(plane[start:stop] for plane in self.planes), decoders, self.in_features, self.group_size
-        )
+        return PlaneWeight(tuple(plane[start:stop] for plane in self.planes), scales, self.in_features, self.group_size)
 
     def take(self, index: Tensor) -> PlaneWeight:
         """Rows `index` (int64 [n]) as a weight of their own, copied."""
-        decoders = {
-            bits: map_decoder(decoder, lambda tensor, dim: tensor.index_select(dim, index))
-            for bits, decoder in self.decoders.items()
+        scales = {
+            bits: map_scales(scales, lambda tensor, dim: tensor.index_select(dim, index))
+            for bits, scales in self.scales.items()
         }
         planes = tuple(plane.index_select(0, index) for plane in self.planes)
-        return PlaneWeight(planes, decoders, self.in_features, self.group_size)
+        return PlaneWeight(planes, scales, self.in_features, self.group_size)
 
     def bytes_read(self, bits: int) -> int:
-        """Bytes a matrix product at `bits` has to read: planes 0..bits-1 and that decoder."""
+        """Bytes a matrix product at `bits` has to read: planes 0..bits-1 and those scales."""
         return sum(plane.nbytes for plane in self.planes[:bits]) + sum(
-            tensor.nbytes for tensor in decoder_tensors(self.decoders[bits], bits).values()
+            tensor.nbytes for tensor in scales_tensors(self.scales[bits], bits).values()
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under the name it carries in a checkpoint, without the layer's prefix."""
         named = {f"plane_{index}": plane for index, plane in enumerate(self.planes)}
         for bits in self.bits:
-            named.update(decoder_tensors(self.decoders[bits], bits))
+            named.update(scales_tensors(self.scales[bits], bits))
         return named

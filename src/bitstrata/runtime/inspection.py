@@ -11,7 +11,7 @@ import torch
 from ..checkpoint import CheckpointReader, validate
 from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE
 from ..errors import CheckpointError
-from ..evaluate.report import render
+from ..evaluation.report import render
 from ..kernels import Problem, select
 from ..models import resolve
 

@@ -19,12 +19,12 @@ from ...planes.pack import words_per_row
 from ...planes.weights import (
     MAX_BITS,
     SCALE_DTYPE,
-    CodebookDecoder,
-    Decoder,
+    Codebook,
     PlaneWeight,
-    decoder_shapes,
-    decoder_tensors,
-    make_decoder,
+    Scales,
+    make_scales,
+    scales_shapes,
+    scales_tensors,
 )
 from ..registry import check_pages
 from .extension import native
@@ -39,13 +39,13 @@ SKEW = 4096 + STAGGER
 
 @dataclass(frozen=True)
 class BlockedWeight:
-    """A weight [N, K] whose planes and decoders lie as the CPU kernels read them.
+    """A weight [N, K] whose planes and scales lie as the CPU kernels read them.
 
-    planes, decoders[bits]: uint8, flat; kind: that of the PlaneWeight.
+    planes, scales[bits]: uint8, flat; kind: that of the PlaneWeight.
     """
 
     planes: tuple[Tensor, ...]
-    decoders: Mapping[int, Tensor]
+    scales: Mapping[int, Tensor]
     out_features: int
     in_features: int
     group_size: int
@@ -59,68 +59,68 @@ class BlockedWeight:
         for index, plane in enumerate(self.planes):
             _expect(f"plane {index}", plane, handle.plane_bytes)
             handle.set_plane(index, plane.data_ptr())
-        for bits, decoder in self.decoders.items():
+        for bits, scales in self.scales.items():
             if not 1 <= bits <= len(self.planes):
-                raise ValueError(f"a decoder for {bits} bits needs as many planes, got {len(self.planes)}")
-            _expect(f"decoder for {bits} bits", decoder, handle.decoder_bytes(bits))
-            handle.set_decoder(bits, decoder.data_ptr())
+                raise ValueError(f"scales for {bits} bits needs as many planes, got {len(self.planes)}")
+            _expect(f"scales for {bits} bits", scales, handle.scales_bytes(bits))
+            handle.set_scales(bits, scales.data_ptr())
         object.__setattr__(self, "handle", handle)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockedWeight:
-        return self._with(copy.deepcopy(self.planes, memo), copy.deepcopy(dict(self.decoders), memo))
+        return self._with(copy.deepcopy(self.planes, memo), copy.deepcopy(dict(self.scales), memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BlockedWeight.pack, (
             self.unpack(),
         )  # the tensors share one piece of memory, which pickle knows not to split
 
-    def _with(self, planes: tuple[Tensor, ...], decoders: Mapping[int, Tensor]) -> BlockedWeight:
-        return BlockedWeight(planes, decoders, self.out_features, self.in_features, self.group_size, self.kind)
+    def _with(self, planes: tuple[Tensor, ...], scales: Mapping[int, Tensor]) -> BlockedWeight:
+        return BlockedWeight(planes, scales, self.out_features, self.in_features, self.group_size, self.kind)
 
     @property
     def bits(self) -> tuple[int, ...]:
         """The supported bits, ascending."""
-        return tuple(sorted(self.decoders))
+        return tuple(sorted(self.scales))
 
     def bytes_read(self, bits: int) -> int:
         """Bytes that a product at `bits` reads, padding included."""
-        return sum(plane.nbytes for plane in self.planes[:bits]) + self.decoders[bits].nbytes
+        return sum(plane.nbytes for plane in self.planes[:bits]) + self.scales[bits].nbytes
 
     @classmethod
     def pack(cls, weight: PlaneWeight) -> BlockedWeight:
         """Re-lay `weight`, whose tensors must be on the CPU; it is not changed.
 
-        Raises ValueError if decoders of both kinds are mixed, or a tensor is elsewhere.
+        Raises ValueError if scales of both kinds are mixed, or a tensor is elsewhere.
         """
         assert native is not None
         kind = weight.kind
-        if len({decoder.kind == "codebook" for decoder in weight.decoders.values()}) > 1:
-            raise ValueError("a weight with affine and codebook decoders cannot be packed")
+        if len({scales.kind == "codebook" for scales in weight.scales.values()}) > 1:
+            raise ValueError("a weight with affine and codebook scales cannot be packed")
         threads = torch.get_num_threads()
         layout = native.Weight(weight.out_features, weight.in_features, weight.group_size, *_flags(kind))
         sizes = [layout.plane_bytes] * len(weight.planes)
-        sizes += [layout.decoder_bytes(bits) for bits in weight.decoders]
+        sizes += [layout.scales_bytes(bits) for bits in weight.scales]
         room = _allocate(sizes)
         planes = room[: len(weight.planes)]
         for plane, packed in zip(weight.planes, planes, strict=True):
             _pack_plane(layout, plane, packed, threads)
-        decoders = {}
-        for (bits, decoder), packed in zip(weight.decoders.items(), room[len(planes) :], strict=True):
-            _pack_decoder(layout, bits, decoder, packed)
-            decoders[bits] = packed
-        return cls(tuple(planes), decoders, weight.out_features, weight.in_features, weight.group_size, kind)
+        packed_scales = {}
+        for (bits, scales), packed in zip(weight.scales.items(), room[len(planes) :], strict=True):
+            _pack_scales(layout, bits, scales, packed)
+            packed_scales[bits] = packed
+        return cls(tuple(planes), packed_scales, weight.out_features, weight.in_features, weight.group_size, kind)
 
-    def with_pages(self, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> BlockedWeight:
+    def with_pages(self, bits: int, planes: Sequence[Tensor], scales: Scales) -> BlockedWeight:
         """See PreparedWeight. Each tensor has memory of its own, so that dropping it gives its memory back."""
-        check_pages(self, bits, planes, decoder)
+        check_pages(self, bits, planes, scales)
         kept, threads = self.planes[:bits], torch.get_num_threads()
         added = []
         for index, plane in enumerate(planes, len(kept)):
             packed = _allocate_page(self.handle.plane_bytes, index)
             _pack_plane(self.handle, plane, packed, threads)
             added.append(packed)
-        packed = _allocate_page(self.handle.decoder_bytes(bits), MAX_BITS)
-        _pack_decoder(self.handle, bits, decoder, packed)
+        packed = _allocate_page(self.handle.scales_bytes(bits), MAX_BITS)
+        _pack_scales(self.handle, bits, scales, packed)
         return self._with((*kept, *added), {bits: packed})
 
     def unpack(self) -> PlaneWeight:
@@ -133,18 +133,18 @@ class BlockedWeight:
             self.handle.unpack_plane(packed.data_ptr(), plane.data_ptr(), threads)
             planes.append(plane)
         return PlaneWeight(
-            tuple(planes), {bits: self._decoder(bits) for bits in self.bits}, self.in_features, self.group_size
+            tuple(planes), {bits: self._scales(bits) for bits in self.bits}, self.in_features, self.group_size
         )
 
-    def _decoder(self, bits: int) -> Decoder:
-        shapes = decoder_shapes(self.kind, bits, self.out_features, self.in_features, self.group_size)
+    def _scales(self, bits: int) -> Scales:
+        shapes = scales_shapes(self.kind, bits, self.out_features, self.in_features, self.group_size)
         tensors = {name: torch.empty(shape, dtype=dtype, device="cpu") for name, (dtype, shape) in shapes.items()}
         if self.kind == "codebook":
             table = tensors[f"table_{bits}"]
-            table.flatten()[:] = self.decoders[bits].view(SCALE_DTYPE)[: table.numel()]
+            table.flatten()[:] = self.scales[bits].view(SCALE_DTYPE)[: table.numel()]
         else:
             self.handle.unpack_scales(bits, *_addresses(list(tensors.values())))
-        return make_decoder(self.kind, bits, tensors)
+        return make_scales(self.kind, bits, tensors)
 
 
 def _pack_plane(layout: Any, plane: Tensor, packed: Tensor, threads: int) -> None:
@@ -152,11 +152,11 @@ def _pack_plane(layout: Any, plane: Tensor, packed: Tensor, threads: int) -> Non
     layout.pack_plane(_address(plane), _address(packed), threads)
 
 
-def _pack_decoder(layout: Any, bits: int, decoder: Decoder, packed: Tensor) -> None:
-    if isinstance(decoder, CodebookDecoder):
-        packed.view(SCALE_DTYPE).zero_()[: decoder.table.numel()] = decoder.table.flatten()
+def _pack_scales(layout: Any, bits: int, scales: Scales, packed: Tensor) -> None:
+    if isinstance(scales, Codebook):
+        packed.view(SCALE_DTYPE).zero_()[: scales.table.numel()] = scales.table.flatten()
     else:
-        tensors = [tensor.contiguous() for tensor in decoder_tensors(decoder, bits).values()]
+        tensors = [tensor.contiguous() for tensor in scales_tensors(scales, bits).values()]
         layout.pack_scales(bits, *_addresses(tensors), _address(packed))
 
 
@@ -194,7 +194,7 @@ def _allocate(sizes: Sequence[int]) -> list[Tensor]:
 
 
 def _allocate_page(size: int, place: int) -> Tensor:
-    """Memory of its own for the plane `place`, or for a decoder: MAX_BITS.
+    """Memory of its own for the plane `place`, or for scales: MAX_BITS.
 
     Lying at another distance from a page's start than its neighbours costs a page; small ones do without.
     """

@@ -10,7 +10,7 @@ error they may make, is in native/generic/activations.h and tables.h:
 
     |y - x W^T| <= sum over chunks of x_scale/2 * sum|W| + step/2 * sum|x|
     with x_scale = max|x| / 127 of a chunk (a quarter of a group, at most 32 columns), and
-    step = (largest - smallest weight that the group's decoder can make) / level_max, level_max 252
+    step = (largest - smallest weight that the group's scales can make) / level_max, level_max 252
     or more (120 or more without a byte dot product that takes unsigned levels to 255: avx2)
 """
 

@@ -1,4 +1,4 @@
-"""Planes and decoders -> weights, and the products of many rows with them: device code.
+"""Planes and scales -> weights, and the products of many rows with them: device code.
 
 A weight is decoded exactly as the reference does it: in float32, offset first, then planes 0, 1, ..., converted once.
 A plane adds +scale or -scale: its bit becomes the sign bit of the scale, one shift and one logic operation a weight.
@@ -17,7 +17,7 @@ from .primitives import axis, dot, rounded, stored_column
 
 @triton.jit
 def decode_affine(
-    planes, decoder, units, word_at, value_at, lane_values, unit_at, BITS: tl.constexpr, UNITS: tl.constexpr
+    planes, scales, units, word_at, value_at, lane_values, unit_at, BITS: tl.constexpr, UNITS: tl.constexpr
 ):
     """Weights in float32 [4, 8, warps, blocks, h v, UNITS, 4 / UNITS, 8].
 
@@ -25,11 +25,11 @@ def decode_affine(
     lane_values, unit_at: a row's place among those of its block, and its unit's place.
     """
     shape: tl.constexpr = word_at.shape
-    BYTES: tl.constexpr = decoder.dtype.element_ty == tl.int8
+    BYTES: tl.constexpr = scales.dtype.element_ty == tl.int8
     unit = 1.0
     if BYTES:
         unit = tl.load(units + unit_at).to(tl.float32) * 0.0078125  # 2^-7
-    first = decoder + value_at * ((BITS + 1) * 16) + lane_values
+    first = scales + value_at * ((BITS + 1) * 16) + lane_values
     whole: tl.constexpr = (shape[0], shape[1], shape[2], shape[3], shape[4], UNITS, 4 // UNITS, 8)
     total = tl.broadcast_to(tl.load(first + BITS * 16).to(tl.float32) * unit, whole)
     # the bit of (unit, c, e) moved to the sign
@@ -64,7 +64,7 @@ def decode_codebook(planes, table, word_at, n, BITS: tl.constexpr):
 
 @triton.jit
 def decode_rows(
-    planes, decoder, units, index_ptr, out_ptr,
+    planes, scales, units, index_ptr, out_ptr,
     count, out_features, columns, chunks, groups, group_size,
     BITS: tl.constexpr, CODEBOOK: tl.constexpr, INDEXED: tl.constexpr, UNITS: tl.constexpr,
     GROUP_UNITS: tl.constexpr, PADDED: tl.constexpr, WARPS: tl.constexpr,
@@ -82,13 +82,13 @@ def decode_rows(
     word_at = (block * chunks + known_tile) * 128 + lane * 16 + axis(4, 0, 8) * 4 + high * 2 + v
     word_at = tl.reshape(word_at, (4, 8, WARPS, 1, 2))
     if CODEBOOK:
-        weights = decode_codebook(planes, decoder, word_at, row + axis(4, 0, 8) * 0, BITS)
+        weights = decode_codebook(planes, scales, word_at, row + axis(4, 0, 8) * 0, BITS)
     else:
         unit = (known_tile * 2 + v) * UNITS + axis(UNITS, 5, 8)
         value_at = block * groups + tl.minimum(unit // GROUP_UNITS, groups - 1) + axis(4, 0, 8) * 0
         lane_values = lane * 2 + high
         weights = decode_affine(
-            planes, decoder, units, word_at, value_at, lane_values, block * 16 + lane_values, BITS, UNITS
+            planes, scales, units, word_at, value_at, lane_values, block * 16 + lane_values, BITS, UNITS
         )
     column = tile * 256 + v * 128 + (axis(UNITS, 5, 8) * (4 // UNITS) + axis(4 // UNITS, 6, 8)) * 32
     column += axis(4, 0, 8) * 8 + axis(8, 7, 8)
@@ -102,7 +102,7 @@ def decode_rows(
 
 @triton.jit
 def many_rows(
-    x_ptr, planes, decoder, units, y_ptr,
+    x_ptr, planes, scales, units, y_ptr,
     rows, out_features, blocks, groups,
     CHUNKS: tl.constexpr, BITS: tl.constexpr, CODEBOOK: tl.constexpr, UNITS: tl.constexpr, GROUP_UNITS: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr,
@@ -128,12 +128,12 @@ def many_rows(
         x = tl.load(x_at + half * 128, mask=(row < rows)[:, None], other=0.0)
         here = word_at + half // 2 * 128 + half % 2
         if CODEBOOK:
-            weights = decode_codebook(planes, decoder, here, n, BITS)
+            weights = decode_codebook(planes, scales, here, n, BITS)
         else:
             unit = half * UNITS + axis(UNITS, 5, 8)
             value_at = block * groups + tl.minimum(unit // GROUP_UNITS, groups - 1)
             unit_at = block * 16 + lane_values
-            weights = decode_affine(planes, decoder, units, here, value_at, lane_values, unit_at, BITS, UNITS)
+            weights = decode_affine(planes, scales, units, here, value_at, lane_values, unit_at, BITS, UNITS)
         weights = rounded(weights, DTYPE)
         weights = tl.reshape(weights, (4, 8, WARPS, BLOCKS, 2, 4, 2, 2, 2))  # t g warp block h c sub blk half
         weights = tl.permute(weights, (3, 2, 4, 1, 5, 6, 7, 0, 8))  # block warp h g, c sub blk t half

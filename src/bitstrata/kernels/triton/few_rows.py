@@ -92,19 +92,17 @@ def store_rows(y_ptr, y, rows, out_features, block, ROWS: tl.constexpr, BLOCKS: 
 
 
 @triton.jit
-def coefficients(
-    decoder, value_at, lane_values, row_bits, plane: tl.constexpr, bits: tl.constexpr, MIXED: tl.constexpr
-):
+def coefficients(scales, value_at, lane_values, row_bits, plane: tl.constexpr, bits: tl.constexpr, MIXED: tl.constexpr):
     """Scales of `plane`, or offsets if it is -1, in float32, without the unit that bytes have; MIXED: zero for rows
     at other bits.
     """
     entry: tl.constexpr = bits if plane < 0 else plane
-    address = decoder + (value_at * (bits + 1) + entry) * 16 + lane_values
+    address = scales + (value_at * (bits + 1) + entry) * 16 + lane_values
     if MIXED:
         value = tl.load(address, mask=row_bits == bits, other=0).to(tl.float32)
     else:
         value = tl.load(address).to(tl.float32)
-    if decoder.dtype.element_ty == tl.int8:
+    if scales.dtype.element_ty == tl.int8:
         step: tl.constexpr = 1.0 / (1 << (7 + (0 if plane < 0 else plane)))
         value = value * step
     return value
@@ -112,24 +110,24 @@ def coefficients(
 
 @triton.jit
 def few_rows_affine(
-    x_ptr, planes, decoders, units, row_bits_ptr, y_ptr,
+    x_ptr, planes, scales, units, row_bits_ptr, y_ptr,
     rows, out_features, columns, blocks, groups, group_size, stride, row_bits_stride, mask,
-    CHUNKS: tl.constexpr, DECODER_BITS: tl.constexpr, MIXED: tl.constexpr, UNITS: tl.constexpr,
+    CHUNKS: tl.constexpr, SCALES_BITS: tl.constexpr, MIXED: tl.constexpr, UNITS: tl.constexpr,
     GROUP_UNITS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr,
     MINUS_ONE: tl.constexpr,
 ):  # fmt: skip
     """x [rows, K] -> y [rows, N]; program (i, j): blocks i * BLOCKS.. of 16 rows of W, rows j * ROWS.. of x.
 
-    planes, decoders, units: tuples in the order of DECODER_BITS; units: None where coefficients are not bytes.
-    MIXED: row r is at row_bits[r] bits, one of DECODER_BITS, or NaN; otherwise all rows are at the only entry.
+    planes, scales, units: tuples in the order of SCALES_BITS; units: None where coefficients are not bytes.
+    MIXED: row r is at row_bits[r] bits, one of SCALES_BITS, or NaN; otherwise all rows are at the only entry.
     UNITS: units of scale in 128 columns; GROUP_UNITS: those of a group. MINUS_ONE: -1 twice in a word, as x's kind.
     """
     DTYPE: tl.constexpr = tl.float16 if x_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
     BATCH: tl.constexpr = 2 * UNITS * WARPS
     OWN_ROWS: tl.constexpr = ROWS // 8 if MIXED else 1  # sizes of the dimensions that tell one row's scales
     OWN_HALF: tl.constexpr = 2 if MIXED else 1
-    COUNT: tl.constexpr = len(DECODER_BITS)
-    PLANES: tl.constexpr = DECODER_BITS[COUNT - 1]
+    COUNT: tl.constexpr = len(SCALES_BITS)
+    PLANES: tl.constexpr = SCALES_BITS[COUNT - 1]
     first_block = tl.program_id(0) * BLOCKS
     # a block past the end reads the last one again: its rows are not stored
     word_block = tl.minimum(first_block + axis(BLOCKS, 3, 5), blocks - 1)
@@ -166,29 +164,27 @@ def few_rows_affine(
                     sums = product(operand(pairs(words, mask, MINUS_ONE, DTYPE), UNITS, WARPS, BLOCKS), x)
                 scale = 0.0
                 for at in tl.static_range(COUNT):
-                    if plane < DECODER_BITS[at]:
-                        value = coefficients(
-                            decoders[at], value_at, lane_values, row_bits, plane, DECODER_BITS[at], MIXED
-                        )
+                    if plane < SCALES_BITS[at]:
+                        value = coefficients(scales[at], value_at, lane_values, row_bits, plane, SCALES_BITS[at], MIXED)
                         value = tl.permute(value, (3, 4, 2, 5, 8, 1, 6, 0, 7))  # v unit warp block h g rows/8 t half
                         value = tl.reshape(value, (BATCH, BLOCKS * 16, OWN_ROWS, 4, OWN_HALF))
                         value = tl.broadcast_to(value, (BATCH, BLOCKS * 16, ROWS // 8, 4, 2))
                         value = tl.reshape(value, (BATCH, BLOCKS * 16, ROWS))
-                        scale = value if at == 0 or DECODER_BITS[at - 1] <= plane else scale + value
+                        scale = value if at == 0 or SCALES_BITS[at - 1] <= plane else scale + value
                 total += tl.sum(tl.reshape(sums * scale, (2 * UNITS, WARPS, BLOCKS * 16, ROWS)), axis=0)
     y = tl.sum(total, axis=0)  # [16 BLOCKS, ROWS], warps in order
-    # bytes are worth their row's unit; bits without a decoder are worth NaN
+    # bytes are worth their row's unit; bits without scales are worth NaN
     n = tl.minimum(first_block * 16 + tl.arange(0, BLOCKS * 16), blocks * 16 - 1)[:, None]
     unit_at = n // 16 * 16 + n % 8 * 2 + n // 8 % 2
     if MIXED:
         factor = tl.full((BLOCKS * 16, ROWS), float("nan"), tl.float32)
         for at in tl.static_range(COUNT):
             value = 1.0
-            if decoders[at].dtype.element_ty == tl.int8:
+            if scales[at].dtype.element_ty == tl.int8:
                 value = tl.load(units[at] + unit_at).to(tl.float32)
-            factor = tl.where(each_bits[None, :] == DECODER_BITS[at], value, factor)
+            factor = tl.where(each_bits[None, :] == SCALES_BITS[at], value, factor)
         y = y * factor
-    elif decoders[0].dtype.element_ty == tl.int8:
+    elif scales[0].dtype.element_ty == tl.int8:
         y = y * tl.load(units[0] + unit_at).to(tl.float32)
     store_rows(y_ptr, y, rows, out_features, first_block, ROWS, BLOCKS)
 
@@ -197,12 +193,12 @@ def few_rows_affine(
 def few_rows_codebook(
     x_ptr, planes, tables, row_bits_ptr, y_ptr,
     rows, out_features, columns, blocks, stride, row_bits_stride,
-    CHUNKS: tl.constexpr, DECODER_BITS: tl.constexpr, MIXED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    CHUNKS: tl.constexpr, SCALES_BITS: tl.constexpr, MIXED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
     """As few_rows_affine, of weights that are entries of their row's table: looked up in memory that stays in L1."""
-    COUNT: tl.constexpr = len(DECODER_BITS)
-    PLANES: tl.constexpr = DECODER_BITS[COUNT - 1]
+    COUNT: tl.constexpr = len(SCALES_BITS)
+    PLANES: tl.constexpr = SCALES_BITS[COUNT - 1]
     first_block = tl.program_id(0) * BLOCKS
     block = tl.minimum(first_block + axis(BLOCKS, 3, 5), blocks - 1)
     lane_words = axis(8, 1, 5) * 16 + axis(4, 0, 5) * 4 + axis(4, 4, 5)
@@ -211,7 +207,7 @@ def few_rows_codebook(
     n = tl.minimum(n, out_features - 1)
     top = PLANES
     each = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    each_bits = tl.full((ROWS,), DECODER_BITS[0], tl.int32)
+    each_bits = tl.full((ROWS,), SCALES_BITS[0], tl.int32)
     if MIXED:
         each_bits = tl.load(row_bits_ptr + each * row_bits_stride, mask=each < rows, other=0).to(tl.int32)
         top = tl.max(each_bits, axis=0)
@@ -222,16 +218,16 @@ def few_rows_codebook(
         word_at = (block * CHUNKS + tile) * 128 + lane_words
         codes = tl.zeros((4, 8, WARPS, BLOCKS, 4, 16), tl.int32)  # two 16-bit codes each
         for at in tl.static_range(COUNT):
-            if (DECODER_BITS[at - 1] if at > 0 else 0) < top:
+            if (SCALES_BITS[at - 1] if at > 0 else 0) < top:
                 for plane in tl.static_range(PLANES):
-                    if plane >= (DECODER_BITS[at - 1] if at > 0 else 0) and plane < DECODER_BITS[at]:
+                    if plane >= (SCALES_BITS[at - 1] if at > 0 else 0) and plane < SCALES_BITS[at]:
                         words = tl.reshape(tl.load(planes[plane] + word_at), (4, 8, WARPS, BLOCKS, 4, 1))
                         codes = codes * 2 + ((words >> axis(16, 5, 6)) & 0x00010001)
                 index = tl.join(codes & 0xFFFF, codes >> 16)
-                weights = operand(tl.load(tables[at] + n * (1 << DECODER_BITS[at]) + index), 1, WARPS, BLOCKS)
+                weights = operand(tl.load(tables[at] + n * (1 << SCALES_BITS[at]) + index), 1, WARPS, BLOCKS)
                 own = x
                 if MIXED:
-                    own = tl.where(each_bits[None, None, :] == DECODER_BITS[at], x, tl.zeros_like(x))
+                    own = tl.where(each_bits[None, None, :] == SCALES_BITS[at], x, tl.zeros_like(x))
                 if x.dtype == tl.float32:
                     high = rounded(weights, tl.bfloat16)  # fp16 has 11 bits: two bf16 numbers hold it
                     low = rounded(weights.to(tl.float32) - high.to(tl.float32), tl.bfloat16)
@@ -242,6 +238,6 @@ def few_rows_codebook(
     if MIXED:
         known = tl.zeros((ROWS,), tl.int1)
         for at in tl.static_range(COUNT):
-            known = known | (each_bits == DECODER_BITS[at])
+            known = known | (each_bits == SCALES_BITS[at])
         y = tl.where(known[None, :], y, float("nan"))
     store_rows(y_ptr, y, rows, out_features, first_block, ROWS, BLOCKS)

@@ -73,7 +73,7 @@ class TritonKernel:
     def linear_many(self, x: Tensor, weights: Sequence[TiledWeight], bits: int | Tensor) -> list[Tensor]:
         """x [rows, K] times each of `weights`, which share K: [rows, N_i] each, in x's dtype.
 
-        row_bits are on x's device; a row whose bits have no decoder becomes NaN there.
+        row_bits are on x's device; a row whose bits have no scales becomes NaN there.
         """
         if any(weight.in_features != x.shape[1] for weight in weights):
             raise ValueError(f"expected x [rows, {weights[0].in_features}], got {list(x.shape)}")

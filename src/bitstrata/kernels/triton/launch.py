@@ -23,7 +23,7 @@ def _groups(weight: TiledWeight) -> dict[str, Any]:
 
 def _units(weight: TiledWeight, bits: int) -> Tensor:
     units = weight.units_of(bits)
-    return weight.decoders[bits] if units is None else units  # anything: it is not read
+    return weight.scales[bits] if units is None else units  # anything: it is not read
 
 
 def _ceil(size: int, part: int) -> int:
@@ -33,7 +33,7 @@ def _ceil(size: int, part: int) -> int:
 def few_rows(x: Tensor, weight: TiledWeight, bits: int | Tensor, config: configs.FewRows | None = None) -> Tensor:
     """x [rows, K] -> [rows, N], at `bits` or row r at bits[r] (integers on x's device), each 8 or 16 rows at a time.
 
-    A row whose bits have no decoder becomes NaN: what they are is known on the device only.
+    A row whose bits have no scales becomes NaN: what they are is known on the device only.
     """
     rows, columns = x.shape
     mixed = isinstance(bits, Tensor)
@@ -44,10 +44,10 @@ def few_rows(x: Tensor, weight: TiledWeight, bits: int | Tensor, config: configs
     size = 8 if rows <= 8 else 16
     grid = (_ceil(weight.blocks, config.blocks), _ceil(rows, size))
     planes = weight.planes[: max(chosen)]
-    decoders = tuple(weight.decoders[value] for value in chosen)
+    scales = tuple(weight.scales[value] for value in chosen)
     shape: dict[str, Any] = {
         "CHUNKS": weight.chunks,
-        "DECODER_BITS": chosen,
+        "SCALES_BITS": chosen,
         "MIXED": mixed,
         "ROWS": size,
         "BLOCKS": config.blocks,
@@ -58,14 +58,14 @@ def few_rows(x: Tensor, weight: TiledWeight, bits: int | Tensor, config: configs
     }
     if weight.kind == "codebook":
         few_rows_codebook[grid](
-            x, planes, decoders, row_bits, y,
+            x, planes, scales, row_bits, y,
             rows, weight.out_features, columns, weight.blocks, x.stride(0), row_bits.stride(0),
             **shape,
         )  # fmt: skip
         return y
     units = tuple(_units(weight, value) for value in chosen)
     few_rows_affine[grid](
-        x, planes, decoders, units, row_bits, y,
+        x, planes, scales, units, row_bits, y,
         rows, weight.out_features, columns, weight.blocks, weight.groups, weight.group,
         x.stride(0), row_bits.stride(0), SIGN_BITS,
         **shape, **_groups(weight), PADDED=weight.padded, MINUS_ONE=MINUS_ONE.get(x.dtype, MINUS_ONE[torch.bfloat16]),
@@ -81,7 +81,7 @@ def decode(weight: TiledWeight, bits: int, dtype: torch.dtype, index: Tensor | N
         return out
     grid = (_ceil(count, 8), _ceil(weight.chunks, DECODE_WARPS))
     decode_rows[grid](
-        weight.planes[:bits], weight.decoders[bits], _units(weight, bits), out if index is None else index, out,
+        weight.planes[:bits], weight.scales[bits], _units(weight, bits), out if index is None else index, out,
         count, weight.out_features, weight.in_features, weight.chunks, weight.groups, weight.group,
         BITS=bits, CODEBOOK=weight.kind == "codebook", INDEXED=index is not None, **_groups(weight),
         PADDED=weight.padded, WARPS=DECODE_WARPS, num_warps=DECODE_WARPS,
@@ -102,7 +102,7 @@ def tiles(x: Tensor, weight: TiledWeight, bits: int, config: configs.ManyRows | 
     y = x.new_empty(rows, weight.out_features)
     grid = (_ceil(weight.blocks, config.warps * config.blocks), _ceil(rows, config.rows))
     many_rows[grid](
-        in_register_order(x, weight), weight.planes[:bits], weight.decoders[bits], _units(weight, bits), y,
+        in_register_order(x, weight), weight.planes[:bits], weight.scales[bits], _units(weight, bits), y,
         rows, weight.out_features, weight.blocks, weight.groups,
         CHUNKS=weight.chunks, BITS=bits, CODEBOOK=weight.kind == "codebook", **_groups(weight),
         ROWS=config.rows, BLOCKS=config.blocks, WARPS=config.warps, num_warps=config.warps, num_stages=config.stages,

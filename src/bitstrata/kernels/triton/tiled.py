@@ -12,7 +12,7 @@ padded so that a group starts at a multiple of its unit, the largest of 32, 64, 
 one scale. A group of 64 or 128 has no padding, one of 43 becomes 64.
 
     planes[i]        int32, flat: [blocks of 16 rows, chunks of 256 columns, 128 words]
-    decoders[bits]   affine: fp16 or int8, flat: [blocks, groups, bits + 1, 8 g, 2 h], the offset last;
+    scales[bits]   affine: fp16 or int8, flat: [blocks, groups, bits + 1, 8 g, 2 h], the offset last;
                      affine8 up to BYTE_BITS: int8 as above, then the rows' units, fp16 [blocks, 8 g, 2 h], as bytes;
                      codebook: fp16, flat: [rows, 2^bits], in the stored order
 
@@ -32,11 +32,11 @@ from ...planes.pack import pack_bits, unpack_bits
 from ...planes.weights import (
     BYTE_BITS,
     SCALE_DTYPE,
-    AffineDecoder,
-    ByteAffineDecoder,
-    CodebookDecoder,
-    Decoder,
+    AffineScales,
+    ByteScales,
+    Codebook,
     PlaneWeight,
+    Scales,
     group_count,
 )
 from ..registry import check_pages
@@ -57,7 +57,7 @@ class TiledWeight:
     """
 
     planes: tuple[Tensor, ...]
-    decoders: Mapping[int, Tensor]
+    scales: Mapping[int, Tensor]
     out_features: int
     in_features: int
     group_size: int
@@ -67,15 +67,15 @@ class TiledWeight:
     def __post_init__(self) -> None:
         for index, plane in enumerate(self.planes):
             _expect(f"plane {index}", plane, torch.int32, self.blocks * self.chunks * TILE_WORDS)
-        for bits, decoder in self.decoders.items():
+        for bits, scales in self.scales.items():
             if not 1 <= bits <= len(self.planes):
-                raise ValueError(f"a decoder for {bits} bits needs as many planes, got {len(self.planes)}")
-            _expect(f"decoder for {bits} bits", decoder, *self._decoder_size(bits))
+                raise ValueError(f"scales for {bits} bits needs as many planes, got {len(self.planes)}")
+            _expect(f"scales for {bits} bits", scales, *self._scales_size(bits))
 
     @property
     def bits(self) -> tuple[int, ...]:
         """The supported bits, ascending."""
-        return tuple(sorted(self.decoders))
+        return tuple(sorted(self.scales))
 
     @property
     def blocks(self) -> int:
@@ -113,13 +113,13 @@ class TiledWeight:
 
     def bytes_read(self, bits: int) -> int:
         """Bytes that a product at `bits` reads, padding included."""
-        return sum(plane.nbytes for plane in self.planes[:bits]) + self.decoders[bits].nbytes
+        return sum(plane.nbytes for plane in self.planes[:bits]) + self.scales[bits].nbytes
 
     def units_of(self, bits: int) -> Tensor | None:
-        """The rows' units of a decoder of bytes, fp16 [blocks * 16] in the order of its coefficients; else None."""
+        """The rows' units of scales of bytes, fp16 [blocks * 16] in the order of its coefficients; else None."""
         if self.kind != "affine8" or bits > BYTE_BITS:
             return None
-        return self.decoders[bits][self._coefficients(bits) :].view(SCALE_DTYPE)
+        return self.scales[bits][self._coefficients(bits) :].view(SCALE_DTYPE)
 
     def spread(self, x: Tensor) -> Tensor:
         """Columns [..., K] moved to where the tiles have them, zeros between: [..., chunks * 256]."""
@@ -132,21 +132,21 @@ class TiledWeight:
     def pack(cls, weight: PlaneWeight) -> TiledWeight:
         """Re-lay `weight` on the device where it is; it is not changed.
 
-        Raises ValueError if affine and codebook decoders are mixed.
+        Raises ValueError if affine and codebook scales are mixed.
         """
-        if len({decoder.kind == "codebook" for decoder in weight.decoders.values()}) > 1:
-            raise ValueError("a weight with affine and codebook decoders cannot be packed")
+        if len({scales.kind == "codebook" for scales in weight.scales.values()}) > 1:
+            raise ValueError("a weight with affine and codebook scales cannot be packed")
         shape = cls((), {}, weight.out_features, weight.in_features, weight.group_size, weight.kind)
         planes = tuple(map(shape._pack_plane, weight.planes))
-        decoders = {bits: shape._pack_decoder(decoder) for bits, decoder in weight.decoders.items()}
-        return cls(planes, decoders, weight.out_features, weight.in_features, weight.group_size, weight.kind)
+        scales = {bits: shape._pack_scales(scales) for bits, scales in weight.scales.items()}
+        return cls(planes, scales, weight.out_features, weight.in_features, weight.group_size, weight.kind)
 
-    def with_pages(self, bits: int, planes: Sequence[Tensor], decoder: Decoder) -> TiledWeight:
+    def with_pages(self, bits: int, planes: Sequence[Tensor], scales: Scales) -> TiledWeight:
         """See PreparedWeight."""
-        check_pages(self, bits, planes, decoder)
+        check_pages(self, bits, planes, scales)
         held = (*self.planes[:bits], *map(self._pack_plane, planes))
-        decoders = {bits: self._pack_decoder(decoder)}
-        return TiledWeight(held, decoders, self.out_features, self.in_features, self.group_size, self.kind)
+        packed = {bits: self._pack_scales(scales)}
+        return TiledWeight(held, packed, self.out_features, self.in_features, self.group_size, self.kind)
 
     def unpack(self) -> PlaneWeight:
         """The weight as stored, bit for bit, in tensors of its own."""
@@ -162,8 +162,8 @@ class TiledWeight:
             )
             for plane in self.planes
         )
-        decoders = {bits: self._unpack_decoder(bits) for bits in self.decoders}
-        return PlaneWeight(planes, decoders, self.in_features, self.group_size)
+        scales = {bits: self._unpack_scales(bits) for bits in self.scales}
+        return PlaneWeight(planes, scales, self.in_features, self.group_size)
 
     def _steps(self) -> Iterator[tuple[int, int]]:
         step = max(1, STEP // (self.chunks * CHUNK) // BLOCK_ROWS) * BLOCK_ROWS
@@ -192,35 +192,35 @@ class TiledWeight:
         return pack_bits(bits[:, : self.in_features])
 
     @torch.autocast("cpu", enabled=False)  # there torch.cat takes no fp16
-    def _pack_decoder(self, decoder: Decoder) -> Tensor:
-        if isinstance(decoder, CodebookDecoder):
-            return decoder.table.contiguous().flatten()
+    def _pack_scales(self, scales: Scales) -> Tensor:
+        if isinstance(scales, Codebook):
+            return scales.table.contiguous().flatten()
         extra = self.blocks * BLOCK_ROWS - self.out_features
-        values = pad(torch.cat([decoder.scale, decoder.offset.unsqueeze(0)]), (0, 0, 0, extra))  # [bits + 1, rows, J]
+        values = pad(torch.cat([scales.scale, scales.offset.unsqueeze(0)]), (0, 0, 0, extra))  # [bits + 1, rows, J]
         values = values.view(len(values), self.blocks, 2, 8, self.groups).permute(1, 4, 0, 3, 2).flatten()
-        if isinstance(decoder, AffineDecoder):
+        if isinstance(scales, AffineScales):
             return values.contiguous()
-        units = pad(decoder.unit, (0, extra)).view(self.blocks, 2, 8).transpose(1, 2).flatten()
+        units = pad(scales.unit, (0, extra)).view(self.blocks, 2, 8).transpose(1, 2).flatten()
         return torch.cat([values, units.view(torch.int8)])
 
-    def _unpack_decoder(self, bits: int) -> Decoder:
-        stored, rows = self.decoders[bits], self.out_features
+    def _unpack_scales(self, bits: int) -> Scales:
+        stored, rows = self.scales[bits], self.out_features
         if self.kind == "codebook":
-            return CodebookDecoder(stored.view(rows, 2**bits).clone())
+            return Codebook(stored.view(rows, 2**bits).clone())
         values = stored[: self._coefficients(bits)].view(self.blocks, self.groups, bits + 1, 8, 2)
         values = values.permute(2, 0, 4, 3, 1).reshape(bits + 1, -1, self.groups)[:, :rows]
         scale, offset = values[:-1].clone(), values[-1].clone()
         units = self.units_of(bits)
         if units is None:
-            return AffineDecoder(scale, offset)
+            return AffineScales(scale, offset)
         unit = units.view(self.blocks, 8, 2).transpose(1, 2).flatten()[:rows]
-        return ByteAffineDecoder(scale, offset, unit.clone())
+        return ByteScales(scale, offset, unit.clone())
 
     def _coefficients(self, bits: int) -> int:
         return self.blocks * self.groups * (bits + 1) * BLOCK_ROWS
 
-    def _decoder_size(self, bits: int) -> tuple[torch.dtype, int]:
-        """Dtype and entries of a decoder's tensor."""
+    def _scales_size(self, bits: int) -> tuple[torch.dtype, int]:
+        """Dtype and entries of scales's tensor."""
         if self.kind == "codebook":
             return SCALE_DTYPE, self.out_features * 2**bits
         if self.kind == "affine8" and bits <= BYTE_BITS:

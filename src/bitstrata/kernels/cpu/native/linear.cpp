@@ -24,8 +24,8 @@ void check(const std::vector<const Weight*>& weights, const std::vector<Segment>
     if (layout.columns != first.columns || layout.group_size != first.group_size)
       throw std::invalid_argument("weights that share activations must have equal columns and groups");
     for (const Segment& segment : segments) {
-      if (segment.bits < 1 || segment.bits > kMaxBits || !weight->decoders[segment.bits])
-        throw std::invalid_argument("no decoder for these bits");
+      if (segment.bits < 1 || segment.bits > kMaxBits || !weight->scales[segment.bits])
+        throw std::invalid_argument("no scales for these bits");
       if (std::any_of(weight->planes, weight->planes + segment.bits, [](const uint8_t* plane) { return !plane; }))
         throw std::invalid_argument("a plane is missing");
     }
@@ -89,7 +89,7 @@ void linear(const Kernels& kernels, const std::vector<const Weight*>& weights, c
       const Weight& weight = *weights[i];
       FewRows& call = calls[i];
       for (Segment& segment : segments[i])
-        segment.decoder = weight.decoders[segment.bits], segment.units = weight.units(segment.bits);
+        segment.scales = weight.scales[segment.bits], segment.units = weight.units(segment.bits);
       call.layout = &weight.layout;
       call.bits = shared.back().bits;  // ascending
       for (int plane = 0; plane < kMaxBits; ++plane)  // absent planes: any will do, see few_rows_pick

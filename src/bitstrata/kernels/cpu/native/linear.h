@@ -15,7 +15,7 @@ struct Activations {
 
 // y[i] [rows, N_i] contiguous, of the activations' type, gets x W_i^T. Row r is computed at row_bits[r], or at `bits`
 // if row_bits is null. `exact` leaves activations and weights in float32 instead of int8 and byte levels.
-// Throws std::invalid_argument if the weights do not share their columns and groups, or lack a plane or decoder.
+// Throws std::invalid_argument if the weights do not share their columns and groups, or lack a plane or scales.
 void linear(const Kernels& kernels, const std::vector<const Weight*>& weights, const Activations& x, int bits,
             const int8_t* row_bits, const std::vector<void*>& y, int threads, bool exact);
 

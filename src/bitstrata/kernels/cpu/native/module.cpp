@@ -90,8 +90,8 @@ void run_linear(const std::string& isa, const std::vector<const Weight*>& weight
   linear(kernels, weights, activations, bits, at<const int8_t>(row_bits), outputs, threads, exact);
 }
 
-// An affine decoder; `unit` matters if it is of bytes.
-void pack_decoder(const Weight& weight, int bits, uintptr_t scale, uintptr_t offset, uintptr_t unit, uintptr_t out) {
+// affine scales; `unit` matters if it is of bytes.
+void pack_scales_of(const Weight& weight, int bits, uintptr_t scale, uintptr_t offset, uintptr_t unit, uintptr_t out) {
   check_bits(bits);
   const Layout& layout = weight.layout;
   if (!weight.has_bytes(bits))
@@ -100,10 +100,10 @@ void pack_decoder(const Weight& weight, int bits, uintptr_t scale, uintptr_t off
   pack_units(layout, at<const uint16_t>(unit), reinterpret_cast<float*>(at<int8_t>(out) + weight.scale_count(bits)));
 }
 
-void unpack_decoder(const Weight& weight, int bits, uintptr_t scale, uintptr_t offset, uintptr_t unit) {
+void unpack_scales_of(const Weight& weight, int bits, uintptr_t scale, uintptr_t offset, uintptr_t unit) {
   check_bits(bits);
-  if (!weight.decoders[bits]) throw std::invalid_argument("no decoder for these bits");
-  const void* packed = weight.decoders[bits];
+  if (!weight.scales[bits]) throw std::invalid_argument("no scales for these bits");
+  const void* packed = weight.scales[bits];
   if (!weight.has_bytes(bits))
     return unpack_scales(weight.layout, static_cast<const uint16_t*>(packed), bits, at<uint16_t>(scale), at<uint16_t>(offset));
   unpack_scales(weight.layout, static_cast<const int8_t*>(packed), bits, at<int8_t>(scale), at<int8_t>(offset));
@@ -209,24 +209,24 @@ NB_MODULE(_native, m) {
              new (self) Weight{Layout(rows, columns, codebook ? columns : group_size), codebook, bytes && !codebook};
            })
       .def_prop_ro("plane_bytes", [](const Weight& self) { return self.layout.plane_bytes; })
-      .def("decoder_bytes",
+      .def("scales_bytes",
            [](const Weight& self, int bits) {
              check_bits(bits);
-             return self.decoder_bytes(bits);
+             return self.scales_bytes(bits);
            })
       .def("set_plane",
            [](Weight& self, int index, uintptr_t plane) {
              check_plane(index);
              self.planes[index] = at<const uint8_t>(plane);
            })
-      .def("set_decoder",
-           [](Weight& self, int bits, uintptr_t decoder) {
+      .def("set_scales",
+           [](Weight& self, int bits, uintptr_t scales) {
              check_bits(bits);
-             self.decoders[bits] = at<const void>(decoder);
+             self.scales[bits] = at<const void>(scales);
            })
       .def("pack_plane", &pack_plane)
       .def("unpack_plane", &unpack_plane)
-      .def("pack_scales", &pack_decoder)
-      .def("unpack_scales", &unpack_decoder)
+      .def("pack_scales", &pack_scales_of)
+      .def("unpack_scales", &unpack_scales_of)
       .def("decode", &run_decode);
 }

@@ -14,26 +14,26 @@ struct Weight {
   bool codebook;
   bool bytes;  // scales of up to kByteBits bits are bytes
   const uint8_t* planes[kMaxBits] = {};
-  const void* decoders[kMaxBits + 1] = {};  // by bits; null where there is none
+  const void* scales[kMaxBits + 1] = {};  // by bits; null where there is none
 
   bool has_bytes(int bits) const { return bytes && bits <= kByteBits; }
   size_t scale_count(int bits) const { return size_t(layout.blocks) * layout.groups * (bits + 1) * kBlockRows; }
   // Where the rows' units are behind the scales; null if they are fp16.
   const float* units(int bits) const {
     if (!has_bytes(bits)) return nullptr;
-    return reinterpret_cast<const float*>(static_cast<const char*>(decoders[bits]) + scale_count(bits));
+    return reinterpret_cast<const float*>(static_cast<const char*>(scales[bits]) + scale_count(bits));
   }
-  size_t decoder_bytes(int bits) const {
+  size_t scales_bytes(int bits) const {
     const size_t rows = size_t(layout.blocks) * kBlockRows;
     if (codebook) return (rows << bits) * 2;
     return has_bytes(bits) ? scale_count(bits) + rows * sizeof(float) : scale_count(bits) * 2;
   }
 };
 
-// Rows begin..end-1 of x at `bits`, with the decoder of these bits.
+// Rows begin..end-1 of x at `bits`, with the scales of these bits.
 struct Segment {
   int bits, begin, end;
-  const void* decoder;  // scales or table of the blocked layout
+  const void* scales;  // scales or table of the blocked layout
   const float* units;   // of the rows, if the scales are bytes; else null
 };
 
@@ -63,7 +63,7 @@ struct CodeTrack {
   const float* weights;  // [columns]: of its squared error
 };
 
-// Codes of a group, column by column. `given`: start from the codes there are, see quantize/tracks.py.
+// Codes of a group, column by column. `given`: start from the codes there are, see quantization/tracks.py.
 struct CodeProblem {
   int64_t rows;
   int columns;

@@ -34,11 +34,11 @@ inline void word_indices(const Weight& weight, int bits, size_t offset, uint8_t 
 inline void group_scales(const Weight& weight, int bits, int block, int group, int row, float* out) {
   const size_t first = (size_t(block) * weight.layout.groups + group) * (bits + 1) * kBlockRows + row;
   if (!weight.has_bytes(bits)) {
-    const uint16_t* scales = static_cast<const uint16_t*>(weight.decoders[bits]) + first;
+    const uint16_t* scales = static_cast<const uint16_t*>(weight.scales[bits]) + first;
     for (int i = 0; i <= bits; ++i) out[i] = half_to_float(scales[i * kBlockRows]);
     return;
   }
-  const int8_t* scales = static_cast<const int8_t*>(weight.decoders[bits]) + first;
+  const int8_t* scales = static_cast<const int8_t*>(weight.scales[bits]) + first;
   const float unit = weight.units(bits)[block * kBlockRows + row];
   for (int i = 0; i <= bits; ++i) out[i] = float(scales[i * kBlockRows]) * (unit / float(i < bits ? 1 << i : 1));
 }
@@ -75,13 +75,13 @@ void decode_unit(const Weight& weight, int bits, int block, int unit, float out[
   const int groups = layout.groups_per_unit;
   const size_t offset = (size_t(block) * layout.units + unit) * kQuads * kWordBytes;
   alignas(64) uint8_t high[kSlots][kWordBytes], low[kSlots][kWordBytes];
-  const auto* decoder = static_cast<const uint16_t*>(weight.decoders[bits]);
+  const auto* scales = static_cast<const uint16_t*>(weight.scales[bits]);
   for (int q = 0; q < kQuads; ++q) {
     word_indices<S>(weight, bits, offset + q * kWordBytes, high, low);
     for (int lane = 0; lane < 4; ++lane) {
       const int row = 4 * lane + q;
       if (weight.codebook) {
-        const uint16_t* entries = decoder + ((size_t(block) * kBlockRows + row) << bits);
+        const uint16_t* entries = scales + ((size_t(block) * kBlockRows + row) << bits);
         for (int s = 0; s < kSlots; ++s)
           for (int b = 0; b < 16; ++b) {
             const int at = 16 * lane + b;

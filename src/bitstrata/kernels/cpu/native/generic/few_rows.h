@@ -81,7 +81,7 @@ void few_rows_block(const FewRows& call, int block, float* out) {
     for (int i = 0; i < segments; ++i) {
       const Segment& segment = call.segments[i];
       codebook_tables<S, Planes, nibble>(
-          buffers[0][i], static_cast<const uint16_t*>(segment.decoder) + (size_t(block) * kBlockRows << segment_bits(i)),
+          buffers[0][i], static_cast<const uint16_t*>(segment.scales) + (size_t(block) * kBlockRows << segment_bits(i)),
           segment_bits(i), Mixed && segment_bits(i) <= 4 ? 1 : count);
     }
   }
@@ -100,8 +100,8 @@ void few_rows_block(const FewRows& call, int block, float* out) {
         for (int g = 0; g < Groups; ++g)
           affine_tables<S, nibble>(buffers[step % ahead][i], g, scales + first + g * stride, bits);
       };
-      if ((Mixed || Planes <= kByteBits) && call.segments[i].units) make(static_cast<const int8_t*>(call.segments[i].decoder));
-      else make(static_cast<const uint16_t*>(call.segments[i].decoder));
+      if ((Mixed || Planes <= kByteBits) && call.segments[i].units) make(static_cast<const int8_t*>(call.segments[i].scales));
+      else make(static_cast<const uint16_t*>(call.segments[i].scales));
     }
   };
   if constexpr (!Codebook) build(0);

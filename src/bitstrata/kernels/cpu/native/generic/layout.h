@@ -1,4 +1,4 @@
-// The blocked layout: how a weight's planes and decoders lie in memory for these kernels.
+// The blocked layout: how a weight's planes and scales lie in memory for these kernels.
 //
 // Rows come in blocks of 16, columns in units of 128. One plane of one (block, unit) is 256 bytes: four
 // words of 64. Word q holds the rows 16*block + 4*lane + q, lane = 0..3 being the 16-byte lanes of the

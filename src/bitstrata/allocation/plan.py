@@ -1,0 +1,280 @@
+"""`bitstrata.plan`: the best bits for every layer within a budget, predicted, measured and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..calibration import calibration_windows, read_text, text_digest
+from ..checkpoint import (
+    PAGES_FILE,
+    Budget,
+    CheckpointReader,
+    Fingerprint,
+    ModelSizes,
+    Plan,
+    parse_budget,
+)
+from ..errors import UsageError
+from ..evaluation import load_reference
+from ..models import check_vocabulary, context_limit, load, load_tokenizer, resolve
+from ..models.load import pick_device
+from ..models.source import SourceModel
+from ..progress import Reporter
+from ..torch_state import ordinary_torch
+from . import greedy, milp, paired, waterfill
+from .objective import Objective
+from .order import page_order
+from .plot import check_picture, draw
+from .problem import Array, Bounds, Problem, find_choices, random_allocation
+from .report import PlanReport, PlanRow
+from .sensitivity import SENSITIVITY_FILE, Measure, Sensitivity, Settings, measure_sensitivity
+
+SOLVERS: dict[str, Callable[[Problem], Array]] = {
+    "paired": paired.solve,
+    "milp": milp.solve,
+    "greedy": greedy.solve,
+    "waterfill": waterfill.solve,
+}
+DEFAULT_WINDOWS = 16
+DEFAULT_SEQ_LEN = 512
+
+
+@ordinary_torch()
+def plan(
+    model: str | Path,
+    budget: str | Budget,
+    solver: str = "paired",
+    text: str | Path | None = None,
+    reference: str | Path | None = None,
+    *,
+    output: str | Path | None = None,
+    pages: bool = False,
+    plot: str | Path | None = None,
+    sensitivity: str | Path | None = None,
+    measure: Measure | None = None,
+    together: bool = False,
+    min_bits: Mapping[str, int] | None = None,
+    max_bits: Mapping[str, int] | None = None,
+    windows: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> PlanReport:
+    """Find the bits of every layer that lose least within `budget`.
+
+    Args:
+        model: a checkpoint folder or hub id.
+        budget: `600MB`, `1.8GiB`: all weights in memory; `3.2bpw`: bits read for each quantized weight.
+        solver: paired (the best), milp, greedy or waterfill.
+        text: a UTF-8 file, or `stdlib`: some windows to measure layers on, others to compare the plan on. Not needed
+            once layers are measured; the plan is then neither refined nor compared by its true loss.
+        reference: the original model. Losses are divergences from it, else from the model's own highest bits.
+        output: where the plan is written.
+        pages: also write the order of pages beside the checkpoint, in which every budget is a prefix. It leads from the
+            smallest plan to the largest whatever the bounds; with `together` its pages raise such layers at once.
+        plot: where a picture of loss against bytes is written (extra `plots`).
+        sensitivity: where layers' losses are kept; `bitstrata_sensitivity.json` beside the checkpoint by default.
+        measure: kld (the default), or hessian: one pass instead of one for each layer and bits, and a worse guide.
+        together: equal bits for layers that share a kernel call (q, k and v; gate and up).
+        min_bits, max_bits: name pattern (`*.down_proj`) -> the least or most bits of the layers that match.
+        windows, seq_len, seed: how many windows of how many tokens, 16 and 512 by default, and which; `seed` also draws
+            the random plan that is compared.
+
+    Raises:
+        UsageError: a budget below the smallest plan (the message says the least), an unknown solver, bounds that
+            leave no plan, a file that cannot be written, ways of measuring without a text to measure on.
+        PlanError: a sensitivity file of another model, text or settings.
+    """
+    reporter = (reporter or Reporter()).fresh()
+    budget = parse_budget(budget)
+    if solver not in SOLVERS:
+        raise UsageError(f"there is no solver {solver!r}", hint=f"solvers: {', '.join(SOLVERS)}")
+    _check_measuring(text, reference=reference, measure=measure, windows=windows, seq_len=seq_len)
+    for path in (output, plot, sensitivity):
+        if path is not None:
+            _check_writable(Path(path))
+    if plot is not None:
+        check_picture(Path(plot))
+    folder = resolve(model, kind="bitstrata checkpoint")
+    reader = CheckpointReader(folder)
+    sizes = ModelSizes.of(reader)
+    limit = sizes.limit(budget)
+    bounds = Bounds(min_bits or {}, max_bits or {})
+    find_choices(sizes, limit, together=together, bounds=bounds)  # raises if they leave no plan
+    sizes.note_excess(budget, reporter)
+
+    path = Path(sensitivity) if sensitivity is not None else folder / SENSITIVITY_FILE
+    measured = None
+    if text is not None:
+        measured = _Measured.of(reader, text, reference, measure or "kld", windows, seq_len, seed, device, reporter)
+    found = _sensitivity(path, reader, measured, reporter)
+
+    problem = Problem.build(
+        found,
+        sizes,
+        limit,
+        together=together,
+        bounds=bounds,
+        true_loss=None if measured is None else measured.calibration.loss,
+    )
+    x = SOLVERS[solver](problem)
+    size = sizes.of_plan(problem.plan(x))
+    rows = _rows(problem, x, found, reader, sizes, measured, seed)
+    provenance = {
+        "budget": str(budget),
+        "solver": solver,
+        "bytes": size.total,
+        "bpw": size.bpw,
+        "divergence_from": found.target,
+        "predicted": rows[0].predicted,
+        "measured": rows[0].measured,
+    }
+    made = Plan(problem.plan(x), Fingerprint.of(reader), str(budget), provenance)
+    if output is not None:
+        made.save(output)
+        reporter.say(f"wrote {output}")
+    if pages or plot is not None:
+        order = page_order(found, reader, sizes, together=together)
+        if pages:
+            order.save(folder / PAGES_FILE)
+            reporter.say(f"wrote {folder / PAGES_FILE}")
+        if plot is not None:
+            draw(Path(plot), order, found, reader, sizes, rows, measured.heldout if measured else None)
+            reporter.say(f"wrote {plot}")
+    return PlanReport(
+        model=str(model),
+        budget=str(budget),
+        solver=solver,
+        plan=made,
+        size=size,
+        rows=tuple(rows),
+        target=found.target,
+        heldout_tokens=measured.heldout.positions if measured else 0,
+        notes=tuple(reporter.notes),
+    )
+
+
+def _check_measuring(
+    text: str | Path | None,
+    *,
+    reference: str | Path | None,
+    measure: Measure | None,
+    windows: int | None,
+    seq_len: int | None,
+) -> None:
+    """Raise UsageError for ways of measuring that make no sense, or that nothing is measured in."""
+    if (windows is not None and windows < 1) or (seq_len is not None and seq_len < 2):
+        raise UsageError(f"windows must be at least 1 and seq_len at least 2, got {windows} and {seq_len}")
+    given = {"reference": reference, "measure": measure, "windows": windows, "seq_len": seq_len}
+    idle = [name for name, value in given.items() if value is not None]
+    if text is None and idle:
+        raise UsageError(
+            f"without a text nothing is measured, so {', '.join(idle)} would change nothing",
+            hint="give the text as well (--text FILE), or leave them out to use what was measured before",
+        )
+
+
+def _check_writable(path: Path) -> None:
+    """Raise UsageError if there is no folder for the file `path`, or it is a folder itself."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"{path} cannot be written: it is a folder", hint="name a file in it")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What measures true losses: on the windows that layers are measured on, and on others."""
+
+    settings: Settings
+    calibration: Objective
+    heldout: Objective
+    windows: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        reader: CheckpointReader,
+        text: str | Path,
+        reference: str | Path | None,
+        measure: Measure,
+        windows: int | None,
+        seq_len: int | None,
+        seed: int,
+        device: str,
+        reporter: Reporter,
+    ) -> _Measured:
+        documents = read_text(text, part="calibration")
+        where = pick_device(device)
+        tokenizer = load_tokenizer(reader.folder)
+        # float32 on a CPU, as in `evaluate`: exact there, and no slower
+        model: PreTrainedModel = load(reader.folder, device=where, dtype=torch.float32 if where.type == "cpu" else None)
+        count = windows or DEFAULT_WINDOWS
+        length = min(seq_len or DEFAULT_SEQ_LEN, context_limit(model.config) or DEFAULT_SEQ_LEN)
+        if seq_len is not None and length < seq_len:
+            reporter.note(f"seq-len lowered from {seq_len} to {length}, the model's context")
+        cut = calibration_windows(tokenizer, documents, num_samples=count, seq_len=length, num_heldout=count, seed=seed)
+        check_vocabulary((int(cut.calibration.max()), int(cut.heldout.max())), model.config, tokenizer)
+        if len(cut.calibration) < count:
+            reporter.note(f"the text has {len(cut.calibration)} windows to measure on, not {count}")
+        original = load_reference(reference, model, where)
+        digests = None if reference is None else SourceModel(resolve(reference, kind="reference model")).digests()
+        settings = Settings(
+            measure=measure,
+            text=Path(text).name,
+            text_sha256=text_digest(documents),
+            reference=None if reference is None else Path(reference).name,
+            reference_sha256=None if digests is None else text_digest([f"{k} {v}" for k, v in sorted(digests.items())]),
+            windows=len(cut.calibration),
+            seq_len=length,
+            seed=seed,
+            windows_sha256=cut.digest(),
+        )
+        calibration, heldout = (Objective(model, ids, original) for ids in (cut.calibration, cut.heldout))
+        return cls(settings, calibration, heldout, cut.calibration)
+
+
+def _sensitivity(path: Path, reader: CheckpointReader, measured: _Measured | None, reporter: Reporter) -> Sensitivity:
+    if path.exists():
+        return Sensitivity.load(path, reader, None if measured is None else measured.settings)
+    if measured is None:
+        raise UsageError(
+            f"the layers of {reader.folder} have not been measured yet: there is no {path}",
+            hint="give a text to measure them on: --text FILE",
+        )
+    reporter.say(f"measuring what each layer costs; {path} keeps it for other budgets")
+    found = measure_sensitivity(measured.calibration, reader, measured.settings, path, measured.windows, reporter)
+    reporter.say(f"wrote {path}")
+    return found
+
+
+def _rows(
+    problem: Problem,
+    x: Array,
+    found: Sensitivity,
+    reader: CheckpointReader,
+    sizes: ModelSizes,
+    measured: _Measured | None,
+    seed: int,
+) -> list[PlanRow]:
+    """The plan, the uniform plans around it, and a random plan of the same size."""
+    own = sizes.of_plan(problem.plan(x)).weights
+    candidates = {"this plan": problem.plan(x)}
+    uniform = {bits: Plan.uniform(reader.spec, bits) for bits in reader.spec.bits}
+    weights = {bits: sizes.of_plan(plan).weights for bits, plan in uniform.items()}
+    below = [bits for bits in uniform if weights[bits] <= own]
+    above = [bits for bits in uniform if weights[bits] > own]
+    candidates |= {f"uniform {bits}": dict(uniform[bits]) for bits in (*below[-1:], *above[:1])}
+    candidates["random"] = problem.plan(random_allocation(problem, seed))
+    rows = []
+    for name, bits in candidates.items():
+        loss = measured.heldout.loss(bits) if measured else None
+        rows.append(PlanRow.of(name, sizes.of_plan(bits), found.predict(bits), loss))
+    return rows

@@ -1,0 +1,261 @@
+"""`bitstrata.evaluate`: perplexity, KL divergence and top-1 agreement at each bits, streamed over a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import arguments
+from ..calibration import evaluation_windows, given_tokens, read_text
+from ..checkpoint import CheckpointReader, Plan, is_checkpoint
+from ..errors import ModelError, TextError, UsageError
+from ..models import (
+    bits_name,
+    check_vocabulary,
+    context_limit,
+    highest_bits,
+    input_device,
+    load,
+    load_tokenizer,
+    parse_bits_or_plans,
+    resolve,
+)
+from ..models.load import pick_device
+from ..nn import Precision, bits_state, multiplied_layers
+from ..planes import whole_number
+from ..progress import Reporter
+from ..torch_state import ordinary_torch
+from .arithmetic import ARITHMETICS, Ran
+from .divergence import Measured, Tally
+from .report import BitsResult, Evaluation
+
+TOKENS_PER_BATCH = 2048
+DEFAULT_SEQ_LEN = 2048
+
+
+@ordinary_torch()
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    text: str | Path,
+    bits: str | Sequence[int | Plan] | int | Plan | None = None,
+    reference: str | Path | PreTrainedModel | None = None,
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+    *,
+    arithmetic: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Measure a quantized model on a text.
+
+    Args:
+        model: a checkpoint folder, hub id, or a loaded quantized model.
+        text: a UTF-8 file, documents separated by `<|endoftext|>`; or `stdlib`.
+        bits: which bits or plans to measure, `2,3,plan.json` or the like; all supported bits by default, and of a
+            model that holds one plan's pages that plan.
+        reference: the original model, for KL divergence and agreement.
+        seq_len: window length in tokens; lowered to the model's context with a message.
+        max_tokens: stop after so many predicted tokens.
+        arithmetic: of the quantized layers' products: "exact", or "int8" as in decoding on a CPU. By default
+            as the model itself computes calls of this length; the result says which that was.
+        tokenizer: needed only when `model` is a loaded model without a folder.
+
+    Raises:
+        UnsupportedBitsError, PlanError, TextError, ModelError, CheckpointError: the input named in the message.
+        KernelError: nothing here computes in this arithmetic, or not the forced kernel.
+    """
+    reporter = (reporter or Reporter()).fresh()
+    if arithmetic not in (None, *ARITHMETICS):
+        raise UsageError(f"arithmetic {arithmetic!r} is not known", hint=f"one of {', '.join(ARITHMETICS)}")
+    if seq_len is not None:
+        seq_len = arguments.number("seq_len", seq_len, 2, hint="tokens a window; leave it out for the usual length")
+    if max_tokens is not None:
+        max_tokens = arguments.number("max_tokens", max_tokens, 1, hint="leave it out to measure the whole text")
+    documents = read_text(text, part="heldout")
+    where = input_device(model) if isinstance(model, PreTrainedModel) else pick_device(device)
+    asked = _asked(bits)
+    _check_plans(asked or (), model)
+    highest = None if asked is None else max(map(highest_bits, asked))
+    # float32 on a CPU: exact, and no slower there; elsewhere the dtype the model is stored in
+    dtype = torch.float32 if where.type == "cpu" else None
+    quantized = (
+        model if isinstance(model, PreTrainedModel) else load(model, device=where, dtype=dtype, max_bits=highest)
+    )
+    state = bits_state(quantized)
+    # a plan in memory is neither of these numbers nor a name for one
+    chosen: tuple[Precision, ...] = asked if asked is not None else state.supported or (state.default,)
+    for value in chosen:
+        state.check(value)
+    tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
+    original = load_reference(reference, quantized, where)
+    length = context_length(quantized, seq_len, reporter)
+
+    batches = list(_batches(evaluation_windows(tokenizer, documents, length, max_tokens)))
+    given = given_tokens(tokenizer)
+    check_vocabulary((max(window) for batch in batches for window in batch), quantized.config, tokenizer)
+    if not batches:
+        raise TextError(f"{text} has no window of two tokens or more", hint="give a longer text")
+    tallies = [Tally() for _ in chosen]
+    baseline, ran = Tally(), Ran(quantized)
+    with torch.no_grad(), reporter.track("evaluating", len(batches), "batch") as steps:
+        for windows in batches:
+            ids, predicted = _padded(windows, given, where)
+            targets, expected = ids[predicted], None
+            if original is not None:
+                expected = _logits(original, ids, predicted)
+                baseline.add(expected, targets)
+            for value, tally in zip(chosen, tallies, strict=True):
+                with state.using(value, arithmetic), ran.watching():
+                    tally.add(_logits(quantized, ids, predicted), targets, expected)
+            steps.step()
+
+    layers = multiplied_layers(quantized)
+    count = sum(layer.in_features * layer.out_features for layer in layers)
+    results = tuple(
+        _row(value, tally.result(), sum(layer.bytes_read(value) for layer in layers), count)
+        for value, tally in zip(chosen, tallies, strict=True)
+    )
+    base = baseline.result() if original is not None else None
+    arithmetics, kernels = ran.with_arithmetic(arithmetic)
+    return Evaluation(
+        model=str(quantized.name_or_path),
+        text=str(text),
+        tokens=tallies[0].tokens,
+        seq_len=length,
+        reference=None if base is None else {"perplexity": base.perplexity, "nll": base.nll},
+        results=results,
+        arithmetic=arithmetics,
+        kernel=kernels,
+        notes=tuple(reporter.notes),
+    )
+
+
+def _asked(bits: str | Sequence[int | Plan] | int | Plan | None) -> tuple[int | Plan, ...] | None:
+    """What to measure. Raises UsageError for what is neither bits nor a plan, or nothing at all."""
+    if bits is None:
+        return None
+    if isinstance(bits, str):
+        return parse_bits_or_plans(bits)
+    whole = whole_number(bits)
+    if whole is not None:
+        return (whole,)
+    given = [bits] if isinstance(bits, Mapping) or not isinstance(bits, Iterable) else list(bits)
+    asked = [_one_asked(value) for value in given]
+    if not asked:
+        raise UsageError("no bits are given to measure", hint="leave bits out to measure all of them")
+    return tuple(asked)
+
+
+def _one_asked(value: object) -> int | Plan:
+    if isinstance(value, Mapping):
+        return value if isinstance(value, Plan) else Plan(value)
+    whole = whole_number(value)
+    if whole is None:
+        raise UsageError(f"bits {value!r} cannot be measured", hint="bits are whole numbers from 1 to 8, or plans")
+    return whole
+
+
+def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedModel) -> None:
+    """Raise PlanError for a plan that was made for another checkpoint than that of `model`, if there is one."""
+    if isinstance(model, PreTrainedModel):
+        folder = Path(str(model.name_or_path))
+    else:
+        folder = resolve(model, kind="bitstrata checkpoint")
+    for plan in asked:
+        if isinstance(plan, Plan) and is_checkpoint(folder):
+            plan.check(CheckpointReader(folder))
+
+
+def _row(bits: Precision, measured: Measured, size: int, count: int) -> BitsResult:
+    name, bpw = bits_name(bits), 8 * size / count
+    return BitsResult(name, measured.perplexity, measured.nll, measured.kld, measured.top1_agreement, bpw, size)
+
+
+def context_length(model: PreTrainedModel, seq_len: int | None, reporter: Reporter) -> int:
+    """`seq_len` (default 2048), lowered to the model's context with a note."""
+    limit = context_limit(model.config)
+    wanted = DEFAULT_SEQ_LEN if seq_len is None else seq_len
+    if limit is None or wanted <= limit:
+        return wanted
+    if seq_len is not None:
+        reporter.note(f"seq-len lowered from {seq_len} to {limit}, the model's context")
+    return int(limit)
+
+
+def load_reference(
+    reference: str | Path | PreTrainedModel | None, quantized: PreTrainedModel, device: torch.device
+) -> PreTrainedModel | None:
+    """The model to compare with, in the dtype of `quantized`. Raises ModelError if it has another vocabulary."""
+    if reference is None:
+        return None
+    original = reference if isinstance(reference, PreTrainedModel) else _read_reference(reference, quantized.dtype)
+    sizes = [model.config.get_text_config().vocab_size for model in (original, quantized)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"the reference has another vocabulary than the quantized model: {sizes[0]} tokens, not {sizes[1]}",
+            hint="give the model that was quantized",
+        )
+    nn.Module.to(original, device)
+    return original.eval()
+
+
+def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    folder = resolve(reference, kind="reference model")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the reference {folder} cannot be loaded: {reason}") from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:  # transformers has left them random
+        raise ModelError(f"the reference {folder} stores no tensor for {missing[0]}", hint="download it again")
+    return model
+
+
+def _batches(windows: Iterator[list[int]]) -> Iterator[list[list[int]]]:
+    """Windows of similar length together, at most TOKENS_PER_BATCH tokens each, padding counted."""
+    pending: list[list[int]] = []
+    for window in sorted(windows, key=len, reverse=True):
+        if pending and len(pending[0]) * (len(pending) + 1) > TOKENS_PER_BATCH:
+            yield pending
+            pending = []
+        pending.append(window)
+    if pending:
+        yield pending
+
+
+def _padded(windows: list[list[int]], given: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [b, S], padded on the right with 0, and which of them are to be predicted: bool [b, S].
+
+    given: tokens at the start of each window that are not.
+    """
+    longest = max(map(len, windows))
+    ids = torch.zeros(len(windows), longest, dtype=torch.int64)
+    predicted = torch.zeros(len(windows), longest, dtype=torch.bool)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = torch.tensor(window)
+        predicted[row, given : len(window)] = True
+    return ids.to(device), predicted.to(device)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, predicted: Tensor) -> Tensor:
+    """Logits [s, vocab] from which the tokens marked in `predicted` are predicted.
+
+    Padding is on the right and attention is causal, so real positions never see it.
+    """
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[:, :-1][predicted[:, 1:]]

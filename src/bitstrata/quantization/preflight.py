@@ -1,0 +1,358 @@
+"""Everything that can be found wrong before the first expensive step, found at once.
+
+`prepare` reads every byte of the model once (digests, finite weights) and nothing more than the
+headers otherwise; it either returns a job ready to run or raises a PreflightError that lists all
+problems. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arguments import shown
+from ..calibration import BlockRunner, Windows, calibration_windows, read_text, text_digest
+from ..checkpoint import LayerSpec, QuantizationSpec, format_version, is_checkpoint
+from ..checkpoint.writer import TEMPORARY
+from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
+from ..memory import free_memory
+from ..models import (
+    Discovery,
+    HeadLayer,
+    SourceModel,
+    all_finite,
+    check_vocabulary,
+    context_limit,
+    discover,
+    find_head,
+    load_tokenizer,
+    resolve,
+)
+from ..models.names import missing_tensors
+from ..progress import Reporter
+from ..version import __version__
+from .companions import note_companions
+from .grouping import check_weight
+from .settings import Settings
+from .sizes import MemoryNeed, disk_bytes, megabytes, memory_need
+from .state import JOB_FOLDER, is_job
+
+HELDOUT_WINDOWS = 16
+LONGEST_FILE = f"{JOB_FOLDER}/refined-000000.safetensors{TEMPORARY}"  # below the output
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that passed preflight.
+
+    common: state-dict name -> stored name of what is copied unchanged.
+    head: the output head and the embedding, if they are quantized too.
+    fingerprint: everything the result depends on; decides whether a job may be resumed.
+    """
+
+    settings: Settings
+    source: SourceModel
+    model: PreTrainedModel
+    discovery: Discovery
+    windows: Windows | None
+    common: dict[str, str]
+    fingerprint: dict[str, Any]
+    disk_bytes: int
+    memory: MemoryNeed
+    head: tuple[HeadLayer, ...] = ()
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model tells apart."""
+        return int(self.model.config.get_text_config(decoder=True).vocab_size)
+
+    def spec(self) -> QuantizationSpec:
+        """The `quantization_config` of the result."""
+        settings = self.settings
+        provenance = {
+            "model": Path(settings.model).name or settings.model,
+            "calibration": None if settings.calibration is None else Path(settings.calibration).name,
+            **self.fingerprint,
+        }
+        layers = {
+            linear.name: LayerSpec(
+                in_features=linear.in_features,
+                out_features=linear.out_features,
+                bias=linear.bias,
+                decoder=settings.method.scales_kind(settings.bits),
+            )
+            for linear in self.discovery.linears
+        }
+        if settings.head_bits is not None:
+            layers.update({layer.name: layer.spec(settings.head_bits) for layer in self.head})
+        return QuantizationSpec(
+            format_version=format_version(layers.values()),
+            method=settings.method.name,
+            method_options=self.fingerprint["options"],
+            bits=list(settings.bits),
+            group_size=settings.group_size,
+            layers=layers,
+            provenance=provenance,
+        )
+
+
+class _Problems:
+    def __init__(self) -> None:
+        self.found: list[BitstrataError] = []
+
+    def attempt(self, make: Callable[[], _Value]) -> _Value | None:
+        try:
+            return make()
+        except BitstrataError as error:
+            self.found.append(error)
+            return None
+
+
+def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataError] = ()) -> Prepared:
+    """Check everything and gather what the job needs. Raises PreflightError, `earlier` problems first."""
+    problems = _Problems()
+    problems.found.extend(earlier)
+    problems.attempt(lambda: _check_output(settings))
+    documents = None
+    if settings.calibration is not None:
+        calibration = settings.calibration
+        documents = problems.attempt(lambda: read_text(calibration, part="calibration"))
+    folder = problems.attempt(lambda: resolve(settings.model))
+    source = None if folder is None else problems.attempt(lambda: SourceModel(folder))
+    tokenizer = None
+    if source is not None and settings.calibration is not None:
+        tokenizer = problems.attempt(lambda: load_tokenizer(source.folder))
+    if source is None:
+        raise PreflightError(problems.found)
+
+    settings = _within_context(settings, source, reporter)
+    model = problems.attempt(source.skeleton)
+    discovery = None if model is None else problems.attempt(lambda: _discover(model, settings.skip, problems))
+    windows = None
+    if documents is not None and tokenizer is not None:
+        windows = problems.attempt(lambda: _windows(settings, source, tokenizer, documents, reporter))
+    if model is None or discovery is None:
+        raise PreflightError(problems.found)
+
+    settings = _within_layers(settings, discovery, reporter)
+    head = () if settings.head_bits is None else problems.attempt(lambda: find_head(model)) or ()
+    discovery = _without(discovery, head)
+    common = _check_tensors(source, model, discovery, head, problems.found, reporter)
+    note_companions(source, reporter)
+    prepared = Prepared(
+        settings,
+        source,
+        model,
+        discovery,
+        windows,
+        common,
+        {},
+        disk_bytes(settings, source, discovery, head, common),
+        memory_need(settings, model, discovery, head, windows),
+        head,
+    )
+    problems.found.extend(_check_resources(prepared))
+    if not problems.found and windows is not None:  # it takes memory, and a model that is whole
+        runner = BlockRunner(source, model, discovery, settings.seq_len, settings.device)
+        problems.attempt(lambda: runner.check(windows.heldout[:1]))
+    if problems.found:
+        raise PreflightError(problems.found)
+    fingerprint = {
+        **settings.fingerprint(),
+        "model_sha256": source.digests(),
+        "text_sha256": None if documents is None else text_digest(documents),
+        "windows_sha256": None if windows is None else windows.digest(),
+        "versions": {"bitstrata": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    return replace(prepared, fingerprint=fingerprint)
+
+
+def _within_context(settings: Settings, source: SourceModel, reporter: Reporter) -> Settings:
+    limit = context_limit(source.config)
+    if settings.calibration is None or limit is None or settings.seq_len <= limit:
+        return settings
+    reporter.note(f"seq-len lowered from {settings.seq_len} to {limit}, the model's context")
+    return replace(settings, seq_len=int(limit))
+
+
+def _within_layers(settings: Settings, discovery: Discovery, reporter: Reporter) -> Settings:
+    widest = max(linear.in_features for linear in discovery.linears)
+    if settings.group_size <= widest:
+        return settings
+    reporter.note(f"group-size lowered from {settings.group_size} to {widest}, the inputs of the widest layer")
+    return replace(settings, group_size=widest)
+
+
+def _without(discovery: Discovery, head: Sequence[HeadLayer]) -> Discovery:
+    """`discovery` with the quantized head and embedding no longer among what is left out."""
+    taken = {f"{name}.weight" for layer in head for name in (layer.name, layer.tied) if name is not None}
+    return replace(discovery, left_out=tuple(entry for entry in discovery.left_out if entry.name not in taken))
+
+
+def _discover(model: PreTrainedModel, skip: Sequence[str], problems: _Problems) -> Discovery:
+    try:
+        return discover(model, skip)
+    except UsageError as error:
+        problems.found.append(error)
+        return discover(model)  # so that the tensors are checked too
+
+
+def _check_output(settings: Settings) -> None:
+    output, another = settings.output, "choose another folder for -o"
+    try:
+        str(output).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the name {str(output)!a} is not UTF-8, so its files could not be read", hint=another
+        ) from error
+    try:
+        for name in (output / LONGEST_FILE, *(_existing(output) / part for part in output.parts)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.lstat(name)  # raises for a name that is too long, or that may not be looked at
+        ours = is_job(output) or is_checkpoint(output)
+        used = output.is_dir() and any(output.iterdir())
+    except (OSError, ValueError) as error:  # a zero byte is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{shown(str(output), 300)} cannot be used: {reason}", hint=another) from error
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file", hint="give a folder to -o")
+    if used and not ours:
+        raise UsageError(f"{output} exists and was not made by bitstrata; it is left alone", hint=another)
+    for path in [output, *output.absolute().parents]:
+        if os.path.islink(path) and not path.exists():
+            raise UsageError(f"{path} is a link to {os.readlink(path)}, which is not there", hint="make that folder")
+    parent = _existing(output)
+    if not parent.is_dir():
+        raise UsageError(f"{parent} is not a folder, so {output} cannot be made", hint=another)
+
+
+def _existing(output: Path) -> Path:
+    """The output, or the nearest folder above it that exists."""
+    return next((path for path in [output, *output.absolute().parents] if os.path.exists(path)), Path("/"))
+
+
+def _windows(
+    settings: Settings,
+    source: SourceModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    reporter: Reporter,
+) -> Windows:
+    wanted = settings.num_samples if settings.method.needs_calibration else 0
+    windows = calibration_windows(
+        tokenizer,
+        documents,
+        num_samples=wanted,
+        seq_len=settings.seq_len,
+        num_heldout=HELDOUT_WINDOWS,
+        seed=settings.seed,
+    )
+    parts = (windows.calibration, windows.heldout)
+    check_vocabulary((int(part.max()) for part in parts if part.numel()), source.config, tokenizer)
+    if len(windows.calibration) < wanted:
+        reporter.note(
+            f"the calibration text gives {len(windows.calibration)} windows of {settings.seq_len} tokens, "
+            f"{wanted} were asked for"
+        )
+    return windows
+
+
+def _check_tensors(
+    source: SourceModel,
+    model: PreTrainedModel,
+    discovery: Discovery,
+    head: Sequence[HeadLayer],
+    problems: list[BitstrataError],
+    reporter: Reporter,
+) -> dict[str, str]:
+    """Compare stored tensors with the model; returns state-dict name -> stored name of unquantized ones."""
+    # what is quantized -> what to do where it cannot be
+    quantized = {f"{linear.name}.weight": "leave the layer out with --skip" for linear in discovery.linears}
+    quantized |= {f"{layer.name}.weight": "leave --head-bits out" for layer in head}
+    copies = {name for group in discovery.tied for name in group[1:]}
+    common, used, missing = {}, set(), []
+    for name, tensor in model.state_dict().items():
+        stored = source.stored_name(name)
+        if stored is not None:
+            used.add(stored)
+        if name in copies:
+            continue
+        if stored is None:
+            missing.append(name)
+            continue
+        try:
+            _check_tensor(source, stored, tensor, quantize=quantized.get(name))
+        except ModelError as error:
+            problems.append(error)
+            continue
+        if name not in quantized:
+            common[name] = stored
+    for one, other in source.untied:
+        reporter.note(f"the config ties {one} to {other}, but the stored tensors differ: both are kept, tied no longer")
+    unused = sorted(set(source.files) - used)
+    if missing:
+        problems.append(missing_tensors(source.folder, type(model).__name__, missing, unused))
+    elif unused:
+        reporter.note(
+            f"{len(unused)} stored tensors are not part of the model and are dropped: {', '.join(unused[:5])}"
+        )
+    return common
+
+
+def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantize: str | None) -> None:
+    """`quantize`: for a weight to be quantized, what to do if it cannot be; None for any other tensor."""
+    dtype, shape = source.spec(stored)
+    if shape != tuple(expected.shape):
+        raise ModelError(
+            f"{stored}: the config asks for shape {list(expected.shape)}, the file has {list(shape)}",
+            hint="config.json and the weights are of different models",
+        )
+    if expected.is_floating_point() and not dtype.is_floating_point:
+        raise ModelError(
+            f"{stored} holds {dtype}, not floating-point weights", hint="quantize the original model, not a packed copy"
+        )
+    value = source.map(stored)
+    if quantize is not None:
+        check_weight(stored, value, hint=quantize)
+    elif value.is_floating_point() and not all_finite(value):
+        raise ModelError(f"{stored} holds NaN or infinity", hint="the source model is damaged")
+
+
+def _check_resources(prepared: Prepared) -> list[BitstrataError]:
+    problems: list[BitstrataError] = []
+    output = prepared.settings.output
+    free = shutil.disk_usage(_existing(output)).free
+    started = os.path.isdir(output / JOB_FOLDER)
+    if free < prepared.disk_bytes and not started:
+        problems.append(
+            ResourceError(
+                f"{output} needs about {megabytes(prepared.disk_bytes)} of disk, {megabytes(free)} are free",
+                hint="free some space or choose another folder for -o",
+            )
+        )
+    device, need = prepared.settings.device, prepared.memory
+    places = [("cpu", "memory", need.main)] + ([(str(device), "GPU memory", need.gpu)] if need.gpu else [])
+    for where, kind, needed in places:
+        available = free_memory(where)
+        if available < needed:
+            gradients = prepared.settings.method.needs_fisher
+            problems.append(
+                ResourceError(
+                    f"the job needs about {megabytes(needed)} of {kind}, {megabytes(available)} are free",
+                    hint="lower --num-samples or --seq-len"
+                    + (", or use --preset fast: no gradients" if gradients else "")
+                    + (", or --device cpu" if kind == "GPU memory" else ""),
+                )
+            )
+    return problems

@@ -1,0 +1,223 @@
+"""What a quantization job found out: prints as a table, saved as `bitstrata_report.json`.
+
+The saved part holds only what the inputs determine, so that equal inputs give equal bytes; time and
+memory are in the returned object alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ..checkpoint.reader import read_json
+from ..errors import CheckpointError
+from ..evaluation import Measured
+from ..evaluation.report import optional, percent, render
+from .preflight import Prepared
+
+ORIGINAL = "original"  # the chain of the unquantized model; the others are named "<bits>" and "rtn <bits>"
+
+# A precision whose top token differs from the original's this often is called not worth using.
+USELESS_TOP1 = 0.5
+
+# Of what guessing tokens at random loses. Models lose 0.15 to 0.3 of it on text of their own kind, and 0.6 to 1.4 on
+# foreign text: TinyStories models on Wikipedia and Python, a Python model on TinyStories and Wikipedia.
+FOREIGN_TEXT = 0.5
+
+# of a report: what is not saved, because it is not the same for equal inputs
+VOLATILE = {"output", "seconds", "peak_memory_bytes", "total_bytes"}
+
+
+class _Row(BaseModel):
+    bits: int
+    bpw_read: float = 0.0
+    bytes: int = 0
+    nll: float | None = None
+    kld: float | None = None
+    top1_agreement: float | None = None
+    rtn: dict[str, float | None] | None = None
+    verdict: str = ""
+
+
+class _LeftOut(BaseModel):
+    name: str
+    shape: list[int]
+    reason: str
+
+
+class _Saved(BaseModel):
+    """What is read of a `bitstrata_report.json`; only what it does hold is used."""
+
+    reference: dict[str, float] | None = None
+    heldout_tokens: int = 0
+    results: list[_Row] = []
+    layer_error: dict[str, dict[str, float]] = {}
+    left_out: tuple[_LeftOut, ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+    text_warning: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `bitstrata.quantize`.
+
+    results: one entry a bits value: bpw_read, bytes, and on held-out windows nll, kld, top1_agreement,
+        the same for dedicated round-to-nearest under `rtn`, and a `verdict` in words. The measured
+        values are None when no text was given.
+    text_warning: what is wrong with the calibration text, by the original's own loss on its held-out windows.
+    head_bits: of the output head and the embedding; None if they are as they were. `bytes` counts the head.
+    layer_error: layer -> bits -> ||W - W_bits||^2 / ||W||^2.
+    """
+
+    output: str
+    method: str
+    group_size: int
+    results: tuple[dict[str, Any], ...]
+    reference: dict[str, float] | None
+    heldout_tokens: int
+    layer_error: Mapping[str, Mapping[str, float]]
+    left_out: tuple[dict[str, Any], ...]
+    tied: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+    text_warning: str | None = None
+    head_bits: int | None = None
+    total_bytes: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def saved(self) -> dict[str, Any]:
+        """What goes into `bitstrata_report.json`."""
+        return {key: value for key, value in self.to_json().items() if key not in VOLATILE}
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def with_saved(self, path: Path) -> Report:
+        """This report with the measures that an earlier run, of whatever version, saved in `path`.
+
+        What is not there or not known stays as it is here. Raises CheckpointError if it is no report.
+        """
+        saved = read_json(path)
+        try:
+            found = _Saved.model_validate(saved).model_dump(exclude_unset=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"{path} is not a report: {place}: {first['msg']}") from error
+        rows = {row["bits"]: row for row in found.pop("results", [])}
+        results = tuple({**row, **rows.get(row["bits"], {})} for row in self.results)
+        return replace(self, results=results, **found)
+
+    def __str__(self) -> str:
+        rows = []
+        if self.reference is not None:
+            rows.append(["original", "", "", f"{self.reference['nll']:.4f}", "", "", "", ""])
+        for row in self.results:
+            rtn = row["rtn"] or {}
+            rows.append(
+                [
+                    str(row["bits"]),
+                    f"{row['bpw_read']:.3f}",
+                    f"{row['bytes'] / 1e6:.2f}",
+                    optional(row["nll"]),
+                    optional(row["kld"]),
+                    percent(row["top1_agreement"]),
+                    optional(rtn.get("nll")),
+                    optional(rtn.get("kld")),
+                ]
+            )
+        columns = ["bits", "bpw read", "MB read", "nll", "kld", "top-1", "rtn nll", "rtn kld"]
+        where = f", measured on {self.heldout_tokens} held-out tokens" if self.heldout_tokens else ""
+        head = "" if self.head_bits is None else f", head and embedding at {self.head_bits} bits"
+        lines = [render(f"{self.output}: {self.method}, group size {self.group_size}{head}{where}", columns, rows)]
+        lines += [f"bits {row['bits']}: {row['verdict']}" for row in self.results if row["verdict"] != "ok"]
+        if self.text_warning:
+            lines.append(self.text_warning)
+        reasons: dict[str, int] = {}
+        for entry in self.left_out:
+            reasons[entry["reason"]] = reasons.get(entry["reason"], 0) + 1
+        if reasons:
+            lines.append("not quantized: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.items()))
+        return "\n".join(lines)
+
+
+def make_report(
+    prepared: Prepared,
+    measured: Mapping[str, Measured],
+    layer_error: Mapping[str, Mapping[str, float]],
+    notes: Sequence[str],
+) -> Report:
+    """Put a report together; `measured` has an entry a chain, or none if nothing was measured."""
+    settings, discovery, spec = prepared.settings, prepared.discovery, prepared.spec()
+    rows = []
+    lower: Measured | None = None
+    unmeasured = "not measured" + ("" if prepared.windows is not None else ": no calibration text was given")
+    for bits in settings.bits:
+        size = spec.bytes_read(bits)
+        mine, rtn = measured.get(str(bits)), measured.get(f"rtn {bits}")
+        rows.append(
+            {
+                "bits": bits,
+                "bpw_read": 8 * size / spec.weight_count,
+                "bytes": size,
+                **_measures(mine),
+                "rtn": None if rtn is None else _measures(rtn),
+                "verdict": unmeasured if mine is None else verdict(bits, mine, rtn, lower),
+            }
+        )
+        lower = mine
+    original = measured.get(ORIGINAL)
+    return Report(
+        output=str(settings.output),
+        method=settings.method.name,
+        group_size=settings.group_size,
+        results=tuple(rows),
+        reference=None if original is None else {"nll": original.nll, "perplexity": original.perplexity},
+        heldout_tokens=0 if original is None else original.tokens,
+        layer_error=layer_error,
+        left_out=tuple({"name": x.name, "shape": list(x.shape), "reason": x.reason} for x in discovery.left_out),
+        tied=discovery.tied,
+        notes=tuple(notes),
+        text_warning=None if original is None else text_warning(original.nll, prepared.vocabulary),
+        head_bits=settings.head_bits,
+    )
+
+
+def text_warning(nll: float, vocabulary: int) -> str | None:
+    """One sentence if the original model cannot predict the text, so that nothing can be learnt from it."""
+    guessing = math.log(vocabulary)
+    if nll < FOREIGN_TEXT * guessing:
+        return None
+    return (
+        f"warning: the original itself loses {nll:.2f} nats a token on the held-out part of the calibration text "
+        f"(guessing: {guessing:.2f}); it is not the kind of text this model was made for, so precisions fitted to it "
+        "may be poor on other text: calibrate on what the model will see"
+    )
+
+
+def _measures(measured: Measured | None) -> dict[str, float | None]:
+    if measured is None:
+        return {"nll": None, "kld": None, "top1_agreement": None}
+    return {"nll": measured.nll, "kld": measured.kld, "top1_agreement": measured.top1_agreement}
+
+
+def verdict(bits: int, measured: Measured, rtn: Measured | None, lower: Measured | None) -> str:
+    """One sentence on whether `bits` is worth using; "ok" if nothing is wrong with it."""
+    assert measured.kld is not None
+    assert measured.top1_agreement is not None
+    if measured.top1_agreement < USELESS_TOP1:
+        return (
+            f"not worth using: the most likely token is the original's in only {percent(measured.top1_agreement)} "
+            "of the positions"
+        )
+    if rtn is not None and rtn.kld is not None and measured.kld > rtn.kld:
+        return f"no better than plain round-to-nearest at {bits} bits (kld {rtn.kld:.4f})"
+    if lower is not None and lower.nll < measured.nll and lower.kld is not None and lower.kld < measured.kld:
+        return "worse than the bits below it: use those"
+    return "ok"
