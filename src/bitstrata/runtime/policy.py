@@ -52,6 +52,10 @@ class RequestView:
         low = min(self.min_bits, self.bits)
         return tuple(bits for bits in reversed(self.supported) if low <= bits <= self.bits)
 
+    def lowered(self, steps: int) -> int:
+        """The bits so many steps down the ladder, within its ends."""
+        return self.ladder[min(max(steps, 0), len(self.ladder) - 1)]
+
 
 @dataclass(frozen=True)
 class LoadView:
@@ -68,13 +72,7 @@ class LoadView:
     steps: int
 
 
-Steps = Callable[[RequestView], int]  # of one request: how far down its ladder; holds what is remembered of it
-
-
-def choose_bits(steps: Steps, request: RequestView) -> int:
-    """The bits at which the request's next token is computed, or its prompt and with that its first new token."""
-    ladder = request.ladder
-    return ladder[min(max(steps(request), 0), len(ladder) - 1)]
+RequestPolicy = Callable[[RequestView], int]  # of one request, with what it remembers of it: steps down its ladder
 
 
 @dataclass
@@ -87,7 +85,7 @@ class Policy:
     def observe(self, load: LoadView) -> None:
         """Called before each round."""
 
-    def start(self) -> Steps:
+    def start(self) -> RequestPolicy:
         """Called for each request when it is submitted; the result before each of its tokens."""
         return lambda request: 0
 
@@ -147,7 +145,7 @@ class LoadPolicy(Policy):
         if steps != self.steps:
             self.steps, self._changed = steps, load.now
 
-    def start(self) -> Steps:
+    def start(self) -> RequestPolicy:
         return lambda request: self.steps if request.new_tokens or self.prompts else 0
 
 
@@ -161,7 +159,7 @@ class PositionPolicy(Policy):
     def __post_init__(self) -> None:
         self._require(self.tokens >= 1, "tokens must be at least 1")
 
-    def start(self) -> Steps:
+    def start(self) -> RequestPolicy:
         return lambda request: request.new_tokens // self.tokens
 
 
@@ -184,30 +182,25 @@ class EntropyPolicy(Policy):
         fine = 0 <= self.low < self.high <= 1 and 0 < self.weight <= 1 and self.hold >= 1
         self._require(fine, "0 <= low < high <= 1, weight above 0 and at most 1, hold at least 1")
 
-    def start(self) -> Steps:
-        return _Sureness(self)
+    def start(self) -> RequestPolicy:
+        mean: float | None = None
+        steps = seen = changed = 0
 
+        def policy(request: RequestView) -> int:
+            nonlocal mean, steps, seen, changed
+            if request.entropy is None or request.new_tokens == seen:
+                return steps
+            seen = request.new_tokens
+            before = request.entropy if mean is None else mean
+            mean = before + self.weight * (request.entropy - before)
+            if request.new_tokens - changed >= self.hold:
+                wanted = steps + (mean < self.low) - (mean > self.high)
+                wanted = min(max(wanted, 0), len(request.ladder) - 1)
+                if wanted != steps:
+                    steps, changed = wanted, request.new_tokens
+            return steps
 
-class _Sureness:
-    """The steps of one request under an EntropyPolicy."""
-
-    def __init__(self, policy: EntropyPolicy) -> None:
-        self._policy = policy
-        self._mean: float | None = None
-        self._steps = self._seen = self._changed = 0
-
-    def __call__(self, request: RequestView) -> int:
-        if request.entropy is None or request.new_tokens == self._seen:
-            return self._steps
-        policy, self._seen = self._policy, request.new_tokens
-        before = request.entropy if self._mean is None else self._mean
-        self._mean = before + policy.weight * (request.entropy - before)
-        if request.new_tokens - self._changed >= policy.hold:
-            wanted = self._steps + (self._mean < policy.low) - (self._mean > policy.high)
-            wanted = min(max(wanted, 0), len(request.ladder) - 1)
-            if wanted != self._steps:
-                self._steps, self._changed = wanted, request.new_tokens
-        return self._steps
+        return policy
 
 
 POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (Policy, LoadPolicy, PositionPolicy, EntropyPolicy)}

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ...models import Stops
-from ..policy import Steps
-from .memory import Range, TokenPool
+from ..policy import RequestPolicy
+from .memory import TokenPool
 from .request import Handle
 from .sampling import Sampler
 
@@ -34,9 +34,9 @@ class Running:
     tokens: list[int]
     most: int  # new tokens it may make
     sampler: Sampler
-    steps: Steps  # the policy's, of this request
+    policy: RequestPolicy
     stops: Stops | None
-    place: Range | None = None
+    place: range | None = None
     past: int = 0
     new: list[int] = field(default_factory=list)
     entropy: float | None = None  # of the last distribution, if the policy wants it
@@ -70,7 +70,7 @@ def grow(running: Iterable[Running], pool: TokenPool) -> list[Running]:
     """Get room for the next token of all that have used theirs up; those for which there is none."""
     stalled = []
     for item in running:
-        if item.place is None or len(item.tokens) <= item.place.stop - item.place.start:
+        if item.place is None or len(item.tokens) <= len(item.place):
             continue
         larger = pool.grow(item.place, item.past, item.room)
         if larger is None:

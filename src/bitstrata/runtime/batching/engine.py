@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,14 +30,14 @@ from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
 from ...models import Stops, context_limit, end_tokens, vocabulary_size
 from ...nn import Precision, bits_state, steady_rows
 from ...torch_state import ordinary_torch
-from ..policy import LoadView, Policy, RequestView, choose_bits
+from ..policy import LoadView, Policy, RequestView
 from .admission import Running, admit, grow
 from .attention import Span
 from .forward import Forward
 from .memory import BLOCK, TokenPool
-from .packing import Segment, Waiting, pack
+from .packing import Segment, pack
 from .request import REASONS, Event, Finished, Handle, Limits, Request, Token
-from .sampling import Choice, Sampler, choose, normalised_entropy
+from .sampling import Sampler, choose, normalised_entropy
 from .stats import EngineStats, Pace
 
 STOP_TOKENS = 4  # a character may take this many tokens, so a stop text of n lies within the last 4 n and a few
@@ -132,11 +133,11 @@ class Engine:
                 ends the request with this error.
 
         Raises:
-            UnsupportedBitsError, InputError, UsageError: as Limits.check; nothing is queued.
+            UnsupportedBitsError, InputError, UsageError: as Limits.admit; nothing is queued.
             ClosedError: the engine is closed, or has failed.
             ResourceError: max_waiting requests wait already.
         """
-        most = self.limits.check(request)
+        most = self.limits.admit(request)
         seed = request.seed if request.seed is not None else random.SystemRandom().getrandbits(64)
         sampler = Sampler(request.temperature, request.top_p, random.Random(seed), request.logprobs)
         texts = [stop for stop in request.stop if isinstance(stop, str)]
@@ -238,7 +239,7 @@ class Engine:
         started = time.monotonic()
         decoding = any(item.new for item in self._running.values())
         waiting = [
-            Waiting(item.handle.number, item.past, len(item.tokens) - item.past, bits)
+            Segment(item.handle.number, item.past, len(item.tokens) - item.past, bits)
             for item, bits in self._bits(started)
             if item.handle.number not in self._stalled
         ]
@@ -266,7 +267,7 @@ class Engine:
             waiting = len(self._waiting)
         most = max((len(view.ladder) - 1 for view in views.values()), default=0)
         self._policy.observe(LoadView(now, waiting, self._pace.mean, most))
-        chosen = {number: choose_bits(self._running[number].steps, view) for number, view in views.items()}
+        chosen = {number: view.lowered(self._running[number].policy(view)) for number, view in views.items()}
         return [(item, chosen.get(item.handle.number, bits)) for item, bits in asked]
 
     def _run(self, batch: list[Segment]) -> None:
@@ -289,23 +290,23 @@ class Engine:
         if self._policy.wants_entropy:
             for row, entropy in zip(rows, normalised_entropy(logits).tolist(), strict=True):
                 items[row].entropy = entropy
-        choices = choose(logits, [items[row].sampler for row in rows])
-        for row, choice in zip(rows, choices, strict=True):
-            if isinstance(choice, BitstrataError):
-                self._end(items[row], Finished("error", choice))
+        chosen = choose(logits, [items[row].sampler for row in rows])
+        for row, token in zip(rows, chosen, strict=True):
+            if isinstance(token, BitstrataError):
+                self._end(items[row], Finished("error", token))
             else:
-                self._take(items[row], choice, batch[row].bits)
+                bits = batch[row].bits
+                self._add(items[row], replace(token, bits=bits if isinstance(bits, int) else None))
 
-    def _take(self, item: Running, choice: Choice, precision: Precision) -> None:
-        item.tokens.append(choice.token)
-        item.new.append(choice.token)
-        bits = precision if isinstance(precision, int) else None
+    def _add(self, item: Running, token: Token) -> None:
+        item.tokens.append(token.id)
+        item.new.append(token.id)
         with self._changed:
             self._new_tokens += 1
-            self._tokens_by_bits["plan" if bits is None else str(bits)] += 1
-        item.handle._emit(Token(choice.token, bits, choice.logprob, choice.top))
+            self._tokens_by_bits["plan" if token.bits is None else str(token.bits)] += 1
+        item.handle._emit(token)
         try:
-            stopped = self._stops(item, choice.token)
+            stopped = self._stops(item, token.id)
         except Exception as error:  # the tokenizer's, about the tokens of this request alone
             self._end(item, Finished("error", error))
             return

@@ -57,7 +57,7 @@ class Token:
     """
 
     id: int
-    bits: int | None
+    bits: int | None = None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
@@ -89,8 +89,8 @@ class Limits:
         # the last new token is never an input, so it needs no place in the cache
         return min(self.cache_tokens + 1, self.context or self.cache_tokens + 1)
 
-    def check(self, request: Request) -> int:
-        """How many new tokens `request` may make.
+    def admit(self, request: Request) -> int:
+        """Check `request`; how many new tokens it may make.
 
         Raises:
             UnsupportedBitsError: bits or min_bits that the model does not have, in a plan as well.
