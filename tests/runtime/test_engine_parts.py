@@ -127,7 +127,7 @@ def test_gathered_attention_equals_one_request_after_the_other(bundled, code, wi
     pool = TokenPool(512)
     one, together = Forward(model, pool, gather=False), Forward(model, pool, gather=True)
     with torch.no_grad():
-        one.take()
+        one.attach()
         prompts = [code[:7], code[50:70], code[90:91]]
         starts = [pool.reserve(64).start for _ in prompts]
         for prompt, start in zip(prompts, starts, strict=True):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from transformers import set_seed
 
+import bitstrata
 from bitstrata.errors import CheckError
 from bitstrata.runtime import Engine, Request
 from bitstrata.runtime.batching.sampling import Sampler, choose
@@ -99,3 +102,32 @@ def test_log_probabilities_do_not_depend_on_temperature_and_top_p(count):
     expected = logits[0].log_softmax(-1)
     assert choice.logprob == pytest.approx(float(expected[choice.id]))
     assert [token for token, _ in choice.top] == [1, 0][:count]
+
+
+@pytest.mark.parametrize("draft_bits", [None, 2])
+def test_generate_samples_by_its_seed_and_leaves_the_programs_generators_alone(model, tokenizer, draft_bits):
+    prompt, settings = "def area(width, height):", {"temperature": 1.2, "top_p": 0.9, "draft_bits": draft_bits}
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    texts = [
+        bitstrata.generate(model, prompt, 4, 24, seed=seed, tokenizer=tokenizer, **settings).text for seed in (7, 8, 7)
+    ]
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+    assert texts[0] == texts[2] != texts[1]
+    set_seed(7)  # the same numbers as a caller of transformers gets
+    drafts = {} if draft_bits is None else {"draft_bits": draft_bits}
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        own = model.generate(
+            ids,
+            bits=4,
+            max_new_tokens=24,
+            do_sample=True,
+            temperature=1.2,
+            top_p=0.9,
+            top_k=0,
+            pad_token_id=0,
+            **drafts,
+        )
+    assert tokenizer.decode(own[0, ids.shape[1] :], skip_special_tokens=True) == texts[0]

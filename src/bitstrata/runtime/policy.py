@@ -1,13 +1,9 @@
 """Policies: at how many bits the next token of each request is computed, where the request leaves a choice.
 
-A request asks for `bits` and, if it may be lowered, `min_bits`. The model's bits between the two are
-its ladder, highest first. A policy only says how many steps down the ladder a request is now:
-
-    bits = ladder[min(steps, len(ladder) - 1)]
-
-so no policy can leave [min_bits, bits], and a request without min_bits, whose ladder is one rung, is
-never lowered. Prompts are fed at `bits`: all later tokens read their keys and values, and many rows
-at a time are bound by arithmetic, not by the planes read. Only `load` can be told to lower them too.
+A request asks for `bits` and, if it may be lowered, `min_bits`. The model's bits between the two are its ladder,
+highest first. A policy only says how many steps down the ladder a request is now, so none can leave [min_bits, bits],
+and a request without min_bits is never lowered. Prompts are fed at `bits`: all later tokens read their keys and values,
+and many rows at a time are bound by arithmetic, not by the planes read. Only `load` can be told to lower them too.
 
     fixed      every request at its bits
     load       down while requests queue or tokens come late, up again when there is room
@@ -32,10 +28,9 @@ from ..errors import UsageError
 class RequestView:
     """What a policy sees of a request before each token.
 
-    bits, min_bits: as asked for. supported: of the model, ascending. new_tokens: made so far; 0 for the prompt, or
-    a part of it.
-    entropy: of the distribution that gave the last of them (`normalised_entropy`), in [0, 1]; None without one,
-    or if the policy does not want it.
+    bits, min_bits: as asked for. supported: of the model, ascending. new_tokens: made so far; 0 for the prompt.
+    entropy: of the distribution that gave the last of them (`normalised_entropy`), in [0, 1]; None without one, or if
+    the policy does not want it.
     """
 
     bits: int
@@ -62,8 +57,7 @@ class LoadView:
     """What a policy sees of the engine before each round.
 
     now: seconds, on a clock that never goes back. waiting: requests that found no place.
-    time_per_token: seconds between two tokens of a request, a mean over the recent past; None if none were made
-    since the engine was last without work. steps: of the longest ladder among the running requests.
+    time_per_token: as in EngineStats. steps: of the longest ladder among the running requests.
     """
 
     now: float
@@ -102,12 +96,11 @@ class Policy:
 class LoadPolicy(Policy):
     """All requests go a step down when the engine is behind, and a step up when it has had room for a while.
 
-    Behind: at least `queue` requests wait for a place, or the time per token is above the target.
-    Room: nobody waits, and the time per token is below `low` times the target, for `dwell_ms` on end. Between the
-    two nothing changes. Steps lie at least `dwell_ms` apart; an engine that was without work starts at the top again.
-    So the target must lie well above what one request alone takes, or the top comes back only with an empty engine.
-    `prompts=1` lowers prompts as well: for where they cost less at fewer bits (`bitstrata bench OUT --rows 32`), and
-    at the price of every token that reads them.
+    Behind: at least `queue` requests wait, or the time per token is above the target. Room: none waits, and the time
+    per token is below `low` times the target, for `dwell_ms` on end. Between the two nothing changes. Steps lie at
+    least `dwell_ms` apart; an engine that was without work starts at the top again. So the target must lie well above
+    what one request alone takes. `prompts=1` lowers prompts as well: where they cost less at fewer bits
+    (`bitstrata bench OUT --rows 32`), and at the price of every token that reads them.
     """
 
     name: ClassVar[str] = "load"
@@ -218,7 +211,7 @@ def parse_policy(text: str) -> Policy:
     known = {item.name: int if item.type == "int" else float for item in fields(kind) if item.init}
     given: dict[str, float] = {}
     for part in filter(None, settings.split(",")):
-        key, _, value = (piece.strip() for piece in part.partition("="))
+        key, _, value = map(str.strip, part.partition("="))
         if key not in known:
             hint = f"it knows {', '.join(known)}" if known else "it has no settings"
             raise UsageError(f"policy {name} has no setting {key!r}", hint=hint)

@@ -1,14 +1,14 @@
 """Who gets room in the cache, and when.
 
-A request that says how many tokens it makes gets room for all of them before it starts, and keeps it. One that does
-not say gets GROWTH more at a time, as it goes: it takes from others only what it uses.
+A request that says how many tokens it makes gets room for all of them before it starts. One that does not say gets
+GROWTH more at a time, as it goes.
 
-First come, first served, but a request for which there is no room now lets others pass that are smaller, OVERTAKEN of
-them in all. Then nobody passes it any more, so that its room comes free.
+First come, first served, but a request for which there is no room now lets smaller ones pass, OVERTAKEN of them in all.
+Then none passes it any more, so that its room comes free.
 
-A request that cannot grow waits, and until it can nobody is admitted. If all that run wait for that, nothing will come
-free by itself: the longest of them then ends, as at any other limit, for the others to go on. None of n such requests
-ends before it had an n-th of the cache, rounded down by GROWTH.
+A request that cannot grow waits, and until it can none is admitted. If all that run wait for that, nothing will come
+free by itself: the longest of them then ends, as at any other limit. None of n such requests ends before it had an n-th
+of the cache, rounded down by GROWTH.
 """
 
 from __future__ import annotations

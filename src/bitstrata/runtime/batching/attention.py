@@ -1,10 +1,9 @@
 """Attention for a flat batch: tokens of many requests in a row, each seeing its own past and no other's.
 
-transformers hands the queries, keys and values of all tokens [1, H, T, D] of a layer to the function
-registered here, with the keyword `bitstrata_batch` that the engine gave to the model's forward. The
-function puts keys and values into the pool and attends request by request, which on a CPU is the
-very arithmetic of a request alone. On a GPU, where many small kernels cost more than the work in
-them, requests that feed one token each are gathered and padded to one call.
+transformers hands the queries, keys and values of all tokens [1, H, T, D] of a layer to `attend`, with the keyword
+`bitstrata_batch` that the engine gave to the model's forward. It puts keys and values into the pool and attends request
+by request, which on a CPU is the very arithmetic of a request alone. On a GPU, where many small kernels cost more than
+the work in them, requests that feed one token each are gathered and padded to one call.
 
 Heads that share keys are rows of one query against them, as in models/attention.py, so keys are never repeated.
 """

@@ -1,9 +1,8 @@
 """One batch through a model: flat tokens, bits a token, keys and values in the pool.
 
-Only public doors of transformers are used: the model's forward with `position_ids` and
-`logits_to_keep`, `AttentionInterface`, and `set_attn_implementation` while the engine holds the model.
-What an architecture makes of them is not taken on trust: `check` compares batches with the model's
-own forward before the first request.
+The model's forward gets `position_ids` and `logits_to_keep`, and attention is ours (`AttentionInterface`) while the
+engine holds the model. What an architecture makes of that is not taken on trust: `check` compares batches with the
+model's own forward before the first request.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from .memory import BLOCK, TokenPool
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 PROBE = 12  # tokens; with a part of another sequence they stay within one kernel's few rows
-# Between two ways of computing the same logits, relative to their norm. Activations in int8 turn a difference in
-# rounding into one of half a step, so this is wide; a token that sees the wrong keys is off by tens of percent.
+# Between two ways of computing the same logits, relative to their norm. Wide, because int8 activations turn a
+# difference in rounding into half a step; a token that sees the wrong keys is off by tens of percent.
 PROBE_TOLERANCE = 0.05
 
 
 class Forward:
-    """Runs batches through `model`, which belongs to it from `take` to `give_back`.
+    """Runs batches through `model`, which belongs to it from `attach` to `detach`.
 
     gather: attention of requests that feed one token each in one call; on GPUs by default.
     """
@@ -42,11 +41,10 @@ class Forward:
         self._own_attention: str | None = None
         self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def take(self) -> None:
+    def attach(self) -> None:
         """Switch the model's attention to batches; the model is known to allow it."""
-        own = self.model.config._attn_implementation
+        self._own_attention = self.model.config._attn_implementation
         self.model.set_attn_implementation(NAME)
-        self._own_attention = own
 
     def _require_usable(self) -> None:
         """UsageError for a model that another engine holds, or whose layers are not plain attention."""
@@ -59,8 +57,8 @@ class Forward:
         if not self.model._can_set_attn_implementation():
             raise UsageError(f"{type(self.model).__name__} computes attention in its own way; batches cannot be run")
 
-    def give_back(self) -> None:
-        """The model is as it was before `take`."""
+    def detach(self) -> None:
+        """The model is as it was before `attach`."""
         if self._own_attention is not None:
             self.model.set_attn_implementation(self._own_attention)
             self._own_attention = None
@@ -88,7 +86,7 @@ class Forward:
         return (logits if self._can_keep else logits[last]).float()
 
     def check(self) -> None:
-        """Compare batches with the model's own forward, and keep the model taken.
+        """Compare batches with the model's own forward, and keep the model attached.
 
         Raises:
             UsageError: a model that another engine holds, or they differ: the architecture does something that
@@ -113,7 +111,7 @@ class Forward:
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         one, other = ([(step * stride) % vocabulary for step in range(PROBE)] for stride in (7, 11))
         expected = torch.stack([self._alone(one, high), self._alone(other[: PROBE - 3], low)])
-        self.take()
+        self.attach()
         # sequences of unequal length at unequal bits, one of them in two parts
         ranges = [self.pool.reserve(BLOCK), self.pool.reserve(BLOCK)]
         try:

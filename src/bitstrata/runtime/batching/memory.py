@@ -2,15 +2,14 @@
 
     layer l:  keys [H, tokens, D], values [H, tokens, D']         H = key-value heads
 
-A request holds one contiguous range of `tokens` from when it is admitted until it ends, long enough
-for its prompt and every token it may still make (or, where it sets no limit, for the next ones: admission.py).
-So attention reads a request's keys as a view, nothing is allocated while requests run or copied but
-for those that grow, and a request that was admitted and has a limit is never thrown out for lack of
-memory. The price is that room for tokens that are never made stays unused until the request ends,
-and that a long request waits until a range of its length is free in one piece.
+A request holds one contiguous range of `tokens` from when it is admitted until it ends, long enough for its prompt and
+every token it may still make (or, where it sets no limit, for the next ones: admission.py). So attention reads its keys
+as a view, nothing is allocated while requests run or copied but for those that grow, and an admitted request with a
+limit is never thrown out for lack of memory. The price: room for tokens that are never made stays unused until the
+request ends, and a long request waits until a range of its length is free in one piece.
 
-Ranges are counted in blocks of BLOCK tokens. Tensors are made when a layer first writes: only then
-its number of heads and their widths are known, whatever the architecture calls them.
+Ranges are counted in blocks of BLOCK tokens. Tensors are made when a layer first writes: only then its number of heads
+and their widths are known.
 """
 
 from __future__ import annotations
@@ -24,11 +23,15 @@ from ...memory import free_memory, is_out_of_memory
 BLOCK = 16
 
 
+def _whole_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK) * BLOCK
+
+
 class TokenPool:
     """Room for the keys and values of `tokens` tokens, rounded up to whole blocks. Not thread-safe."""
 
     def __init__(self, tokens: int) -> None:
-        self.tokens = -(-tokens // BLOCK) * BLOCK
+        self.tokens = _whole_blocks(tokens)
         self._free = [range(0, self.tokens)]  # ascending, never touching
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -44,7 +47,7 @@ class TokenPool:
 
     def reserve(self, tokens: int) -> range | None:
         """The first free range of `tokens`, rounded up to blocks; None if there is none now."""
-        size = -(-tokens // BLOCK) * BLOCK
+        size = _whole_blocks(tokens)
         for index, free in enumerate(self._free):
             if len(free) >= size:
                 left = range(free.start + size, free.stop)
@@ -63,7 +66,7 @@ class TokenPool:
         """
         before = self._free
         self._free = self._free_without(taken)
-        size = -(-tokens // BLOCK) * BLOCK
+        size = _whole_blocks(tokens)
         for index, free in enumerate(self._free):
             if free.start <= taken.start and taken.start + size <= free.stop:
                 around = (range(free.start, taken.start), range(taken.start + size, free.stop))

@@ -1,12 +1,9 @@
 """Which tokens go through the model together.
 
-A segment is the run of tokens that one request feeds next: its last token while it decodes, its
-prompt or a part of it before. Segments of different requests lie one after the other in a batch.
-
-A kernel may compute calls of up to `steady` rows in one arithmetic and longer ones in another (on
-CPUs: int8 activations against tiles of the decoded weight). A request must not notice with whom it
-shares a batch, so a batch holds either segments of at most `steady` tokens, together at most
-`steady`, or only segments that are longer: then every row is computed as if its request were alone.
+A kernel may compute calls of up to `steady` rows in one arithmetic and longer ones in another (on CPUs: int8
+activations against tiles of the decoded weight). A request must not notice with whom it shares a batch, so a batch
+holds either segments of at most `steady` tokens, together at most `steady`, or only segments that are longer: then
+every row is computed as if its request were alone.
 """
 
 from __future__ import annotations
@@ -19,9 +16,9 @@ from ...nn import Precision
 
 @dataclass(frozen=True)
 class Segment:
-    """`length` tokens that request `owner` feeds at `bits`, after the `past` tokens that the cache holds.
+    """What request `owner` feeds: `length` tokens at `bits`, after the `past` ones that the cache holds.
 
-    is_last: whether the next token is predicted from the last of them.
+    Its last token while it decodes, its prompt or a part of it before. is_last: whether it is given a token for them.
     """
 
     owner: int
@@ -34,8 +31,8 @@ class Segment:
 def pack(waiting: Sequence[Segment], max_tokens: int, steady: int | None) -> list[list[Segment]]:
     """The batches of one round: every short segment, and up to `max_tokens` tokens of long ones, oldest first.
 
-    Long segments are cut where max_tokens ends, but neither the piece nor what is left of it gets as
-    short as `steady`. Without `steady` everything is in one batch, decoding requests first.
+    Long segments are cut where max_tokens ends, but neither the piece nor what is left of it gets as short as
+    `steady`. Without `steady` everything is in one batch, decoding requests first.
     """
     if steady is None:
         ordered = sorted(waiting, key=lambda item: item.length > 1)

@@ -178,15 +178,21 @@ class Handle:
     `request` is what was asked for. Events are kept, so `events` may be called more than once and late.
     """
 
-    def __init__(self, request: Request, number: int, limits: Limits, listener: Callable[[Event], None] | None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        number: int,
+        limits: Limits,
+        listener: Callable[[Event], None] | None,
+        wake: Callable[[], None],
+    ) -> None:
         self.request, self.number = request, number
         self._limits, self._bits = limits, limits.precision(request.bits)
-        self._listener = listener
+        self._listener, self._wake = listener, wake
         self._changed = threading.Condition()
         self._events: list[Event] = []
         self._cancelled = False
         self._listener_error: Exception | None = None
-        self._wake: Callable[[], None] = lambda: None
 
     @property
     def bits(self) -> Precision:

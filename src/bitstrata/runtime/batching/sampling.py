@@ -1,8 +1,7 @@
 """The next token of each request from its own logits, at its own temperature, top_p and random numbers.
 
-A sampled token is where one uniform number falls among the cumulative probabilities of the tokens,
-likeliest first. The number comes from the request's own generator, one a token, so a seeded request
-draws the same ones whatever else is in the batch.
+A sampled token is where one uniform number falls among the cumulative probabilities of the tokens, likeliest first. The
+number comes from the request's own generator, one a token, so a seeded request draws the same ones in any batch.
 """
 
 from __future__ import annotations
