@@ -1,4 +1,4 @@
-"""Nested planes in the geometry of the Hessian: one code for every precision, solved jointly.
+"""The joint solver: one code for every precision, in the geometry of the Hessian.
 
 A *track* is one precision p of a layer: its target W*_p, its Hessian H_p and its own coefficients.
 All tracks share one code of P bits a weight, of which track p reads the first p. What is minimised,
@@ -23,14 +23,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..kernels.cpu import choose_codes
-from ..planes.weights import byte_unit
-from .grouping import to_bytes, to_scale
+from ..planes.weights import PlaneWeight, byte_unit
+from .grouping import Grouping, affine_weight, code_planes, code_signs, even_scales, to_bytes, to_scale
 
 RIDGE = 1e-6  # of the mean diagonal of a group's normal matrix
 HEADROOM = 1.2  # of byte units over the first grid: the groups' own fits go beyond it
@@ -42,18 +42,19 @@ Start = Callable[[Tensor, int, Tensor], Tensor]  # (weights [g, N], bits, metric
 
 @dataclass
 class Track:
-    """One precision: target [K, N], hessian [K, K] damped, weight lambda; coefficients [J, p + 1, N], offset last.
+    """One precision: target [K, N], hessian [K, K] damped, weight lambda.
 
     unit: fp16 [N] if coefficients are stored as bytes (planes.weights.ByteScales).
+    coefficients: what the solver finds, [J, p + 1, N], offset last.
     """
 
     bits: int
     weight: float
     target: Tensor
     hessian: Tensor
-    coefficients: Tensor
     factor: Tensor | None = None  # upper_factor(hessian), if it is known
     unit: Tensor | None = None
+    coefficients: Tensor = field(init=False)
 
     def loss(self, decoded: Tensor) -> Tensor:
         """L_p of every row for weights [K, N]: [N]."""
@@ -61,16 +62,10 @@ class Track:
         return (error * (self.hessian @ error)).sum(0)
 
 
-def signs(bits: int, device: torch.device) -> Tensor:
-    """The +-1 planes of every code: fp32 [2^bits, bits], the first plane from the highest bit."""
-    code = torch.arange(2**bits, device=device).unsqueeze(1)
-    shift = torch.arange(bits - 1, -1, -1, device=device)
-    return ((code >> shift) & 1).float() * 2 - 1
-
-
 def levels(coefficients: Tensor) -> Tensor:
     """The value of every code: [p + 1, N] -> [2^p, N]."""
-    return signs(len(coefficients) - 1, coefficients.device) @ coefficients[:-1] + coefficients[-1]
+    signs = code_signs(len(coefficients) - 1, coefficients.device).T.contiguous()
+    return signs @ coefficients[:-1] + coefficients[-1]
 
 
 def rounded(coefficients: Tensor, unit: Tensor | None = None) -> Tensor:
@@ -118,7 +113,7 @@ class JointSolver:
     """Solves some rows of a layer.
 
     Args:
-        tracks: ascending in bits; targets and Hessians in the same column order; coefficients are filled in.
+        tracks: ascending in bits; targets and Hessians in the same column order.
         groups: lengths of the groups, in order; they add up to K.
         start: the coefficients that a group begins with; `first_grid` by default.
     """
@@ -131,8 +126,10 @@ class JointSolver:
         ends = torch.tensor([0, *groups]).cumsum(0).tolist()
         self.spans = list(itertools.pairwise(ends))
         self.device = tracks[0].target.device
-        columns, rows = tracks[0].target.shape
-        self.code = torch.zeros(columns, rows, dtype=torch.int64, device=self.device)
+        rows = tracks[0].target.shape[1]
+        self.code = torch.zeros(tracks[0].target.shape, dtype=torch.int64, device=self.device)
+        for track in tracks:
+            track.coefficients = torch.zeros(len(groups), track.bits + 1, rows, device=self.device)
 
     def part(self, code: Tensor, track: Track) -> Tensor:
         """The bits of a code that a track reads."""
@@ -143,8 +140,6 @@ class JointSolver:
         start, end = self.spans[group]
         code = self.code[start:end] if code is None else code
         return levels(track.coefficients[group]).gather(0, self.part(code, track))
-
-    # ---- compensated pass
 
     def compensate(self, iterations: int) -> list[Tensor]:
         """Solve all groups from left to right; returns L_p of every row by the errors passed on, [N] a track."""
@@ -181,7 +176,7 @@ class JointSolver:
             errors, made = [], []
             for index, track in enumerate(self.tracks):
                 part = self.part(code, track)
-                tables[index] = rounded(fit(targets[index], part, tables[index], metrics[index]), track.unit)
+                tables[index] = rounded(refitted(targets[index], part, tables[index], metrics[index]), track.unit)
                 error = whiten[index] @ (targets[index] - levels(tables[index]).gather(0, part))
                 score += track.weight * error.square().sum(0)
                 errors.append(error)
@@ -216,8 +211,6 @@ class JointSolver:
             for y, factor, value in zip(left, spread, values, strict=True):
                 y[column + 1 :].addr_(factor[column, column + 1 :], y[column] - value, alpha=-1)
         return code
-
-    # ---- polish
 
     def polish(self, sweeps: int) -> None:
         """Coordinate descent in the full metric."""
@@ -260,14 +253,12 @@ class JointSolver:
         start, end = self.spans[group]
         part = self.part(self.code[start:end], track)
         old = track.coefficients[group]
-        new = rounded(old + step(part, old, metric, residual), track.unit)
+        new = rounded(old + least_squares_step(part, old, metric, residual), track.unit)
         moved = levels(new).gather(0, part) - levels(old).gather(0, part)
         change = (moved * (metric @ moved - 2 * residual)).sum(0)
         better = change < 0
         track.coefficients[group, :] = torch.where(better, new, old)
         return moved * better
-
-    # ---- what came out
 
     def decoded(self, track: Track) -> Tensor:
         """The weights of a track: [K, N]."""
@@ -288,6 +279,20 @@ class JointSolver:
             same[:, -1] = lower.coefficients[:, -1]
             track.coefficients = torch.where(worse, same, track.coefficients)
         return changed
+
+    def plane_weight(self, groups: Sequence[Tensor], group_size: int) -> PlaneWeight:
+        """The solution, columns and groups back in their own order; `groups`: the columns of each of the groups."""
+        code = self.code.cpu()[torch.cat(list(groups)).argsort()].T  # [N, K]
+        grouping = Grouping.of(code, group_size)
+        place = torch.tensor([int(group.min()) for group in groups]).argsort()
+        coefficients, units = {}, {}
+        for track in self.tracks:
+            stored = track.coefficients.cpu()[place]  # [J, p + 1, N]
+            scale = stored[:, :-1].permute(1, 2, 0).reshape(track.bits, -1)
+            coefficients[track.bits] = scale, stored[:, -1].T.reshape(-1)
+            if track.unit is not None:
+                units[track.bits] = track.unit.cpu()
+        return affine_weight(grouping, code_planes(grouping.split(code), self.top), coefficients, units)
 
 
 class Chooser:
@@ -340,22 +345,20 @@ def first_grid(y: Tensor, bits: int, metric: Tensor) -> Tensor:
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_half = torch.where(better, half, best_half)
-    powers = 2.0 ** torch.arange(bits - 1, -1, -1, device=y.device)
-    return torch.cat([best_half * powers.unsqueeze(1), middle.unsqueeze(0)])
+    return torch.cat([even_scales(best_half, bits), middle.unsqueeze(0)])
 
 
-def fit(target: Tensor, code: Tensor, coefficients: Tensor, metric: Tensor) -> Tensor:
+def refitted(target: Tensor, code: Tensor, coefficients: Tensor, metric: Tensor) -> Tensor:
     """Coefficients [p + 1, N] that bring the decoded codes [g, N] nearest to `target` in `metric` [g, g]."""
     residual = metric @ (target - levels(coefficients).gather(0, code))
-    return coefficients + step(code, coefficients, metric, residual)
+    return coefficients + least_squares_step(code, coefficients, metric, residual)
 
 
-def step(code: Tensor, coefficients: Tensor, metric: Tensor, residual: Tensor) -> Tensor:
+def least_squares_step(code: Tensor, coefficients: Tensor, metric: Tensor, residual: Tensor) -> Tensor:
     """The change of coefficients that least squares asks for; `residual` is metric @ (target - decoded), [g, N]."""
     bits = len(coefficients) - 1
     basis = torch.ones(bits + 1, *code.shape, device=code.device)
-    for plane in range(bits):
-        basis[plane] = ((code >> (bits - 1 - plane)) & 1).float() * 2 - 1
+    basis[:-1] = code_planes(code, bits).float() * 2 - 1
     weighted = metric @ basis  # [p + 1, g, N]
     normal = torch.empty(bits + 1, bits + 1, code.shape[1], device=code.device, dtype=torch.float64)
     for row in range(bits + 1):

@@ -17,6 +17,7 @@ Where paper and published code differ we take the better one (figures: docs/log.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,15 +25,15 @@ import torch
 from torch import Tensor
 
 from ..planes.weights import PlaneWeight
-from .bcq import BCQ, BCQOptions, Solution, base, grow
+from .bcq import BCQ, Solution, base, grow
 from .grouping import Grouping, affine_weight, check_weight
-from .method import BlockTask, Method
+from .method import Block, Method, Need
 from .reconstruct import LayerState, Training, reconstruct
 
 
 @dataclass(frozen=True)
-class AnyBCQOptions:
-    """Options of AnyBCQ.
+class AnyBCQ(Method):
+    """Progressive precision expansion of binary-coded planes, scales trained block by block.
 
     rounds: alternations of the base and of each expansion (paper: 20).
     asymmetric: fit an offset a group (paper: yes).
@@ -53,58 +54,52 @@ class AnyBCQOptions:
     train_offset: bool = True
     share_chain: bool = False
 
+    name = "anybcq"
+    presets: ClassVar = {"fast": {"steps": 0}, "best": {"steps": 1000}}
+
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.steps < 0 or self.batch_size < 1:
             raise ValueError("rounds and batch_size must be at least 1, steps at least 0")
         if not 0 <= self.input_mix <= 1 or not 0 <= self.learning_rate < math.inf:
             raise ValueError("input_mix must lie in 0..1 and learning_rate must not be negative, or infinite")
 
-
-class AnyBCQ(Method):
-    """Progressive precision expansion of binary-coded planes, scales trained block by block."""
-
-    name = "anybcq"
-    options_type = AnyBCQOptions
-    presets: ClassVar = {"fast": {"steps": 0}, "best": {"steps": 1000}}
-
     @property
-    def needs_calibration(self) -> bool:
-        return bool(self.options.steps)
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"inputs"}) if self.steps else frozenset()
 
-    def quantize_block(self, task: BlockTask) -> dict[str, PlaneWeight]:
-        options, bits = self.options, task.bits
-        if not options.steps:
-            return BCQ(BCQOptions(options.rounds, options.asymmetric)).quantize_block(task)
-        training = Training(
-            options.steps,
-            options.learning_rate,
-            options.batch_size,
-            options.input_mix,
-            options.train_offset and options.asymmetric,
-        )
+    def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
+        """A training step's activations: the inputs and outputs of all linears, and their gradients."""
+        return self.batch_size * seq_len * sum(map(sum, shapes)) * 8 if self.steps else 0
+
+    def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
+        bits = block.bits
+        if not self.steps:
+            return BCQ(self.rounds, self.asymmetric).solve_block(block)
+        train_offset = self.train_offset and self.asymmetric
+        training = Training(self.steps, self.learning_rate, self.batch_size, self.input_mix, train_offset)
         originals: dict[str, tuple[Tensor, Tensor]] = {}
         layers: dict[str, LayerState] = {}
-        for name, weight in task.weights.items():
+        for name, weight in block.weights.items():
             check_weight(name, weight)
-            grouping = Grouping.of(weight, task.group_size)
+            grouping = Grouping.of(weight, block.group_size)
             originals[name] = w, d = grouping.split(weight), grouping.mask(weight.device)
-            layers[name] = _state(grouping, base(w, d, bits[0], options.rounds, asymmetric=options.asymmetric))
+            layers[name] = _state(grouping, base(w, d, bits[0], self.rounds, asymmetric=self.asymmetric))
 
-        kept: dict[str, dict[int, tuple[Tensor, Tensor]]] = {name: {} for name in layers}
+        trained: dict[str, dict[int, tuple[Tensor, Tensor]]] = {name: {} for name in layers}
         for count in range(bits[0], bits[-1] + 1):
             if count > bits[0]:
                 for name, layer in layers.items():
                     start = layer.planes.float(), layer.scale, layer.offset
-                    grown = grow(*originals[name], start, options.rounds, asymmetric=options.asymmetric)
+                    grown = grow(*originals[name], start, self.rounds, asymmetric=self.asymmetric)
                     layers[name] = _state(layer.grouping, grown)
             if count not in bits:
                 continue
-            chain = task.chains[bits[-1] if options.share_chain and count > bits[0] else count]
-            before, after = reconstruct(task, layers, chain, training)
-            task.say(f"bits {count}: block error {before:.3e} -> {after:.3e}")
+            chain = block.chains[bits[-1] if self.share_chain and count > bits[0] else count]
+            before, after = reconstruct(block, layers, chain, training)
+            block.say(f"bits {count}: block error {before:.3e} -> {after:.3e}")
             for name, layer in layers.items():
-                kept[name][count] = (layer.scale, layer.offset)
-        return {name: affine_weight(layer.grouping, layer.planes > 0, kept[name]) for name, layer in layers.items()}
+                trained[name][count] = (layer.scale, layer.offset)
+        return {name: affine_weight(layer.grouping, layer.planes > 0, trained[name]) for name, layer in layers.items()}
 
 
 def _state(grouping: Grouping, solution: Solution) -> LayerState:

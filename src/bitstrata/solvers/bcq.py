@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from ..planes.weights import PlaneWeight
-from .grouping import Grouping, affine_weight, row_chunks, to_scale
+from .grouping import Grouping, affine_weight, code_signs, row_chunks, to_scale
 from .method import Method
 
+Solution = tuple[Tensor, Tensor, Tensor]  # planes, scale, offset
 RIDGE = 1e-9  # relative to the mean diagonal of the normal matrix, which is solved in float64
 
 
@@ -54,7 +55,7 @@ def objective(w: Tensor, d: Tensor, planes: Tensor, scale: Tensor, offset: Tenso
     return (d * (w - combine(planes, scale, offset)).square()).sum(1)
 
 
-def fit(
+def fit_scales(
     w: Tensor, d: Tensor, planes: Tensor, scale: Tensor, offset: Tensor, *, asymmetric: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Weighted least squares for scales (and offset, if `asymmetric`) with the planes fixed.
@@ -78,20 +79,17 @@ def fit(
 
 def assign(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """The code of the nearest level for every weight: planes +-1 [P, R, g]."""
-    count = len(scale)
-    index = torch.arange(2**count, device=w.device)
-    code_bits = (index.unsqueeze(0) >> torch.arange(count - 1, -1, -1, device=w.device).unsqueeze(1)) & 1  # [P, 2^P]
-    signs = code_bits.to(w.dtype) * 2 - 1
+    signs = code_signs(len(scale), w.device).to(w.dtype)  # [P, 2^P]
     levels = offset.unsqueeze(1) + scale.T @ signs  # [R, 2^P]
     levels, order = levels.sort(dim=1, stable=True)
     middles = (levels[:, 1:] + levels[:, :-1]) / 2
     # right=True: on a midpoint the count includes it, so the upper level is taken
     position = torch.searchsorted(middles.contiguous(), w.contiguous(), right=True)
     code = order.gather(1, position)  # [R, g]
-    return torch.stack([signs[plane][code] for plane in range(count)])
+    return torch.stack([plane[code] for plane in signs])
 
 
-def greedy(w: Tensor, d: Tensor, count: int, *, asymmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def greedy(w: Tensor, d: Tensor, count: int, *, asymmetric: bool = True) -> Solution:
     """Planes [count, R, g], scales [count, R] and offset [R] one after the other."""
     total = d.sum(1).clamp_min(1e-30)
     offset = (d * w).sum(1) / total if asymmetric else torch.zeros_like(total)
@@ -106,55 +104,38 @@ def greedy(w: Tensor, d: Tensor, count: int, *, asymmetric: bool = True) -> tupl
     return torch.stack(planes), torch.stack(scales), offset
 
 
-Solution = tuple[Tensor, Tensor, Tensor]
+Watch = Callable[[str, Tensor], None]  # sees the objective [R] after each half-step
 
 
-def alternating(
-    w: Tensor,
-    d: Tensor,
-    count: int,
-    rounds: int,
-    *,
-    asymmetric: bool = True,
-    watch: Callable[[str, Tensor], None] | None = None,
+def alternate(
+    w: Tensor, d: Tensor, start: Solution, rounds: int, *, asymmetric: bool = True, watch: Watch | None = None
 ) -> Solution:
-    """`count` planes for each group by `rounds` alternations after a greedy start.
-
-    `watch(step, objective [R])` sees the objective after each half-step.
-    """
-    planes, scale, offset = greedy(w, d, count, asymmetric=asymmetric)
+    """`rounds` alternations from `start`, and a last fit."""
+    planes, scale, offset = start
     for _ in range(rounds):
-        scale, offset = fit(w, d, planes, scale, offset, asymmetric=asymmetric)
+        scale, offset = fit_scales(w, d, planes, scale, offset, asymmetric=asymmetric)
         if watch:
             watch("fit", objective(w, d, planes, scale, offset))
         scale = scale.abs().sort(dim=0, descending=True).values
         planes = assign(w, scale, offset)
         if watch:
             watch("assign", objective(w, d, planes, scale, offset))
-    scale, offset = fit(w, d, planes, scale, offset, asymmetric=asymmetric)
+    scale, offset = fit_scales(w, d, planes, scale, offset, asymmetric=asymmetric)
     return planes, scale, offset
 
 
 def expand(
-    w: Tensor,
-    d: Tensor,
-    planes: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    rounds: int,
-    *,
-    asymmetric: bool = True,
-    watch: Callable[[str, Tensor], None] | None = None,
+    w: Tensor, d: Tensor, start: Solution, rounds: int, *, asymmetric: bool = True, watch: Watch | None = None
 ) -> Solution:
     """One more plane, the given ones frozen (AnyBCQ, section 3.2; algorithm 3.2).
 
-    Starts at `scale` with 0 for the new plane, that is, at the lower bits' own weight, and
+    Starts at the given scales with 0 for the new plane, that is, at the lower bits' own weight, and
     alternates new plane = sgn(residual without it) with a fit of all scales. The offset is fitted
     with them; the published code keeps the base's. The order of the frozen planes is their storage
     order, so nothing is sorted; a negative new scale is flipped together with its plane.
     """
-    fresh = torch.zeros_like(scale[:1])
-    scale = torch.cat([scale, fresh])
+    planes, scale, offset = start
+    scale = torch.cat([scale, torch.zeros_like(scale[:1])])
     planes = torch.cat([planes, torch.ones_like(planes[:1])])
     for _ in range(rounds):
         rest = w - combine(planes[:-1], scale[:-1], offset)
@@ -163,7 +144,7 @@ def expand(
         scale[-1] = (d * rest.abs()).sum(1) / d.sum(1).clamp_min(1e-30)
         if watch:
             watch("plane", objective(w, d, planes, scale, offset))
-        scale, offset = fit(w, d, planes, scale, offset, asymmetric=asymmetric)
+        scale, offset = fit_scales(w, d, planes, scale, offset, asymmetric=asymmetric)
         negative = scale[-1] < 0
         planes[-1] = torch.where(negative.unsqueeze(1), -planes[-1], planes[-1])
         scale[-1] = scale[-1].abs()
@@ -177,18 +158,6 @@ def solve_in_chunks(w: Tensor, d: Tensor, count: int, solve: Callable[[slice], S
     parts = [solve(rows) for rows in row_chunks(len(w), w.shape[1] * (count + 1) * 4)]
     planes, scales, offsets = zip(*parts, strict=True)
     return torch.cat(planes, 1), torch.cat(scales, 1), torch.cat(offsets)
-
-
-@dataclass(frozen=True)
-class BCQOptions:
-    """rounds: alternations; asymmetric: fit an offset a group."""
-
-    rounds: int = 20
-    asymmetric: bool = True
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
 
 
 def with_fallback(w: Tensor, d: Tensor, planes: Tensor, coefficients: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -212,36 +181,44 @@ def with_fallback(w: Tensor, d: Tensor, planes: Tensor, coefficients: dict[int, 
         before = scale, offset, error
 
 
+@dataclass(frozen=True)
 class BCQ(Method):
     """Alternating BCQ at the lowest bits, then one frozen-prefix expansion for each further plane.
 
     With a single bits value this is plain dedicated BCQ. With several it makes AnyBCQ's planes
     before any training, in weight space, from no data.
+
+    rounds: alternations; asymmetric: fit an offset a group.
     """
 
-    name = "bcq"
-    options_type = BCQOptions
+    rounds: int = 20
+    asymmetric: bool = True
 
-    def quantize_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
+    name = "bcq"
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+
+    def solve_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         grouping = Grouping.of(weight, group_size)
         w, d = grouping.split(weight), grouping.mask(weight.device)
-        rounds, asymmetric = self.options.rounds, self.options.asymmetric
-
-        planes, scale, offset = base(w, d, bits[0], rounds, asymmetric=asymmetric)
-        coefficients = {bits[0]: (scale, offset)}
+        found = base(w, d, bits[0], self.rounds, asymmetric=self.asymmetric)
+        coefficients = {bits[0]: found[1:]}
         for count in range(bits[0] + 1, bits[-1] + 1):
-            planes, scale, offset = grow(w, d, (planes, scale, offset), rounds, asymmetric=asymmetric)
+            found = grow(w, d, found, self.rounds, asymmetric=self.asymmetric)
             if count in bits:
-                coefficients[count] = (scale, offset)
-        with_fallback(w, d, planes, coefficients)
-        return affine_weight(grouping, planes > 0, coefficients)
+                coefficients[count] = found[1:]
+        with_fallback(w, d, found[0], coefficients)
+        return affine_weight(grouping, found[0] > 0, coefficients)
 
 
 def base(w: Tensor, d: Tensor, count: int, rounds: int, *, asymmetric: bool = True) -> Solution:
-    """`alternating` in chunks of groups."""
+    """`count` planes for each group by `rounds` alternations after a greedy start, in chunks of groups."""
 
     def one(rows: slice) -> Solution:
-        return alternating(w[rows], d[rows], count, rounds, asymmetric=asymmetric)
+        start = greedy(w[rows], d[rows], count, asymmetric=asymmetric)
+        return alternate(w[rows], d[rows], start, rounds, asymmetric=asymmetric)
 
     return solve_in_chunks(w, d, count, one)
 
@@ -251,7 +228,7 @@ def grow(w: Tensor, d: Tensor, start: Solution, rounds: int, *, asymmetric: bool
     planes, scale, offset = start
 
     def one(rows: slice) -> Solution:
-        parts = planes[:, rows], scale[:, rows], offset[rows]
-        return expand(w[rows], d[rows], *parts, rounds, asymmetric=asymmetric)
+        part = planes[:, rows], scale[:, rows], offset[rows]
+        return expand(w[rows], d[rows], part, rounds, asymmetric=asymmetric)
 
     return solve_in_chunks(w, d, len(scale) + 1, one)

@@ -15,47 +15,43 @@ import torch
 from torch import Tensor
 
 from ..planes import PlaneWeight
-from .grouping import Grouping, affine_weight, to_scale
-from .hessian import HessianMethod
-from .moments import Moments
-from .tracks import upper_factor
+from .grouping import Grouping, affine_weight, code_planes, even_scales, to_scale
+from .joint import upper_factor
+from .moments import Moments, MomentsMethod
 
 COLUMNS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
-class GPTQOptions:
-    """act_order: columns by descending importance; damping: added to the Hessian's diagonal, a share of its mean."""
+class GPTQ(MomentsMethod):
+    """Optimal-brain-style rounding to a uniform grid; one precision.
+
+    act_order: columns by descending importance; damping: added to the Hessian's diagonal, a share of its mean.
+    """
 
     act_order: bool = False
     damping: float = 0.01
+
+    name = "gptq"
+    nests = False
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
             raise ValueError("damping must be above 0")
 
-
-class GPTQ(HessianMethod):
-    """Optimal-brain-style rounding to a uniform grid; one precision."""
-
-    name = "gptq"
-    options_type = GPTQOptions
-    nests = False
-
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
         ((bits, moments),) = found.items()
         rows, columns = weight.shape
-        diagonal = moments.hessian.diagonal()
-        free = weight.masked_fill((diagonal <= 0).to(weight.device), 0).T.contiguous()  # [K, N]
+        free = moments.alive(weight).T.contiguous()  # [K, N]
         order = torch.arange(columns, device=weight.device)
         grouping = Grouping.of(weight, group_size)
         grids: dict[int, tuple[Tensor, Tensor]] = {}
-        if self.options.act_order:
-            order = diagonal.argsort(descending=True, stable=True).to(weight.device)
+        if self.act_order:
+            order = moments.hessian.diagonal().argsort(descending=True, stable=True).to(weight.device)
             for group in range(grouping.groups):
                 grids[group] = grid(free[group * group_size : (group + 1) * group_size], bits)
         free = free[order]
-        factor = upper_factor(moments.damped(self.options.damping)[order][:, order])
+        factor = upper_factor(moments.damped(self.damping)[order][:, order])
         code = torch.empty(columns, rows, dtype=torch.int64, device=weight.device)
         where = order.tolist()
         for start in range(0, columns, COLUMNS_AT_ONCE):
@@ -77,12 +73,9 @@ class GPTQ(HessianMethod):
                 errors[column - start] = (free[column] - value) / factor[column, column]
                 free[column + 1 : end].addr_(factor[column, column + 1 : end], errors[column - start], alpha=-1)
             free[end:] -= factor[start:end, end:].T @ errors
-        code = code[order.argsort()].T.cpu()
-        planes = torch.stack([grouping.split((code >> (bits - 1 - plane)) & 1).bool() for plane in range(bits)])
-        half = torch.stack([grids[group][0] for group in range(grouping.groups)], 1).cpu()  # [N, J]
-        middle = torch.stack([grids[group][1] for group in range(grouping.groups)], 1).cpu()
-        scale = torch.stack([half * 2 ** (bits - 1 - plane) for plane in range(bits)]).reshape(bits, -1)
-        return affine_weight(grouping, planes, {bits: (scale, middle.reshape(-1))})
+        planes = code_planes(grouping.split(code[order.argsort()].T.cpu()), bits)
+        half, middle = (torch.stack(parts, 1).cpu() for parts in zip(*(grids[j] for j in sorted(grids)), strict=True))
+        return affine_weight(grouping, planes, {bits: (even_scales(half, bits).reshape(bits, -1), middle.reshape(-1))})
 
 
 def grid(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:

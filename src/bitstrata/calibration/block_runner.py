@@ -15,13 +15,13 @@ model is like that.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
@@ -34,19 +34,6 @@ TOKENS_PER_BATCH = 1024
 MODELS_OWN = (ValueError, TypeError, IndexError, RuntimeError, AttributeError)
 LOGITS = 1 << 23  # logits held at a time, all chains together
 APART = 1e-3  # relative distance of the same windows together and one by one that is still rounding
-
-
-NOTHING: Mapping[str, Tensor] = MappingProxyType({})
-
-
-def _set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> nn.Parameter:
-    """Put `value` in the place of the parameter called `name`, which is returned."""
-    parent, _, leaf = name.rpartition(".")
-    parameters = model.get_submodule(parent)._parameters
-    before = parameters[leaf]
-    assert before is not None
-    parameters[leaf] = value
-    return before
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -110,37 +97,36 @@ class BlockRunner:
         self._alone = self._probed = False
 
     @contextmanager
-    def _outside(self, visits: list[Callable[..., Any]], replaced: Mapping[str, Tensor] = NOTHING) -> Iterator[None]:
-        """Everything but the blocks in memory, and stand-ins in the blocks' places.
+    def _in_memory(self, module: nn.Module, prefix: str = "", skip: Iterable[str] = ()) -> Iterator[None]:
+        """The source's weights in `module`, whose name is `prefix`, but not those in `skip`; fp32."""
+        try:
+            self.source.materialise(module, prefix, skip=skip)
+            if module is self.model:
+                self.model.tie_weights()
+            nn.Module.to(module, self.device)  # a model's own `to` may refuse some devices
+            yield
+        finally:
+            release(module)
 
-        `replaced`: parameter name -> what takes the place of the source's.
-        """
+    @contextmanager
+    def _outside(self, visits: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """Everything but the blocks in memory, and stand-ins in the blocks' places."""
         holder = self.model.get_submodule(self._list_name)
         inside = {name for name in self.model.state_dict() if name.startswith(f"{self._list_name}.")}
         for index, visit in enumerate(visits):
             holder._modules[str(index)] = _StandIn(self._blocks[index], visit)
         try:
-            self.source.materialise(self.model, "", skip=inside | replaced.keys())
-            for name, value in replaced.items():
-                _set_parameter(self.model, name, nn.Parameter(value, requires_grad=False))
-            self.model.tie_weights()
-            nn.Module.to(self.model, self.device)
-            yield
+            with self._in_memory(self.model, skip=inside):
+                yield
         finally:
             for index, block in enumerate(self._blocks):
                 holder._modules[str(index)] = block
-            release(self.model)
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
         """The whole model in memory, fp32."""
-        try:
-            self.source.materialise(self.model, "")
-            self.model.tie_weights()
-            nn.Module.to(self.model, self.device)
+        with self._in_memory(self.model):
             yield self.model
-        finally:
-            release(self.model)
 
     @torch.no_grad()
     def check(self, window: Tensor) -> None:
@@ -159,22 +145,23 @@ class BlockRunner:
                 raise self._unsupported(str(error)) from error
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor, replaced: Mapping[str, Tensor] = NOTHING) -> Tensor:
+    def embed(self, tokens: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
         """Hidden states before the first block: tokens int64 [n, S] -> fp32 [n, S, hidden].
 
         `replaced`: parameter name -> fp32 weight in the place of the source's.
         """
         first: list[Tensor] = []
 
-        def keep(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             first.append(hidden.float().cpu())
             raise _Reached
 
         self._record(tokens[:1])
-        with self._outside([keep] * len(self._blocks), replaced):
-            for start in range(0, len(tokens), self._batch):
+        weights = self._here(replaced)
+        with self._outside([note] * len(self._blocks)):
+            for part in tokens.split(self._batch):
                 with contextlib.suppress(_Reached):
-                    self._run_model(tokens[start : start + self._batch])
+                    self._run_model(part, weights)
         return torch.cat(first)
 
     def _record(self, window: Tensor, other: Tensor | None = None) -> None:
@@ -221,7 +208,7 @@ class BlockRunner:
             return self._returned(hidden)
 
         with self._outside([record] * len(self._blocks)), contextlib.suppress(_Reached):
-            self._run_model(tokens)
+            self._run_model(tokens, {})
         if len(calls) != len(self._blocks):
             raise TypeError(f"{len(calls)} of {len(self._blocks)} blocks were called")
         return calls
@@ -229,8 +216,13 @@ class BlockRunner:
     def _returned(self, hidden: Tensor) -> Any:
         return (hidden,) if self._in_tuple else hidden
 
-    def _run_model(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+    def _here(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in (weights or {}).items()}
+
+    def _run_model(self, tokens: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Logits; `weights`: parameter name -> what stands for the model's own."""
+        arguments = {"input_ids": tokens.to(self.device), "use_cache": False}
+        logits: Tensor = functional_call(self.model, weights, (), arguments, tie_weights=False).logits
         return logits
 
     @torch.no_grad()
@@ -238,7 +230,7 @@ class BlockRunner:
         self,
         hidden: Mapping[str, Tensor],
         tokens: Tensor,
-        replaced: Mapping[str, Tensor] = NOTHING,
+        replaced: Mapping[str, Tensor] | None = None,
         original: str | None = None,
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Logits after the last block for several chains side by side.
@@ -255,7 +247,7 @@ class BlockRunner:
         visits: list[Callable[..., Any]] = [lambda h, args, kwargs: self._returned(current[0])] * len(self._blocks)
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         stretch = max(16, min(512, LOGITS // vocabulary // len(hidden)))
-        others = {name: nn.Parameter(value.to(self.device), requires_grad=False) for name, value in replaced.items()}
+        others = self._here(replaced)
         with self._outside(visits):
             for window in range(len(tokens)):
                 for start in range(0, tokens.shape[1] - 1, stretch):
@@ -263,30 +255,15 @@ class BlockRunner:
                     result = {}
                     for chain, states in hidden.items():
                         current[:] = [states[window : window + 1, start:end].to(self.device)]
-                        with self._swapped({} if chain == original else others):
-                            result[chain] = self._run_model(tokens[window : window + 1, start:end])[0].float()
+                        weights = {} if chain == original else others
+                        result[chain] = self._run_model(tokens[window : window + 1, start:end], weights)[0].float()
                     yield tokens[window, start + 1 : end + 1].to(self.device), result
-
-    @contextmanager
-    def _swapped(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Other parameters in the model, by name, inside the block."""
-        before = {name: _set_parameter(self.model, name, value) for name, value in parameters.items()}
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                _set_parameter(self.model, name, value)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights in memory, fp32."""
-        block = self._blocks[index]
-        try:
-            self.source.materialise(block, self.discovery.blocks[index])
-            block.to(self.device)
-            yield block
-        finally:
-            release(block)
+        with self._in_memory(self._blocks[index], self.discovery.blocks[index]):
+            yield self._blocks[index]
 
     def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """One call of block `index` on hidden [b, S, hidden], differentiable."""
@@ -324,7 +301,6 @@ class BlockRunner:
         """Block `index` on all windows: [n, S, hidden] -> [n, S, hidden], in batches."""
         self._probe(index, block, hidden)
         output = torch.empty_like(hidden)
-        for start in range(0, len(hidden), self._batch):
-            part = hidden[start : start + self._batch].to(self.device)
-            output[start : start + self._batch] = self.call(index, block, part).to(output.device)
+        for part, result in zip(hidden.split(self._batch), output.split(self._batch), strict=True):
+            result.copy_(self.call(index, block, part.to(self.device)))
         return output

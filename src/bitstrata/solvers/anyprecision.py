@@ -26,17 +26,17 @@ import torch
 from torch import Tensor
 
 from ..planes.pack import pack_bits
-from ..planes.weights import MAX_BITS, Codebook, PlaneWeight
-from .grouping import check_weight, row_chunks, to_scale
+from ..planes.weights import MAX_BITS, Codebook, Kind, PlaneWeight
+from .grouping import check_weight, code_planes, row_chunks, to_scale
 from .kmeans import nested_kmeans
-from .method import BlockTask, Method
+from .method import Block, Method, Need
 
 CHUNK = 1 << 15  # weights solved at a time: the working arrays stay in cache
 
 
 @dataclass(frozen=True)
-class AnyPrecisionOptions:
-    """Options of Any-Precision.
+class AnyPrecision(Method):
+    """Nested k-means of each row, weighted by the sensitivity of the loss.
 
     fisher: weigh errors by squared gradients of the loss, which takes calibration text and the whole
         model in fp32 in memory (paper: 100 windows of 512 tokens); else all weights count the same.
@@ -48,32 +48,21 @@ class AnyPrecisionOptions:
     fisher: bool = True
     kmeans_bits: int = MAX_BITS
 
+    name = "anyprecision"
+    presets: ClassVar = {"fast": {"fisher": False}}
+
     def __post_init__(self) -> None:
         if not 1 <= self.kmeans_bits <= MAX_BITS:
             raise ValueError(f"kmeans_bits must lie in 1..{MAX_BITS}")
 
-
-class AnyPrecision(Method):
-    """Nested k-means of each row, weighted by the sensitivity of the loss."""
-
-    name = "anyprecision"
-    options_type = AnyPrecisionOptions
-    presets: ClassVar = {"fast": {"fisher": False}}
-    scales = "codebook"
-
     @property
-    def needs_calibration(self) -> bool:
-        return bool(self.options.fisher)
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"gradients"}) if self.fisher else frozenset()
 
-    @property
-    def needs_chains(self) -> bool:
-        return False
+    def scales_kind(self, bits: tuple[int, ...]) -> Kind:
+        return "codebook"
 
-    @property
-    def needs_fisher(self) -> bool:
-        return bool(self.options.fisher)
-
-    def quantize_layer(
+    def solve_layer(
         self, weight: Tensor, bits: tuple[int, ...], group_size: int, sensitivity: Tensor | None = None
     ) -> PlaneWeight:
         """W [N, K] -> planes and a table for each of `bits`, on the CPU.
@@ -90,18 +79,16 @@ class AnyPrecision(Method):
             weights = np.ones_like(values)
             if sensitivity is not None:
                 weights = np.where(values == 0, 0.0, sensitivity[part].double().cpu().numpy())
-            codes[part], centres = nested_kmeans(values, weights, bits, self.options.kmeans_bits)
+            codes[part], centres = nested_kmeans(values, weights, bits, self.kmeans_bits)
             for value, centre in centres.items():
                 tables[value][part] = centre
-        top = bits[-1]
-        code = torch.from_numpy(codes)
-        planes = tuple(pack_bits((code >> (top - 1 - index)) & 1) for index in range(top))
+        planes = tuple(map(pack_bits, code_planes(torch.from_numpy(codes), bits[-1])))
         scales = {value: Codebook(to_scale(torch.from_numpy(table))) for value, table in tables.items()}
         return PlaneWeight(planes, scales, columns, group_size)
 
-    def quantize_block(self, task: BlockTask) -> dict[str, PlaneWeight]:
-        fisher = task.fisher or {}
+    def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
+        sensitivity = block.sensitivity or {}
         return {
-            name: self.quantize_layer(weight, task.bits, task.group_size, fisher.get(name))
-            for name, weight in task.weights.items()
+            name: self.solve_layer(weight, block.bits, block.group_size, sensitivity.get(name))
+            for name, weight in block.weights.items()
         }

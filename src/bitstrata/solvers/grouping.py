@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..models import all_finite
 from ..planes.pack import pack_bits
 from ..planes.weights import (
     SCALE_DTYPE,
@@ -17,6 +16,7 @@ from ..planes.weights import (
     ByteScales,
     PlaneWeight,
     Scales,
+    all_finite,
     byte_steps,
     group_count,
     join_scales,
@@ -57,6 +57,28 @@ class Grouping:
         """[..., N J, g] -> [..., N, K], the padding dropped."""
         shape = (*grouped.shape[:-2], self.rows, self.groups * self.size)
         return grouped.reshape(shape)[..., : self.columns]
+
+
+def extremes(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The minimum and the maximum of each group [R, g] where `mask` is above 0: [R, 1] each."""
+    real = mask > 0
+    low = values.masked_fill(~real, torch.inf).amin(1, keepdim=True)
+    return low, values.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
+
+
+def code_planes(code: Tensor, bits: int) -> Tensor:
+    """The bits of integer codes [...], the highest first: bool [bits, ...]."""
+    return torch.stack([((code >> (bits - 1 - plane)) & 1).bool() for plane in range(bits)])
+
+
+def code_signs(bits: int, device: torch.device) -> Tensor:
+    """The planes of every code as -1 and +1: fp32 [bits, 2^bits]."""
+    return code_planes(torch.arange(2**bits, device=device), bits).float() * 2 - 1
+
+
+def even_scales(half: Tensor, bits: int) -> Tensor:
+    """The scales of an even grid of 2^bits levels, `half` a step [...]: [bits, ...]."""
+    return torch.stack([half * 2 ** (bits - 1 - plane) for plane in range(bits)])
 
 
 def to_scale(value: Tensor) -> Tensor:

@@ -21,48 +21,42 @@ import torch
 from torch import Tensor
 
 from ..planes import PlaneWeight
-from .grouping import join_rows, row_chunks
-from .hessian import ROWS_AT_ONCE, HessianMethod, pack
-from .moments import Moments
-from .tracks import JointSolver, Track, column_order, fit
+from .grouping import even_scales, join_rows, row_chunks
+from .joint import JointSolver, Track, column_order, refitted
+from .moments import ROWS_AT_ONCE, Moments, MomentsMethod
 
 GRID_BITS = 8
 
 
 @dataclass(frozen=True)
-class BPDQOptions:
-    """iterations: rounds in each group; damping: added to the Hessian's diagonal, as a share of its mean."""
+class BPDQ(MomentsMethod):
+    """Bit-plane decomposition on a variable grid; one precision.
+
+    iterations: rounds in each group; damping: added to the Hessian's diagonal, as a share of its mean.
+    """
 
     iterations: int = 10
     damping: float = 0.05
+
+    name = "bpdq"
+    nests = False
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or not self.damping > 0:
             raise ValueError("iterations must be at least 1, damping above 0")
 
-
-class BPDQ(HessianMethod):
-    """Bit-plane decomposition on a variable grid; one precision."""
-
-    name = "bpdq"
-    options_type = BPDQOptions
-    nests = False
-
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
         ((bits, moments),) = found.items()
         groups = column_order(moments.hessian.diagonal(), group_size)
         order = torch.cat(groups).to(weight.device)
-        hessian = moments.damped(self.options.damping)[order][:, order]
-        target = weight.masked_fill((moments.hessian.diagonal() <= 0).to(weight.device), 0)[:, order].T
+        hessian = moments.damped(self.damping)[order][:, order]
+        target = moments.alive(weight)[:, order].T
         parts = []
         for rows in row_chunks(len(weight), 1, budget=ROWS_AT_ONCE):
-            mine = target[:, rows].contiguous()
-            nothing = torch.zeros(len(groups), bits + 1, mine.shape[1], device=weight.device)
-            solver = JointSolver(
-                [Track(bits, 1.0, mine, hessian, nothing)], [len(group) for group in groups], start=highest_bits
-            )
-            solver.compensate(self.options.iterations)
-            parts.append(pack(solver, groups, weight.shape[1], group_size))
+            track = Track(bits, 1.0, target[:, rows].contiguous(), hessian)
+            solver = JointSolver([track], [len(group) for group in groups], start=highest_bits)
+            solver.compensate(self.iterations)
+            parts.append(solver.plane_weight(groups, group_size))
         return join_rows(parts)
 
 
@@ -74,6 +68,5 @@ def highest_bits(y: Tensor, bits: int, metric: Tensor) -> Tensor:
     zero = (-low / size).round()
     code = ((y / size).round() + zero).clamp(0, levels_count).long()
     half = size * 2 ** (GRID_BITS - bits) / 2
-    powers = 2.0 ** torch.arange(bits - 1, -1, -1, device=y.device).unsqueeze(1)
-    even = torch.cat([half * powers, (half * (2**bits - 1) - size * zero).unsqueeze(0)])
-    return fit(y, code >> (GRID_BITS - bits), even, metric)
+    even = torch.cat([even_scales(half, bits), (half * (2**bits - 1) - size * zero).unsqueeze(0)])
+    return refitted(y, code >> (GRID_BITS - bits), even, metric)

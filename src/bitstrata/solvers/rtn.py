@@ -20,28 +20,20 @@ import torch
 from torch import Tensor
 
 from ..planes.weights import SCALE_DTYPE, PlaneWeight
-from .grouping import Grouping, affine_weight
+from .grouping import Grouping, affine_weight, code_planes, even_scales, extremes
 from .method import Method
 
 
 @dataclass(frozen=True)
-class RTNOptions:
-    """Round-to-nearest has no options."""
-
-
 class RTN(Method):
-    """Nested round-to-nearest."""
+    """Nested round-to-nearest; it has no options."""
 
     name = "rtn"
-    options_type = RTNOptions
 
-    def quantize_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
+    def solve_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         grouping = Grouping.of(weight, group_size)
         values = grouping.split(weight)
-        real = grouping.mask(weight.device) > 0
-        low = values.masked_fill(~real, torch.inf).amin(1, keepdim=True)
-        high = values.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
-
+        low, high = extremes(values, grouping.mask(weight.device))
         top = max(bits)
         levels = 2**top - 1
         # the stored half-step is what the codes are rounded to, so round it before it is used
@@ -49,8 +41,5 @@ class RTN(Method):
         middle = ((high + low) / 2).to(SCALE_DTYPE).float()
         start = middle - half * levels
         code = torch.where(half > 0, (values - start) / (2 * half), 0.0).round().clamp(0, levels).int()
-        planes = torch.stack([(code >> (top - 1 - index)) & 1 for index in range(top)]).bool()
-
-        scale = torch.stack([half[:, 0] * 2 ** (top - 1 - index) for index in range(top)])
-        coefficients = {value: (scale[:value], middle[:, 0]) for value in bits}
-        return affine_weight(grouping, planes, coefficients)
+        scale = even_scales(half[:, 0], top)
+        return affine_weight(grouping, code_planes(code, top), {p: (scale[:p], middle[:, 0]) for p in bits})
