@@ -12,12 +12,12 @@ from torch import Tensor
 
 from bitstrata.planes import AffineScales, PlaneWeight, decode, signs
 from bitstrata.planes.weights import scales_tensors
-from bitstrata.quantization import bcq
-from bitstrata.quantization.bcq import BCQ, BCQOptions, base, combine, grow, objective, with_fallback
-from bitstrata.quantization.grouping import Grouping, affine_weight, row_chunks, to_scale
+from bitstrata.solvers import bcq
+from bitstrata.solvers.bcq import BCQ, base, combine, grow, objective, with_fallback
+from bitstrata.solvers.grouping import Grouping, affine_weight, row_chunks, to_scale
 
 seeds = st.integers(0, 2**31 - 1)
-FAST = BCQOptions(rounds=4)
+FAST = BCQ(rounds=4)
 
 
 def draw(seed: int, rows: int, columns: int) -> Tensor:
@@ -59,7 +59,7 @@ def test_what_is_stored_decodes_to_what_was_solved_bit_for_bit(
         assert torch.equal(scale, to_scale(scale).float()), "the fallback must leave coefficients as they are stored"
         unpacked = grouping.join(combine(planes[:value], scale, offset))
         assert torch.equal(decode(stored, value), unpacked), f"{value} bits of {columns} columns (seed {seed})"
-    whole = BCQ(BCQOptions(rounds=3)).quantize_layer(w, bits, group_size)
+    whole = BCQ(rounds=3).solve_layer(w, bits, group_size)
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, stored.tensors()[name]), f"{name} (seed {seed})"
 
@@ -69,7 +69,7 @@ def test_the_error_of_every_group_falls_with_bits_after_rounding(
     seed: int, columns: int, group_size: int, size: float
 ) -> None:
     w = draw(seed, 4, columns) * size
-    stored = BCQ(FAST).quantize_layer(w, (1, 2, 3, 4), group_size)
+    stored = FAST.solve_layer(w, (1, 2, 3, 4), group_size)
     grouping = Grouping(4, columns, group_size)
     errors = [grouping.split((decode(stored, bits) - w).square()).sum(1) for bits in (1, 2, 3, 4)]
     for bits, (lower, higher) in enumerate(itertools.pairwise(errors), 1):
@@ -105,7 +105,7 @@ def test_the_fallback_is_reached_by_real_weights() -> None:
     before = objective(w, ones, planes[:3], *(to_scale(part).float() for part in lower[1:]))
     hurt = rounded > before
     assert 0 < int(hurt.sum()) < 256
-    stored = BCQ(FAST).quantize_layer(w, (3, 4), 16)
+    stored = FAST.solve_layer(w, (3, 4), 16)
     three, four = (scales_tensors(stored.scales[bits], bits) for bits in (3, 4))
     taken_over = (four["scale_4"][:3] == three["scale_3"]).all(0) & (four["scale_4"][3] == 0)
     assert torch.equal(taken_over[:, 0] & hurt, hurt)
@@ -114,7 +114,7 @@ def test_the_fallback_is_reached_by_real_weights() -> None:
 
 def test_bits_above_never_change_the_planes_and_scales_below(seed: int) -> None:
     w = draw(seed, 12, 70)
-    alone, pair, many = (BCQ(FAST).quantize_layer(w, bits, 32).tensors() for bits in ((2,), (2, 3), (2, 3, 4)))
+    alone, pair, many = (FAST.solve_layer(w, bits, 32).tensors() for bits in ((2,), (2, 3), (2, 3, 4)))
     for smaller, larger in ((alone, pair), (pair, many)):
         assert smaller.keys() < larger.keys()
         for name, tensor in smaller.items():
@@ -122,7 +122,7 @@ def test_bits_above_never_change_the_planes_and_scales_below(seed: int) -> None:
 
 
 def test_zeros_stay_zeros() -> None:
-    stored = BCQ().quantize_layer(torch.zeros(3, 40), (2, 3, 4), 16)
+    stored = BCQ().solve_layer(torch.zeros(3, 40), (2, 3, 4), 16)
     assert_finite(stored)
     for bits in (2, 3, 4):
         assert torch.equal(decode(stored, bits), torch.zeros(3, 40))
@@ -130,7 +130,7 @@ def test_zeros_stay_zeros() -> None:
 
 @pytest.mark.parametrize("value", [0.75, -3.0, 0.1, 1e-6, 60000.0])
 def test_a_constant_stays_that_constant(value: float) -> None:
-    stored = BCQ().quantize_layer(torch.full((2, 40), value), (1, 2, 3, 4), 16)
+    stored = BCQ().solve_layer(torch.full((2, 40), value), (1, 2, 3, 4), 16)
     assert_finite(stored)
     for bits in (1, 2, 3, 4):
         torch.testing.assert_close(decode(stored, bits), torch.full((2, 40), value), rtol=2**-11, atol=2**-25)
@@ -140,7 +140,7 @@ def test_a_constant_stays_that_constant(value: float) -> None:
 def test_one_outlier_among_zeros_is_exact(value: float) -> None:
     w = torch.zeros(16, 16)
     w.fill_diagonal_(value)
-    stored = BCQ().quantize_layer(w, (1, 2, 3, 4), 16)
+    stored = BCQ().solve_layer(w, (1, 2, 3, 4), 16)
     assert_finite(stored)
     for bits in (1, 2, 3, 4):
         assert error(stored, bits, w) < 2**-20, f"at {bits} bits"  # two levels suffice; scales are fp16
@@ -149,7 +149,7 @@ def test_one_outlier_among_zeros_is_exact(value: float) -> None:
 def test_rows_of_zeros_beside_others_stay_zeros(seed: int) -> None:
     w = draw(seed, 6, 48)
     w[[0, 3]] = 0
-    stored = BCQ(FAST).quantize_layer(w, (2, 3), 32)
+    stored = FAST.solve_layer(w, (2, 3), 32)
     assert_finite(stored)
     for bits in (2, 3):
         dense = decode(stored, bits)
@@ -166,15 +166,15 @@ def test_rows_of_zeros_beside_others_stay_zeros(seed: int) -> None:
 )
 def test_the_size_of_the_weights_hardly_matters(size: float, slack: float) -> None:
     w = draw(0, 16, 64).clamp(-4, 4)
-    plain = BCQ(FAST).quantize_layer(w, (2, 3, 4), 32)
-    scaled = BCQ(FAST).quantize_layer(w * size, (2, 3, 4), 32)
+    plain = FAST.solve_layer(w, (2, 3, 4), 32)
+    scaled = FAST.solve_layer(w * size, (2, 3, 4), 32)
     assert_finite(scaled)
     for bits in (2, 3, 4):
         assert error(scaled, bits, w * size) <= error(plain, bits, w) + slack, f"at {bits} bits"
 
 
 def test_weights_below_every_fp16_number_become_zero() -> None:
-    stored = BCQ().quantize_layer(draw(0, 4, 32) * 1e-20, (2, 3), 16)
+    stored = BCQ().solve_layer(draw(0, 4, 32) * 1e-20, (2, 3), 16)
     assert_finite(stored)
     assert torch.equal(decode(stored, 3), torch.zeros(4, 32))
 
@@ -182,14 +182,14 @@ def test_weights_below_every_fp16_number_become_zero() -> None:
 def test_coefficients_beyond_fp16_are_clamped_not_infinite() -> None:
     assert to_scale(torch.tensor([1e9, -1e9, 1.0])).tolist() == [65504.0, -65504.0, 1.0]
     w = 65504 * torch.sign(draw(0, 4, 16))
-    assert_finite(BCQ().quantize_layer(w, (1, 2, 3, 4), 16))
+    assert_finite(BCQ().solve_layer(w, (1, 2, 3, 4), 16))
 
 
 def test_a_short_last_group_is_fitted_to_its_own_columns(seed: int) -> None:
     """Columns 32..34 all have 5 in them; zeros of the padding would pull them down."""
     w = draw(seed, 4, 35)
     w[:, 32:] = 5
-    stored = BCQ(FAST).quantize_layer(w, (1, 2, 3), 32)
+    stored = FAST.solve_layer(w, (1, 2, 3), 32)
     for bits in (1, 2, 3):
         assert torch.equal(decode(stored, bits)[:, 32:], torch.full((4, 3), 5.0)), f"{bits} bits, seed {seed}"
 
@@ -203,7 +203,7 @@ def test_chunks_cover_all_rows_once_within_the_budget(rows: int, per_row: int, b
 
 def test_solving_in_chunks_gives_what_solving_at_once_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     w = draw(0, 40, 48)
-    whole = BCQ(FAST).quantize_layer(w, (2, 3), 16)
+    whole = FAST.solve_layer(w, (2, 3), 16)
     calls = []
 
     def tiny(rows: int, per_row: int) -> list[slice]:
@@ -211,7 +211,7 @@ def test_solving_in_chunks_gives_what_solving_at_once_gives(monkeypatch: pytest.
         return [slice(start, min(start + 7, rows)) for start in range(0, rows, 7)]
 
     monkeypatch.setattr(bcq, "row_chunks", tiny)
-    chunked = BCQ(FAST).quantize_layer(w, (2, 3), 16)
+    chunked = FAST.solve_layer(w, (2, 3), 16)
     assert calls == [120, 120]
     for bits in (2, 3):
         torch.testing.assert_close(decode(chunked, bits), decode(whole, bits), rtol=1e-3, atol=1e-3)
@@ -220,5 +220,5 @@ def test_solving_in_chunks_gives_what_solving_at_once_gives(monkeypatch: pytest.
 def test_planes_are_stored_with_the_sign_of_zero_up() -> None:
     """Residuals that are exactly 0 get the code +1 in memory and on disk alike."""
     w = torch.tensor([[1.0, -1, 1, -1, 0, 0, 1, -1]])
-    stored = BCQ(BCQOptions(rounds=1, asymmetric=False)).quantize_layer(w, (1, 2), 8)
+    stored = BCQ(rounds=1, asymmetric=False).solve_layer(w, (1, 2), 8)
     assert signs(stored, 0).tolist() == [[1, -1, 1, -1, 1, 1, 1, -1]]

@@ -9,10 +9,10 @@ import torch
 from block_task import make_task
 from torch import Tensor
 
-from bitstrata.quantization.bcq import base
-from bitstrata.quantization.grouping import Grouping, to_scale
-from bitstrata.quantization.method import BlockTask
-from bitstrata.quantization.reconstruct import LayerState, Training, _Affine, _mix, block_loss, reconstruct
+from bitstrata.quantization.block_task import BlockTask
+from bitstrata.solvers.bcq import base
+from bitstrata.solvers.grouping import Grouping, to_scale
+from bitstrata.solvers.reconstruct import LayerState, Training, _Affine, _mix, block_loss, reconstruct
 
 
 def states(task: BlockTask, bits: int) -> dict[str, LayerState]:

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 import bitstrata
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.planes import decode
-from bitstrata.quantization.method import Tuning
-from bitstrata.quantization.refine import refine
-from bitstrata.quantization.rtn import RTN
+from bitstrata.quantization.tuning import tune
+from bitstrata.solvers import RTN, Tuning
 
 QUICK = {"iterations": 1, "sweeps": 1, "tune_steps": 6, "tune_tokens": 64}
 NESTED = {"method": "nested", "options": QUICK}
@@ -24,7 +23,7 @@ NESTED = {"method": "nested", "options": QUICK}
 
 def layers_of(model, bits):
     return {
-        name: RTN().quantize_layer(module.weight, bits, 32)
+        name: RTN().solve_layer(module.weight, bits, 32)
         for name, module in model.named_modules()
         if name.endswith(("_proj",))
     }
@@ -42,7 +41,7 @@ def windows(seed, count=128):
 def tuned(whole, bits, seed, steps=8, fixed=None, rate=0.03):
     layers = layers_of(whole, bits)
     generator = torch.Generator().manual_seed(seed)
-    return layers, refine(whole, layers, frozenset(), fixed or {}, windows(seed), Tuning(steps, rate, 64), generator)
+    return layers, tune(whole, layers, frozenset(), fixed or {}, windows(seed), Tuning(steps, rate, 64), generator)
 
 
 def test_tuning_helps_and_leaves_planes_alone(whole, seed):
@@ -81,7 +80,7 @@ def test_a_precision_does_not_know_of_the_others(whole, seed):
     _, together = tuned(whole, (2, 4), seed)
     layers = {name: weight.prefix(2) for name, weight in layers_of(whole, (2, 4)).items()}
     generator = torch.Generator().manual_seed(seed)
-    alone = refine(whole, layers, frozenset(), {}, windows(seed), Tuning(8, 0.03, 64), generator)
+    alone = tune(whole, layers, frozenset(), {}, windows(seed), Tuning(8, 0.03, 64), generator)
     for name, weight in alone.layers.items():
         assert torch.equal(weight.scales[2].scale, together.layers[name].scales[2].scale)
         assert torch.equal(weight.scales[2].offset, together.layers[name].scales[2].offset)

@@ -6,14 +6,14 @@ import itertools
 
 import pytest
 import torch
-from hessian_helpers import correlated, loss, moments_of, rows_of, solver_of
+from moments_helpers import correlated, loss, moments_of, rows_of, solver_of
 
 from bitstrata.kernels.cpu import choose_codes, missing
 from bitstrata.planes import decode
-from bitstrata.quantization import tracks
-from bitstrata.quantization.bpdq import highest_bits
-from bitstrata.quantization.hessian import pack
-from bitstrata.quantization.tracks import Chooser, column_order, first_grid, fit, levels, rounded, signs, upper_factor
+from bitstrata.solvers import joint
+from bitstrata.solvers.bpdq import highest_bits
+from bitstrata.solvers.grouping import code_signs
+from bitstrata.solvers.joint import Chooser, column_order, first_grid, levels, refitted, rounded, upper_factor
 
 N, K, G = 13, 72, 16
 GROUPS = [16, 16, 16, 16, 8]
@@ -27,7 +27,7 @@ def problem(seed):
 
 
 def test_codes_are_numbers_with_the_first_plane_highest():
-    assert signs(2, CPU).tolist() == [[-1, -1], [-1, 1], [1, -1], [1, 1]]
+    assert code_signs(2, CPU).T.tolist() == [[-1, -1], [-1, 1], [1, -1], [1, 1]]
     table = levels(torch.tensor([[4.0], [2.0], [1.0], [0.5]]))
     assert table[:, 0].tolist() == [-6.5, -4.5, -2.5, -0.5, 1.5, 3.5, 5.5, 7.5]
 
@@ -66,7 +66,7 @@ def published_group(target, factor, bits, rounds):
             code.append(chosen)
             old.append(value)
         code, old = torch.stack(code), torch.stack(old, 1)
-        tables = rounded(fit(target.T.float(), code, tables.float(), metric_of(factor).float()))
+        tables = rounded(refitted(target.T.float(), code, tables.float(), metric_of(factor).float()))
         new = levels(tables).gather(0, code).double().T
         errors = errors + (old - new) @ inverse  # the delta correction
         score = errors.square().sum(1)
@@ -129,7 +129,7 @@ def test_coefficients_are_stored_exactly_and_columns_come_back_in_order(problem)
     solver = solver_of(weight[:, order], hessian[order][:, order], (2, 4), [len(group) for group in groups])
     solver.compensate(2)
     solver.polish(1)
-    stored = pack(solver, groups, K, G)
+    stored = solver.plane_weight(groups, G)
     for track in solver.tracks:
         decoded = torch.empty(N, K)
         decoded[:, order] = solver.decoded(track).T
@@ -199,7 +199,7 @@ def test_small_systems(seed):
     normal = normal[:, :6, :6] + torch.eye(6).double()
     right = torch.randn(20, 6, generator=generator).double()
     expected = torch.linalg.solve(normal, right)
-    found = tracks.solve_small(normal.permute(1, 2, 0).clone(), right.T.clone())
+    found = joint.solve_small(normal.permute(1, 2, 0).clone(), right.T.clone())
     torch.testing.assert_close(found.T, expected, rtol=1e-8, atol=1e-10)
 
 
@@ -289,7 +289,7 @@ def test_both_column_loops_find_solutions_of_the_same_loss(bits, seed, monkeypat
     found = {}
     for native in (True, False):
         if not native:
-            monkeypatch.setattr(tracks, "choose_codes", lambda *arguments, **options: False)
+            monkeypatch.setattr(joint, "choose_codes", lambda *arguments, **options: False)
         solver = solver_of(weight, hessian, bits, GROUPS)
         solver.compensate(1)
         solver.polish(1)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitstrata.quantization.kmeans import Floats, Ints, Points, kmeans, nested_kmeans, split
+from bitstrata.solvers.kmeans import Floats, Ints, Points, kmeans, nested_kmeans, split
 
 seeds = st.integers(0, 2**31 - 1)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bitstrata.quantization.moments import Moments
-from bitstrata.quantization.tracks import JointSolver, Track
+from bitstrata.solvers import Moments
+from bitstrata.solvers.joint import JointSolver, Track
 
 
 def correlated(columns, seed, tokens=None):
@@ -32,10 +32,7 @@ def rows_of(count, columns, seed):
 
 def solver_of(weight, hessian, bits, groups, growth=2.0, **options):
     """Unsolved: W [N, K] and one damped Hessian for all tracks."""
-    tracks = [
-        Track(b, growth ** (b - bits[0]), weight.T.contiguous(), hessian, torch.zeros(len(groups), b + 1, len(weight)))
-        for b in bits
-    ]
+    tracks = [Track(b, growth ** (b - bits[0]), weight.T.contiguous(), hessian) for b in bits]
     return JointSolver(tracks, groups, **options)
 
 

@@ -1,4 +1,4 @@
-"""bpdq, gptq and nested as methods: against textbook forms, on blocks, and on the model that ships with the package."""
+"""bpdq, gptq and nested as methods: against textbook forms, and on blocks."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ import itertools
 import pytest
 import torch
 from block_task import make_task
-from hessian_helpers import correlated, loss, moments_of, rows_of
-from job_helpers import run
+from moments_helpers import correlated, loss, moments_of, rows_of
 
-from bitstrata.demonstration.run import MODEL
-from bitstrata.errors import PreflightError
 from bitstrata.planes import decode
-from bitstrata.quantization.bpdq import BPDQ
-from bitstrata.quantization.gptq import GPTQ, GPTQOptions, grid
-from bitstrata.quantization.method import make_method, methods
-from bitstrata.quantization.nested import Nested, NestedOptions
+from bitstrata.solvers import BPDQ, GPTQ, METHODS, Nested, make_method
+from bitstrata.solvers.gptq import grid
 
 N, K = 11, 70
 
@@ -49,7 +44,7 @@ def test_gptq_is_the_plain_form(act_order, group_size, bits, seed):
     weight, found = rows_of(N, K, seed), moments_of(correlated(K, seed))
     order = found.hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(K)
     expected = plain_gptq(weight, found.damped(0.01), bits, group_size, order)
-    solved = GPTQ(GPTQOptions(act_order=act_order)).solve(weight, {bits: found}, group_size)
+    solved = GPTQ(act_order=act_order).solve(weight, {bits: found}, group_size)
     near = ((decode(solved, bits, torch.float64) - expected).abs() < 1e-4).double().mean()
     assert near > 0.97  # a tie that falls the other way moves what follows it
     torch.testing.assert_close(
@@ -96,7 +91,7 @@ def test_bpdq_beats_gptq_and_nested_alone_beats_bpdq(bits, seed):
 def test_blocks(method, transposed, seed):
     bits = (2, 3, 4) if method.nests else (3,)
     task = make_task(bits, seed=seed % 1000, transposed=transposed)
-    solved = method.quantize_block(task)
+    solved = method.solve_block(task)
     assert list(solved) == list(task.weights)
     for name, weight in solved.items():
         assert weight.bits == bits
@@ -121,9 +116,9 @@ def test_fast_needs_no_text_and_beats_rounding(seed):
     fast = make_method("nested", "fast", {})
     assert not fast.needs_calibration
     assert fast.tuning is None
-    solved = fast.quantize_layer(weight, (2, 3, 4), 32)
-    plain = make_method("rtn", "default", {}).quantize_layer(weight, (2, 3, 4), 32)
-    bcq = make_method("bcq", "default", {}).quantize_layer(weight, (2, 3, 4), 32)
+    solved = fast.solve_layer(weight, (2, 3, 4), 32)
+    plain = make_method("rtn", "default", {}).solve_layer(weight, (2, 3, 4), 32)
+    bcq = make_method("bcq", "default", {}).solve_layer(weight, (2, 3, 4), 32)
     for bits in (2, 3, 4):
         mine, theirs = ((decode(w, bits) - weight).square().sum() for w in (solved, plain))
         assert mine < theirs, bits
@@ -139,7 +134,7 @@ def test_rank_deficient_inputs(name, inputs, seed):
         x[:, [0, 13]] = 0
     if inputs == "nothing":
         x[:] = 0
-    method, weight = methods()[name](), rows_of(N, K, seed)
+    method, weight = METHODS[name](), rows_of(N, K, seed)
     bits = (2, 4) if method.nests else (4,)
     solved = method.solve(weight, dict.fromkeys(bits, moments_of(x, x * 1.05)), 32)
     for b in bits:
@@ -154,29 +149,5 @@ def test_too_few_tokens_are_reported():
     said = []
     task = make_task((2,), said=said)
     task.inputs, task.chains = task.inputs[:1], {2: task.chains[2][:1]}
-    Nested(NestedOptions(iterations=1, sweeps=0)).quantize_block(task)
+    Nested(iterations=1, sweeps=0).solve_block(task)
     assert any("5 calibration tokens for 24 inputs" in line for line in said)
-
-
-@pytest.mark.parametrize("name", ["bpdq", "gptq"])
-def test_methods_of_one_precision_refuse_several(name, model, text, tmp_path):
-    with pytest.raises(PreflightError, match="makes one precision a file"):
-        run(model, tmp_path / "out", text, method=name, options={})
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["nested", "bpdq", "gptq"])
-def test_calibration_is_asked_for(name, model, tmp_path):
-    with pytest.raises(PreflightError, match=f"{name} needs calibration text"):
-        run(model, tmp_path / "out", None, method=name, options={}, bits="3")
-
-
-def test_nested_on_a_trained_model(tmp_path):
-    """One nested file is nearer to the original than a dedicated GPTQ file."""
-    settings = {"group_size": 128, "num_samples": 16, "seq_len": 128}
-    quick = {"iterations": 2, "sweeps": 1}
-    nested = run(MODEL, tmp_path / "nested", "stdlib", method="nested", options=quick, **settings)
-    kld = {row["bits"]: row["kld"] for row in nested.results}
-    assert kld[4] < kld[3] < kld[2]
-    dedicated = run(MODEL, tmp_path / "gptq", "stdlib", method="gptq", options={}, bits=3, **settings)
-    assert kld[3] < dedicated.results[0]["kld"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bitstrata.quantization.method import BlockTask
+from bitstrata.quantization.block_task import BlockTask
 
 HIDDEN, INNER = 24, 40
 

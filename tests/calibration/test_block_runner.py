@@ -11,7 +11,7 @@ from tiny_models import tiny_gpt2, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitstrata.calibration import BlockRunner, capture
+from bitstrata.calibration import BlockRunner, block_runner
 from bitstrata.errors import ModelError
 from bitstrata.models import SourceModel, discover
 
@@ -63,7 +63,7 @@ def test_blocks_in_a_row_are_the_model(variant: str, windows: int, length: int, 
 def test_small_batches_and_short_stretches_change_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tokens(7, 20)
     expected = logits_by_blocks(make_runner(model, 20), ids)[1]
-    monkeypatch.setattr(capture, "TOKENS_PER_BATCH", 41)  # two windows a batch
+    monkeypatch.setattr(block_runner, "TOKENS_PER_BATCH", 41)  # two windows a batch
     runner = make_runner(model, 20)
     assert runner._batch == 2
     torch.testing.assert_close(logits_by_blocks(runner, ids)[1], expected, rtol=1e-5, atol=1e-5)

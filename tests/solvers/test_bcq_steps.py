@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitstrata.quantization.bcq import alternating, assign, combine, expand, fit, greedy, objective, sgn
+from bitstrata.solvers.bcq import Solution, alternate, assign, combine, expand, fit_scales, greedy, objective, sgn
 
 seeds = st.integers(0, 2**31 - 1)
 # fp32 rounding of an objective that is a sum of squares of size `energy`
@@ -32,6 +33,12 @@ def draw_groups(seed: int, rows: int, size: int, kind: str = "normal") -> tuple[
 
 def draw_signs(seed: int, *shape: int) -> Tensor:
     return sgn(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def alternating(w: Tensor, d: Tensor, count: int, rounds: int, *, asymmetric: bool = True, **options: Any) -> Solution:
+    """The alternation from a greedy start."""
+    start = greedy(w, d, count, asymmetric=asymmetric)
+    return alternate(w, d, start, rounds, asymmetric=asymmetric, **options)
 
 
 def energy(w: Tensor, d: Tensor) -> Tensor:
@@ -67,7 +74,7 @@ def test_no_half_step_of_the_expansion_increases_the_objective(
     w, d = draw_groups(seed, 12, size, kind)
     lower = alternating(w, d, count, 2, asymmetric=asymmetric)
     seen = [("start", objective(w, d, *lower))]
-    upper = expand(w, d, *lower, 6, asymmetric=asymmetric, watch=lambda step, value: seen.append((step, value)))
+    upper = expand(w, d, lower, 6, asymmetric=asymmetric, watch=lambda step, value: seen.append((step, value)))
     assert len(seen) == 1 + 2 * 6
     for (_, before), (step, after) in itertools.pairwise(seen):
         excess = (after - before - ROUNDING * energy(w, d)).max()
@@ -80,7 +87,7 @@ def test_expansion_keeps_the_planes_it_was_given(seed: int, count: int, size: in
     w, d = draw_groups(seed, 8, size)
     lower = alternating(w, d, count, 3)
     before = [part.clone() for part in lower]
-    planes, scale, _ = expand(w, d, *lower, 4)
+    planes, scale, _ = expand(w, d, lower, 4)
     assert planes.shape == (count + 1, 8, size)
     assert torch.equal(planes[:-1], before[0]), f"a frozen plane changed (seed {seed})"
     assert all(torch.equal(part, old) for part, old in zip(lower, before, strict=True)), "the input was changed"
@@ -116,7 +123,7 @@ def test_scales_are_recovered_exactly_when_the_codes_are_known(seed: int, count:
     true_offset = torch.randn(5, generator=generator) if asymmetric else torch.zeros(5)
     w = combine(planes, true_scale, true_offset)
     start = torch.randn(count, 5, generator=generator), torch.zeros(5)
-    scale, offset = fit(w, torch.ones_like(w), planes, *start, asymmetric=asymmetric)
+    scale, offset = fit_scales(w, torch.ones_like(w), planes, *start, asymmetric=asymmetric)
     torch.testing.assert_close(scale, true_scale, atol=1e-5, rtol=1e-5, msg=lambda text: f"seed {seed}: {text}")
     torch.testing.assert_close(offset, true_offset, atol=1e-5, rtol=1e-5, msg=lambda text: f"seed {seed}: {text}")
 
@@ -142,7 +149,7 @@ def test_a_weight_made_of_planes_is_recovered(seed: int, count: int) -> None:
 def test_the_last_fit_is_optimal_for_the_codes_returned(seed: int, count: int, size: int, asymmetric: bool) -> None:
     w, d = draw_groups(seed, 8, size)
     solutions = [alternating(w, d, count, 3, asymmetric=asymmetric)]
-    solutions.append(expand(w, d, *solutions[0], 3, asymmetric=asymmetric))
+    solutions.append(expand(w, d, solutions[0], 3, asymmetric=asymmetric))
     for planes, scale, offset in solutions:
         rest = d * (w - combine(planes, scale, offset))
         slope = torch.stack([(rest * plane).sum(1) for plane in planes])
@@ -159,7 +166,7 @@ def test_a_direction_without_data_keeps_its_value(second: str, seed: int) -> Non
     other = {"coincides": first, "opposite": -first, "constant": torch.ones_like(first)}[second]
     planes = torch.stack([first, other])
     old_scale, old_offset = torch.tensor([[0.7], [0.2]]).expand(2, 16), torch.full((16,), 0.1)
-    scale, offset = fit(w, d, planes, old_scale, old_offset)
+    scale, offset = fit_scales(w, d, planes, old_scale, old_offset)
     assert bool(scale.isfinite().all())
     assert bool(offset.isfinite().all())
     free = {
@@ -169,7 +176,7 @@ def test_a_direction_without_data_keeps_its_value(second: str, seed: int) -> Non
     }[second]
     torch.testing.assert_close(free(scale, offset), free(old_scale, old_offset), atol=1e-5, rtol=1e-5)
     # and the direction with data is solved as if the useless column were not there
-    alone = fit(w, d, planes[:1], old_scale[:1], old_offset)
+    alone = fit_scales(w, d, planes[:1], old_scale[:1], old_offset)
     together, apart = d * combine(planes, scale, offset), d * combine(planes[:1], *alone)
     torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
 
@@ -180,7 +187,7 @@ def test_planes_that_only_together_are_dependent_do_not_blow_up(seed: int) -> No
     patterns = torch.tensor([[1.0, 1, -1], [1, -1, 1], [-1, 1, 1]])
     planes = patterns[:, classes].unsqueeze(1).expand(3, 32, 126).contiguous()
     w, d = 3 * torch.randn(32, 126, generator=torch.Generator().manual_seed(seed)), torch.ones(32, 126)
-    scale, offset = fit(w, d, planes, torch.zeros(3, 32), torch.zeros(32))
+    scale, offset = fit_scales(w, d, planes, torch.zeros(3, 32), torch.zeros(32))
     assert float(scale.abs().max()) < 10, f"scales of {scale.abs().max()} for weights of 3 (seed {seed})"
     torch.testing.assert_close(scale.sum(0), offset, atol=1e-4, rtol=0)  # nothing moved along (1, 1, 1, -1)
 
@@ -210,8 +217,8 @@ def test_what_stands_in_padding_columns_changes_nothing(seed: int, count: int, s
     w, d = draw_groups(seed, 8, size)
     noisy = torch.where(d > 0, w, 1000 * draw_groups(seed + 1, 8, size)[0])
     one, other = (alternating(x, d, count, 4, asymmetric=asymmetric) for x in (w, noisy))
-    grown = expand(w, d, *one, 4, asymmetric=asymmetric)
-    grown_other = expand(noisy, d, *other, 4, asymmetric=asymmetric)
+    grown = expand(w, d, one, 4, asymmetric=asymmetric)
+    grown_other = expand(noisy, d, other, 4, asymmetric=asymmetric)
     for left, right in ((one, other), (grown, grown_other)):
         assert torch.equal(left[1], right[1]), f"scales depend on padding (seed {seed})"
         assert torch.equal(left[2], right[2]), f"offsets depend on padding (seed {seed})"
@@ -224,7 +231,7 @@ def test_the_solution_scales_with_the_weights(exponent: int, seed: int) -> None:
     w, d = draw_groups(seed, 32, 24)
     small = alternating(w * 2.0**exponent, d, 2, 8)
     plain = alternating(w, d, 2, 8)
-    for left, right in ((small, plain), (expand(w * 2.0**exponent, d, *small, 8), expand(w, d, *plain, 8))):
+    for left, right in ((small, plain), (expand(w * 2.0**exponent, d, small, 8), expand(w, d, plain, 8))):
         assert torch.equal(left[0], right[0]), f"seed {seed}"
         assert torch.equal(left[1], right[1] * 2.0**exponent), f"seed {seed}"
         assert torch.equal(left[2], right[2] * 2.0**exponent), f"seed {seed}"

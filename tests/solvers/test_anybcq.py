@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -10,18 +12,18 @@ from block_task import make_task
 
 from bitstrata.errors import ModelError
 from bitstrata.planes import AffineScales, PlaneWeight, decode
-from bitstrata.quantization import BCQ, AnyBCQ, AnyBCQOptions, BCQOptions
-from bitstrata.quantization.method import BlockTask
+from bitstrata.quantization.block_task import BlockTask
+from bitstrata.solvers import BCQ, AnyBCQ
 
-OPTIONS = AnyBCQOptions(rounds=4, steps=10, batch_size=4)
-
-
-def solve(task: BlockTask, options: AnyBCQOptions = OPTIONS) -> dict[str, PlaneWeight]:
-    return AnyBCQ(options).quantize_block(task)
+TRAINED = AnyBCQ(rounds=4, steps=10, batch_size=4)
 
 
-def changed(options: AnyBCQOptions, **values: object) -> AnyBCQOptions:
-    return AnyBCQOptions(**{**options.__dict__, **values})  # type: ignore[arg-type]
+def solve(task: BlockTask, method: AnyBCQ = TRAINED) -> dict[str, PlaneWeight]:
+    return method.solve_block(task)
+
+
+def changed(**values: Any) -> AnyBCQ:
+    return dataclasses.replace(TRAINED, **values)
 
 
 def assert_equal(one: PlaneWeight, other: PlaneWeight, names: list[str] | None = None) -> None:
@@ -36,20 +38,20 @@ def differs(one: PlaneWeight, other: PlaneWeight, name: str) -> bool:
 def test_without_training_it_is_bcq() -> None:
     """On these weights BCQ's fallback, which AnyBCQ lacks, has nothing to do."""
     task = make_task((2, 3, 4))
-    found = solve(task, AnyBCQOptions(rounds=4, steps=0))
+    found = solve(task, AnyBCQ(rounds=4, steps=0))
     for name, weight in task.weights.items():
-        assert_equal(found[name], BCQ(BCQOptions(rounds=4)).quantize_layer(weight, (2, 3, 4), 16))
+        assert_equal(found[name], BCQ(rounds=4).solve_layer(weight, (2, 3, 4), 16))
 
 
 def test_without_training_no_activations_are_needed() -> None:
     task = make_task((2, 3))
     task.inputs, task.targets, task.chains = None, None, {}
-    assert set(solve(task, AnyBCQOptions(rounds=2, steps=0))) == {"up", "down"}
+    assert set(solve(task, AnyBCQ(rounds=2, steps=0))) == {"up", "down"}
 
 
 def test_a_learning_rate_of_zero_returns_the_start(seed: int) -> None:
-    still = solve(make_task((2, 3), seed=seed % 1000), changed(OPTIONS, learning_rate=0.0))
-    untrained = solve(make_task((2, 3), seed=seed % 1000), changed(OPTIONS, steps=0))
+    still = solve(make_task((2, 3), seed=seed % 1000), changed(learning_rate=0.0))
+    untrained = solve(make_task((2, 3), seed=seed % 1000), changed(steps=0))
     for name in still:
         assert_equal(still[name], untrained[name])
 
@@ -72,8 +74,8 @@ def test_the_reported_error_never_rises_and_is_the_stored_weights_error() -> Non
 
 @pytest.mark.parametrize("asymmetric", [True, False])
 def test_adding_bits_leaves_planes_and_scales_below_as_they_were(asymmetric: bool, seed: int) -> None:
-    options = changed(OPTIONS, asymmetric=asymmetric)
-    alone, pair, many = (solve(make_task(bits, seed=seed % 1000), options) for bits in ((2,), (2, 3), (2, 3, 4)))
+    method = changed(asymmetric=asymmetric)
+    alone, pair, many = (solve(make_task(bits, seed=seed % 1000), method) for bits in ((2,), (2, 3), (2, 3, 4)))
     for name in many:
         assert_equal(alone[name], pair[name])
         assert_equal(pair[name], many[name])
@@ -96,12 +98,12 @@ def test_each_bits_is_trained_on_its_own_chain() -> None:
 
 
 def test_a_shared_chain_is_that_of_the_highest_bits() -> None:
-    options = changed(OPTIONS, share_chain=True)
+    method = changed(share_chain=True)
     results = []
     for spoiled in (None, 2, 3, 4):
         task = make_task((2, 3, 4))
         task.chains = {bits: chain + (bits == spoiled) for bits, chain in task.chains.items()}
-        results.append(solve(task, options)["down"])
+        results.append(solve(task, method)["down"])
     plain, lowest, middle, highest = results
     assert_equal(plain, middle)
     assert differs(plain, lowest, "scale_2"), "the lowest bits keep their own chain"
@@ -112,14 +114,14 @@ def test_a_shared_chain_is_that_of_the_highest_bits() -> None:
 @pytest.mark.parametrize("mix", [0.0, 1.0])
 def test_pure_inputs_of_either_kind_work(mix: float) -> None:
     said: list[str] = []
-    found = solve(make_task((2, 3), said=said), changed(OPTIONS, input_mix=mix))
+    found = solve(make_task((2, 3), said=said), changed(input_mix=mix))
     assert len(said) == 2
     for weight in found.values():
         assert bool(decode(weight, 3).isfinite().all())
 
 
 def test_a_symmetric_solution_has_no_offsets() -> None:
-    for weight in solve(make_task((2, 3)), changed(OPTIONS, asymmetric=False)).values():
+    for weight in solve(make_task((2, 3)), changed(asymmetric=False)).values():
         for scales in weight.scales.values():
             assert isinstance(scales, AffineScales)
             assert not bool(scales.offset.any())
@@ -127,7 +129,7 @@ def test_a_symmetric_solution_has_no_offsets() -> None:
 
 def test_transposed_linears_are_solved_like_plain_ones() -> None:
     plain, transposed = (solve(make_task((2, 3), transposed=flag)) for flag in (False, True))
-    untrained = solve(make_task((2, 3), transposed=True), changed(OPTIONS, steps=0))
+    untrained = solve(make_task((2, 3), transposed=True), changed(steps=0))
     for name in plain:
         assert_equal(plain[name], transposed[name], ["plane_0", "plane_1"])
         assert differs(transposed[name], untrained[name], "scale_2"), "nothing was trained"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitstrata.planes import AffineScales, codes, decode
-from bitstrata.quantization import RTN
+from bitstrata.solvers import RTN
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -34,7 +34,7 @@ def textbook(w: np.ndarray, bits: int, half: np.ndarray, middle: np.ndarray, gro
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_one_bits_value_is_textbook_round_to_nearest(bits: int, seed: int) -> None:
     w = draw(seed, 4, 70)
-    weight = RTN().quantize_layer(w, (bits,), 32)
+    weight = RTN().solve_layer(w, (bits,), 32)
     scales = weight.scales[bits]
     assert isinstance(scales, AffineScales)
     for group, columns in enumerate((slice(0, 32), slice(32, 64), slice(64, 70))):
@@ -53,7 +53,7 @@ def test_one_bits_value_is_textbook_round_to_nearest(bits: int, seed: int) -> No
 @given(seeds, st.integers(1, 8), st.integers(1, 50), st.integers(1, 40))
 def test_no_weight_is_further_than_half_a_step_away(seed: int, bits: int, columns: int, group_size: int) -> None:
     w = draw(seed, 3, columns)
-    weight = RTN().quantize_layer(w, (bits,), group_size)
+    weight = RTN().solve_layer(w, (bits,), group_size)
     scales = weight.scales[bits]
     assert isinstance(scales, AffineScales)
     group = torch.arange(columns) // group_size
@@ -70,7 +70,7 @@ def test_a_weight_on_the_grid_is_exact(bits: int, seed: int) -> None:
     level = torch.randint(0, 2**bits, (5, 32), generator=generator)
     level[:, 0], level[:, 1] = 0, 2**bits - 1
     w = level * 0.125 - 3
-    weight = RTN().quantize_layer(w, (bits,), 32)
+    weight = RTN().solve_layer(w, (bits,), 32)
     assert torch.equal(codes(weight, bits), level), f"seed {seed}"
     assert torch.equal(decode(weight, bits), w), f"seed {seed}"
 
@@ -78,8 +78,8 @@ def test_a_weight_on_the_grid_is_exact(bits: int, seed: int) -> None:
 @given(seeds, st.integers(2, 8), st.integers(1, 40))
 def test_lower_bits_read_a_prefix_of_the_higher_ones(seed: int, top: int, columns: int) -> None:
     w = draw(seed, 3, columns)
-    nested = RTN().quantize_layer(w, tuple(range(1, top + 1)), 16)
-    alone = RTN().quantize_layer(w, (top,), 16)
+    nested = RTN().solve_layer(w, tuple(range(1, top + 1)), 16)
+    alone = RTN().solve_layer(w, (top,), 16)
     for name, tensor in alone.tensors().items():
         assert torch.equal(tensor, nested.tensors()[name]), f"{name} (seed {seed})"
     highest, finest = nested.scales[top], codes(nested, top)
@@ -98,7 +98,7 @@ def test_lower_bits_read_a_prefix_of_the_higher_ones(seed: int, top: int, column
 def test_the_short_last_group_sees_its_own_columns_only(seed: int) -> None:
     w = draw(seed, 4, 37)
     w[:, 32:] = 5 + torch.rand(4, 5, generator=torch.Generator().manual_seed(seed))
-    weight = RTN().quantize_layer(w, (4,), 32)
+    weight = RTN().solve_layer(w, (4,), 32)
     error = (decode(weight, 4) - w)[:, 32:].abs().max()
     # a range of 1 at 4 bits has half-steps of 1/30
     assert float(error) < 1 / 30 + 0.005, f"seed {seed}"
@@ -107,14 +107,14 @@ def test_the_short_last_group_sees_its_own_columns_only(seed: int) -> None:
 @pytest.mark.parametrize("value", [0.0, 0.75, -3.0, 0.1, 1e-6, 65504.0, -65504.0])
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_a_constant_stays_that_constant(value: float, bits: int) -> None:
-    weight = RTN().quantize_layer(torch.full((2, 40), value), (bits,), 16)
+    weight = RTN().solve_layer(torch.full((2, 40), value), (bits,), 16)
     assert torch.equal(decode(weight, bits), torch.full((2, 40), value).half().float())
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e-6, 1e4])
 def test_very_small_and_very_large_weights_stay_finite(size: float) -> None:
     w = draw(0, 8, 32).clamp(-6, 6) * size
-    weight = RTN().quantize_layer(w, (1, 2, 4, 8), 16)
+    weight = RTN().solve_layer(w, (1, 2, 4, 8), 16)
     for bits in (1, 2, 4, 8):
         dense = decode(weight, bits)
         assert bool(dense.isfinite().all())
