@@ -20,7 +20,8 @@ demo: $(READY)  ## the main job on the bundled model, offline
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile
 
-check: lint types  ## what must be clean before a commit
+check: $(READY)  ## what must be clean before a commit: .pre-commit-config.yaml, on all files
+	VENV="$(VENV)" PRE_COMMIT_HOME="$(abspath $(VENV))/pre-commit" $(BIN)/pre-commit run --all-files
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -122,7 +122,7 @@ def included(file: str, arguments: argparse.Namespace) -> list[dict[str, object]
 
 
 def plot(runs: list[dict[str, object]], title: str, path: str) -> None:
-    """Loss against bytes read, a line a recipe: solid where one file holds all precisions, dashed where each has its own."""
+    """Loss against bytes read, a line a recipe: solid where one file holds all precisions, else dashed."""
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "bitstrata", "font.size": 10}

@@ -1,8 +1,8 @@
 """What the site (mkdocs.yml) has besides docs/: pages made from what is written elsewhere already.
 
-README, FORMAT, ... at the top of the repository become pages; the commands come from the program itself, the Python API from
-the package's `__all__`. Links between Markdown files are those of the repository, so that they work there as well; here they are
-pointed at the site's pages. A link to anything that is no page is an error, as any broken link is.
+README, FORMAT, ... at the top of the repository become pages. The commands come from the program itself, the Python
+API from the package's `__all__`. Links between Markdown files are those of the repository, so that they work there as
+well; here they are pointed at the site's pages. A link to anything that is no page is an error, as a broken link is.
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ class Drawing:
     def label(self, x: float, y: float, width: float, height: float, words: str, fill: str = "white") -> None:
         """A box with words in the middle, white on dark fills."""
         self.box(x, y, width, height, fill, SOFT)
-        self.text(x + width / 2, y + height / 2 + 4.5, words, at="middle", colour="white" if fill in SHADES[:2] else INK)
+        self.text(
+            x + width / 2, y + height / 2 + 4.5, words, at="middle", colour="white" if fill in SHADES[:2] else INK
+        )
 
     def save(self, name: str) -> None:
         width, height = self.size
@@ -84,7 +86,9 @@ def scales() -> None:
     before: list[float] = []
     for bits, scale in steps.items():
         y = 20 + 62 * bits
-        values = [360 + sum(s * v for s, v in zip(signs, scale, strict=True)) for signs in product((-1, 1), repeat=bits)]
+        values = [
+            360 + sum(s * v for s, v in zip(signs, scale, strict=True)) for signs in product((-1, 1), repeat=bits)
+        ]
         drawing.line(40, y, 680, y)
         drawing.text(24, y - 14, f"{bits} bit{'s' * (bits > 1)}", colour=INK)
         for number, value in enumerate(values):
@@ -92,7 +96,9 @@ def scales() -> None:
                 drawing.line(before[number // 2], y - 62, value, y, SHADES[2])
             drawing.parts.append(f'<circle cx="{value:g}" cy="{y}" r="6" fill="{SHADES[bits - 1]}" stroke="{INK}"/>')
         before = values
-    drawing.text(360, 238, "one more plane splits every value in two; each bits has scales of its own", at="middle", colour=SOFT)
+    drawing.text(
+        360, 238, "one more plane splits every value in two; each bits has scales of its own", at="middle", colour=SOFT
+    )
     drawing.save("scales")
 
 
