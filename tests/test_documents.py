@@ -33,8 +33,9 @@ def _text(path: Path) -> str:
 
 def _commands(text: str) -> list[str]:
     """Lines of code blocks and inline code that call the program with arguments."""
-    blocks = re.findall(r"^ *```(?:console|sh)?\n(.*?)^ *```", text, flags=re.M | re.S)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, flags=re.M | re.S)
+    lines = [line.strip() for kind, block in blocks if kind != "python" for line in block.splitlines()]
+    text = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S)
     inline = re.findall(r"`(bitstrata [a-z]+ [^`]*)`", text.replace("\n", " "))
     shown = [part.strip() for line in lines for part in line.split("&&")] + inline
     return [line.split("  #")[0] for line in shown if re.match(r"bitstrata [a-z]+\b", line) and "..." not in line]
@@ -81,5 +82,9 @@ def test_files_that_are_named_exist(path):
 
 
 def test_a_wrong_command_is_noticed():
+    assert _commands("```python\nx\n```\n```console\nbitstrata env\n```\nand `bitstrata inspect\nOUT`") == [
+        "bitstrata env",
+        "bitstrata inspect OUT",
+    ]
     with pytest.raises(Exception, match="no-such-flag"):
         _parse("bitstrata quantize MODEL -o OUT --no-such-flag")
