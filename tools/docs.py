@@ -7,10 +7,13 @@ well; here they are pointed at the site's pages. A link to anything that is no p
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import posixpath
 import re
 from pathlib import Path
+from types import ModuleType
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
@@ -37,6 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {page: (ROOT / file).read_text(encoding="utf-8") for file, page in TOP.items()}
     pages["reference/commands.md"] = commands()
     pages["reference/python.md"] = python_api()
+    pages["reference/inside.md"] = rooms()
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
@@ -62,16 +66,30 @@ def commands() -> str:
 
 
 def python_api() -> str:
-    """Everything that `import bitstrata` offers, functions before classes; the text is the docstrings'."""
-    offered = {name: getattr(bitstrata, name) for name in bitstrata.__all__}
-    functions = {value: name for name, value in sorted(offered.items()) if inspect.isfunction(value)}
-    classes = {
-        value: name
-        for name, value in sorted(offered.items())
-        if inspect.isclass(value) and not issubclass(value, Exception)  # they have a page of their own
-    }
-    lines = ["# Python", "", inspect.getdoc(bitstrata) or "", ""]
-    for title, members in (("Functions", functions), ("Classes", classes)):
-        lines += [f"## {title}", ""]
-        lines += [f"::: {value.__module__}.{value.__qualname__}\n" for value in members]
+    """Everything that `import bitstrata` offers; the text is the docstrings'."""
+    return "\n".join(["# Python", "", inspect.getdoc(bitstrata) or "", "", *described(bitstrata, set())])
+
+
+def rooms() -> str:
+    """What each room of the package offers to the others."""
+    lines = ["# Inside", "", "What a contributor calls. These names may change from one version to the next.", ""]
+    seen = set(offered(bitstrata))
+    for found in pkgutil.iter_modules(bitstrata.__path__):
+        if found.ispkg and found.name != "cli":
+            room = importlib.import_module(f"bitstrata.{found.name}")
+            lines += [f"## {found.name}", "", inspect.getdoc(room) or "", "", *described(room, seen)]
+            seen |= offered(room)
     return "\n".join(lines)
+
+
+def offered(module: ModuleType) -> set[object]:
+    """The functions and classes in `__all__`; exceptions have a page of their own."""
+    values = {getattr(module, name) for name in getattr(module, "__all__", ()) if callable(getattr(module, name))}
+    ours = {value for value in values if getattr(value, "__module__", "").startswith("bitstrata")}
+    return {v for v in ours if not (inspect.isclass(v) and issubclass(v, Exception)) and hasattr(v, "__qualname__")}
+
+
+def described(module: ModuleType, seen: set[object]) -> list[str]:
+    """An entry for each thing offered and not seen before, functions first."""
+    new = sorted(offered(module) - seen, key=lambda value: (inspect.isclass(value), value.__name__))
+    return [f"::: {value.__module__}.{value.__qualname__}\n" for value in new]
