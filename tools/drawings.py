@@ -36,6 +36,9 @@ class Drawing:
             f'<line x1="{x:g}" y1="{y:g}" x2="{x2:g}" y2="{y2:g}" stroke="{colour}" stroke-width="1.4"{head}/>'
         )
 
+    def circle(self, x: float, y: float, fill: str) -> None:
+        self.parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="6" fill="{fill}" stroke="{INK}"/>')
+
     def text(self, x: float, y: float, words: str, *, at: str = "start", colour: str = INK, size: int = 13) -> None:
         self.parts.append(
             f'<text x="{x:g}" y="{y:g}" text-anchor="{at}" fill="{colour}" font-size="{size}">{escape(words)}</text>'
@@ -83,19 +86,20 @@ def scales() -> None:
     """The values that a weight of one group can take, at 1, 2 and 3 bits."""
     drawing = Drawing(720, 250)
     steps = {1: (180,), 2: (170, 84), 3: (166, 82, 42)}
-    before: list[float] = []
-    for bits, scale in steps.items():
+    levels = {
+        bits: [360 + sum(s * v for s, v in zip(signs, scale, strict=True)) for signs in product((-1, 1), repeat=bits)]
+        for bits, scale in steps.items()
+    }
+    for bits, values in levels.items():
         y = 20 + 62 * bits
-        values = [
-            360 + sum(s * v for s, v in zip(signs, scale, strict=True)) for signs in product((-1, 1), repeat=bits)
-        ]
         drawing.line(40, y, 680, y)
-        drawing.text(24, y - 14, f"{bits} bit{'s' * (bits > 1)}", colour=INK)
+        drawing.text(24, y - 14, f"{bits} bit{'s' * (bits > 1)}")
         for number, value in enumerate(values):
-            if before:
-                drawing.line(before[number // 2], y - 62, value, y, SHADES[2])
-            drawing.parts.append(f'<circle cx="{value:g}" cy="{y}" r="6" fill="{SHADES[bits - 1]}" stroke="{INK}"/>')
-        before = values
+            if bits > 1:
+                drawing.line(levels[bits - 1][number // 2], y - 62, value, y, SHADES[2])
+    for bits, values in levels.items():
+        for value in values:
+            drawing.circle(value, 20 + 62 * bits, SHADES[bits - 1])
     drawing.text(
         360, 238, "one more plane splits every value in two; each bits has scales of its own", at="middle", colour=SOFT
     )
