@@ -18,7 +18,7 @@ from ..checkpoint.schema import CONFIG_FILE, is_plane, tensor_bytes
 from ..evaluation import Measured
 from ..models import Discovery, HeadLayer, LinearInfo, SourceModel
 from ..planes import PlaneWeight, decode
-from ..progress import Reporter
+from ..progress import log
 from .block_task import BlockTask
 from .chains import ORIGINAL, Chains
 from .companions import companions
@@ -189,7 +189,6 @@ class Job:
 
     prepared: Prepared
     state: JobState
-    reporter: Reporter
     layer_error: dict[str, dict[str, float]] = field(default_factory=dict)
     measured: dict[str, Measured] = field(default_factory=dict)
 
@@ -202,7 +201,6 @@ class Job:
             prepared.discovery,
             self.settings.seq_len,
             self.settings.device,
-            self.reporter.say,
         )
         self.chains = Chains(self.runner)
 
@@ -252,7 +250,7 @@ class Job:
             targets=None,
             chains={bits: learning[str(bits)] for bits in self.settings.bits} if learning else {},
             generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
-            say=lambda message: self.reporter.say(f"  {name}: {message}"),
+            say=lambda message: log.info(f"  {name}: {message}"),
         )
 
     def quantize(self, task: BlockTask, planes: dict[str, PlaneWeight], bits: int) -> None:

@@ -22,23 +22,20 @@ from typing import Any
 
 import torch
 
+from ..arguments import named
 from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_checkpoint, write_checkpoint
 from ..checkpoint.schema import REPORT_FILE, guard_name
 from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
 from ..memory import memory_errors, peak_memory
-from ..progress import Reporter
+from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
-from .blocks import Blocks
 from .companions import checkpoint_config, copy_companions
-from .context import Job, Prepared, Stage, megabytes
-from .gradients import Gradients
-from .head import Head
-from .measure import Measure
+from .context import Job, Prepared, megabytes
 from .preflight import prepare
 from .report import Report, make_report
 from .settings import Settings
+from .stages import stages_of
 from .state import JobState, differences
-from .tuning import Tune
 
 MORE_MEMORY = (
     "end other programs and run the same command again: finished blocks are kept; or start over with a lower "
@@ -46,7 +43,9 @@ MORE_MEMORY = (
 )
 
 
+@named
 @ordinary_torch()
+@own_notes()
 def quantize(
     model: str | Path,
     output: str | Path,
@@ -64,7 +63,6 @@ def quantize(
     device: str = "auto",
     dry_run: bool = False,
     options: Mapping[str, Any] | None = None,
-    reporter: Reporter | None = None,
 ) -> Report:
     """Quantize a causal language model into nested bit-planes.
 
@@ -96,7 +94,6 @@ def quantize(
         CheckError: the result is not finite.
     """
     started = time.monotonic()
-    reporter = (reporter or Reporter()).fresh()
     problems: list[BitstrataError] = []
     settings = Settings.parse(
         model,
@@ -116,37 +113,25 @@ def quantize(
         problems=problems,
     )
     with memory_errors("while the model was checked", hint="end other programs, or lower --num-samples or --seq-len"):
-        prepared = prepare(settings, stages_of(settings), reporter, problems)
+        prepared = prepare(settings, stages_of(settings), problems)
     if dry_run:
-        return _describe(prepared, reporter)
-    done = _already_done(prepared, reporter)
+        return _describe(prepared)
+    done = _already_done(prepared)
     if done is not None:
         return done
 
-    job = Job(prepared, JobState(prepared.settings.output, prepared.fingerprint, prepared.spec()), reporter)
+    job = Job(prepared, JobState(prepared.settings.output, prepared.fingerprint, prepared.spec()))
     try:
         with memory_errors("while quantizing", hint=MORE_MEMORY):
             for stage in prepared.stages:
                 stage.run(job)
-            report = make_report(prepared, reporter.notes, job.measured, job.layer_error)
+            report = make_report(prepared, notes(), job.measured, job.layer_error)
             _assemble(job, report)
     except BaseException:
         job.state.close()
         raise
     job.state.finish()
     return _with_measures(report, prepared.settings.output, started)
-
-
-def stages_of(settings: Settings) -> tuple[Stage, ...]:
-    """What a job with these settings does, in order."""
-    method = settings.method
-    return (
-        *([Head()] if settings.head_bits is not None else []),
-        *([Gradients()] if "gradients" in method.needs else []),
-        Blocks(),
-        *([Tune(method.tuning)] if method.tuning is not None else []),
-        Measure(),
-    )
 
 
 def _assemble(job: Job, report: Report) -> None:
@@ -168,7 +153,7 @@ def _assemble(job: Job, report: Report) -> None:
     write_checkpoint(output, config, entries, report.saved())
 
 
-def _already_done(prepared: Prepared, reporter: Reporter) -> Report | None:
+def _already_done(prepared: Prepared) -> Report | None:
     """The saved report if the output holds this very result already; an error if it holds another."""
     output = prepared.settings.output
     if not is_checkpoint(output):
@@ -184,15 +169,15 @@ def _already_done(prepared: Prepared, reporter: Reporter) -> Report | None:
                 )
             ]
         )
-    reporter.say(f"{output} already holds the result of this command; nothing to do")
+    log.info(f"{output} already holds the result of this command; nothing to do")
     shutil.rmtree(output / ".job", ignore_errors=True)
-    report = make_report(prepared, reporter.notes)
+    report = make_report(prepared, notes())
     if (output / REPORT_FILE).exists():  # a checkpoint may lack it
         try:
             report = report.with_saved(output / REPORT_FILE)
         except CheckpointError as error:
-            reporter.note(f"{error.message}; measures are left out")
-            report = replace(report, notes=tuple(reporter.notes))
+            note(f"{error.message}; measures are left out")
+            report = replace(report, notes=notes())
     return _with_measures(report, output, time.monotonic())
 
 
@@ -208,20 +193,20 @@ def _with_measures(report: Report, output: Path, started: float) -> Report:
     return replace(report, total_bytes=size, seconds=time.monotonic() - started, peak_memory_bytes=peak_memory())
 
 
-def _describe(prepared: Prepared, reporter: Reporter) -> Report:
+def _describe(prepared: Prepared) -> Report:
     """The report of a dry run: what would be done, with sizes, and nothing measured."""
     settings, discovery = prepared.settings, prepared.discovery
     for linear in discovery.linears:
-        reporter.say(f"{linear.name}: [{linear.out_features}, {linear.in_features}] -> bits {settings.bits}")
+        log.info(f"{linear.name}: [{linear.out_features}, {linear.in_features}] -> bits {settings.bits}")
     for layer in prepared.head:
         shared = f", shared with {layer.tied}" if layer.tied is not None else ""
         shape = [layer.out_features, layer.in_features]
-        reporter.say(f"{layer.name}: {shape} -> {settings.head_bits} bits ({layer.role}{shared})")
+        log.info(f"{layer.name}: {shape} -> {settings.head_bits} bits ({layer.role}{shared})")
     for entry in discovery.left_out:
-        reporter.say(f"{entry.name}: {list(entry.shape)} stays as it is ({entry.reason})")
-    reporter.say(
+        log.info(f"{entry.name}: {list(entry.shape)} stays as it is ({entry.reason})")
+    log.info(
         f"dry run: {len(discovery.linears)} layers, {discovery.weight_count} weights; needs about "
         f"{megabytes(prepared.disk_bytes)} of disk and {prepared.memory}; "
         "nothing was written"
     )
-    return make_report(prepared, reporter.notes)
+    return make_report(prepared, notes())
