@@ -79,10 +79,8 @@ def command(
             f"the server needs {', '.join(missing)}, not installed here", hint="pip install 'bitstrata[serve]'"
         )
     from ..serve.app import create_app
-    from ..serve.connections import most_requests
-    from ..serve.hosts import ANY, is_loopback
-    from ..serve.process import address, bind, serve
-    from ..serve.settings import Settings
+    from ..serve.process import address, bind, is_loopback, most_requests, serve
+    from ..serve.settings import ANY, Settings
 
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
         raise UsageError("the API key must be printable ASCII and not empty", hint="check --api-key, BITSTRATA_API_KEY")

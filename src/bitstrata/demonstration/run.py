@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..arguments import named
 from ..evaluation import evaluate
 from ..evaluation.report import render
-from ..models import load, load_tokenizer
+from ..models import encode_prompt, load, load_tokenizer
 from ..progress import log
 from ..quantization import quantize
-from ..runtime import Generation, continue_prompt
+from ..runtime import Generation, GenerationSettings, continue_tokens
 from ..torch_state import ordinary_torch
 
 MODEL = Path(__file__).parent / "model"
@@ -102,8 +102,11 @@ def _measure(folder: Path) -> tuple[tuple[dict[str, Any], ...], dict[str, str]]:
     count = evaluation.results[0].bytes * 8 / evaluation.results[0].bpw_read
     assert evaluation.reference is not None
 
+    prompt = encode_prompt(tokenizer, PROMPT)
+
     def speak(model: PreTrainedModel, bits: int | None) -> Generation:
-        return continue_prompt(model, tokenizer, PROMPT, bits=bits, max_new_tokens=NEW_TOKENS)
+        settings = GenerationSettings(NEW_TOKENS)
+        return continue_tokens(model, tokenizer, prompt, PROMPT, bits=bits, settings=settings)
 
     log.info("continuing the same prompt at each precision")
     made = speak(original, None)

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ..errors import BitstrataError, ClosedError, InputError, ResourceError, UnsupportedBitsError, UsageError
-from .fields import UNKNOWN
+from .requests import UNKNOWN
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1
@@ -53,24 +53,27 @@ def busy(message: str) -> ApiError:
     return ApiError(429, message, code="rate_limit_exceeded")
 
 
-def translate(error: BaseException) -> ApiError:
+def internal(error: Exception) -> ApiError:
+    return ApiError(500, f"the request failed: {type(error).__name__}", code="internal_error")
+
+
+def translate(error: Exception) -> ApiError:
     """What the engine, the tokenizer or the model raised, for a client."""
-    if isinstance(error, ApiError):
-        return error
-    if not isinstance(error, BitstrataError):
-        log.error("a request failed", exc_info=error)
-        return ApiError(500, f"the request failed: {type(error).__name__}", code="internal_error")
-    message = f"{error.message}; {error.hint}" if error.hint else error.message
     match error:
+        case ApiError():
+            return error
         case ClosedError():
-            return ApiError(503, message, code="closing")
+            return ApiError(503, error.sentence, code="closing")
         case ResourceError():
-            return busy(message)
+            return busy(error.sentence)
         case UnsupportedBitsError():
-            return ApiError(400, message, param="bits", code="unsupported_bits")
+            return ApiError(400, error.sentence, param="bits", code="unsupported_bits")
         case UsageError() | InputError():
-            return ApiError(400, message)
-    return ApiError(500, message, code="internal_error")
+            return ApiError(400, error.sentence)
+        case BitstrataError():
+            return ApiError(500, error.sentence, code="internal_error")
+    log.error("a request failed", exc_info=error)
+    return internal(error)
 
 
 def _validation(error: RequestValidationError) -> ApiError:
@@ -80,28 +83,26 @@ def _validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}")
     if first["type"] == UNKNOWN:
-        where.append(first["ctx"]["field"])
-    name = ".".join(where)
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == UNKNOWN:
+        name = ".".join([*where, first["ctx"]["field"]])
         return ApiError(400, f"unknown field {name!r}", param=name, code="unknown_parameter")
-    if not name:
-        whole = first["type"] == "value_error"  # fields that contradict each other
-        return ApiError(400, message if whole else f"the body must be a JSON object: {message}")
-    return ApiError(400, f"{name}: {message}", param=name)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if where:
+        name = ".".join(where)
+        return ApiError(400, f"{name}: {message}", param=name)
+    whole = first["type"] == "value_error"  # fields that contradict each other
+    return ApiError(400, message if whole else f"the body must be a JSON object: {message}")
 
 
 def install(app: FastAPI) -> None:
-    """Every error of `app` in OpenAI's form."""
+    """Answer every error of `app` in OpenAI's form."""
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
-        if isinstance(error, ApiError):
-            return error.response()
-        message = {404: "there is nothing at this path", 405: "this path does not take this method"}
-        return ApiError(
-            error.status_code, message.get(error.status_code, str(error.detail)), headers=error.headers
-        ).response()
+        if not isinstance(error, ApiError):  # Starlette's own
+            said = {404: "there is nothing at this path", 405: "this path does not take this method"}
+            message = said.get(error.status_code, str(error.detail))
+            error = ApiError(error.status_code, message, headers=error.headers)
+        return error.response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -113,4 +114,4 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unknown(_: Request, error: Exception) -> Response:  # the server logs it
-        return ApiError(500, f"the request failed: {type(error).__name__}", code="internal_error").response()
+        return internal(error).response()
