@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-from bitstrata.progress import Reporter
 from bitstrata.runtime import Engine, Finished, Request
 from bitstrata.runtime.generation import GenerationSettings, continue_tokens
 
@@ -69,7 +68,7 @@ def test_the_tokenizers_end_of_text_ends_what_the_config_does_not_know(model, sp
         assert engine.submit(Request(prompt, **settings, ignore_eos=True)).result(WAIT) == plain
     for draft in (None, 2):
         asked = GenerationSettings(NEW, draft_bits=draft)
-        text = continue_tokens(model, tokenizer, prompt, "", bits=4, settings=asked, reporter=Reporter(quiet=True))
+        text = continue_tokens(model, tokenizer, prompt, "", bits=4, settings=asked)
         assert text.tokens == last + 1
         assert text.text == tokenizer.decode(plain[:last], skip_special_tokens=True)
 

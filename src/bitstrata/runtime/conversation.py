@@ -10,7 +10,6 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import InputError
 from ..models import check_text, encode_turns
 from ..nn import Precision, bits_state
-from ..progress import Reporter
 from .generation import Generation, GenerationSettings, continue_tokens
 
 
@@ -38,7 +37,6 @@ class Conversation:
         *,
         bits: int | None = None,
         system: str | None = None,
-        reporter: Reporter | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -47,7 +45,6 @@ class Conversation:
         draft_tokens: int = 4,
     ) -> None:
         self._settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens)
-        self._reporter = reporter or Reporter()
         self.model, self.tokenizer = model, tokenizer
         self._state = bits_state(model)
         self._bits = self._state.default
@@ -96,7 +93,6 @@ class Conversation:
             bits=bits,
             settings=settings,
             streamer=streamer,
-            reporter=self._reporter,
         )
         self._turns = [*turns, {"role": "assistant", "content": result.text}]
         return result

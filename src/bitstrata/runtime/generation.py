@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from ..arguments import named
 from ..checkpoint import Plan
 from ..errors import InputError, UsageError
 from ..models import (
@@ -29,7 +30,7 @@ from ..models import (
     resolve,
 )
 from ..nn import Precision, bits_state
-from ..progress import Reporter
+from ..progress import note
 from ..torch_state import ordinary_torch
 
 
@@ -97,6 +98,7 @@ class _Clock(BaseStreamer):
             self._onward.end()
 
 
+@named
 @ordinary_torch()
 def generate(
     model: str | Path | PreTrainedModel,
@@ -112,7 +114,6 @@ def generate(
     device: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     streamer: BaseStreamer | None = None,
-    reporter: Reporter | None = None,
 ) -> Generation:
     """Continue `prompt`, which starts as the tokenizer starts a text (models/tokens.py).
 
@@ -126,7 +127,6 @@ def generate(
         UsageError: bits given twice and differently, a negative temperature, no new tokens asked for.
         InputError: a prompt that is no text or has no tokens, a token beyond the model's vocabulary, a full context.
     """
-    reporter = reporter or Reporter()
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens)
     if not isinstance(model, PreTrainedModel):
         target, bits = choose_bits(str(model), bits)
@@ -141,7 +141,6 @@ def generate(
         bits=state.default if bits is None else state.check(bits),  # type: ignore[arg-type]
         settings=settings,
         streamer=streamer,
-        reporter=reporter,
     )
 
 
@@ -154,7 +153,6 @@ def continue_tokens(
     *,
     bits: Precision | None,
     settings: GenerationSettings,
-    reporter: Reporter,
     streamer: BaseStreamer | None = None,
 ) -> Generation:
     """Continue the tokens `ids`, which stand for `prompt`; `bits` None runs a model that is not quantized.
@@ -168,7 +166,7 @@ def continue_tokens(
     if limit is not None and len(ids) + new_tokens > limit:
         if len(ids) >= limit:
             raise InputError(f"the prompt has {len(ids)} tokens, the model's context is {limit}", hint="shorten it")
-        reporter.note(f"max-new-tokens lowered from {new_tokens} to {limit - len(ids)}, what the context leaves")
+        note(f"max-new-tokens lowered from {new_tokens} to {limit - len(ids)}, what the context leaves")
         new_tokens = limit - len(ids)
 
     extra: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
