@@ -116,15 +116,7 @@ class _Answer:
         found: list[list[Delta]] = [[] for _ in self._choices]
         async for delta in self.deltas():
             found[delta.index].append(delta)
-        return [
-            Delta(
-                index,
-                "".join(delta.text for delta in deltas),
-                tuple(placed for delta in deltas for placed in delta.tokens),
-                deltas[-1].finish,
-            )
-            for index, deltas in enumerate(found)
-        ]
+        return [Delta.joined(deltas) for deltas in found]
 
     async def chunks(self, formatter: Formatter, *, with_usage: bool) -> AsyncIterator[BaseModel]:
         for chunk in formatter.first_chunks(len(self._choices)):
