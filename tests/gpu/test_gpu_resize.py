@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from page_orders import write_order
+from pretended_gpu import on_a_real_one
 
 import bitstrata
 from bitstrata.checkpoint import CheckpointReader, ModelSizes
@@ -55,6 +56,7 @@ def test_a_budget_and_another_device(gpu, checkpoint, sizes):
     assert torch.equal(logits(model), logits(bitstrata.load(checkpoint, plan=3, device="cpu", dtype=torch.float32)))
 
 
+@on_a_real_one
 def test_requests_go_on_while_it_is_resized(gpu, checkpoint, plans):
     model = bitstrata.load(checkpoint, plan=3, device=gpu, dtype=torch.float32)
     with Engine(model, None) as engine:
