@@ -23,6 +23,7 @@ ROOMS = [
     "arguments",
     "checkpoint",
     "kernels",
+    "solvers",
     "nn",
     "models",
     "calibration",

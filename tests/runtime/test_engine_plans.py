@@ -12,7 +12,7 @@ import torch
 from bitstrata.errors import UnsupportedBitsError, UsageError
 from bitstrata.nn import RowBits, bits_state, steady_rows
 from bitstrata.runtime import Engine, LoadPolicy, Request, Token
-from bitstrata.runtime.batching.packing import Waiting, pack
+from bitstrata.runtime.batching.packing import Segment, pack
 
 WAIT = 120
 
@@ -132,6 +132,6 @@ def test_wrong_plans_are_refused(model, code, plans, change, min_bits, error, me
 
 def test_short_requests_of_equal_plans_come_together():
     plans = [{"a": 2, "b": 4}, {"a": 4, "b": 2}]
-    waiting = [Waiting(owner, 9, 1, dict(plans[owner % 2])) for owner in range(6)] + [Waiting(9, 9, 1, 2)]
+    waiting = [Segment(owner, 9, 1, dict(plans[owner % 2])) for owner in range(6)] + [Segment(9, 9, 1, 2)]
     batches = [[part.bits for part in batch] for batch in pack(waiting, 10, 3)]
     assert batches == [[2, plans[0], plans[0]], [plans[0], plans[1], plans[1]], [plans[1]]]

@@ -11,7 +11,7 @@ from .load import choose_bits, load, parse_target
 from .modules import bytes_per_token, input_device
 from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
 from .resize import Resized, resize
-from .source import SourceModel, all_finite
+from .source import SourceModel
 from .tokens import (
     Stops,
     check_text,
@@ -34,7 +34,6 @@ __all__ = [
     "Resized",
     "SourceModel",
     "Stops",
-    "all_finite",
     "attach",
     "bits_name",
     "bytes_per_token",

@@ -21,6 +21,7 @@ from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import SAFETENSORS_DTYPES
 from ..errors import ModelError
 from ..memory import is_out_of_memory
+from ..planes.weights import all_finite
 from . import names
 from .architecture import causal_class, check_causal
 from .hub import first_line
@@ -249,11 +250,6 @@ class SourceModel:
 def _sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     parts = [getattr(config, key, None) for key in config.sub_configs]
     return [part for part in parts if isinstance(part, PreTrainedConfig)]
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinity; makes no temporary of its size."""
-    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def release(module: nn.Module) -> None:

@@ -88,21 +88,20 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
             )
     reader = CheckpointReader(folder)
     spec = reader.spec
-    layers: list[dict[str, Any]] = []
-    for name, layer in spec.layers.items():
-        layers.append(
-            {
-                "name": name,
-                "in_features": layer.in_features,
-                "out_features": layer.out_features,
-                "decoder": layer.decoder,
-                "bits": list(spec.layer_bits(name)),
-                "group_size": spec.layer_group_size(name),
-                "stored_bytes": spec.layer_bytes(name),
-                "role": layer.role,
-                "tied": layer.tied,
-            }
-        )
+    layers = tuple(
+        {
+            "name": name,
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "decoder": layer.decoder,
+            "bits": list(spec.layer_bits(name)),
+            "group_size": spec.layer_group_size(name),
+            "stored_bytes": spec.layer_bytes(name),
+            "role": layer.role,
+            "tied": layer.tied,
+        }
+        for name, layer in spec.layers.items()
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds = sorted({layer.decoder for layer in spec.layers.values()})
     chosen = {select(Problem(device, torch.float32, 1, kind)).name for kind in kinds}
@@ -123,7 +122,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
         kernel=f"{', '.join(sorted(chosen))} on {device}: the highest priority that can run there",
         verified=reader.has_digests if verify else None,
         unchecked=_unchecked(reader) if verify else None,
-        layers=tuple(layers),
+        layers=layers,
     )
 
 

@@ -57,7 +57,7 @@ class Token:
     """
 
     id: int
-    bits: int | None
+    bits: int | None = None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
@@ -89,8 +89,8 @@ class Limits:
         # the last new token is never an input, so it needs no place in the cache
         return min(self.cache_tokens + 1, self.context or self.cache_tokens + 1)
 
-    def check(self, request: Request) -> int:
-        """How many new tokens `request` may make.
+    def admit(self, request: Request) -> int:
+        """Check `request`; how many new tokens it may make.
 
         Raises:
             UnsupportedBitsError: bits or min_bits that the model does not have, in a plan as well.
@@ -178,15 +178,21 @@ class Handle:
     `request` is what was asked for. Events are kept, so `events` may be called more than once and late.
     """
 
-    def __init__(self, request: Request, number: int, limits: Limits, listener: Callable[[Event], None] | None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        number: int,
+        limits: Limits,
+        listener: Callable[[Event], None] | None,
+        wake: Callable[[], None],
+    ) -> None:
         self.request, self.number = request, number
         self._limits, self._bits = limits, limits.precision(request.bits)
-        self._listener = listener
+        self._listener, self._wake = listener, wake
         self._changed = threading.Condition()
         self._events: list[Event] = []
         self._cancelled = False
         self._listener_error: Exception | None = None
-        self._wake: Callable[[], None] = lambda: None
 
     @property
     def bits(self) -> Precision:
