@@ -40,7 +40,6 @@ from bitstrata.errors import BitstrataError, UsageError
 from bitstrata.kernels import select
 from bitstrata.models.load import pick_device
 from bitstrata.nn import parse_bits
-from bitstrata.progress import Reporter
 
 LAYERS = "4096x14336,14336x4096,8192x28672,4096x4096"  # out_features x in_features
 GROUP_SIZE = 128
@@ -152,7 +151,7 @@ def measured(options: argparse.Namespace, kernel: str) -> dict[str, Any]:
     notes: list[str] = []
     tuned: list[Any] = []
     if options.tune:
-        tuned, path = tune(options.shapes, options.bits, options.rows, device=options.device, reporter=Reporter())
+        tuned, path = tune(options.shapes, options.bits, options.rows, device=options.device)
         notes.append(f"the fastest shapes of programs are in {path}")
     bandwidth = Bandwidth(torch.get_num_threads(), options.device)
     bandwidth.sample()

@@ -45,7 +45,6 @@ from bitstrata.calibration import calibration_windows, read_text, text_digest
 from bitstrata.checkpoint import CheckpointReader, ModelSizes, Plan
 from bitstrata.evaluation.report import render
 from bitstrata.models import load_tokenizer
-from bitstrata.progress import Reporter
 
 RANDOM = 5
 SOLVER_ORDER = ("waterfill", "milp", "greedy", "pages", "paired*", "paired")
@@ -79,7 +78,7 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         path = Path(folder) / SENSITIVITY_FILE
-        found = measure_sensitivity(objective, reader, settings, path, calibration, Reporter(quiet=True))
+        found = measure_sensitivity(objective, reader, settings, path, calibration)
         seconds = {"measuring": time.perf_counter() - started}
 
     uniform = {bits: Plan.uniform(reader.spec, bits) for bits in reader.spec.bits}

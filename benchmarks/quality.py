@@ -30,7 +30,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import bitstrata
 from bitstrata.evaluation.report import render
-from bitstrata.progress import Reporter
 
 BITS = (2, 3, 4)
 # name -> (method, preset, one file for all bits, options)
@@ -65,7 +64,6 @@ def recipe(text: str) -> tuple[str, str, bool, dict[str, str]]:
 def measure(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, object]:
     """Quantize by one recipe and evaluate every precision."""
     method, preset, nested, options = recipe(text)
-    quiet = Reporter(quiet=True)
     rows, seconds, peak, reference = [], 0.0, 0, None
     with tempfile.TemporaryDirectory() as workspace:
         for bits in [BITS] if nested else [(value,) for value in BITS]:
@@ -82,7 +80,6 @@ def measure(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, ob
                 num_samples=arguments.num_samples,
                 seq_len=arguments.seq_len,
                 seed=seed,
-                reporter=quiet,
             )
             seconds += report.seconds
             peak = max(peak, report.peak_memory_bytes)
@@ -92,7 +89,6 @@ def measure(arguments: argparse.Namespace, text: str, seed: int) -> dict[str, ob
                 reference=arguments.model,
                 seq_len=arguments.seq_len,
                 max_tokens=arguments.max_tokens,
-                reporter=quiet,
             )
             reference = evaluation.reference
             rows.extend(result.__dict__ for result in evaluation.results)

@@ -27,7 +27,6 @@ from bitstrata.errors import CheckError, PlanError
 from bitstrata.evaluation import Tally
 from bitstrata.nn import PlaneLinear, use_bits
 from bitstrata.planes import decode
-from bitstrata.progress import Reporter
 
 SETTINGS = Settings(measure="kld", text="text.txt", text_sha256="0", windows=4, seq_len=32, seed=0)
 
@@ -59,7 +58,7 @@ def objective(model, windows, reference):
 
 
 def measure(objective, reader, windows, path, settings=SETTINGS):
-    return measure_sensitivity(objective, reader, settings, path, windows, Reporter(quiet=True))
+    return measure_sensitivity(objective, reader, settings, path, windows)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,9 @@ from bitstrata.checkpoint import CheckpointReader, ModelSizes
 from bitstrata.errors import ResourceError
 from bitstrata.kernels.triton import TiledWeight
 from bitstrata.nn import PlaneLinear, bits_state
-from bitstrata.progress import Reporter
 from bitstrata.runtime import Engine, Request
 
 IDS = torch.arange(3, 9).view(2, 3)
-QUIET = Reporter(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def test_after_a_resize_it_is_a_fresh_load(gpu, checkpoint, plans):
 
 
 def test_a_budget_and_another_device(gpu, checkpoint, sizes):
-    model = bitstrata.load(checkpoint, budget="1MB", device=gpu, dtype=torch.float32, reporter=QUIET)
+    model = bitstrata.load(checkpoint, budget="1MB", device=gpu, dtype=torch.float32)
     assert dict(bits_state(model).plan) == sizes.largest
     model.to("cpu")
     model.resize(3)
@@ -68,7 +66,7 @@ def test_requests_go_on_while_it_is_resized(gpu, checkpoint, plans):
 
 def test_fit_asks_the_device_for_its_free_memory(gpu, checkpoint, sizes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300 << 20, 1 << 33))
-    model = bitstrata.load(checkpoint, fit=True, device=gpu, reporter=QUIET)
+    model = bitstrata.load(checkpoint, fit=True, device=gpu)
     assert dict(bits_state(model).plan) == sizes.largest
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200 << 20, 1 << 33))
     with pytest.raises(ResourceError, match=r"209.72 MB free on cuda"):

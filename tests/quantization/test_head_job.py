@@ -70,10 +70,10 @@ def test_the_reported_measures_are_those_of_the_loaded_model(
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_sizes_errors_and_left_out_know_the_head(
-    kind: str, sources: dict[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, sources: dict[str, Path], text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     planned = run(sources[kind], tmp_path / "out", text, head_bits=6, dry_run=True, **BCQ)
-    said = capsys.readouterr().err
+    said = caplog.text
     tie = ", shared with lm_head" if kind == "tied" else ""
     assert f"model.embed_tokens: [64, 64] -> 6 bits (embedding{tie})" in said
     assert ("lm_head: [64, 64] -> 6 bits (head)" in said) == (kind == "untied")
@@ -118,7 +118,7 @@ def test_how_rows_are_cut_leaves_no_trace(
 
 @pytest.mark.parametrize("part", ["embedding", "head", 0, 1])
 def test_an_interrupted_job_ends_with_the_same_bytes(
-    part: Any, sources: dict[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    part: Any, sources: dict[str, Path], text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings: dict[str, Any] = {"head_bits": 6, **BCQ}
     run(sources["untied"], tmp_path / "unbroken", text, **settings)
@@ -137,13 +137,13 @@ def test_an_interrupted_job_ends_with_the_same_bytes(
         patch.setattr(JobState, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run(sources["untied"], tmp_path / "out", text, **settings)
-    capsys.readouterr()
+    caplog.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JobState, "save", save_and_note)
         run(sources["untied"], tmp_path / "out", text, **settings)
     order = ["embedding", "head", 0, 1]
     assert solved == order[order.index(part) + 1 :]
-    assert "resuming: model.embed_tokens is already done" in capsys.readouterr().err
+    assert "resuming: model.embed_tokens is already done" in caplog.text
     assert digests(tmp_path / "out") == digests(tmp_path / "unbroken")
 
 

@@ -107,11 +107,11 @@ def test_one_set_of_bits_does_not_depend_on_the_others(model: Path, text: Path, 
 
 
 def test_a_dry_run_writes_nothing_and_knows_the_sizes(
-    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     planned = run(model, tmp_path / "out", text, dry_run=True)
     assert list(tmp_path.iterdir()) == []
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "model.layers.2.mlp.down_proj: [64, 96] -> bits (2, 3, 4)" in said
     assert "lm_head.weight: [64, 64] stays as it is (output head)" in said
     assert "nothing was written" in said

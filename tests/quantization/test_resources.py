@@ -20,7 +20,6 @@ from bitstrata import memory
 from bitstrata.checkpoint import writer
 from bitstrata.errors import PreflightError, ResourceError
 from bitstrata.models import SourceModel
-from bitstrata.progress import Reporter
 from bitstrata.quantization import preflight
 
 MB = 10**6
@@ -55,7 +54,7 @@ def test_a_containers_limit_is_what_is_free(
     tmp_path: Path,
     cgroups: Callable[..., Path],  # noqa: F811
 ) -> None:
-    settings = {"method": "rtn", "bits": 2, "device": "cpu", "reporter": Reporter(quiet=True)}
+    settings = {"method": "rtn", "bits": 2, "device": "cpu"}
     root = cgroups("0::/box") if version == "_V2" else cgroups("4:memory:/box")
     folder = root / "box" if version == "_V2" else root / "memory" / "box"
     group(folder, getattr(memory, version), limit=4096 * MB, used=4086 * MB)  # 10 MB free, on a machine with more

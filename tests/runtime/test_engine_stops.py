@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-from bitstrata.progress import Reporter
 from bitstrata.runtime import Engine, Finished, Request
 from bitstrata.runtime.generation import continue_tokens
 
@@ -68,9 +67,7 @@ def test_the_tokenizers_end_of_text_ends_what_the_config_does_not_know(model, sp
         assert ended.finished == Finished("stop")
         assert engine.submit(Request(prompt, **settings, ignore_eos=True)).result(WAIT) == plain
     for draft in (None, 2):
-        text = continue_tokens(
-            model, tokenizer, prompt, "", reporter=Reporter(quiet=True), draft_bits=draft, **settings
-        )
+        text = continue_tokens(model, tokenizer, prompt, "", draft_bits=draft, **settings)
         assert text.tokens == last + 1
         assert text.text == tokenizer.decode(plain[:last], skip_special_tokens=True)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import CheckError, KernelError, ResourceError
 from ..kernels.triton import KERNEL, TiledWeight, config
 from ..kernels.triton.tiled import DENSE_ROWS, FEW_ROWS
-from ..progress import Reporter
+from ..progress import log
 from .clock import timer
 from .linear import beyond_cache
 from .random_model import random_weight
@@ -67,7 +67,6 @@ def tune(
     group_size: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     rounds: int = 7,
-    reporter: Reporter | None = None,
 ) -> tuple[list[Tuned], Path]:
     """Search for each (out_features, in_features) and keep what is fastest; the results, and the file that has them.
 
@@ -77,13 +76,12 @@ def tune(
     Raises as `check_tunable`, and CheckError if the fastest gives other numbers.
     """
     check_tunable(device, dtype)
-    reporter = reporter or Reporter()
     steps = sorted({next(step for step in config.ROW_STEPS if count <= step) for count in rows if _is_tiled(count)})
     few = any(count <= FEW_ROWS for count in rows)
     found: list[Tuned] = []
     path = config.user_folder()
     for out_features, in_features in shapes:
-        reporter.say(f"tuning {out_features}x{in_features}")
+        log.info(f"tuning {out_features}x{in_features}")
         search = _Search(out_features, in_features, bits, device, group_size, dtype, rounds)
         measured = config.Measured()
         if few:

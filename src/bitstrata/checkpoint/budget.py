@@ -22,7 +22,7 @@ from math import ceil, prod
 import torch
 
 from ..errors import UsageError
-from ..progress import Reporter
+from ..progress import note
 from .reader import CheckpointReader
 from .schema import SAFETENSORS_DTYPES
 
@@ -151,11 +151,11 @@ class ModelSizes:
             )
         return limit
 
-    def note_excess(self, budget: str | Budget, reporter: Reporter) -> None:
+    def note_excess(self, budget: str | Budget) -> None:
         """Say so where a budget is above the largest plan. Raises UsageError as `limit` does."""
         largest = self.of_plan(self.largest)
         if self.limit(budget) > largest.weights:
-            reporter.note(
+            note(
                 f"the budget {budget} is above the whole model, {bytes_text(largest.total)} or {largest.bpw:.3f}bpw: "
                 "every layer has its highest bits"
             )

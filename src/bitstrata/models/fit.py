@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from ..checkpoint import Budget, ModelSizes, bytes_text
 from ..errors import ResourceError, UsageError
 from ..memory import free_memory
-from ..progress import Reporter
+from ..progress import note
 from .context import context_limit
 
 RESERVE = 256 << 20
@@ -41,14 +41,12 @@ def fit_budget(
     dtype: torch.dtype | None = None,
     *,
     reserve: int = RESERVE,
-    reporter: Reporter | None = None,
 ) -> Budget:
     """See the head of this file. Call it before the model is loaded: what is free then is what it may take.
 
     Args:
         context: tokens whose keys and values must fit as well; the model's context by default.
         dtype: of keys and values; the config's by default.
-        reporter: is told the numbers.
 
     Raises:
         UsageError: a context below 1, or none given for a model that has none.
@@ -70,8 +68,7 @@ def fit_budget(
             f"{bytes_text(reserve)}",
             hint="leave room for fewer tokens (context), or end other programs",
         )
-    reporter = reporter or Reporter()
-    reporter.note(
+    note(
         f"{bytes_text(room)} are free for the model: {bytes_text(free)} on {device} without the cache of {tokens} "
         f"tokens ({bytes_text(cache)}) and a reserve of {bytes_text(reserve)}"
     )

@@ -37,7 +37,6 @@ from ..nn import (
     bits_state,
     fuse,
 )
-from ..progress import Reporter
 from .attention import use_grouped_sdpa
 from .head import check_untied, put_embedding
 from .modules import linear_of, local_name, set_submodule, submodule
@@ -90,7 +89,7 @@ class BitstrataQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if checkpoint_files:
             reader = CheckpointReader(Path(checkpoint_files[0]).parent)  # names whatever is missing or malformed
-            reader.note_changes(Reporter())
+            reader.note_changes()
         self._held = replace_layers(model, self.quantization_config.spec, paged=self.quantization_config.paged)
         self._shapes = _shapes(model)
         take_bits(model)  # now: hooks that are put in while weights load have to find `forward` as it will be
@@ -261,8 +260,8 @@ def _class_with_bits(base: Any) -> Any:
             )
         return base.save_pretrained(self, *args, **kwargs)
 
-    def resize_bits(self: Any, size: Size, *, reporter: Reporter | None = None) -> Resized:
-        return resize(self, size, reporter=reporter)
+    def resize_bits(self: Any, size: Size) -> Resized:
+        return resize(self, size)
 
     def reduce(self: Any, protocol: Any) -> Any:
         return _blank, (base,), self.__dict__

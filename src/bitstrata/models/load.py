@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from ..arguments import named
 from ..checkpoint import Budget, CheckpointReader, Fingerprint, Plan, parse_budget
 from ..errors import BitstrataError, CheckpointError, UnsupportedBitsError, UsageError
 from ..memory import is_out_of_memory
 from ..nn import Bits, RowBits, bits_state
 from ..planes import whole_number
-from ..progress import Reporter
 from ..torch_state import ordinary_torch
 from .architecture import causal_class
 from .described import read_config, read_generation_config
@@ -62,6 +62,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+@named
 @ordinary_torch()
 def load(
     path_or_id: str | Path,
@@ -75,7 +76,6 @@ def load(
     context: int | None = None,
     dtype: torch.dtype | str | None = None,
     verify: bool = False,
-    reporter: Reporter | None = None,
 ) -> PreTrainedModel:
     """Load a quantized model: whole, or with `plan`, `budget` or `fit` only the pages of one plan.
 
@@ -110,7 +110,6 @@ def load(
             the wrong type.
         ResourceError: with `fit`, not even the smallest plan fits into memory.
     """
-    reporter = reporter or Reporter()
     pages_of = {"plan": plan, "budget": budget, "fit": fit or None}
     paged = any(value is not None for value in pages_of.values())
     given = [name for name, value in {"bits": bits, "max_bits": max_bits, **pages_of}.items() if value is not None]
@@ -136,7 +135,7 @@ def load(
     folder = resolve(path_or_id, kind="bitstrata checkpoint", max_bits=None if paged else max_bits)
     where = pick_device(device)
     reader = CheckpointReader(folder, max_bits=max_bits, verify=verify, paged=paged)
-    reader.note_changes(reporter)
+    reader.note_changes()
     config = read_config(folder, reader)
     generation = read_generation_config(folder, getattr(config.get_text_config(decoder=True), "vocab_size", None))
     if isinstance(bits, int) and bits not in reader.bits:
@@ -147,13 +146,13 @@ def load(
         pages = Pages(folder, verify=verify, dtype=dtype)
         size: Size
         if fit:
-            size = fit_budget(pages.sizes, config, where, context, dtype, reporter=reporter)
+            size = fit_budget(pages.sizes, config, where, context, dtype)
         elif budget is not None:
             size = parse_budget(budget)
         else:
             assert plan is not None
             size = Path(plan) if isinstance(plan, str) else plan
-        chosen = pages.plan(size, reporter)
+        chosen = pages.plan(size)
 
     # On a CPU the mapped file is the weight; elsewhere transformers copies tensor by tensor.
     placement: dict[str, Any] = {} if where.type == "cpu" else {"device_map": {"": where}}

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..arguments import named
 from ..checkpoint import (
     PAGES_FILE,
     Budget,
@@ -40,7 +41,6 @@ from ..checkpoint import (
 from ..errors import CheckpointError, PlanError, UsageError
 from ..nn import PlaneLinear, ResidentState, bits_state
 from ..planes import whole_number
-from ..progress import Reporter
 from ..torch_state import ordinary_torch
 
 Size = int | str | Path | Budget | Mapping[str, int]  # uniform bits, a budget, a plan or a plan's file
@@ -100,7 +100,7 @@ class Pages:
             self._checkpoint, self._reader = checkpoint, PageReader(checkpoint, verify=self._verify)
         return self._checkpoint, self._reader
 
-    def plan(self, size: Size, reporter: Reporter) -> Plan:
+    def plan(self, size: Size) -> Plan:
         """The plan for `size`. A budget takes the longest prefix of the stored page order that fits.
 
         Raises:
@@ -117,16 +117,16 @@ class Pages:
         elif isinstance(size, Path) or (isinstance(size, str) and size.endswith(".json")):
             plan = Plan.load(size)
         elif isinstance(size, (str, Budget)):
-            return self._plan_of_budget(checkpoint, parse_budget(size), reporter)
+            return self._plan_of_budget(checkpoint, parse_budget(size))
         else:
             raise UsageError(f"{size!r} is not a size", hint="give a plan, its file, a budget such as 600MB, or bits")
         plan.check(checkpoint)
         return plan
 
-    def _plan_of_budget(self, checkpoint: CheckpointReader, budget: Budget, reporter: Reporter) -> Plan:
+    def _plan_of_budget(self, checkpoint: CheckpointReader, budget: Budget) -> Plan:
         sizes = self.sizes
         room = sizes.limit(budget)  # the cheapest complaint first
-        sizes.note_excess(budget, reporter)
+        sizes.note_excess(budget)
         for bits, is_it in (
             (sizes.largest, room >= sizes.of_plan(sizes.largest).weights),
             (sizes.smallest, room == sizes.of_plan(sizes.smallest).weights),
@@ -202,8 +202,9 @@ def pages_of(model: PreTrainedModel) -> Pages:
     return pages
 
 
+@named
 @ordinary_torch()
-def resize(model: PreTrainedModel, size: Size, *, reporter: Reporter | None = None) -> Resized:
+def resize(model: PreTrainedModel, size: Size) -> Resized:
     """Let a model that was loaded with a plan or a budget hold another: pages are read and dropped while it runs.
 
     Steps that are under way end at the old plan, later ones run at the new one; calls wait for at most a step.
@@ -218,4 +219,4 @@ def resize(model: PreTrainedModel, size: Size, *, reporter: Reporter | None = No
         CheckpointError: a page that is missing, damaged or changed; the model stays as it was.
     """
     pages = pages_of(model)
-    return pages.resize(model, pages.plan(size, reporter or Reporter()))
+    return pages.resize(model, pages.plan(size))

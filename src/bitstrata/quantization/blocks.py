@@ -20,7 +20,7 @@ from ..errors import CheckError
 from ..evaluation import Measured, Tally
 from ..models import LinearInfo
 from ..planes import PlaneWeight, decode
-from ..progress import Reporter
+from ..progress import Steps, log
 from .head import HeadPlanes
 from .method import BlockTask
 from .preflight import Prepared
@@ -35,8 +35,8 @@ FISHER = "fisher"  # the durable part that holds the sensitivities of all layers
 class BlockLoop:
     """The block loop and the final check; holds the chains."""
 
-    def __init__(self, prepared: Prepared, state: JobState, reporter: Reporter, head: HeadPlanes) -> None:
-        self.prepared, self.state, self.reporter, self.head = prepared, state, reporter, head
+    def __init__(self, prepared: Prepared, state: JobState, head: HeadPlanes) -> None:
+        self.prepared, self.state, self.head = prepared, state, head
         self.settings = prepared.settings
         self.runner = BlockRunner(
             prepared.source,
@@ -44,7 +44,7 @@ class BlockLoop:
             prepared.discovery,
             self.settings.seq_len,
             self.settings.device,
-            reporter.say,
+            log.info,
         )
         self.layer_error: dict[str, dict[str, float]] = {}
         bits = self.settings.bits
@@ -72,8 +72,8 @@ class BlockLoop:
         self._find_fisher()
         resumed = sum(self.state.has(index) for index in range(len(blocks)))
         if resumed:
-            self.reporter.say(f"resuming: {resumed} of {len(blocks)} blocks are already done")
-        with self.reporter.track("quantizing", len(blocks), "block") as steps:
+            log.info(f"resuming: {resumed} of {len(blocks)} blocks are already done")
+        with Steps("quantizing", len(blocks), "block") as steps:
             for index, name in enumerate(blocks):
                 had = self.state.has(index)
                 self._run_block(index)
@@ -96,17 +96,17 @@ class BlockLoop:
             transposed = frozenset(linear.name for linears in blocks for linear in linears if linear.transposed)
             generator = torch.Generator().manual_seed(self.settings.seed)
             fixed = {**self.head.embedding(), **self.head.output()}
-            with self.reporter.track("tuning", tuning.steps, "step") as steps, self.runner.whole() as model:
+            with Steps("tuning", tuning.steps, "step") as steps, self.runner.whole() as model:
                 refined = refine(
                     model, layers, transposed, fixed, windows.calibration, tuning, generator, lambda: steps.step("")
                 )
             for bits, (before, after) in refined.divergence.items():
-                self.reporter.say(f"  {bits} bits: divergence on held-out windows {before:.4f} -> {after:.4f}")
+                log.info(f"  {bits} bits: divergence on held-out windows {before:.4f} -> {after:.4f}")
             for index, linears in enumerate(blocks):
                 chosen = {linear.name: refined.layers[linear.name] for linear in linears}
                 self.state.save_refined(index, chosen)
         else:
-            self.reporter.say("resuming: the scales are already tuned")
+            log.info("resuming: the scales are already tuned")
         self._replay()
 
     def _replay(self) -> None:
@@ -148,7 +148,7 @@ class BlockLoop:
             return
         assert self.prepared.windows is not None
         windows = self.prepared.windows.calibration
-        with self.reporter.track("gradients", len(windows), "window") as steps:
+        with Steps("gradients", len(windows), "window") as steps:
             source, model, discovery = self.prepared.source, self.prepared.model, self.prepared.discovery
             fisher = fisher_diagonal(source, model, discovery, windows, self.settings.device, steps.step)
         self.state.save_tensors(FISHER, fisher)
@@ -187,7 +187,7 @@ class BlockLoop:
             targets=targets,
             chains={bits: self.learning[str(bits)] for bits in self.settings.bits} if self.learning else {},
             generator=torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index),
-            say=lambda message: self.reporter.say(f"  {prefix[:-1]}: {message}"),
+            say=lambda message: log.info(f"  {prefix[:-1]}: {message}"),
             fisher=None if fisher is None else {name.removeprefix(prefix): value for name, value in fisher.items()},
         )
         solved = self.settings.method.quantize_block(task)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..models import HeadLayer
 from ..planes import PlaneWeight, decode
 from ..planes.weights import SCALE_DTYPE
-from ..progress import Reporter
+from ..progress import log
 from .bcq import Solution, assign, fit, objective
 from .grouping import Grouping, affine_weight, join_rows, row_chunks, to_scale
 from .preflight import Prepared
@@ -83,8 +83,8 @@ def clipped_grid(w: Tensor, d: Tensor, bits: int) -> Solution:
 class HeadPlanes:
     """The head and the embedding of one job; does nothing where `--head-bits` was not given."""
 
-    def __init__(self, prepared: Prepared, state: JobState, reporter: Reporter) -> None:
-        self.prepared, self.state, self.reporter = prepared, state, reporter
+    def __init__(self, prepared: Prepared, state: JobState) -> None:
+        self.prepared, self.state = prepared, state
         self.settings = prepared.settings
         self.layer_error: dict[str, dict[str, float]] = {}
 
@@ -92,9 +92,9 @@ class HeadPlanes:
         """Quantize what no earlier run has made durable, and measure all of it."""
         for layer in self.prepared.head:
             if self.state.has(layer.role):
-                self.reporter.say(f"resuming: {layer.name} is already done")
+                log.info(f"resuming: {layer.name} is already done")
             else:
-                self.reporter.say(f"quantizing {layer.name} at {self._bits} bits")
+                log.info(f"quantizing {layer.name} at {self._bits} bits")
                 self.state.save(layer.role, {layer.name: self._solve(layer)})
             self.layer_error[layer.name] = {str(self._bits): self._error(layer)}
 

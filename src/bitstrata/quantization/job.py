@@ -29,11 +29,12 @@ from typing import Any
 
 import torch
 
+from ..arguments import named
 from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_checkpoint, write_checkpoint
 from ..checkpoint.schema import REPORT_FILE, guard_name
 from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
 from ..memory import memory_errors
-from ..progress import Reporter
+from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from .blocks import BlockLoop
 from .companions import checkpoint_config, copy_companions
@@ -50,7 +51,9 @@ MORE_MEMORY = (
 )
 
 
+@named
 @ordinary_torch()
+@own_notes()
 def quantize(
     model: str | Path,
     output: str | Path,
@@ -68,7 +71,6 @@ def quantize(
     device: str = "auto",
     dry_run: bool = False,
     options: Mapping[str, Any] | None = None,
-    reporter: Reporter | None = None,
 ) -> Report:
     """Quantize a causal language model into nested bit-planes.
 
@@ -100,7 +102,6 @@ def quantize(
         CheckError: the result is not finite.
     """
     started = time.monotonic()
-    reporter = (reporter or Reporter()).fresh()
     problems: list[BitstrataError] = []
     settings = Settings.parse(
         model,
@@ -120,11 +121,11 @@ def quantize(
         problems=problems,
     )
     with memory_errors("while the model was checked", hint="end other programs, or lower --num-samples or --seq-len"):
-        prepared = prepare(settings, reporter, problems)
+        prepared = prepare(settings, problems)
     settings = prepared.settings
     if dry_run:
-        return _describe(prepared, reporter)
-    done = _already_done(prepared, reporter)
+        return _describe(prepared)
+    done = _already_done(prepared)
     if done is not None:
         return done
 
@@ -132,12 +133,12 @@ def quantize(
     state = JobState(settings.output, prepared.fingerprint, spec)
     try:
         with memory_errors("while quantizing", hint=MORE_MEMORY):
-            head = HeadPlanes(prepared, state, reporter)
+            head = HeadPlanes(prepared, state)
             head.run()
-            job = BlockLoop(prepared, state, reporter, head)
+            job = BlockLoop(prepared, state, head)
             job.run_blocks()
             job.refine()
-            report = make_report(prepared, job.measure(), {**job.layer_error, **head.layer_error}, reporter.notes)
+            report = make_report(prepared, job.measure(), {**job.layer_error, **head.layer_error}, notes())
             _assemble(prepared, state, report)
     except BaseException:
         state.close()
@@ -168,7 +169,7 @@ def _assemble(prepared: Prepared, state: JobState, report: Report) -> None:
     write_checkpoint(output, config, entries, report.saved())
 
 
-def _already_done(prepared: Prepared, reporter: Reporter) -> Report | None:
+def _already_done(prepared: Prepared) -> Report | None:
     """The saved report if the output holds this very result already; an error if it holds another."""
     output = prepared.settings.output
     if not is_checkpoint(output):
@@ -184,15 +185,15 @@ def _already_done(prepared: Prepared, reporter: Reporter) -> Report | None:
                 )
             ]
         )
-    reporter.say(f"{output} already holds the result of this command; nothing to do")
+    log.info(f"{output} already holds the result of this command; nothing to do")
     shutil.rmtree(output / ".job", ignore_errors=True)
-    report = make_report(prepared, {}, {}, reporter.notes)
+    report = make_report(prepared, {}, {}, notes())
     if (output / REPORT_FILE).exists():  # a checkpoint may lack it
         try:
             report = report.with_saved(output / REPORT_FILE)
         except CheckpointError as error:
-            reporter.note(f"{error.message}; measures are left out")
-            report = replace(report, notes=tuple(reporter.notes))
+            note(f"{error.message}; measures are left out")
+            report = replace(report, notes=notes())
     return _with_measures(report, output, time.monotonic())
 
 
@@ -217,20 +218,20 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _describe(prepared: Prepared, reporter: Reporter) -> Report:
+def _describe(prepared: Prepared) -> Report:
     """The report of a dry run: what would be done, with sizes, and nothing measured."""
     settings, discovery = prepared.settings, prepared.discovery
     for linear in discovery.linears:
-        reporter.say(f"{linear.name}: [{linear.out_features}, {linear.in_features}] -> bits {settings.bits}")
+        log.info(f"{linear.name}: [{linear.out_features}, {linear.in_features}] -> bits {settings.bits}")
     for layer in prepared.head:
         shared = f", shared with {layer.tied}" if layer.tied is not None else ""
         shape = [layer.out_features, layer.in_features]
-        reporter.say(f"{layer.name}: {shape} -> {settings.head_bits} bits ({layer.role}{shared})")
+        log.info(f"{layer.name}: {shape} -> {settings.head_bits} bits ({layer.role}{shared})")
     for entry in discovery.left_out:
-        reporter.say(f"{entry.name}: {list(entry.shape)} stays as it is ({entry.reason})")
-    reporter.say(
+        log.info(f"{entry.name}: {list(entry.shape)} stays as it is ({entry.reason})")
+    log.info(
         f"dry run: {len(discovery.linears)} layers, {discovery.weight_count} weights; needs about "
         f"{megabytes(prepared.disk_bytes)} of disk and {prepared.memory}; "
         "nothing was written"
     )
-    return make_report(prepared, {}, {}, reporter.notes)
+    return make_report(prepared, {}, {}, notes())

@@ -39,7 +39,7 @@ from ..models import (
     resolve,
 )
 from ..models.names import missing_tensors
-from ..progress import Reporter
+from ..progress import note
 from ..version import __version__
 from .companions import note_companions
 from .grouping import check_weight
@@ -119,7 +119,7 @@ class _Problems:
             return None
 
 
-def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataError] = ()) -> Prepared:
+def prepare(settings: Settings, earlier: Sequence[BitstrataError] = ()) -> Prepared:
     """Check everything and gather what the job needs. Raises PreflightError, `earlier` problems first."""
     problems = _Problems()
     problems.found.extend(earlier)
@@ -136,20 +136,20 @@ def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataE
     if source is None:
         raise PreflightError(problems.found)
 
-    settings = _within_context(settings, source, reporter)
+    settings = _within_context(settings, source)
     model = problems.attempt(source.skeleton)
     discovery = None if model is None else problems.attempt(lambda: _discover(model, settings.skip, problems))
     windows = None
     if documents is not None and tokenizer is not None:
-        windows = problems.attempt(lambda: _windows(settings, source, tokenizer, documents, reporter))
+        windows = problems.attempt(lambda: _windows(settings, source, tokenizer, documents))
     if model is None or discovery is None:
         raise PreflightError(problems.found)
 
-    settings = _within_layers(settings, discovery, reporter)
+    settings = _within_layers(settings, discovery)
     head = () if settings.head_bits is None else problems.attempt(lambda: find_head(model)) or ()
     discovery = _without(discovery, head)
-    common = _check_tensors(source, model, discovery, head, problems.found, reporter)
-    note_companions(source, reporter)
+    common = _check_tensors(source, model, discovery, head, problems.found)
+    note_companions(source)
     prepared = Prepared(
         settings,
         source,
@@ -178,19 +178,19 @@ def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataE
     return replace(prepared, fingerprint=fingerprint)
 
 
-def _within_context(settings: Settings, source: SourceModel, reporter: Reporter) -> Settings:
+def _within_context(settings: Settings, source: SourceModel) -> Settings:
     limit = context_limit(source.config)
     if settings.calibration is None or limit is None or settings.seq_len <= limit:
         return settings
-    reporter.note(f"seq-len lowered from {settings.seq_len} to {limit}, the model's context")
+    note(f"seq-len lowered from {settings.seq_len} to {limit}, the model's context")
     return replace(settings, seq_len=int(limit))
 
 
-def _within_layers(settings: Settings, discovery: Discovery, reporter: Reporter) -> Settings:
+def _within_layers(settings: Settings, discovery: Discovery) -> Settings:
     widest = max(linear.in_features for linear in discovery.linears)
     if settings.group_size <= widest:
         return settings
-    reporter.note(f"group-size lowered from {settings.group_size} to {widest}, the inputs of the widest layer")
+    note(f"group-size lowered from {settings.group_size} to {widest}, the inputs of the widest layer")
     return replace(settings, group_size=widest)
 
 
@@ -247,7 +247,6 @@ def _windows(
     source: SourceModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: list[str],
-    reporter: Reporter,
 ) -> Windows:
     wanted = settings.num_samples if settings.method.needs_calibration else 0
     windows = calibration_windows(
@@ -261,7 +260,7 @@ def _windows(
     parts = (windows.calibration, windows.heldout)
     check_vocabulary((int(part.max()) for part in parts if part.numel()), source.config, tokenizer)
     if len(windows.calibration) < wanted:
-        reporter.note(
+        note(
             f"the calibration text gives {len(windows.calibration)} windows of {settings.seq_len} tokens, "
             f"{wanted} were asked for"
         )
@@ -274,7 +273,6 @@ def _check_tensors(
     discovery: Discovery,
     head: Sequence[HeadLayer],
     problems: list[BitstrataError],
-    reporter: Reporter,
 ) -> dict[str, str]:
     """Compare stored tensors with the model; returns state-dict name -> stored name of unquantized ones."""
     # what is quantized -> what to do where it cannot be
@@ -299,14 +297,12 @@ def _check_tensors(
         if name not in quantized:
             common[name] = stored
     for one, other in source.untied:
-        reporter.note(f"the config ties {one} to {other}, but the stored tensors differ: both are kept, tied no longer")
+        note(f"the config ties {one} to {other}, but the stored tensors differ: both are kept, tied no longer")
     unused = sorted(set(source.files) - used)
     if missing:
         problems.append(missing_tensors(source.folder, type(model).__name__, missing, unused))
     elif unused:
-        reporter.note(
-            f"{len(unused)} stored tensors are not part of the model and are dropped: {', '.join(unused[:5])}"
-        )
+        note(f"{len(unused)} stored tensors are not part of the model and are dropped: {', '.join(unused[:5])}")
     return common
 
 

@@ -10,7 +10,6 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import InputError
 from ..models import check_text, encode_turns
 from ..nn import Precision, bits_state
-from ..progress import Reporter
 from .generation import Generation, continue_tokens
 
 
@@ -38,7 +37,6 @@ class Conversation:
         *,
         bits: int | None = None,
         system: str | None = None,
-        reporter: Reporter | None = None,
         **settings: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -50,7 +48,7 @@ class Conversation:
         if system is not None:
             _check_system(tokenizer, system)
         self.system = system
-        self._settings = {"max_new_tokens": 256, **settings, "reporter": reporter or Reporter()}
+        self._settings = {"max_new_tokens": 256, **settings}
         self._turns: list[dict[str, str]] = []
         self.reset()
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
+from ..arguments import named
 from ..checkpoint import Plan
 from ..errors import InputError, UsageError
 from ..models import (
@@ -27,7 +28,7 @@ from ..models import (
     resolve,
 )
 from ..nn import Precision, bits_state
-from ..progress import Reporter
+from ..progress import note
 from ..torch_state import ordinary_torch
 
 
@@ -72,6 +73,7 @@ class _Clock(BaseStreamer):
             self._onward.end()
 
 
+@named
 @ordinary_torch()
 def generate(
     model: str | Path | PreTrainedModel,
@@ -87,7 +89,6 @@ def generate(
     device: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     streamer: BaseStreamer | None = None,
-    reporter: Reporter | None = None,
 ) -> Generation:
     """Continue `prompt`, which starts as the tokenizer starts a text (models/tokens.py).
 
@@ -103,7 +104,6 @@ def generate(
         UsageError: bits given twice and differently, a negative temperature, no new tokens asked for.
         InputError: a prompt that is no text or has no tokens, a token beyond the model's vocabulary, a full context.
     """
-    reporter = reporter or Reporter()
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max_new_tokens be at least 1")
     if not isinstance(model, PreTrainedModel):
@@ -123,7 +123,6 @@ def generate(
         draft_bits=draft_bits,
         draft_tokens=draft_tokens,
         streamer=streamer,
-        reporter=reporter,
     )
 
 
@@ -143,7 +142,6 @@ def continue_tokens(
     *,
     bits: Precision | None,
     max_new_tokens: int,
-    reporter: Reporter,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -162,7 +160,7 @@ def continue_tokens(
     if limit is not None and len(ids) + max_new_tokens > limit:
         if len(ids) >= limit:
             raise InputError(f"the prompt has {len(ids)} tokens, the model's context is {limit}", hint="shorten it")
-        reporter.note(f"max-new-tokens lowered from {max_new_tokens} to {limit - len(ids)}, what the context leaves")
+        note(f"max-new-tokens lowered from {max_new_tokens} to {limit - len(ids)}, what the context leaves")
         max_new_tokens = limit - len(ids)
 
     extra: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
