@@ -113,7 +113,7 @@ def random_model(
     for linear in linears:
         weight = random_weight(linear.out_features, linear.in_features, bits, group_size, generator)
         layer = PlaneLinear.from_weight(weight, name=linear.name, state=state, dtype=dtype)
-        layer.prepare()
+        layer.pack()
         set_submodule(model, linear.name, layer)
     if head_bits is not None:
         _put_head(model, head_bits, group_size, dtype, generator)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..arguments import named
 from ..errors import ResourceError, UnsupportedBitsError, UsageError
 from ..evaluation.report import render
-from ..kernels import Problem, select
+from ..kernels import select
 from ..memory import free_memory
 from ..models import choose_bits, load
 from ..models.load import pick_device
@@ -265,7 +265,7 @@ def _bench(
         models = bench_model(random, str(shapes), chosen, bandwidth.bytes_per_second, dense=dense)
         head = "bf16" if head_bits is None else f"{head_bits} bits"
         notes.append(f"random weights, {blocks or config.num_hidden_layers} blocks, output head in {head}")
-    kernel = select(Problem(device.type, torch.bfloat16, 1, "affine")).name
+    kernel = select(device.type, torch.bfloat16).name
     return Bench(
         describe(torch.get_num_threads(), device),
         kernel,

@@ -123,7 +123,7 @@ def evaluate(
         for value, tally in zip(chosen, tallies, strict=True)
     )
     base = baseline.result() if original is not None else None
-    arithmetics, kernels = ran.with_arithmetic(arithmetic)
+    arithmetics, kernels = ran.names()
     return Evaluation(
         model=str(quantized.name_or_path),
         text=str(text),

@@ -191,7 +191,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, PlaneModule):
             with _unhooked(module):
-                module.prepare()
+                module.pack()
     fuse(model)
     use_grouped_sdpa(model)
     return model

@@ -167,9 +167,7 @@ class Pages:
                 if model.device.type == "cuda":
                     torch.cuda.synchronize(model.device)  # of steps that have returned, and of the copies above
                 for layer, weight in weights.items():
-                    layer.hold(weight)
-                    if layer.fused is not None:
-                        layer.fused.forget()
+                    layer.packed = weight
                 state.adopt({name: plan[name] for name in self.sizes.layers}, str(plan))
             seconds = time.perf_counter() - started
             return self._report(reader, held, plan, changed, reader.bytes_read - start, seconds)

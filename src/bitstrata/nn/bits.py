@@ -160,7 +160,7 @@ class BitsState:
 
     def __getstate__(self) -> dict[str, object]:
         """A copy is set to what runs now: nobody is inside a use of it."""
-        return self.__dict__ | {"_base": self.value, "arithmetic": None}
+        return self.__dict__ | {"_base": self.value, "arithmetic": None, "_expanded": None}
 
     def _become(self, use: Use | None) -> None:
         self.value, self.arithmetic = (self._base, None) if use is None else (use.bits, use.arithmetic)
@@ -214,6 +214,21 @@ class BitsState:
             return self.value
         return self.value.of(layer) if isinstance(self.value, RowBits) else self.value[layer]
 
+    def bits_for(self, layer: str, shape: torch.Size) -> int | Tensor:
+        """The bits of layer `layer` for an input [*shape, K]: an int, or int8 [rows], the same for equal choices."""
+        bits = self.of(layer)
+        if not isinstance(bits, Tensor):
+            return bits
+        compiling = torch.compiler.is_compiling()
+        known = None if compiling or bits.is_inference() else self.__dict__.get("_expanded")
+        if known is not None and known[0] is bits and known[1:3] == (bits._version, shape):
+            return known[3]
+        rows = expand_rows(bits, shape)
+        rows = rows if rows.dtype == torch.int8 else rows.long().clamp(-1, 127).to(torch.int8)
+        if not compiling and not bits.is_inference():
+            self._expanded = bits, bits._version, shape, rows
+        return rows
+
 
 class FixedBits:
     """In the place of a BitsState: a layer that always runs at `bits`, whatever its model is asked for.
@@ -230,6 +245,9 @@ class FixedBits:
         return None if self._model is None else self._model.arithmetic
 
     def of(self, layer: str) -> int:
+        return self.bits
+
+    def bits_for(self, layer: str, shape: torch.Size) -> int:
         return self.bits
 
 
