@@ -21,8 +21,8 @@ from bitstrata.benchmark.machine import describe
 from bitstrata.calibration import evaluation_windows, read_text
 from bitstrata.evaluation import Tally
 from bitstrata.models import context_limit, find_head, load_tokenizer
-from bitstrata.nn import parse_bits
 from bitstrata.planes import PlaneWeight, decode
+from bitstrata.plans import parse_bits
 from bitstrata.quantization.bcq import BCQ
 from bitstrata.quantization.grouping import Grouping, affine_weight, join_rows, row_chunks
 from bitstrata.quantization.head import CHUNK, clipped_grid, solve_rows

@@ -7,10 +7,11 @@ import torch
 from page_orders import write_order
 
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import ResourceError
 from bitstrata.kernels.triton import TiledWeight
 from bitstrata.nn import PlaneLinear, bits_state
+from bitstrata.plans import ModelSizes
 from bitstrata.progress import Reporter
 from bitstrata.runtime import Engine, Request
 

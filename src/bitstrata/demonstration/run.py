@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..evaluation import evaluate
 from ..evaluation.report import render
-from ..models import load, load_tokenizer
+from ..models import load_tokenizer
+from ..plans import load
 from ..progress import Reporter
 from ..quantization import quantize
 from ..runtime import Generation, continue_prompt

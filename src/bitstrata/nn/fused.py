@@ -92,7 +92,8 @@ class FusedGroup:
         together = [layer]
         if self._wasted < WASTED:
             others = [m for m in self.members if m is not layer and id(m) not in current.results]
-            together += [member for member in others if _is_at(member, bits)]
+            shape = current.input.shape[:-1]
+            together += [member for member in others if _is_at(member, bits, shape)]
         weights = [member.prepared for member in together if member.prepared is not None]
         y, *more = prepared_linear(current.input, weights, bits)
         for member, weight, result in zip(together[1:], weights[1:], more, strict=True):
@@ -115,9 +116,9 @@ def _as_integers(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def _is_at(member: PlaneLinear, bits: int) -> bool:
-    """Whether `member` runs at `bits` in all rows."""
-    now = member.bits_state.of(member.name)
+def _is_at(member: PlaneLinear, bits: int, shape: torch.Size) -> bool:
+    """Whether `member` runs at `bits` in all rows, which are `shape`."""
+    now = member.bits_state.bits_for(member.name, shape)
     return isinstance(now, int) and now == bits
 
 

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from ..planes.weights import PlaneWeight
-from .bits import BitsState, FixedBits, Precision, expand_rows
+from .bits import BitsOrPlan, BitsState
 from .fused import FusedGroup
 from .stored import PlaneModule
 
 
 class PlaneLinear(PlaneModule):
-    """y = x @ W_bits^T + bias, bits taken from the model's BitsState, or fixed. PlaneModule says how W is held.
+    """y = x @ W_bits^T + bias, bits taken from the model's BitsState. PlaneModule says how W is held.
 
     Args:
         name: the layer's name in the model; plans look it up.
-        state: the model's BitsState; FixedBits for a layer that always runs at one precision.
+        state: the model's BitsState.
         kind: of the scales, "affine", "affine8" or "codebook".
         dtype: of the bias and the placeholder.
     """
@@ -27,7 +27,7 @@ class PlaneLinear(PlaneModule):
         out_features: int,
         *,
         name: str,
-        state: BitsState | FixedBits,
+        state: BitsState,
         bits: tuple[int, ...],
         group_size: int,
         kind: str = "affine",
@@ -59,7 +59,7 @@ class PlaneLinear(PlaneModule):
         bias: Tensor | None = None,
         *,
         name: str = "",
-        state: BitsState | FixedBits | None = None,
+        state: BitsState | None = None,
         dtype: torch.dtype | None = None,
     ) -> PlaneLinear:
         """A layer that holds `weight`; without `state` it gets one of its own. `dtype` is the bias's by default."""
@@ -67,7 +67,7 @@ class PlaneLinear(PlaneModule):
             weight.in_features,
             weight.out_features,
             name=name,
-            state=state or BitsState(weight.bits, {name: weight.bits}),
+            state=state or BitsState({name: weight.bits}),
             bits=weight.bits,
             group_size=weight.group_size,
             kind=weight.kind,
@@ -81,18 +81,16 @@ class PlaneLinear(PlaneModule):
             layer.bias.data.copy_(bias)
         return layer
 
-    def bytes_read(self, bits: Precision) -> int:
+    def bytes_read(self, bits: BitsOrPlan) -> int:
         """Bytes of the stored tensors that a product needs while the model runs at `bits`, an int or a plan."""
-        if isinstance(self.bits_state, FixedBits):
-            bits = self.bits_state.bits
+        if len(self.bits) == 1:
+            return super().bytes_read(self.bits[0])
         return super().bytes_read(bits if isinstance(bits, int) else bits[self.name])
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.bits_state
-        bits, arithmetic = state.of(self.name), state.arithmetic
-        if isinstance(bits, Tensor):
-            bits = expand_rows(bits.to(x.device), x.shape[:-1])
-        elif arithmetic is None and self.fused is not None and self.fused.can_share(x):
+        bits, arithmetic = state.bits_for(self.name, x.shape[:-1], x.device), state.arithmetic
+        if isinstance(bits, int) and arithmetic is None and self.fused is not None and self.fused.can_share(x):
             y = self.fused.output(self, x, bits)
             return y if self.bias is None else y + self.bias
         y = self._times(x, bits, arithmetic)

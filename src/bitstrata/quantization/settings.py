@@ -14,9 +14,9 @@ import torch
 from .. import arguments
 from ..errors import BitstrataError, PreflightError, UsageError
 from ..models.load import pick_device
-from ..nn import parse_bits
 from ..planes import whole_number
 from ..planes.weights import MAX_BITS
+from ..plans import parse_bits
 from .method import Method, make_method
 from .rtn import RTN
 

@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
 from ..models import check_text, encode_turns
-from ..nn import Precision, bits_state
+from ..nn import BitsOrPlan, bits_state
 from ..progress import Reporter
 from .generation import Generation, continue_tokens
 
@@ -43,9 +43,7 @@ class Conversation:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self._state = bits_state(model)
-        self._bits = self._state.default
-        if bits is not None:
-            self.bits = bits
+        self._bits = self._state.resolve(bits)
         self.has_template = bool(tokenizer.chat_template)
         if system is not None:
             _check_system(tokenizer, system)
@@ -55,13 +53,14 @@ class Conversation:
         self.reset()
 
     @property
-    def bits(self) -> Precision:
+    def bits(self) -> BitsOrPlan:
         """Of the next reply: a number, or the plan in memory where that is all there is."""
-        return self._bits
+        bits: BitsOrPlan = self._bits.given
+        return bits
 
     @bits.setter
     def bits(self, value: int) -> None:
-        self._bits = self._state.keep(value)
+        self._bits = self._state.resolve(value)
 
     @property
     def supported(self) -> tuple[int, ...]:
@@ -79,7 +78,7 @@ class Conversation:
         dropped, as it is if anything else ends the reply.
         """
         turns = [*self._turns, {"role": "user", "content": text}]
-        settings = {**self._settings, "bits": self.bits, "streamer": streamer}
+        settings = {**self._settings, "bits": self._bits, "streamer": streamer}
         draft, bits = settings.get("draft_bits"), self.bits
         if draft is not None and isinstance(bits, int) and draft >= bits:
             settings["draft_bits"] = None  # this precision is no dearer than its draft

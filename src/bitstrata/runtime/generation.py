@@ -11,22 +11,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from ..checkpoint import Plan
 from ..errors import InputError, UsageError
-from ..models import (
-    bits_name,
-    check_vocabulary,
-    choose_bits,
-    context_limit,
-    encode_prompt,
-    end_tokens,
-    highest_bits,
-    input_device,
-    load,
-    load_tokenizer,
-    resolve,
-)
-from ..nn import Precision, bits_state
+from ..models import check_vocabulary, context_limit, encode_prompt, end_tokens, input_device, load_tokenizer, resolve
+from ..nn import Assignment, BitsOrPlan, bits_state
+from ..plans import Plan, bits_name, choose_bits, highest_bits, load
 from ..progress import Reporter
 from ..torch_state import ordinary_torch
 
@@ -110,12 +98,11 @@ def generate(
         target, bits = choose_bits(str(model), bits)
         model = load(target, bits=bits, device=device, max_bits=None if bits is None else highest_bits(bits))
     tokenizer = tokenizer or load_tokenizer(resolve(str(model.name_or_path)))
-    state = bits_state(model)
     return continue_prompt(
         model,
         tokenizer,
         prompt,
-        bits=state.default if bits is None else state.check(bits),
+        bits=bits_state(model).resolve(bits),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -141,7 +128,7 @@ def continue_tokens(
     ids: list[int],
     prompt: str,
     *,
-    bits: Precision | None,
+    bits: BitsOrPlan | Assignment | None,
     max_new_tokens: int,
     reporter: Reporter,
     temperature: float = 0.0,
@@ -157,6 +144,7 @@ def continue_tokens(
 
     Raises InputError for a token beyond the model's vocabulary, or if the prompt fills the model's context.
     """
+    chosen = None if bits is None else bits_state(model).resolve(bits)
     check_vocabulary(ids, model.config, tokenizer)
     limit = context_limit(model.config)
     if limit is not None and len(ids) + max_new_tokens > limit:
@@ -171,8 +159,8 @@ def continue_tokens(
         set_seed(seed)
     if ends := end_tokens(model, tokenizer):
         extra["eos_token_id"] = sorted(ends)
-    if bits is not None:
-        extra["bits"] = bits
+    if chosen is not None:
+        extra["bits"] = chosen
     if draft_bits is not None:
         extra |= {"draft_bits": draft_bits, "draft_tokens": draft_tokens}
     extra |= {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}  # whatever its file says
@@ -193,7 +181,7 @@ def continue_tokens(
     return Generation(
         prompt=prompt,
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
-        bits=None if bits is None else bits_name(bits),
+        bits=None if chosen is None else bits_name(chosen.given),
         tokens=len(new),
         seconds=time.perf_counter() - started,
         tokens_per_second=(len(arrived) - 1) / between if between > 0 else None,

@@ -17,7 +17,7 @@ from fastapi import Response
 from pydantic import BaseModel
 
 from ..errors import InputError
-from ..nn import Precision
+from ..nn import Assignment, BitsOrPlan
 from ..runtime import Request, Token
 from .failures import ApiError, closing, translate
 from .flight import Arrival, Flight
@@ -75,7 +75,7 @@ class Wish:
 class _Choice:
     """One reply in the making."""
 
-    def __init__(self, index: int, text: ReplyText, asked: Precision | None, service: Service, started: float) -> None:
+    def __init__(self, index: int, text: ReplyText, asked: BitsOrPlan, service: Service, started: float) -> None:
         self.index, self._text, self._service, self._started = index, text, service, started
         self._plan = str(asked)  # of tokens without bits of their own: the plan's name
         self.bits: Counter[str] = Counter()
@@ -128,7 +128,7 @@ class _Answer:
         for index, request in enumerate(requests):
             context = request.prompt_ids if wish.continues else ()
             text = ReplyText(service.tokenizer, context, body.stop)
-            self._choices.append(_Choice(index, text, request.bits, service, started))
+            self._choices.append(_Choice(index, text, _asked(request), service, started))
 
     async def parts(self) -> AsyncIterator[Part]:
         async for arrival in self.flight.arrivals():
@@ -197,6 +197,13 @@ async def answer(service: Service, http: HttpRequest, body: GenerationBody, wish
     return Response(dump(form.reply(parts, answered.usage, answered.bits)), media_type="application/json")
 
 
+def _asked(request: Request) -> BitsOrPlan:
+    """The bits or the plan of a request that `engine_requests` made."""
+    assert isinstance(request.bits, Assignment)
+    asked: BitsOrPlan = request.bits.given
+    return asked
+
+
 def engine_requests(service: Service, body: GenerationBody, wish: Wish) -> list[Request]:
     """`n` for each prompt. Raises ApiError for what is too many or too long."""
     count = body.n or 1
@@ -207,8 +214,8 @@ def engine_requests(service: Service, body: GenerationBody, wish: Wish) -> list[
         supported = ", ".join(str(key) for key in service.catalog.precisions if isinstance(key, int)) or "none"
         message = f"min_bits={min_bits} is not available; supported bits: {supported}"
         raise ApiError(400, message, param="min_bits", code="unsupported_bits")
-    if min_bits is None and isinstance(bits, int) and service.settings.min_bits is not None:
-        min_bits = min(bits, service.settings.min_bits)
+    if min_bits is None and isinstance(bits.given, int) and service.settings.min_bits is not None:
+        min_bits = min(bits.given, service.settings.min_bits)
     return [
         Request(
             prompt,

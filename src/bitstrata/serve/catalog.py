@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from ..errors import UnsupportedBitsError
-from ..nn import Precision
+from ..nn import Assignment, BitsOrPlan
 from .failures import ApiError, translate
 from .replies import ModelCard
 
@@ -25,21 +25,22 @@ class Catalog:
     def __init__(
         self,
         name: str,
-        precisions: Mapping[int | str, Precision],
-        default: Precision,
-        size: Callable[[Precision], int],
+        precisions: Mapping[int | str, Assignment],
+        default: Assignment,
+        size: Callable[[BitsOrPlan], int],
         longest: int | None,
         chat_template: bool,
     ) -> None:
         self.name, self.precisions, self.default = name, precisions, default
         created = int(time.time())
 
-        def card(identifier: str, precision: Precision) -> ModelCard:
+        def card(identifier: str, precision: Assignment) -> ModelCard:
+            bits = precision.given
             return ModelCard(
                 id=identifier,
                 created=created,
-                bits=precision if isinstance(precision, int) else None,
-                bytes_per_token=size(precision),
+                bits=bits if isinstance(bits, int) else None,
+                bytes_per_token=size(bits),
                 max_model_len=longest,
                 chat_template=chat_template,
             )
@@ -53,7 +54,7 @@ class Catalog:
                 return card
         raise self._unknown(identifier)
 
-    def precision(self, model: str | None, bits: int | str | None) -> Precision:
+    def precision(self, model: str | None, bits: int | str | None) -> Assignment:
         """What a request asks for, by its model's name and its field `bits`.
 
         Raises ApiError: 404 for an unknown name, 400 for bits that the model does not have or that contradict.

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UnsupportedBitsError, UsageError
 from ..models import bytes_per_token
-from ..nn import BitsState, Precision
+from ..nn import Assignment, BitsState
 from ..runtime import Engine
 from .aside import Aside
 from .catalog import Catalog
@@ -32,7 +32,7 @@ class Service:
         self.catalog = Catalog(
             settings.name,
             precisions,
-            engine.limits.state.default if settings.bits is None else precisions[settings.bits],
+            engine.limits.state.resolve(None) if settings.bits is None else precisions[settings.bits],
             lambda precision: bytes_per_token(engine.model, precision),
             engine.limits.longest,
             bool(tokenizer.chat_template),
@@ -58,19 +58,17 @@ class Service:
         return "ok" if self.engine.is_open else "failed"
 
 
-def _precisions(state: BitsState, settings: Settings) -> dict[int | str, Precision]:
+def _precisions(state: BitsState, settings: Settings) -> dict[int | str, Assignment]:
     """What requests may choose. Raises UnsupportedBitsError and UsageError for settings that do not fit the model."""
-    if not isinstance(state.default, int):
+    if state.plan is not None:
         if settings.bits is not None or settings.min_bits is not None or settings.plans:
             raise UsageError("a model that holds one plan's pages runs nothing else", hint="leave bits and plans out")
         return {}
     if settings.min_bits is not None and settings.min_bits not in state.supported:
         supported = ", ".join(map(str, state.supported))
         raise UsageError(f"min_bits={settings.min_bits} is not available", hint=f"supported bits: {supported}")
-    for plan in settings.plans.values():
-        state.check(plan)
-    found: dict[int | str, Precision] = {bits: bits for bits in state.supported}
-    found.update({name: replace(plan, name=name) for name, plan in settings.plans.items()})
+    found: dict[int | str, Assignment] = {bits: state.resolve(bits) for bits in state.supported}
+    found.update({name: state.resolve(replace(plan, name=name)) for name, plan in settings.plans.items()})
     if isinstance(settings.bits, int) and settings.bits not in found:
         raise UnsupportedBitsError(settings.bits, state.supported)
     if settings.bits is not None and settings.bits not in found:

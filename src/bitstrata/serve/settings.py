@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..checkpoint import Plan
 from ..errors import UsageError
+from ..plans import Plan
 from .hosts import is_name
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
 from ...models import Stops, context_limit, end_tokens, vocabulary_size
-from ...nn import Precision, bits_state, steady_rows
+from ...nn import Assignment, bits_state, steady_rows
 from ...torch_state import ordinary_torch
 from ..policy import LoadView, Policy, RequestView, choose_bits
 from .admission import Running, admit, grow
@@ -253,20 +253,24 @@ class Engine:
             with self._changed:
                 self._pace.add(time.monotonic() - started)
 
-    def _bits(self, now: float) -> list[tuple[Running, Precision]]:
+    def _bits(self, now: float) -> list[tuple[Running, Assignment]]:
         """At what every running request runs in the round that begins now."""
-        asked = [(item, item.handle.bits) for item in self._running.values()]
-        supported = self.limits.state.supported
+        asked = [(item, item.handle._bits) for item in self._running.values()]
+        state = self.limits.state
         views = {
-            item.handle.number: RequestView(bits, item.handle.request.min_bits, supported, len(item.new), item.entropy)
+            item.handle.number: RequestView(
+                bits.given, item.handle.request.min_bits, state.supported, len(item.new), item.entropy
+            )
             for item, bits in asked
-            if isinstance(bits, int)
+            if isinstance(bits.given, int)
         }
         with self._changed:
             waiting = len(self._waiting)
         most = max((len(view.ladder) - 1 for view in views.values()), default=0)
         self._policy.observe(LoadView(now, waiting, self._pace.mean, most))
-        chosen = {number: choose_bits(self._running[number].steps, view) for number, view in views.items()}
+        chosen = {
+            number: state.resolve(choose_bits(self._running[number].steps, view)) for number, view in views.items()
+        }
         return [(item, chosen.get(item.handle.number, bits)) for item, bits in asked]
 
     def _run(self, batch: list[Segment]) -> None:
@@ -296,10 +300,10 @@ class Engine:
             else:
                 self._take(items[row], choice, batch[row].bits)
 
-    def _take(self, item: Running, choice: Choice, precision: Precision) -> None:
+    def _take(self, item: Running, choice: Choice, ran: Assignment) -> None:
         item.tokens.append(choice.token)
         item.new.append(choice.token)
-        bits = precision if isinstance(precision, int) else None
+        bits = ran.given if isinstance(ran.given, int) else None
         with self._changed:
             self._new_tokens += 1
             self._tokens_by_bits["plan" if bits is None else str(bits)] += 1

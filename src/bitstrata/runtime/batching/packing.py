@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...nn import Precision
+from ...nn import Assignment
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Segment:
     owner: int
     past: int
     length: int
-    bits: Precision
+    bits: Assignment
     is_last: bool
 
 
@@ -38,7 +38,7 @@ class Waiting:
     owner: int
     past: int
     length: int
-    bits: Precision
+    bits: Assignment
 
 
 def pack(waiting: Sequence[Waiting], max_tokens: int, steady: int | None) -> list[list[Segment]]:
@@ -63,11 +63,10 @@ def pack(waiting: Sequence[Waiting], max_tokens: int, steady: int | None) -> lis
     return [*batches, long] if long else batches
 
 
-def _order(bits: Precision) -> tuple[float, tuple[int, ...]]:
-    """Equal precisions lie together, a plan where its mean is. Plans come in one order of layers."""
-    if isinstance(bits, int):
-        return bits, ()
-    return sum(bits.values()) / max(1, len(bits)), tuple(bits.values())
+def _order(bits: Assignment) -> tuple[float, tuple[int, ...]]:
+    """Equal bits lie together, a plan where its mean is."""
+    choice = bits.choices[0]
+    return sum(choice) / len(choice), choice
 
 
 def _fill(items: Sequence[Waiting], max_tokens: int, steady: int, most: int) -> list[Segment]:
