@@ -1,14 +1,12 @@
 """Joining to transformers: which linears, loading and saving, source models."""
 
-from .context import context_limit
-from .described import load_tokenizer
-from .discover import Discovery, LeftOut, LinearInfo, discover
+from .config import context_limit
+from .discover import Discovery, LeftOut, LinearInfo, bytes_per_token, discover, input_device
 from .fit import fit_budget
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .hub import resolve
 from .load import choose_bits, load, parse_target
-from .modules import bytes_per_token, input_device
 from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
 from .resize import Resized, resize
 from .source import SourceModel, all_finite
@@ -20,6 +18,7 @@ from .tokens import (
     encode_prompt,
     encode_turns,
     end_tokens,
+    load_tokenizer,
     text_prefix,
     vocabulary_size,
 )

@@ -19,7 +19,7 @@ from ..checkpoint import Budget, ModelSizes, bytes_text
 from ..errors import ResourceError, UsageError
 from ..memory import free_memory
 from ..progress import Reporter
-from .context import context_limit
+from .config import context_limit
 
 RESERVE = 256 << 20
 FIT = "fit"  # what the budget and its plan are called: bytes would be others at each start

@@ -11,17 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint import Budget, CheckpointReader, Fingerprint, Plan, parse_budget
-from ..errors import BitstrataError, CheckpointError, UnsupportedBitsError, UsageError
+from ..errors import BitstrataError, CheckpointError, UnsupportedBitsError, UsageError, first_line
 from ..memory import is_out_of_memory
 from ..nn import Bits, RowBits, bits_state
 from ..planes import whole_number
 from ..progress import Reporter
 from ..torch_state import ordinary_torch
-from .architecture import causal_class
-from .described import read_config, read_generation_config
+from .config import causal_class, read_config, read_generation_config
 from .fit import fit_budget
 from .hf import replace_layers
-from .hub import first_line, resolve
+from .hub import resolve
 from .resize import Pages, Size
 
 Chosen = TypeVar("Chosen", bound=int | Plan)

@@ -19,13 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ..checkpoint import is_checkpoint
 from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import SAFETENSORS_DTYPES
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..memory import is_out_of_memory
-from . import names
-from .architecture import causal_class, check_causal
-from .hub import first_line
-from .shards import AGAIN, check_adapter, entry_file, promised
-from .watch import FileWatch
+from .compat import tied_parameters
+from .config import causal_class, check_causal
+from .source_files import AGAIN, FileWatch, bind, check_adapter, entry_file, indexed_files, share
 
 READ_BYTES = 1 << 26
 
@@ -76,7 +74,7 @@ class SourceModel:
     def _read_files(self) -> dict[str, str]:
         """Tensor name -> file name, files in order of their names, tensors as the file lists them."""
         entry = entry_file(self.folder, getattr(self.config, "transformers_weights", None))
-        listed = promised(self.folder / entry) if entry.endswith(".json") else {}
+        listed = indexed_files(self.folder / entry) if entry.endswith(".json") else {}
         files: dict[str, str] = {}
         for file in sorted(set(listed.values())) or [entry]:
             keys = self._keys(file)
@@ -122,16 +120,16 @@ class SourceModel:
         Raises ModelError if the config describes no model, or one with tensors that are merged when they are loaded.
         """
         model = self._build()
-        ties = list(model.all_tied_weights_keys.items())
-        bound = names.bind(model, self.files)
+        ties = list(tied_parameters(model).items())
+        bound = bind(model, self.files)
         self.untied = [(head, other) for head, other in ties if self._differ(bound.get(head), bound.get(other))]
         if self.untied:
             for config in (self.config, *_sub_configs(self.config)):
                 if getattr(config, "tie_word_embeddings", False):
                     config.tie_word_embeddings = False
             model = self._build()
-            bound = names.bind(model, self.files)
-        self._stored = names.share(bound, ties)
+            bound = bind(model, self.files)
+        self._stored = share(bound, ties)
         return model.eval().requires_grad_(False)
 
     def _build(self) -> PreTrainedModel:

@@ -38,7 +38,7 @@ from ..models import (
     load_tokenizer,
     resolve,
 )
-from ..models.names import missing_tensors
+from ..models.source_files import missing_tensors
 from ..progress import Reporter
 from ..version import __version__
 from .companions import note_companions

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ...errors import BitstrataError, ResourceError, UsageError
 from ...memory import is_out_of_memory
 from ...models import input_device
+from ...models.compat import attention_of, can_change_attention
 from ...nn import Bits, Precision, RowBits, bits_state
 from .attention import NAME, FlatBatch, Span
 from .memory import BLOCK, TokenPool
@@ -44,19 +45,19 @@ class Forward:
 
     def take(self) -> None:
         """Switch the model's attention to batches; the model is known to allow it."""
-        own = self.model.config._attn_implementation
+        own = attention_of(self.model)
         self.model.set_attn_implementation(NAME)
         self._own_attention = own
 
     def _require_usable(self) -> None:
         """UsageError for a model that another engine holds, or whose layers are not plain attention."""
-        own = self.model.config._attn_implementation
+        own = attention_of(self.model)
         if own == NAME:
             raise UsageError("another engine holds this model", hint="close it first, or load the model once more")
         types = set(getattr(self.model.config.get_text_config(decoder=True), "layer_types", None) or ())
         if types - LAYER_TYPES:
             raise UsageError(f"layers of {', '.join(sorted(types - LAYER_TYPES))} cannot run in an engine's batches")
-        if not self.model._can_set_attn_implementation():
+        if not can_change_attention(self.model):
             raise UsageError(f"{type(self.model).__name__} computes attention in its own way; batches cannot be run")
 
     def give_back(self) -> None:
