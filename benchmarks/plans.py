@@ -43,9 +43,9 @@ from bitstrata.allocation import (
 from bitstrata.benchmark.machine import describe
 from bitstrata.calibration import calibration_windows, read_text, text_digest
 from bitstrata.checkpoint import CheckpointReader, ModelSizes, Plan
-from bitstrata.evaluation.report import render
 from bitstrata.models import load_tokenizer
 from bitstrata.progress import Reporter
+from bitstrata.tables import render
 
 RANDOM = 5
 SOLVER_ORDER = ("waterfill", "milp", "greedy", "pages", "paired*", "paired")

@@ -21,8 +21,7 @@ from ..checkpoint import (
     parse_budget,
 )
 from ..errors import UsageError
-from ..evaluation import load_reference
-from ..models import check_vocabulary, context_limit, load, load_tokenizer, resolve
+from ..models import check_vocabulary, context_limit, load, load_reference, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..models.source import SourceModel
 from ..progress import Reporter
@@ -113,7 +112,7 @@ def plan(
     path = Path(sensitivity) if sensitivity is not None else folder / SENSITIVITY_FILE
     measured = None
     if text is not None:
-        measured = _Measured.of(reader, text, reference, measure or "kld", windows, seq_len, seed, device, reporter)
+        measured = _MeasuredOn.of(reader, text, reference, measure or "kld", windows, seq_len, seed, device, reporter)
     found = _sensitivity(path, reader, measured, reporter)
 
     problem = Problem.build(
@@ -190,7 +189,7 @@ def _check_writable(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _MeasuredOn:
     """What measures true losses: on the windows that layers are measured on, and on others."""
 
     settings: Settings
@@ -210,7 +209,7 @@ class _Measured:
         seed: int,
         device: str,
         reporter: Reporter,
-    ) -> _Measured:
+    ) -> _MeasuredOn:
         documents = read_text(text, part="calibration")
         where = pick_device(device)
         tokenizer = load_tokenizer(reader.folder)
@@ -241,7 +240,7 @@ class _Measured:
         return cls(settings, calibration, heldout, cut.calibration)
 
 
-def _sensitivity(path: Path, reader: CheckpointReader, measured: _Measured | None, reporter: Reporter) -> Sensitivity:
+def _sensitivity(path: Path, reader: CheckpointReader, measured: _MeasuredOn | None, reporter: Reporter) -> Sensitivity:
     if path.exists():
         return Sensitivity.load(path, reader, None if measured is None else measured.settings)
     if measured is None:
@@ -261,7 +260,7 @@ def _rows(
     found: Sensitivity,
     reader: CheckpointReader,
     sizes: ModelSizes,
-    measured: _Measured | None,
+    measured: _MeasuredOn | None,
     seed: int,
 ) -> list[PlanRow]:
     """The plan, the uniform plans around it, and a random plan of the same size."""

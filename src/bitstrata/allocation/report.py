@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..checkpoint import Plan, PlanBytes
-from ..evaluation.report import optional, render
+from ..tables import optional, render
 
 _BLOCK = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 

@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ResourceError, UnsupportedBitsError, UsageError
-from ..evaluation.report import render
 from ..kernels import Problem, select
 from ..memory import free_memory
 from ..models import choose_bits, load
@@ -20,6 +19,7 @@ from ..models.load import pick_device
 from ..nn import BitsState, PlaneLinear, bits_state, parse_bits
 from ..planes.weights import MAX_BITS
 from ..progress import Reporter
+from ..tables import render
 from ..torch_state import ordinary_torch
 from .clock import current
 from .linear import REGIMES, LinearResult, bench_linear

@@ -18,11 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..evaluation import evaluate
-from ..evaluation.report import render
 from ..models import load, load_tokenizer
 from ..progress import Reporter
 from ..quantization import quantize
 from ..runtime import Generation, continue_prompt
+from ..tables import render
 from ..torch_state import ordinary_torch
 
 MODEL = Path(__file__).parent / "model"

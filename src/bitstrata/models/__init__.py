@@ -9,7 +9,7 @@ from .hub import resolve
 from .load import choose_bits, load, parse_target
 from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
 from .resize import Resized, resize
-from .source import SourceModel, all_finite
+from .source import SourceModel, all_finite, load_reference
 from .tokens import (
     Stops,
     check_text,
@@ -51,6 +51,7 @@ __all__ = [
     "highest_bits",
     "input_device",
     "load",
+    "load_reference",
     "load_tokenizer",
     "parse_bits_or_plan",
     "parse_bits_or_plans",

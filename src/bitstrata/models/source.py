@@ -1,6 +1,6 @@
 """A source model on disk: its config, a skeleton without weights, and its tensors, read when needed.
 
-Nothing here loads the whole model. Only safetensors files are read.
+`load_reference` alone loads a whole model. Only safetensors files are read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -23,6 +24,7 @@ from ..errors import ModelError, first_line
 from ..memory import is_out_of_memory
 from .compat import tied_parameters
 from .config import causal_class, check_causal
+from .hub import resolve
 from .source_files import AGAIN, FileWatch, bind, check_adapter, entry_file, indexed_files, share
 
 READ_BYTES = 1 << 26
@@ -263,3 +265,41 @@ def release(module: nn.Module) -> None:
                 if id(parameter) not in empty:
                     empty[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
                 owner._parameters[key] = empty[id(parameter)]
+
+
+def load_reference(
+    reference: str | Path | PreTrainedModel | None, quantized: PreTrainedModel, device: torch.device
+) -> PreTrainedModel | None:
+    """The model to compare with, in the dtype of `quantized`. Raises ModelError if it has another vocabulary."""
+    if reference is None:
+        return None
+    original = reference if isinstance(reference, PreTrainedModel) else _read_reference(reference, quantized.dtype)
+    sizes = [model.config.get_text_config().vocab_size for model in (original, quantized)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"the reference has another vocabulary than the quantized model: {sizes[0]} tokens, not {sizes[1]}",
+            hint="give the model that was quantized",
+        )
+    nn.Module.to(original, device)
+    original.eval()
+    return original
+
+
+def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    folder = resolve(reference, kind="reference model")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ModelError(f"the reference {folder} cannot be loaded: {first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:  # transformers has left them random
+        raise ModelError(f"the reference {folder} stores no tensor for {missing[0]}", hint="download it again")
+    return model

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..calibration import BlockRunner, fisher_diagonal
 from ..errors import CheckError
-from ..evaluation import Measured, Tally
+from ..metrics import Metrics, Tally
 from ..models import LinearInfo
 from ..planes import PlaneWeight, decode
 from ..progress import Reporter
@@ -225,7 +225,7 @@ class BlockLoop:
                 self.checking[f"rtn {bits}"] = self.runner.run(index, block, self.checking[f"rtn {bits}"])
             _return_free_memory()
 
-    def measure(self) -> dict[str, Measured]:
+    def measure(self) -> dict[str, Metrics]:
         """Every chain on the held-out windows, by chain name; empty if there are none.
 
         Raises CheckError if a loss is not finite.

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from ..checkpoint.reader import read_json
 from ..errors import CheckpointError
-from ..evaluation import Measured
-from ..evaluation.report import optional, percent, render
+from ..metrics import Metrics
+from ..tables import optional, percent, render
 from .preflight import Prepared
 
 ORIGINAL = "original"  # the chain of the unquantized model; the others are named "<bits>" and "rtn <bits>"
@@ -149,14 +149,14 @@ class Report:
 
 def make_report(
     prepared: Prepared,
-    measured: Mapping[str, Measured],
+    measured: Mapping[str, Metrics],
     layer_error: Mapping[str, Mapping[str, float]],
     notes: Sequence[str],
 ) -> Report:
     """Put a report together; `measured` has an entry a chain, or none if nothing was measured."""
     settings, discovery, spec = prepared.settings, prepared.discovery, prepared.spec()
     rows = []
-    lower: Measured | None = None
+    lower: Metrics | None = None
     unmeasured = "not measured" + ("" if prepared.windows is not None else ": no calibration text was given")
     for bits in settings.bits:
         size = spec.bytes_read(bits)
@@ -201,13 +201,13 @@ def text_warning(nll: float, vocabulary: int) -> str | None:
     )
 
 
-def _measures(measured: Measured | None) -> dict[str, float | None]:
+def _measures(measured: Metrics | None) -> dict[str, float | None]:
     if measured is None:
         return {"nll": None, "kld": None, "top1_agreement": None}
     return {"nll": measured.nll, "kld": measured.kld, "top1_agreement": measured.top1_agreement}
 
 
-def verdict(bits: int, measured: Measured, rtn: Measured | None, lower: Measured | None) -> str:
+def verdict(bits: int, measured: Metrics, rtn: Metrics | None, lower: Metrics | None) -> str:
     """One sentence on whether `bits` is worth using; "ok" if nothing is wrong with it."""
     assert measured.kld is not None
     assert measured.top1_agreement is not None
