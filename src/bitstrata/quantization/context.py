@@ -201,7 +201,6 @@ class Job:
             prepared.discovery,
             self.settings.seq_len,
             self.settings.device,
-            log.info,
         )
         self.chains = Chains(self.runner)
 
