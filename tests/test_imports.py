@@ -17,6 +17,7 @@ ROOMS = [
     "errors",
     "version",
     "progress",
+    "options",
     "memory",
     "torch_state",
     "planes",

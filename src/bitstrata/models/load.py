@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import named
 from ..checkpoint import Budget, CheckpointReader, Fingerprint, Plan, parse_budget
 from ..errors import BitstrataError, CheckpointError, UnsupportedBitsError, UsageError
 from ..memory import is_out_of_memory
 from ..nn import Bits, RowBits, bits_state
+from ..options import named
 from ..planes import whole_number
 from ..torch_state import ordinary_torch
 from .architecture import causal_class

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import named
 from ..checkpoint import (
     PAGES_FILE,
     Budget,
@@ -40,6 +39,7 @@ from ..checkpoint import (
 )
 from ..errors import CheckpointError, PlanError, UsageError
 from ..nn import PlaneLinear, ResidentState, bits_state
+from ..options import named
 from ..planes import whole_number
 from ..torch_state import ordinary_torch
 

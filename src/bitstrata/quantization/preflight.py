@@ -62,9 +62,7 @@ class _Problems(list[BitstrataError]):
             return None
 
 
-def prepare(
-    settings: Settings, stages: Sequence[Stage], earlier: Sequence[BitstrataError] = ()
-) -> Prepared:
+def prepare(settings: Settings, stages: Sequence[Stage], earlier: Sequence[BitstrataError] = ()) -> Prepared:
     """Check everything and gather what the job needs. Raises PreflightError, `earlier` problems first."""
     problems = _Problems(earlier)
     problems.attempt(lambda: _check_output(settings))
