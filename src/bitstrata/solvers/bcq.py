@@ -23,7 +23,7 @@ Shapes: groups R = N J; w, d fp32 [R, g]; planes float +-1 [P, R, g]; scales [P,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,13 +153,6 @@ def expand(
     return planes, scale, offset
 
 
-def solve_in_chunks(w: Tensor, d: Tensor, count: int, solve: Callable[[slice], Solution]) -> Solution:
-    """Run `solve` on slices of the groups and join the results; bounds memory at large layers."""
-    parts = [solve(rows) for rows in row_chunks(len(w), w.shape[1] * (count + 1) * 4)]
-    planes, scales, offsets = zip(*parts, strict=True)
-    return torch.cat(planes, 1), torch.cat(scales, 1), torch.cat(offsets)
-
-
 def with_fallback(w: Tensor, d: Tensor, planes: Tensor, coefficients: dict[int, tuple[Tensor, Tensor]]) -> None:
     """Round all coefficients as they are stored, and make the error of each group monotone in bits.
 
@@ -215,20 +208,23 @@ class BCQ(Method):
 
 def base(w: Tensor, d: Tensor, count: int, rounds: int, *, asymmetric: bool = True) -> Solution:
     """`count` planes for each group by `rounds` alternations after a greedy start, in chunks of groups."""
-
-    def one(rows: slice) -> Solution:
+    parts = []
+    for rows in row_chunks(len(w), w.shape[1] * (count + 1) * 4):
         start = greedy(w[rows], d[rows], count, asymmetric=asymmetric)
-        return alternate(w[rows], d[rows], start, rounds, asymmetric=asymmetric)
-
-    return solve_in_chunks(w, d, count, one)
+        parts.append(alternate(w[rows], d[rows], start, rounds, asymmetric=asymmetric))
+    return _joined(parts)
 
 
 def grow(w: Tensor, d: Tensor, start: Solution, rounds: int, *, asymmetric: bool = True) -> Solution:
     """`expand` in chunks of groups."""
     planes, scale, offset = start
-
-    def one(rows: slice) -> Solution:
+    parts = []
+    for rows in row_chunks(len(w), w.shape[1] * (len(scale) + 2) * 4):
         part = planes[:, rows], scale[:, rows], offset[rows]
-        return expand(w[rows], d[rows], part, rounds, asymmetric=asymmetric)
+        parts.append(expand(w[rows], d[rows], part, rounds, asymmetric=asymmetric))
+    return _joined(parts)
 
-    return solve_in_chunks(w, d, len(scale) + 1, one)
+
+def _joined(parts: Sequence[Solution]) -> Solution:
+    planes, scales, offsets = zip(*parts, strict=True)
+    return torch.cat(planes, 1), torch.cat(scales, 1), torch.cat(offsets)

@@ -135,11 +135,10 @@ class JointSolver:
         """The bits of a code that a track reads."""
         return code >> (self.top - track.bits)
 
-    def values(self, group: int, track: Track, code: Tensor | None = None) -> Tensor:
+    def values(self, group: int, track: Track) -> Tensor:
         """Decoded weights of a group: [g, N]."""
         start, end = self.spans[group]
-        code = self.code[start:end] if code is None else code
-        return levels(track.coefficients[group]).gather(0, self.part(code, track))
+        return levels(track.coefficients[group]).gather(0, self.part(self.code[start:end], track))
 
     def compensate(self, iterations: int) -> list[Tensor]:
         """Solve all groups from left to right; returns L_p of every row by the errors passed on, [N] a track."""
@@ -214,9 +213,8 @@ class JointSolver:
 
     def polish(self, sweeps: int) -> None:
         """Coordinate descent in the full metric."""
-        residual = []  # (W* - Q) H, as [K, N]
-        for track in self.tracks:
-            residual.append(track.hessian @ (track.target - self.decoded(track)))
+        # (W* - Q) H, as [K, N]
+        residual = [track.hessian @ (track.target - self.decoded(track)) for track in self.tracks]
         for _ in range(sweeps):
             for group, (start, end) in enumerate(self.spans):
                 before = [self.values(group, track) for track in self.tracks]
