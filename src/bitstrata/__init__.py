@@ -17,12 +17,10 @@ from .version import __version__
 if TYPE_CHECKING:
     from .allocation import PlanReport, plan
     from .benchmark import Bench, bench
-    from .checkpoint import Plan
     from .demonstration import Demo, demo
     from .errors import BitstrataError
     from .evaluation import Evaluation, evaluate
     from .evaluation import evaluate as eval
-    from .models import Resized, load, resize
     from .nn import use_bits
     from .options import (
         BenchOptions,
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
         PlanOptions,
         QuantizeOptions,
     )
+    from .plans import Plan, Resized, layers, load, resize
     from .quantization import Report, quantize
     from .runtime import (
         Conversation,
@@ -47,13 +46,12 @@ if TYPE_CHECKING:
 _ROOMS = {
     "allocation": ("PlanReport", "plan"),
     "benchmark": ("Bench", "bench"),
-    "checkpoint": ("Plan",),
     "demonstration": ("Demo", "demo"),
     "errors": ("BitstrataError",),
     "evaluation": ("Evaluation", "evaluate"),
-    "models": ("Resized", "load", "resize"),
     "nn": ("use_bits",),
     "options": ("BenchOptions", "EvaluateOptions", "GenerationSettings", "PlanOptions", "QuantizeOptions"),
+    "plans": ("Plan", "Resized", "layers", "load", "resize"),
     "quantization": ("Report", "quantize"),
     "runtime": (
         "Conversation",
@@ -97,6 +95,7 @@ __all__ = [
     "evaluate",
     "generate",
     "inspect",
+    "layers",
     "load",
     "plan",
     "quantize",

@@ -18,8 +18,8 @@ from bitstrata.checkpoint import is_checkpoint
 from bitstrata.errors import JobError
 from bitstrata.models import SourceModel
 from bitstrata.quantization import job
-from bitstrata.quantization.blocks import Blocks
 from bitstrata.quantization.context import Job
+from bitstrata.quantization.stages import Blocks
 from bitstrata.quantization.state import JobState
 
 

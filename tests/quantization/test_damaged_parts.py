@@ -13,7 +13,7 @@ from job_helpers import ANYPRECISION, digests, run
 from bitstrata.checkpoint import is_checkpoint
 from bitstrata.errors import JobError
 from bitstrata.quantization.context import Job
-from bitstrata.quantization.measure import Measure
+from bitstrata.quantization.stages import Measure
 
 # jobs that leave every kind of part: blocks, tuned scales, head and embedding, sensitivities
 TUNED = {

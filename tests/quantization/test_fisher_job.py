@@ -20,7 +20,7 @@ from bitstrata.checkpoint import CheckpointReader, is_checkpoint
 from bitstrata.errors import JobError, PreflightError
 from bitstrata.models import SourceModel, discover, load_tokenizer
 from bitstrata.planes import decode
-from bitstrata.quantization import gradients
+from bitstrata.quantization import stages
 from bitstrata.quantization.preflight import HELDOUT_WINDOWS
 from bitstrata.quantization.state import JobState
 from bitstrata.solvers import AnyPrecision
@@ -49,7 +49,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Count:
         calls.append(arguments)
         return fisher_diagonal(*arguments)
 
-    monkeypatch.setattr(gradients, "fisher_diagonal", counting)
+    monkeypatch.setattr(stages, "fisher_diagonal", counting)
     return lambda: len(calls)
 
 

@@ -16,7 +16,7 @@ import bitstrata
 from bitstrata.checkpoint import CheckpointReader, validate
 from bitstrata.errors import JobError, PreflightError
 from bitstrata.planes import decode
-from bitstrata.quantization import head
+from bitstrata.quantization import stages
 from bitstrata.quantization.state import JobState
 from bitstrata.solvers import make_method
 from bitstrata.solvers.clipped import clipped_rows
@@ -113,7 +113,7 @@ def test_how_rows_are_cut_leaves_no_trace(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(sources["tied"], tmp_path / "whole", None, head_bits=5, **RTN)
-    monkeypatch.setattr(head, "CHUNK", 64 * 7)
+    monkeypatch.setattr(stages, "CHUNK", 64 * 7)
     run(sources["tied"], tmp_path / "cut", None, head_bits=5, **RTN)
     assert digests(tmp_path / "whole") == digests(tmp_path / "cut")
 
@@ -151,7 +151,7 @@ def test_an_interrupted_job_ends_with_the_same_bytes(
 
 def test_another_precision_does_not_continue_the_job(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "_error", lambda *_: 1 / 0)
+        patch.setattr(stages, "_error", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(sources["tied"], tmp_path / "out", None, head_bits=6, **RTN)
     for other in (5, None):
@@ -164,7 +164,7 @@ def test_another_precision_does_not_continue_the_job(sources: dict[str, Path], t
 
 def test_a_damaged_part_is_named(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "_error", lambda *_: 1 / 0)
+        patch.setattr(stages, "_error", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(sources["tied"], tmp_path / "out", None, head_bits=6, **RTN)
     (tmp_path / "out" / ".job" / "embedding.safetensors").write_bytes(b"not a file")

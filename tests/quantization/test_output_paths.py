@@ -16,7 +16,7 @@ import bitstrata
 from bitstrata.checkpoint import is_checkpoint
 from bitstrata.errors import PreflightError, ResourceError, UsageError
 from bitstrata.models import SourceModel
-from bitstrata.quantization.blocks import Blocks
+from bitstrata.quantization.stages import Blocks
 
 
 @pytest.fixture(autouse=True)

@@ -12,20 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration import calibration_windows, read_text, text_digest
-from ..checkpoint import (
-    PAGES_FILE,
-    CheckpointReader,
-    Fingerprint,
-    ModelSizes,
-    Plan,
-    parse_budget,
-)
+from ..checkpoint import CheckpointReader, Fingerprint
 from ..errors import UsageError
-from ..evaluation import load_reference
-from ..models import check_vocabulary, context_limit, load, load_tokenizer, resolve
+from ..models import check_vocabulary, context_limit, load_reference, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..models.source import SourceModel
 from ..options import PlanOptions, verb
+from ..plans import PAGES_FILE, ModelSizes, Plan, load, parse_budget
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from . import greedy, milp, paired, waterfill
@@ -72,7 +65,7 @@ def plan(options: PlanOptions) -> PlanReport:
     sizes.note_excess(budget)
 
     path = Path(options.sensitivity) if options.sensitivity is not None else folder / SENSITIVITY_FILE
-    measured = None if options.text is None else _Measured.of(reader, options.text, options)
+    measured = None if options.text is None else _MeasuredOn.of(reader, options.text, options)
     found = _sensitivity(path, reader, measured)
     true_loss = None if measured is None else measured.calibration.loss
     problem = Problem.build(found, sizes, limit, together=together, bounds=bounds, true_loss=true_loss)
@@ -145,7 +138,7 @@ def _check_writable(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _MeasuredOn:
     """What measures true losses: on the windows that layers are measured on, and on others."""
 
     settings: Settings
@@ -154,7 +147,7 @@ class _Measured:
     windows: Tensor
 
     @classmethod
-    def of(cls, reader: CheckpointReader, text: str | Path, options: PlanOptions) -> _Measured:
+    def of(cls, reader: CheckpointReader, text: str | Path, options: PlanOptions) -> _MeasuredOn:
         seq_len, reference, seed = options.seq_len, options.reference, options.seed
         documents = read_text(text, part="calibration")
         where = pick_device(options.device)
@@ -186,7 +179,7 @@ class _Measured:
         return cls(settings, calibration, heldout, cut.calibration)
 
 
-def _sensitivity(path: Path, reader: CheckpointReader, measured: _Measured | None) -> Sensitivity:
+def _sensitivity(path: Path, reader: CheckpointReader, measured: _MeasuredOn | None) -> Sensitivity:
     if path.exists():
         return Sensitivity.load(path, reader, None if measured is None else measured.settings)
     if measured is None:
@@ -206,7 +199,7 @@ def _rows(
     found: Sensitivity,
     reader: CheckpointReader,
     sizes: ModelSizes,
-    measured: _Measured | None,
+    measured: _MeasuredOn | None,
     seed: int,
 ) -> list[PlanRow]:
     """The plan, the uniform plans around it, and a random plan of the same size."""

@@ -12,15 +12,15 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ResourceError, UnsupportedBitsError, UsageError
-from ..evaluation.report import render
-from ..kernels import Problem, select
+from ..kernels import select
 from ..memory import free_memory
-from ..models import choose_bits, load
 from ..models.load import pick_device
-from ..nn import BitsState, PlaneLinear, bits_state, parse_bits
+from ..nn import PlaneLinear, bits_state
 from ..options import BenchOptions, verb
 from ..planes.weights import MAX_BITS
+from ..plans import choose_bits, load, parse_bits
 from ..progress import log
+from ..tables import render
 from ..torch_state import ordinary_torch
 from .clock import current
 from .linear import REGIMES, LinearResult, bench_linear
@@ -178,11 +178,8 @@ def _bench(options: BenchOptions, rows: Sequence[int], regimes: Sequence[str], d
         for value in chosen:
             if value not in bits_state(loaded).supported:
                 raise UnsupportedBitsError(value, bits_state(loaded).supported)
-        layers = [
-            module
-            for module in loaded.modules()
-            if isinstance(module, PlaneLinear) and isinstance(module.bits_state, BitsState)
-        ]
+        planned = bits_state(loaded).layers
+        layers = [module for module in loaded.modules() if isinstance(module, PlaneLinear) and module.name in planned]
         sizes = sorted({(layer.out_features, layer.in_features) for layer in layers})
         group_size = layers[0].group_size
     else:
@@ -228,7 +225,7 @@ def _bench(options: BenchOptions, rows: Sequence[int], regimes: Sequence[str], d
         models = bench_model(random, str(shapes), chosen, bandwidth.bytes_per_second, dense=dense)
         head = "bf16" if head_bits is None else f"{head_bits} bits"
         notes.append(f"random weights, {blocks or config.num_hidden_layers} blocks, output head in {head}")
-    kernel = select(Problem(device.type, torch.bfloat16, 1, "affine")).name
+    kernel = select(device.type, torch.bfloat16).name
     return Bench(
         describe(torch.get_num_threads(), device),
         kernel,

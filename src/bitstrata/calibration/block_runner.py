@@ -28,6 +28,7 @@ from ..errors import ModelError
 from ..memory import is_out_of_memory
 from ..models.discover import Discovery, find_blocks
 from ..models.source import SourceModel, release
+from ..progress import log
 
 TOKENS_PER_BATCH = 1024
 # what a model's own code raises when it is given something else than it expects
@@ -75,7 +76,6 @@ class BlockRunner:
         discovery: what `discover` found in it.
         seq_len: the length of every window.
         device: where blocks run.
-        say: where to report what slows it down.
     """
 
     def __init__(
@@ -85,10 +85,8 @@ class BlockRunner:
         discovery: Discovery,
         seq_len: int,
         device: torch.device,
-        say: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.source, self.model, self.discovery, self.device = source, model, discovery, device
-        self._say = say
         self._list_name = find_blocks(model)
         self._blocks: list[nn.Module] = list(model.get_submodule(self._list_name).children())
         self._batch = max(1, TOKENS_PER_BATCH // seq_len)
@@ -291,7 +289,7 @@ class BlockRunner:
         except (RuntimeError, ValueError) as error:  # masks or biases that are made for one batch size
             self._alone = True
             if is_out_of_memory(error):
-                self._say("memory is enough for one window at a time only, which takes longer")
+                log.info("memory is enough for one window at a time only, which takes longer")
             return
         one_by_one = torch.cat([self.call(index, block, window) for window in two.split(1)])
         self._alone = not bool((together - one_by_one).norm() <= APART * one_by_one.norm())

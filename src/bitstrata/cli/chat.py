@@ -9,11 +9,11 @@ from dataclasses import fields
 import typer
 from transformers import TextStreamer
 
-from ..checkpoint import bytes_text
 from ..errors import BitstrataError, UsageError
-from ..models import choose_bits, load_tokenizer, resize, resolve
-from ..nn import Precision
+from ..models import load_tokenizer, resolve
+from ..nn import BitsOrPlan
 from ..options import ChatCommand, GenerationSettings
+from ..plans import bytes_text, choose_bits, resize
 from ..runtime import Conversation
 from .sizing import load_sized
 
@@ -94,7 +94,7 @@ def _obey(talk: Conversation, words: list[str]) -> bool:
     return True
 
 
-def _precision(bits: Precision) -> str:
+def _precision(bits: BitsOrPlan) -> str:
     return f"{bits} bits" if isinstance(bits, int) else f"plan {bits}"
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import typer
 from transformers import TextStreamer
 
-from ..models import choose_bits, encode_prompt, load_tokenizer, parse_bits_or_plan, resolve
+from ..models import encode_prompt, load_tokenizer, resolve
 from ..options import GenerateCommand
+from ..plans import choose_bits, parse_bits_or_plan
 from ..runtime import generate
 from .output import show, writing_stdout
 from .sizing import load_sized

@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint import CheckpointReader, Plan
+from ..checkpoint import CheckpointReader
 from ..errors import UsageError
-from ..models import bits_name, choose_bits, end_tokens, load_tokenizer, parse_bits_or_plan, resolve
+from ..models import end_tokens, load_tokenizer, resolve
 from ..options import ServeOptions, ServerSettings
+from ..plans import Plan, bits_name, choose_bits, parse_bits_or_plan
 from ..progress import log, note
 from ..runtime import Engine, parse_policy
 from .sizing import load_sized
@@ -68,7 +69,7 @@ def run(options: ServeOptions) -> None:
         with engine:
             app = create_app(engine, tokenizer, settings)
             catalog = app.state.service.catalog
-            chosen_name = bits_name(catalog.default)
+            chosen_name = bits_name(catalog.default.given)
             choice = ", ".join(map(str, catalog.precisions))
             what = f"bits {choice} ({chosen_name} by default)" if choice else f"plan {chosen_name}"
             ready = f"serving {settings.name} at {address(bound)}/v1 with {what}"

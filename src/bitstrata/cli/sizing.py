@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from ..checkpoint import Plan
 from ..errors import UsageError
-from ..models import load
 from ..options import Size
+from ..plans import Plan, load
 
 
 def load_sized(

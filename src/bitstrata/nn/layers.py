@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..kernels import Problem, select
 from .embedding import TiedHead
 from .linear import PlaneLinear
 
@@ -20,9 +19,6 @@ def steady_rows(model: nn.Module, dtype: torch.dtype) -> int | None:
 
     A call of more rows may round differently, each row the same whatever the others are.
     """
-    limits = set()
-    for layer in multiplied_layers(model):
-        held = layer if isinstance(layer, PlaneLinear) else layer.embedding
-        device = held.get_buffer("weight").device.type
-        limits.add(select(Problem(device, dtype, 1, held.kind)).steady_rows)
+    held = [layer if isinstance(layer, PlaneLinear) else layer.embedding for layer in multiplied_layers(model)]
+    limits = [module.packed.kernel_for(1, dtype).steady_rows for module in held]
     return min((limit for limit in limits if limit is not None), default=None)

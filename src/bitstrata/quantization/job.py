@@ -28,17 +28,13 @@ from ..memory import memory_errors, peak_memory
 from ..options import QuantizeOptions, verb
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
-from .blocks import Blocks
 from .companions import checkpoint_config, copy_companions
-from .context import Job, Prepared, Stage, megabytes
-from .gradients import Gradients
-from .head import Head
-from .measure import Measure
+from .config import Job, Prepared, megabytes
 from .preflight import prepare
 from .report import Report, make_report
 from .settings import Settings
+from .stages import stages_of
 from .state import JobState, differences
-from .tuning import Tune
 
 MORE_MEMORY = (
     "end other programs and run the same command again: finished blocks are kept; or start over with a lower "
@@ -84,18 +80,6 @@ def quantize(options: QuantizeOptions) -> Report:
         raise
     job.state.finish()
     return _with_measures(report, prepared.settings.output, started)
-
-
-def stages_of(settings: Settings) -> tuple[Stage, ...]:
-    """What a job with these settings does, in order."""
-    method = settings.method
-    return (
-        *([Head()] if settings.head_bits is not None else []),
-        *([Gradients()] if "gradients" in method.needs else []),
-        Blocks(),
-        *([Tune(method.tuning)] if method.tuning is not None else []),
-        Measure(),
-    )
 
 
 def _assemble(job: Job, report: Report) -> None:

@@ -14,10 +14,10 @@ import torch
 from .. import arguments
 from ..errors import BitstrataError, PreflightError, UsageError
 from ..models.load import pick_device
-from ..nn import parse_bits
 from ..options import QuantizeOptions
 from ..planes import whole_number
 from ..planes.weights import MAX_BITS
+from ..plans import parse_bits
 from ..solvers import RTN, Method, make_method
 
 T = TypeVar("T")

@@ -24,62 +24,13 @@ from torch.func import functional_call
 from ..planes import PlaneWeight
 from ..planes.pack import unpack_bits
 from ..planes.weights import ByteScales, Codebook
-from ..progress import Steps, log
 from ..solvers import Tuning
 from ..solvers.grouping import Grouping, make_affine
 from ..solvers.joint import rounded
 from ..solvers.reconstruct import batches, cosine, dense, set_rate
-from .context import Job, Prepared, Stage
 
 TOKENS_AT_ONCE = 2048  # of logits held
 LOOKS = 8  # how often the held-out windows are measured
-
-
-class Tune(Stage):
-    """Tune the scales of all blocks together; they count once every block has some."""
-
-    needs = frozenset({"windows", "whole model"})
-
-    def __init__(self, tuning: Tuning) -> None:
-        self.tuning = tuning
-
-    def memory(self, prepared: Prepared) -> int:
-        """The whole model in fp32; planes at a byte, a decoded weight and its gradient; a step's activations."""
-        settings, discovery = prepared.settings, prepared.discovery
-        whole = sum(parameter.numel() for parameter in prepared.model.parameters()) * 4
-        tokens = max(self.tuning.batch_tokens, settings.seq_len)
-        widths = sum(2 * linear.in_features + 3 * linear.out_features for linear in discovery.linears)
-        return (
-            whole + discovery.weight_count * (settings.bits[-1] + 8) + 4 * tokens * (widths + 4 * prepared.vocabulary)
-        )
-
-    def disk(self, prepared: Prepared) -> int:
-        return prepared.stored_bytes(prepared.discovery.linears, planes=False)
-
-    def run(self, job: Job) -> None:
-        if job.state.refined:
-            log.info("resuming: the scales are already tuned")
-            return
-        blocks = [job.planes(index) for index in range(len(job.discovery.blocks))]
-        layers = {name: weight for block in blocks for name, weight in block.items()}
-        transposed = frozenset(linear.name for linear in job.discovery.linears if linear.transposed)
-        generator = torch.Generator().manual_seed(job.settings.seed)
-        fixed = {**job.embedding(), **job.output()}
-        with Steps("tuning", self.tuning.steps, "step") as steps, job.runner.whole() as model:
-            tuned = tune(
-                model,
-                layers,
-                transposed,
-                fixed,
-                job.windows.calibration,
-                self.tuning,
-                generator,
-                lambda: steps.step(""),
-            )
-        for bits, (before, after) in tuned.divergence.items():
-            log.info(f"  {bits} bits: divergence on held-out windows {before:.4f} -> {after:.4f}")
-        for index, block in enumerate(blocks):
-            job.state.save_refined(index, {name: tuned.layers[name] for name in block})
 
 
 @dataclass(frozen=True)

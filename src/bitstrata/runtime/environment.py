@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from ..kernels import Problem, cpu, describe
+from ..kernels import cpu, describe
 from ..options import EnvOptions, verb
 from ..version import __version__
 
@@ -66,7 +66,7 @@ def env(options: EnvOptions) -> Environment:
     kernels = [
         {"name": report.name, "device": device, "priority": report.priority, "reason": report.reason}
         for device in (["cpu", "cuda"] if gpus else ["cpu"])
-        for report in describe(Problem(device, torch.float32, 1, "affine"))
+        for report in describe(device, torch.float32)
     ]
     return Environment(
         bitstrata=__version__,

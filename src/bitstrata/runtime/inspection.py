@@ -10,10 +10,10 @@ import torch
 from ..checkpoint import CheckpointReader, validate
 from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE
 from ..errors import CheckpointError
-from ..evaluation.report import render
-from ..kernels import Problem, select
+from ..kernels import select
 from ..models import resolve
 from ..options import InspectOptions, verb
+from ..tables import render
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ def inspect(options: InspectOptions) -> Inspection:
         for name, layer in spec.layers.items()
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kinds = sorted({layer.decoder for layer in spec.layers.values()})
-    chosen = {select(Problem(device, torch.float32, 1, kind)).name for kind in kinds}
+    kernel = select(device, torch.float32).name
     files = {folder / file for file in reader.weight_map.values()}
     total = sum(file.stat().st_size for file in files)
     size = {bits: spec.bytes_read(bits) for bits in spec.bits}
@@ -119,7 +118,7 @@ def inspect(options: InspectOptions) -> Inspection:
         bytes={str(bits): size[bits] for bits in spec.bits},
         total_bytes=total,
         common_bytes=total - sum(map(spec.layer_bytes, spec.layers)),
-        kernel=f"{', '.join(sorted(chosen))} on {device}: the highest priority that can run there",
+        kernel=f"{kernel} on {device}: the highest priority that can run there",
         verified=reader.has_digests if options.verify else None,
         unchecked=_unchecked(reader) if options.verify else None,
         layers=layers,

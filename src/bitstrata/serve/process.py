@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import ClassVar
 
@@ -271,14 +271,11 @@ class RateLimit(logging.Filter):
 def limited_logs() -> Iterator[None]:
     """While this lasts, what clients can cause is logged seldom."""
     limit = RateLimit()
-    loggers = [logging.getLogger(name) for name in CLIENTS_CAUSE]
-    for logger in loggers:
-        logger.addFilter(limit)
-    try:
+    with ExitStack() as stack:
+        for name in CLIENTS_CAUSE:
+            logging.getLogger(name).addFilter(limit)
+            stack.callback(logging.getLogger(name).removeFilter, limit)
         yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(limit)
 
 
 def serve(app: FastAPI, bound: socket.socket, *, grace: float, say: Callable[[str], None], ready: str) -> None:
@@ -302,12 +299,11 @@ class Server(uvicorn.Server):
         self._service: Service = app.state.service
         self._grace, self._say, self._ready = grace, say, ready
         self._ending: Future[None] | None = None
-        settings = self._service.settings
+        settings, body = self._service.settings, self._service.settings.max_body
         most = 2 * settings.max_connections + SPARE_CONNECTIONS
-        most_body = settings.max_body
 
         class ServersConnection(Connection):
-            all = Connections(most, most_body, UNFINISHED_BODIES * most_body)
+            all = Connections(most, body, UNFINISHED_BODIES * body)
 
         super().__init__(
             uvicorn.Config(

@@ -37,6 +37,11 @@ class Delta:
     tokens: tuple[PlacedToken, ...] = ()
     finish: FinishReason | None = None
 
+    @classmethod
+    def joined(cls, deltas: Sequence[Delta]) -> Delta:
+        tokens = tuple(placed for delta in deltas for placed in delta.tokens)
+        return cls(deltas[-1].index, "".join(delta.text for delta in deltas), tokens, deltas[-1].finish)
+
 
 class ErrorBody(BaseModel):
     message: str

@@ -145,28 +145,23 @@ def _few_messages(value: Any) -> Any:
     return value
 
 
-def _schema(*kinds: dict[str, Any]) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": list(kinds)})
-
-
-def _list(items: dict[str, Any], **limits: int) -> dict[str, Any]:
-    return {"type": "array", "items": items, **limits}
-
-
-_NULL, _STRING, _INTEGER = {"type": "null"}, {"type": "string"}, {"type": "integer"}
-_STOP = {"type": "string", "minLength": 1}
+_Filled = Field(min_length=1)
+_Stop = Annotated[str, _Filled]
+_Stops = Annotated[list[_Stop], Field(max_length=MOST_STOPS)]
+_PlanName = Annotated[str, Field(pattern="[^0-9]")]
+_Prompts = str | Annotated[list[str], _Filled] | Annotated[list[int], _Filled] | Annotated[list[list[int]], _Filled]
 _PART = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": _STRING},
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
-_PROMPTS = (_STRING, *(_list(items, minItems=1) for items in (_STRING, _INTEGER, _list(_INTEGER))))
+_Part = Annotated[dict[str, str], WithJsonSchema(_PART)]
 Text = Annotated[str, AfterValidator(encodable)]
 Ignored = Annotated[Any, Field(description="accepted; changes nothing here")]
-Stop = Annotated[list[str], PlainValidator(_stop), _schema(_STOP, _list(_STOP, maxItems=MOST_STOPS), _NULL)]
-Bits = Annotated[int | str | None, PlainValidator(_bits), _schema(_INTEGER, {**_STRING, "pattern": "[^0-9]"}, _NULL)]
-Prompt = Annotated[list[str] | list[list[int]], PlainValidator(_prompt), _schema(*_PROMPTS)]
-Content = Annotated[str, PlainValidator(_content), _schema(_STRING, _list(_PART), _NULL)]
+Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=_Stop | _Stops | None)]
+Bits = Annotated[int | str | None, PlainValidator(_bits, json_schema_input_type=int | _PlanName | None)]
+Prompt = Annotated[list[str] | list[list[int]], PlainValidator(_prompt, json_schema_input_type=_Prompts)]
+Content = Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[_Part] | None)]
 
 
 class StreamOptions(Body):

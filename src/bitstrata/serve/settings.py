@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..checkpoint import Plan
 from ..errors import UsageError
 from ..options import ServerSettings
+from ..plans import Plan
 
 ANY = "*"
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")

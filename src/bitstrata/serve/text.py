@@ -2,8 +2,7 @@
 
 What is sent cannot be taken back, so two things are held back until they are sure: the bytes of a character that is not
 whole yet, and an end of the text that may become a stop text. The pieces together are the decoded tokens, up to the
-stop text. (Bytes that never become UTF-8 are replacement characters; how many is up to the tokenizer's decoder and to
-what it decodes at once.)
+stop text. (Bytes that never become UTF-8 are replacement characters; how many is up to the tokenizer.)
 
 `tokenizers.decoders.DecodeStream` gives the same text of whole characters, but nothing of a reply that ends within one
 (max_tokens), an error for bytes that are no UTF-8, and nothing at all for tokenizers that are not of that library.
@@ -20,6 +19,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InputError
 from ..models import Stops, encode_prompt, encode_turns
@@ -33,6 +33,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 8  # tokens before the new ones that are decoded with them: some decoders drop the first token's space
 WINDOW = 32  # tokens decoded at once
 PENDING = 3  # a character of four bytes lacks at most three tokens
+_BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
 T = TypeVar("T")
 
 
@@ -40,13 +41,9 @@ class PromptEncoder:
     """The tokenizer's work on prompts of up to `room` tokens: in other threads, and none on what cannot fit.
 
     Tokenizing takes about a hundred times the text's own memory, and seconds where it is megabytes. So a text is
-    refused unread if it is longer than as many of the longest tokens as there is room for, and of the long ones that
-    are left only LONG_AT_ONCE are tokenized at a time. What the characters of a text cannot tell, its tokens tell
-    afterwards.
-
-    No text that would have fitted is refused unless its tokenizer drops much of it: runs of spaces, say, or characters
-    that it does not know. Where texts are normalised first, which may join up to JOINED characters in one, so many
-    count as one.
+    refused unread if it is longer than `room` of the longest tokens, and of long ones only LONG_AT_ONCE are tokenized
+    at a time. No text that would have fitted is refused unless its tokenizer drops much of it: runs of spaces, say.
+    Where texts are normalised first, which may join up to JOINED characters in one, so many count as one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, room: int) -> None:
@@ -186,9 +183,9 @@ class StopTexts:
             self.found = True
             self._held = ""
             return text[: min(places)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        sure = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[sure:]
+        return text[:sure]
 
     def flush(self) -> str:
         """What is left when the text has ended."""
@@ -198,10 +195,8 @@ class StopTexts:
 
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` that may be the beginning of `stop`."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+    longest = min(len(stop) - 1, len(text))
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 
 
 class ReplyText:
@@ -262,13 +257,3 @@ def _bytes_of(piece: str, text: str) -> bytes:
         if raw.decode(errors="replace") == text:
             return raw
     return text.encode()
-
-
-def _byte_level() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, other bytes for U+0100 and on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_LEVEL = _byte_level()
