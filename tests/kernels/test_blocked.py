@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_same_weight, random_weight
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from randomness import examples
 
 from bitstrata.kernels import registry
 from bitstrata.kernels.cpu import BlockedWeight, missing
@@ -51,7 +52,7 @@ def as_integers(weight):
     return {name: tensor.view(torch.int8) for name, tensor in weight.tensors().items() if "plane" not in name}
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(weight=weights(), threads=st.sampled_from([1, 3]))
 def test_unpack_gives_back_what_was_packed_bit_for_bit(weight, threads):
     before = torch.get_num_threads()
