@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 _ROOMS = {
     "allocation": ("PlanReport", "plan"),
     "benchmark": ("Bench", "bench"),
-    "plans": ("Plan", "Resized", "layers", "load", "resize"),
     "demonstration": ("Demo", "demo"),
     "errors": ("BitstrataError",),
     "evaluation": ("Evaluation", "evaluate"),
     "nn": ("use_bits",),
     "options": ("BenchOptions", "EvaluateOptions", "GenerationSettings", "PlanOptions", "QuantizeOptions"),
+    "plans": ("Plan", "Resized", "layers", "load", "resize"),
     "quantization": ("Report", "quantize"),
     "runtime": (
         "Conversation",
