@@ -21,8 +21,8 @@ from bitstrata.benchmark.machine import describe
 from bitstrata.calibration import evaluation_windows, read_text
 from bitstrata.evaluation import Tally
 from bitstrata.models import context_limit, find_head, load_tokenizer
-from bitstrata.nn import parse_bits
 from bitstrata.planes import PlaneWeight, decode
+from bitstrata.plans import parse_bits
 from bitstrata.quantization.stages import CHUNK
 from bitstrata.solvers import BCQ, RTN
 from bitstrata.solvers.clipped import clipped_grid, clipped_rows

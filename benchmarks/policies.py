@@ -49,7 +49,7 @@ from bitstrata.calibration import read_text
 from bitstrata.evaluation.divergence import Tally
 from bitstrata.evaluation.report import render
 from bitstrata.models import load_tokenizer
-from bitstrata.nn import parse_bits
+from bitstrata.plans import parse_bits
 from bitstrata.runtime import Engine, Policy, Request, Token, parse_policy
 
 HEAD_BITS = 8  # of random models: one row times a dense bf16 head takes torch seconds here, which would be all we see

@@ -9,17 +9,9 @@ import pytest
 import torch
 from helpers import random_weight, save_checkpoint
 
-from bitstrata.checkpoint import (
-    CheckpointReader,
-    Fingerprint,
-    ModelSizes,
-    Page,
-    PageOrder,
-    Plan,
-    bytes_text,
-    parse_budget,
-)
+from bitstrata.checkpoint import CheckpointReader, Fingerprint
 from bitstrata.errors import PlanError, UsageError
+from bitstrata.plans import ModelSizes, Page, PageOrder, Plan, bytes_text, parse_budget
 from bitstrata.progress import notes, own_notes
 
 LAYERS = {

@@ -8,10 +8,11 @@ from page_orders import write_order
 from pretended_gpu import on_a_real_one
 
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import ResourceError
 from bitstrata.kernels.triton import TiledWeight
 from bitstrata.nn import PlaneLinear, bits_state
+from bitstrata.plans import ModelSizes
 from bitstrata.runtime import Engine, Request
 
 IDS = torch.arange(3, 9).view(2, 3)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bitstrata.kernels.api import _arguments
 from helpers import random_weight
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitstrata.kernels import plane_linear, plane_linear_rows
-from bitstrata.kernels.api import _arguments
 
 N, K = 5, 70
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

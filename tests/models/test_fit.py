@@ -13,11 +13,12 @@ from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, OPTConfig
 
 import bitstrata
 from bitstrata import memory
-from bitstrata.checkpoint import PAGES_FILE, CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import PlanError, ResourceError, UsageError
 from bitstrata.models import fit
-from bitstrata.models.fit import RESERVE, cache_bytes, fit_budget
 from bitstrata.nn import bits_state
+from bitstrata.plans import PAGES_FILE, ModelSizes
+from bitstrata.plans.fit import RESERVE, cache_bytes, fit_budget
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,12 @@ import torch
 from page_orders import write_order
 
 import bitstrata
-from bitstrata.checkpoint import PAGES_FILE, CheckpointReader, ModelSizes, PageOrder, Plan
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import PlanError, UnsupportedBitsError, UsageError
 from bitstrata.kernels import registry
 from bitstrata.kernels.cpu import missing
 from bitstrata.nn import PlaneLinear, bits_state
+from bitstrata.plans import PAGES_FILE, ModelSizes, PageOrder, Plan
 from bitstrata.progress import notes, own_notes
 
 KERNELS = [

@@ -17,7 +17,8 @@ SCRIPT = """
 import gc, random, re, sys
 import torch
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
+from bitstrata.plans import ModelSizes
 from bitstrata.nn import bits_state
 
 def anonymous():

@@ -22,8 +22,9 @@ import pytest
 from http_calls import CHAT, COMPLETIONS, JSON, WAIT, events, eventually, read_all, send
 
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, Fingerprint, Plan
+from bitstrata.checkpoint import CheckpointReader, Fingerprint
 from bitstrata.cli.main import run
+from bitstrata.plans import Plan
 
 LONG = {"prompt": "import os\n", "max_tokens": 900, "ignore_eos": True}
 

@@ -12,20 +12,13 @@ from transformers import PreTrainedModel
 
 from ..arguments import named
 from ..calibration import calibration_windows, read_text, text_digest
-from ..checkpoint import (
-    PAGES_FILE,
-    Budget,
-    CheckpointReader,
-    Fingerprint,
-    ModelSizes,
-    Plan,
-    parse_budget,
-)
+from ..checkpoint import CheckpointReader, Fingerprint
 from ..errors import UsageError
 from ..evaluation import load_reference
-from ..models import check_vocabulary, context_limit, load, load_tokenizer, resolve
+from ..models import check_vocabulary, context_limit, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..models.source import SourceModel
+from ..plans import PAGES_FILE, Budget, ModelSizes, Plan, load, parse_budget
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from . import greedy, milp, paired, waterfill

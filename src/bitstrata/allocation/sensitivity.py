@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 from ..checkpoint import CheckpointReader, Fingerprint, write_json
-from ..checkpoint.plan import read_file
 from ..checkpoint.schema import Strict
 from ..errors import PlanError
+from ..plans.plan import read_file
 from ..progress import Steps
 from .layer_loss import layer_losses
 from .objective import SKETCH, Objective

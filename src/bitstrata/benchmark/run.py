@@ -16,10 +16,10 @@ from ..errors import ResourceError, UnsupportedBitsError, UsageError
 from ..evaluation.report import render
 from ..kernels import select
 from ..memory import free_memory
-from ..models import choose_bits, load
 from ..models.load import pick_device
-from ..nn import BitsState, PlaneLinear, bits_state, parse_bits
+from ..nn import PlaneLinear, bits_state
 from ..planes.weights import MAX_BITS
+from ..plans import choose_bits, load, parse_bits
 from ..progress import log
 from ..torch_state import ordinary_torch
 from .clock import current
@@ -215,11 +215,8 @@ def _bench(
         for value in chosen:
             if value not in bits_state(loaded).supported:
                 raise UnsupportedBitsError(value, bits_state(loaded).supported)
-        layers = [
-            module
-            for module in loaded.modules()
-            if isinstance(module, PlaneLinear) and isinstance(module.bits_state, BitsState)
-        ]
+        planned = bits_state(loaded).layers
+        layers = [module for module in loaded.modules() if isinstance(module, PlaneLinear) and module.name in planned]
         sizes = sorted({(layer.out_features, layer.in_features) for layer in layers})
         group_size = layers[0].group_size
     else:

@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 from transformers import TextStreamer
 
-from ..checkpoint import bytes_text
 from ..errors import BitstrataError, UsageError
-from ..models import choose_bits, load_tokenizer, resize, resolve
-from ..nn import Precision
+from ..models import load_tokenizer, resolve
+from ..nn import BitsOrPlan
+from ..plans import bytes_text, choose_bits, resize
 from ..runtime import Conversation, GenerationSettings
 from .output import DEVICE_OPTION
 from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
@@ -107,7 +107,7 @@ def _obey(talk: Conversation, words: list[str]) -> bool:
     return True
 
 
-def _precision(bits: Precision) -> str:
+def _precision(bits: BitsOrPlan) -> str:
     return f"{bits} bits" if isinstance(bits, int) else f"plan {bits}"
 
 

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoint import CheckpointReader, Plan
+from ..checkpoint import CheckpointReader
 from ..errors import UsageError
-from ..models import bits_name, choose_bits, end_tokens, load_tokenizer, parse_bits_or_plan, resolve
+from ..models import end_tokens, load_tokenizer, resolve
+from ..plans import Plan, bits_name, choose_bits, parse_bits_or_plan
 from ..progress import log, note
 from ..runtime import Engine, parse_policy
 from .output import DEVICE_OPTION
@@ -151,7 +152,7 @@ def command(
         with engine:
             app = create_app(engine, tokenizer, settings)
             catalog = app.state.service.catalog
-            chosen_name = bits_name(catalog.default)
+            chosen_name = bits_name(catalog.default.given)
             choice = ", ".join(map(str, catalog.precisions))
             what = f"bits {choice} ({chosen_name} by default)" if choice else f"plan {chosen_name}"
             ready = f"serving {name} at {address(bound)}/v1 with {what}"

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..arguments import named
 from ..evaluation import evaluate
 from ..evaluation.report import render
-from ..models import encode_prompt, load, load_tokenizer
+from ..models import encode_prompt, load_tokenizer
+from ..plans import load
 from ..progress import log
 from ..quantization import quantize
 from ..runtime import Generation, GenerationSettings, continue_tokens

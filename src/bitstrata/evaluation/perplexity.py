@@ -13,22 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .. import arguments
 from ..arguments import named
 from ..calibration import evaluation_windows, given_tokens, read_text
-from ..checkpoint import CheckpointReader, Plan, is_checkpoint
+from ..checkpoint import CheckpointReader, is_checkpoint
 from ..errors import ModelError, TextError, UsageError
-from ..models import (
-    bits_name,
-    check_vocabulary,
-    context_limit,
-    highest_bits,
-    input_device,
-    load,
-    load_tokenizer,
-    parse_bits_or_plans,
-    resolve,
-)
+from ..models import check_vocabulary, context_limit, input_device, load_tokenizer, resolve
 from ..models.load import pick_device
-from ..nn import Precision, bits_state, multiplied_layers
+from ..nn import BitsOrPlan, bits_state, multiplied_layers
 from ..planes import whole_number
+from ..plans import Plan, bits_name, highest_bits, load, parse_bits_or_plans
 from ..progress import Steps, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from .arithmetic import ARITHMETICS, Ran
@@ -90,9 +81,9 @@ def evaluate(
     )
     state = bits_state(quantized)
     # a plan in memory is neither of these numbers nor a name for one
-    chosen: tuple[Precision, ...] = asked if asked is not None else state.supported or (state.default,)
+    chosen: tuple[BitsOrPlan, ...] = asked if asked is not None else state.supported or (state.default,)
     for value in chosen:
-        state.check(value)
+        state.resolve(value)
     tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
     original = load_reference(reference, quantized, where)
     length = context_length(quantized, seq_len)
@@ -173,7 +164,7 @@ def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedMode
             plan.check(CheckpointReader(folder))
 
 
-def _row(bits: Precision, measured: Measured, size: int, count: int) -> BitsResult:
+def _row(bits: BitsOrPlan, measured: Measured, size: int, count: int) -> BitsResult:
     name, bpw = bits_name(bits), 8 * size / count
     return BitsResult(name, measured.perplexity, measured.nll, measured.kld, measured.top1_agreement, bpw, size)
 

@@ -3,14 +3,11 @@
 from .context import context_limit
 from .described import load_tokenizer
 from .discover import Discovery, LeftOut, LinearInfo, discover
-from .fit import fit_budget
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .hub import resolve
-from .load import choose_bits, load, parse_target
+from .load import OpenCheckpoint, open_checkpoint, pick_device
 from .modules import bytes_per_token, input_device
-from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
-from .resize import Resized, resize
 from .source import SourceModel
 from .tokens import (
     Stops,
@@ -31,15 +28,13 @@ __all__ = [
     "HeadLayer",
     "LeftOut",
     "LinearInfo",
-    "Resized",
+    "OpenCheckpoint",
     "SourceModel",
     "Stops",
     "attach",
-    "bits_name",
     "bytes_per_token",
     "check_text",
     "check_vocabulary",
-    "choose_bits",
     "context_limit",
     "discover",
     "encode_body",
@@ -47,15 +42,10 @@ __all__ = [
     "encode_turns",
     "end_tokens",
     "find_head",
-    "fit_budget",
-    "highest_bits",
     "input_device",
-    "load",
     "load_tokenizer",
-    "parse_bits_or_plan",
-    "parse_bits_or_plans",
-    "parse_target",
-    "resize",
+    "open_checkpoint",
+    "pick_device",
     "resolve",
     "text_prefix",
     "vocabulary_size",

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import LayerSpec
 from ..errors import CheckpointError
-from ..nn import PlaneLinear, Precision, TiedHead
+from ..nn import BitsOrPlan, PlaneLinear, TiedHead
 from .discover import linear_info
 
 
@@ -63,7 +63,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
-def bytes_per_token(model: PreTrainedModel, bits: Precision | None) -> int:
+def bytes_per_token(model: PreTrainedModel, bits: BitsOrPlan | None) -> int:
     """Bytes of weights that one decoding step reads; of the input embedding only a row, which is left out.
 
     bits may be None for a model that is not quantized.

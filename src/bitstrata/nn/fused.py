@@ -79,7 +79,7 @@ class FusedGroup:
             others = [
                 (member, member.packed)
                 for member in self.members
-                if member is not layer and _equal(member.bits_state.bits_for(member.name, x.shape[:-1]), bits)
+                if member is not layer and _equal(member.bits_state.bits_for(member.name, x.shape[:-1], x.device), bits)
             ]
         others = [(member, other) for member, other in others if other.kernel.name == weight.kernel.name]
         y, *more = linear_many(x, [weight, *(other for _, other in others)], bits)

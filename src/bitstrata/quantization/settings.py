@@ -14,9 +14,9 @@ import torch
 from .. import arguments
 from ..errors import BitstrataError, PreflightError, UsageError
 from ..models.load import pick_device
-from ..nn import parse_bits
 from ..planes import whole_number
 from ..planes.weights import MAX_BITS
+from ..plans import parse_bits
 from ..solvers import RTN, Method, make_method
 
 MODEL_HINT = "give a folder or a hub id; a model in memory: save_pretrained writes such a folder"

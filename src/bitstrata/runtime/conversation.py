@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
 from ..models import check_text, encode_turns
-from ..nn import Precision, bits_state
+from ..nn import BitsOrPlan, bits_state
 from .generation import Generation, GenerationSettings, continue_tokens
 
 
@@ -47,9 +47,7 @@ class Conversation:
         self._settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens)
         self.model, self.tokenizer = model, tokenizer
         self._state = bits_state(model)
-        self._bits = self._state.default
-        if bits is not None:
-            self.bits = bits
+        self._bits = self._state.resolve(bits)
         self.has_template = bool(tokenizer.chat_template)
         if system is not None:
             _check_system(tokenizer, system)
@@ -58,13 +56,14 @@ class Conversation:
         self.reset()
 
     @property
-    def bits(self) -> Precision:
+    def bits(self) -> BitsOrPlan:
         """Of the next reply: a number, or the plan in memory where that is all there is."""
-        return self._bits
+        bits: BitsOrPlan = self._bits.given
+        return bits
 
     @bits.setter
     def bits(self, value: int) -> None:
-        self._bits = self._state.keep(value)
+        self._bits = self._state.resolve(value)
 
     @property
     def supported(self) -> tuple[int, ...]:
@@ -90,7 +89,7 @@ class Conversation:
             self.tokenizer,
             encode_turns(self.tokenizer, turns),
             text,
-            bits=bits,
+            bits=self._bits,
             settings=settings,
             streamer=streamer,
         )

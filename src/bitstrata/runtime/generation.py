@@ -14,22 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..arguments import named
-from ..checkpoint import Plan
 from ..errors import InputError, UsageError
-from ..models import (
-    bits_name,
-    check_vocabulary,
-    choose_bits,
-    context_limit,
-    encode_prompt,
-    end_tokens,
-    highest_bits,
-    input_device,
-    load,
-    load_tokenizer,
-    resolve,
-)
-from ..nn import Precision, bits_state
+from ..models import check_vocabulary, context_limit, encode_prompt, end_tokens, input_device, load_tokenizer, resolve
+from ..nn import Assignment, BitsOrPlan, bits_state
+from ..plans import Plan, bits_name, choose_bits, highest_bits, load
 from ..progress import note
 from ..torch_state import ordinary_torch
 
@@ -132,13 +120,12 @@ def generate(
         target, bits = choose_bits(str(model), bits)
         model = load(target, bits=bits, device=device, max_bits=None if bits is None else highest_bits(bits))
     tokenizer = tokenizer or load_tokenizer(resolve(str(model.name_or_path)))
-    state = bits_state(model)
     return continue_tokens(
         model,
         tokenizer,
         encode_prompt(tokenizer, prompt),
         prompt,
-        bits=state.default if bits is None else state.check(bits),  # type: ignore[arg-type]
+        bits=bits_state(model).resolve(bits),
         settings=settings,
         streamer=streamer,
     )
@@ -151,7 +138,7 @@ def continue_tokens(
     ids: list[int],
     prompt: str,
     *,
-    bits: Precision | None,
+    bits: BitsOrPlan | Assignment | None,
     settings: GenerationSettings,
     streamer: BaseStreamer | None = None,
 ) -> Generation:
@@ -161,6 +148,7 @@ def continue_tokens(
 
     Raises InputError for a token beyond the model's vocabulary, or if the prompt fills the model's context.
     """
+    chosen = None if bits is None else bits_state(model).resolve(bits)
     check_vocabulary(ids, model.config, tokenizer)
     limit, new_tokens = context_limit(model.config), settings.max_new_tokens
     if limit is not None and len(ids) + new_tokens > limit:
@@ -176,8 +164,8 @@ def continue_tokens(
         random_numbers = _seeded(settings.seed)
     if ends := end_tokens(model, tokenizer):
         extra["eos_token_id"] = sorted(ends)
-    if bits is not None:
-        extra["bits"] = bits
+    if chosen is not None:
+        extra["bits"] = chosen
     if settings.draft_bits is not None:
         extra |= {"draft_bits": settings.draft_bits, "draft_tokens": settings.draft_tokens}
     extra |= {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}  # whatever its file says
@@ -198,7 +186,7 @@ def continue_tokens(
     return Generation(
         prompt=prompt,
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
-        bits=None if bits is None else bits_name(bits),
+        bits=None if chosen is None else bits_name(chosen.given),
         tokens=len(new),
         seconds=time.perf_counter() - started,
         tokens_per_second=(len(arrived) - 1) / between if between > 0 else None,

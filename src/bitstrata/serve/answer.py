@@ -16,7 +16,7 @@ from fastapi import Response
 from pydantic import BaseModel
 
 from ..errors import InputError
-from ..nn import Precision
+from ..nn import Assignment, BitsOrPlan
 from ..runtime import Request, Token
 from .errors import ApiError, closing, translate
 from .replies import Delta, FinishReason, Formatter, PlacedToken, Usage, dump
@@ -37,7 +37,7 @@ class GenerationSpec:
     """
 
     prompts: Sequence[Sequence[int]]
-    precision: Precision
+    precision: Assignment
     continues: bool
     max_tokens: int | None
     default_tokens: int
@@ -47,7 +47,7 @@ class GenerationSpec:
 class _Choice:
     """One reply in the making."""
 
-    def __init__(self, index: int, text: ReplyText, asked: Precision | None, service: Service, started: float) -> None:
+    def __init__(self, index: int, text: ReplyText, asked: BitsOrPlan, service: Service, started: float) -> None:
         self.index, self._text, self._metrics, self._started = index, text, service.metrics, started
         self._plan = str(asked)  # of tokens without bits of their own: the plan's name
         self.bits: Counter[str] = Counter()
@@ -99,7 +99,7 @@ class _Answer:
         self._choices = []
         for index, request in enumerate(requests):
             text = ReplyText(service.tokenizer, request.prompt_ids if spec.continues else (), body.stop)
-            self._choices.append(_Choice(index, text, request.bits, service, started))
+            self._choices.append(_Choice(index, text, spec.precision.given, service, started))
 
     async def deltas(self) -> AsyncIterator[Delta]:
         async for arrival in self.submission.arrivals():

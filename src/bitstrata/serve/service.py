@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UnsupportedBitsError, UsageError
 from ..models import bytes_per_token
-from ..nn import BitsState, Precision
+from ..nn import Assignment, BitsState
 from ..runtime import Engine
 from .errors import ApiError, translate
 from .replies import ModelCard
@@ -69,9 +69,9 @@ class Catalog:
         self._created, self._has_template = int(time.time()), has_template
 
     @property
-    def default(self) -> Precision:
+    def default(self) -> Assignment:
         bits = self._settings.bits
-        return self._engine.limits.state.default if bits is None else self.precisions[bits]
+        return self._engine.limits.state.resolve(None) if bits is None else self.precisions[bits]
 
     @property
     def cards(self) -> list[ModelCard]:
@@ -81,8 +81,8 @@ class Catalog:
             ModelCard(
                 id=name,
                 created=self._created,
-                bits=precision if isinstance(precision, int) else None,
-                bytes_per_token=bytes_per_token(self._engine.model, precision),
+                bits=precision.given if isinstance(precision.given, int) else None,
+                bytes_per_token=bytes_per_token(self._engine.model, precision.given),
                 max_model_len=self._engine.limits.longest,
                 chat_template=self._has_template,
             )
@@ -96,7 +96,7 @@ class Catalog:
                 return card
         raise self._unknown(name)
 
-    def precision(self, model: str | None, bits: int | str | None) -> Precision:
+    def precision(self, model: str | None, bits: int | str | None) -> Assignment:
         """What a request asks for, by its model's name and its field `bits`.
 
         Raises ApiError: 404 for an unknown name, 400 for bits that the model does not have or that contradict.
@@ -120,14 +120,15 @@ class Catalog:
         hint = f"there are {names}" if names else "this server holds one plan's pages and runs nothing else"
         raise ApiError(400, f"bits {wanted} cannot be used: {hint}", param="bits", code="unsupported_bits")
 
-    def min_bits(self, precision: Precision, asked: int | None) -> int | None:
+    def min_bits(self, precision: Assignment, asked: int | None) -> int | None:
         """How far a policy may lower a request at `precision` that asks for `asked`.
 
         Raises ApiError for bits that the model does not have.
         """
         if asked is None:
             least = self._settings.min_bits
-            return min(precision, least) if least is not None and isinstance(precision, int) else None
+            bits = precision.given
+            return min(bits, least) if least is not None and isinstance(bits, int) else None
         if asked not in self.precisions:
             supported = ", ".join(map(str, self._supported)) or "none"
             message = f"min_bits={asked} is not available; supported bits: {supported}"
@@ -144,19 +145,17 @@ class Catalog:
         return ApiError(404, message, param="model", code="model_not_found")
 
 
-def _precisions(state: BitsState, settings: Settings) -> dict[int | str, Precision]:
+def _precisions(state: BitsState, settings: Settings) -> dict[int | str, Assignment]:
     """What requests may choose. Raises UnsupportedBitsError and UsageError for settings that do not fit the model."""
-    if not isinstance(state.default, int):
+    if state.plan is not None:
         if settings.bits is not None or settings.min_bits is not None or settings.plans:
             raise UsageError("a model that holds one plan's pages runs nothing else", hint="leave bits and plans out")
         return {}
     if settings.min_bits is not None and settings.min_bits not in state.supported:
         supported = ", ".join(map(str, state.supported))
         raise UsageError(f"min_bits={settings.min_bits} is not available", hint=f"supported bits: {supported}")
-    for plan in settings.plans.values():
-        state.check(plan)
-    found: dict[int | str, Precision] = {bits: bits for bits in state.supported}
-    found.update({name: replace(plan, name=name) for name, plan in settings.plans.items()})
+    found: dict[int | str, Assignment] = {bits: state.resolve(bits) for bits in state.supported}
+    found.update({name: state.resolve(replace(plan, name=name)) for name, plan in settings.plans.items()})
     if isinstance(settings.bits, int) and settings.bits not in found:
         raise UnsupportedBitsError(settings.bits, state.supported)
     if settings.bits is not None and settings.bits not in found:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
 from ...models import Stops, context_limit, end_tokens, vocabulary_size
-from ...nn import Precision, bits_state, steady_rows
+from ...nn import Assignment, bits_state, steady_rows
 from ...torch_state import ordinary_torch
 from ..policy import LoadView, Policy, RequestView
 from .admission import Running, admit, grow
@@ -252,22 +252,23 @@ class Engine:
             with self._changed:
                 self._pace.add(time.monotonic() - started)
 
-    def _bits(self, now: float) -> list[Precision]:
+    def _bits(self, now: float) -> list[Assignment]:
         """At what the running requests run in the round that begins now."""
-        running, supported = list(self._running.values()), self.limits.state.supported
+        running, state = list(self._running.values()), self.limits.state
+        asked = [item.handle._bits for item in running]
         views = [
-            RequestView(bits, item.handle.request.min_bits, supported, len(item.new), item.entropy)
-            if isinstance(bits := item.handle.bits, int)
-            else bits
-            for item in running
+            RequestView(bits.given, item.handle.request.min_bits, state.supported, len(item.new), item.entropy)
+            if isinstance(bits.given, int)
+            else None
+            for item, bits in zip(running, asked, strict=True)
         ]
         with self._changed:
             waiting = len(self._waiting)
-        most = max((len(view.ladder) - 1 for view in views if isinstance(view, RequestView)), default=0)
+        most = max((len(view.ladder) - 1 for view in views if view is not None), default=0)
         self._policy.observe(LoadView(now, waiting, self._pace.mean, most))
         return [
-            view.lowered(item.policy(view)) if isinstance(view, RequestView) else view
-            for item, view in zip(running, views, strict=True)
+            bits if view is None else state.resolve(view.lowered(item.policy(view)))
+            for item, bits, view in zip(running, asked, views, strict=True)
         ]
 
     def _run(self, batch: list[Segment]) -> None:
@@ -294,7 +295,7 @@ class Engine:
             if isinstance(token, BitstrataError):
                 self._end(items[row], Finished("error", token))
             else:
-                bits = batch[row].bits
+                bits = batch[row].bits.given
                 self._add(items[row], replace(token, bits=bits if isinstance(bits, int) else None))
 
     def _add(self, item: Running, token: Token) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ...errors import BitstrataError, ResourceError, UsageError
 from ...memory import is_out_of_memory
 from ...models import input_device, vocabulary_size
-from ...nn import Bits, Precision, RowBits, bits_state
+from ...nn import Assignment, bits_state, together
 from .attention import NAME, FlatBatch, Span
 from .memory import BLOCK, TokenPool
 
@@ -53,7 +53,7 @@ class Forward:
             self._own_attention = None
         self.pool.clear()
 
-    def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Precision]) -> Tensor:
+    def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment]) -> Tensor:
         """Logits [spans, V] float32 after the last token of each span; each span's tokens run at its own bits."""
         device = input_device(self.model)
         positions = [span.past + step for span in spans for step in range(span.length)]
@@ -69,7 +69,7 @@ class Forward:
             position_ids=position_ids,
             use_cache=False,
             bitstrata_batch=batch,
-            bits=_row_bits(bits, [span.length for span in spans], device),
+            bits=together(bits, [span.length for span in spans]),
             **extra,
         ).logits[0]
         return (logits if self._can_keep else logits[last]).float()
@@ -83,7 +83,7 @@ class Forward:
         """
         self._require_plain_attention()
         try:
-            with bits_state(self.model).still():
+            with bits_state(self.model).step():
                 apart = self._difference()
         except BitstrataError:
             raise
@@ -113,7 +113,7 @@ class Forward:
     def _difference(self) -> float:
         """Of the logits of two sequences in batches from the model's own, relative to their norm."""
         state = bits_state(self.model)
-        high, low = state.default, min(state.supported, default=state.default)
+        high, low = state.resolve(None), state.resolve(min(state.supported, default=None))
         size = vocabulary_size(self.model.config)
         one, other = ([(step * stride) % size for step in range(PROBE)] for stride in (7, 11))
         del other[-3:]
@@ -135,24 +135,7 @@ class Forward:
             self.pool.release(second)
         return float((torch.stack([rest[0], half[1]]) - expected).norm() / expected.norm())
 
-    def _alone(self, tokens: list[int], bits: Precision) -> Tensor:
+    def _alone(self, tokens: list[int], bits: Assignment) -> Tensor:
         ids = torch.tensor([tokens], device=input_device(self.model))
         logits: Tensor = self.model(input_ids=ids, use_cache=False, bits=bits).logits
         return logits[0, -1].float()
-
-
-def _row_bits(bits: Sequence[Precision], lengths: Sequence[int], device: torch.device) -> Bits:
-    """What the model is told when `lengths[i]` rows run at bits[i]: the simplest form that says it.
-
-    One precision for all is no tensor, and kernels have less to do.
-    """
-    choices: list[Precision] = []
-    for value in bits:
-        if value not in choices:
-            choices.append(value)
-    if len(choices) == 1:
-        return choices[0]
-    rows = [choices.index(value) for value, length in zip(bits, lengths, strict=True) for _ in range(length)]
-    if all(isinstance(choice, int) for choice in choices):
-        return torch.tensor([[choices[row] for row in rows]], dtype=torch.int8, device=device)
-    return RowBits(tuple(choices), torch.tensor([rows], device=device))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...nn import Precision
+from ...nn import Assignment
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Segment:
     owner: int
     past: int
     length: int
-    bits: Precision
+    bits: Assignment
     is_last: bool = True
 
 
@@ -50,11 +50,10 @@ def pack(waiting: Sequence[Segment], max_tokens: int, steady: int | None) -> lis
     return [*batches, long] if long else batches
 
 
-def _order(bits: Precision) -> tuple[float, tuple[int, ...]]:
-    """Equal precisions lie together, a plan where its mean is. Plans come in one order of layers."""
-    if isinstance(bits, int):
-        return bits, ()
-    return sum(bits.values()) / max(1, len(bits)), tuple(bits.values())
+def _order(bits: Assignment) -> tuple[float, tuple[int, ...]]:
+    """Equal bits lie together, a plan where its mean is."""
+    choice = bits.choices[0]
+    return sum(choice) / len(choice), choice
 
 
 def _fill(items: Sequence[Segment], max_tokens: int, steady: int, most: int) -> list[Segment]:

@@ -2,13 +2,11 @@
 
 A plan is a mapping from layer name to bits and goes wherever bits go. It names the layers without a
 role; an output head or an embedding in planes has one precision (FORMAT.md). A plan remembers which
-checkpoint it was made for: `layout` is a digest of everything that decides which bits exist and how
-many bytes they are, `weights` one of the files' digests. Another checkpoint is refused, not tried.
+checkpoint it was made for, and is refused for another.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,61 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
+from torch import nn
 
+from ..checkpoint import CheckpointReader, Fingerprint, QuantizationSpec, write_json
+from ..checkpoint.reader import MAX_DEPTH, is_deeper, regular_file
+from ..checkpoint.schema import Strict
 from ..errors import PlanError
-from .reader import MAX_DEPTH, CheckpointReader, is_deeper, regular_file
-from .schema import QuantizationSpec, Strict
-from .writer import write_json
+from ..nn import bits_state
 
 PLAN_VERSION = 1
 File = TypeVar("File", bound=Strict)
-
-
-class Fingerprint(Strict):
-    """Which checkpoint something was made for.
-
-    layout: sha256 of every layer's name, shape, bits, group size, scales and role.
-    weights: sha256 of the digests in the index; None where it has none, as after `save_pretrained`.
-    """
-
-    layout: str
-    weights: str | None = None
-
-    @classmethod
-    def of(cls, checkpoint: CheckpointReader | QuantizationSpec) -> Fingerprint:
-        """That of a checkpoint; a spec alone knows no digests."""
-        if isinstance(checkpoint, QuantizationSpec):
-            return cls(layout=_digest(_layout(checkpoint)))
-        digests = checkpoint.digests
-        return cls(layout=_digest(_layout(checkpoint.spec)), weights=_digest(digests) if digests else None)
-
-    def check(self, checkpoint: CheckpointReader | QuantizationSpec | Fingerprint, what: str) -> None:
-        """Raise PlanError if `what` (e.g. "plan.json") was made for another checkpoint than this."""
-        other = checkpoint if isinstance(checkpoint, Fingerprint) else Fingerprint.of(checkpoint)
-        where = f" in {checkpoint.folder}" if isinstance(checkpoint, CheckpointReader) else ""
-        if self.layout != other.layout:
-            raise PlanError(
-                f"{what} was made for another model than the one{where or ' given'}: "
-                "its layers, their shapes or bits differ",
-                hint="make one for this model with `bitstrata plan OUT --budget ...`",
-            )
-        if self.weights and other.weights and self.weights != other.weights:
-            raise PlanError(
-                f"{what} was made for other weights than those{where}: the model was quantized again since",
-                hint="make it again with `bitstrata plan OUT --budget ...`",
-            )
-
-
-def _layout(spec: QuantizationSpec) -> list[Any]:
-    return [
-        [name, layer.out_features, layer.in_features, spec.layer_bits(name), spec.layer_group_size(name),
-         layer.decoder, layer.bias, layer.role, layer.tied]
-        for name, layer in sorted(spec.layers.items())
-    ]  # fmt: skip
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class _PlanFile(Strict):
@@ -119,13 +72,17 @@ class Plan(Mapping[str, int]):
         """Every layer at `bits`."""
         return cls(dict.fromkeys(spec.planned_layers, bits), Fingerprint.of(spec), name=str(bits))
 
+    def check_made_for(self, checkpoint: CheckpointReader | QuantizationSpec | Fingerprint) -> None:
+        """Raise PlanError if this plan was made for another checkpoint than that."""
+        if self.model is not None:
+            self.model.check(checkpoint, f"the plan {self.name}".strip())
+
     def check(self, checkpoint: CheckpointReader | QuantizationSpec) -> None:
         """Raise PlanError unless this plan was made for that checkpoint and names its layers and their bits."""
-        what = f"the plan {self.name}" if self.name else "the plan"
+        what = f"the plan {self.name}".strip()
         spec = checkpoint if isinstance(checkpoint, QuantizationSpec) else checkpoint.spec
         layers = {name: spec.layer_bits(name) for name in spec.planned_layers}
-        if self.model is not None:
-            self.model.check(checkpoint, what)
+        self.check_made_for(checkpoint)
         for name in self.bits:
             if name not in layers:
                 raise PlanError(
@@ -165,6 +122,21 @@ class Plan(Mapping[str, int]):
         file = read_file(path, _PlanFile, PLAN_VERSION, "plan")
         named = {"name": file.name} if file.name else {}
         return cls(file.bits, file.model, path.stem, {**file.provenance, **named})
+
+
+def layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The layers that a plan names, each with the bits that it may have.
+
+        small = dict.fromkeys(bitstrata.layers(model), 2)  # a plan with every layer at 2 bits
+
+    For a model that holds one plan's pages, the bits are those in its files: `model.resize(plan)` reads them.
+
+    Raises UsageError for a model without quantized layers.
+    """
+    pages = getattr(model, "pages", None)
+    if pages is not None:
+        return {name: tuple(sizes) for name, sizes in pages.sizes.layers.items()}
+    return dict(bits_state(model).layers)
 
 
 def read_file(path: Path, schema: type[File], version: int, what: str) -> File:

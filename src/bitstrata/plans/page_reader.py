@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoint import CheckpointReader
+from ..checkpoint.reader import Shard, check_spec, check_values
+from ..checkpoint.schema import CONFIG_FILE, DTYPE_NAMES, INDEX_FILE, SAFETENSORS_DTYPES, TensorSpec
 from ..errors import CheckpointError
 from ..memory import allocate
 from ..planes.pack import words_per_row
 from ..planes.weights import Scales, make_scales, scales_bytes, scales_shapes
-from .reader import CheckpointReader, Shard, check_spec, check_values
-from .schema import CONFIG_FILE, DTYPE_NAMES, INDEX_FILE, SAFETENSORS_DTYPES, TensorSpec
 
 Stamp = tuple[int, ...]
 

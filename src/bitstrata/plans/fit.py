@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedConfig
 
-from ..checkpoint import Budget, ModelSizes, bytes_text
 from ..errors import ResourceError, UsageError
 from ..memory import free_memory
+from ..models import context_limit
 from ..progress import note
-from .context import context_limit
+from .budget import Budget, ModelSizes, bytes_text
 
 RESERVE = 256 << 20
 FIT = "fit"  # what the budget and its plan are called: bytes would be others at each start

@@ -6,7 +6,7 @@ would need. To resize,
 
     read       of every layer that changes, the planes above those it has, and the new scales, into the kernel's
                layout; requests run on meanwhile, at the old plan
-    exchange   every changed layer's weight, and the plan, between two steps (nn/resident.py)
+    exchange   every changed layer's weight, and the plan, between two steps (nn/uses.py)
     drop       what the new plan does not need, when the last user of the old weight has ended
 
 The planes that stay are shared, not copied. If reading fails, nothing has happened. Memory peaks at
@@ -19,7 +19,7 @@ import shlex
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ..arguments import named
-from ..checkpoint import (
-    PAGES_FILE,
-    Budget,
-    CheckpointReader,
-    Fingerprint,
-    ModelSizes,
-    PageOrder,
-    PageReader,
-    Plan,
-    parse_budget,
-)
+from ..checkpoint import CheckpointReader, Fingerprint
 from ..errors import CheckpointError, PlanError, UsageError
-from ..nn import PlaneLinear, ResidentState, bits_state
+from ..nn import PlaneLinear, bits_state
 from ..planes import whole_number
 from ..torch_state import ordinary_torch
+from .budget import Budget, ModelSizes, parse_budget
+from .order import PAGES_FILE, PageOrder
+from .page_reader import PageReader
+from .plan import Plan
 
 Size = int | str | Path | Budget | Mapping[str, int]  # uniform bits, a budget, a plan or a plan's file
 
@@ -148,11 +142,16 @@ class Pages:
             self._order = stamp, order
         return self._order[1].plan_for(sizes, budget)
 
-    def resize(self, model: PreTrainedModel, plan: Plan) -> Resized:
+    @ordinary_torch()
+    def resize(self, model: PreTrainedModel, size: Size) -> Resized:
+        """`bitstrata.resize`."""
+        return self.exchange(model, self.plan(size))
+
+    def exchange(self, model: PreTrainedModel, plan: Plan) -> Resized:
         """Let `model` hold and run `plan`. Raises CheckpointError, and leaves it as it is, if a page cannot be read."""
         state = bits_state(model)
-        assert isinstance(state, ResidentState)
-        state.steps.check_outside()  # before the lock: who holds it may be waiting for the caller's step
+        assert state.plan is not None
+        state.check_outside()  # before the lock: its holder may be waiting for the caller's step
         with self._resizing:
             started = time.perf_counter()
             _, reader = self._open()
@@ -163,12 +162,11 @@ class Pages:
                 layer = _layer(model, name)
                 pages = reader.pages(name, held.get(name, 0), plan[name])
                 weights[layer] = layer.with_pages(plan[name], *pages)
-            with state.steps.change():
+            with state.changing(replace(plan, bits={name: plan[name] for name in self.sizes.layers})):
                 if model.device.type == "cuda":
                     torch.cuda.synchronize(model.device)  # of steps that have returned, and of the copies above
                 for layer, weight in weights.items():
                     layer.packed = weight
-                state.adopt({name: plan[name] for name in self.sizes.layers}, str(plan))
             seconds = time.perf_counter() - started
             return self._report(reader, held, plan, changed, reader.bytes_read - start, seconds)
 
@@ -191,19 +189,7 @@ def _layer(model: PreTrainedModel, name: str) -> PlaneLinear:
     return layer
 
 
-def pages_of(model: PreTrainedModel) -> Pages:
-    """Where `model` takes its pages from. Raises UsageError if it was not loaded with a plan or a budget."""
-    pages = getattr(model, "bitstrata_pages", None)
-    if not isinstance(pages, Pages):
-        raise UsageError(
-            f"this {type(model).__name__} holds all of its planes and cannot be resized",
-            hint="load it with bitstrata.load(OUT, plan=...) or budget=...",
-        )
-    return pages
-
-
 @named
-@ordinary_torch()
 def resize(model: PreTrainedModel, size: Size) -> Resized:
     """Let a model that was loaded with a plan or a budget hold another: pages are read and dropped while it runs.
 
@@ -218,5 +204,6 @@ def resize(model: PreTrainedModel, size: Size) -> Resized:
         PlanError: a plan or page order that is malformed or of another model.
         CheckpointError: a page that is missing, damaged or changed; the model stays as it was.
     """
-    pages = pages_of(model)
-    return pages.resize(model, pages.plan(size))
+    bits_state(model)  # says so where nothing is quantized
+    resized: Resized = model.resize(size)  # type: ignore[operator]
+    return resized

@@ -18,12 +18,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ..checkpoint import CheckpointReader, Fingerprint, write_json
+from ..checkpoint.schema import Strict
 from ..errors import PlanError
 from .budget import Budget, ModelSizes
-from .plan import Fingerprint, Plan, read_file
-from .reader import CheckpointReader
-from .schema import Strict
-from .writer import write_json
+from .plan import Plan, read_file
 
 PAGES_FILE = "bitstrata_pages.json"
 PAGES_VERSION = 1

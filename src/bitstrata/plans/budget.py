@@ -21,10 +21,10 @@ from math import ceil, prod
 
 import torch
 
+from ..checkpoint import CheckpointReader
+from ..checkpoint.schema import SAFETENSORS_DTYPES
 from ..errors import UsageError
 from ..progress import note
-from .reader import CheckpointReader
-from .schema import SAFETENSORS_DTYPES
 
 _PREFIXES = ("", "k", "m", "g", "t")
 UNITS = {f"{p}b": 1000**i for i, p in enumerate(_PREFIXES)} | {f"{p}ib": 1024**i for i, p in enumerate(_PREFIXES) if p}
