@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bitstrata
-from bitstrata.nn import Assignment
+from bitstrata.nn import Assignment, bits_state
 from bitstrata.runtime.batching.attention import Span
 from bitstrata.runtime.batching.forward import Forward
 from bitstrata.runtime.batching.memory import BLOCK, TokenPool
