@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from bitstrata.benchmark.machine import describe
 from bitstrata.calibration import evaluation_windows, read_text
-from bitstrata.evaluation import Tally
+from bitstrata.metrics import Tally
 from bitstrata.models import context_limit, find_head, load_tokenizer
 from bitstrata.planes import PlaneWeight, decode
 from bitstrata.plans import parse_bits

@@ -43,9 +43,9 @@ from bitstrata.allocation import (
 from bitstrata.benchmark.machine import describe
 from bitstrata.calibration import calibration_windows, read_text, text_digest
 from bitstrata.checkpoint import CheckpointReader
-from bitstrata.evaluation.report import render
 from bitstrata.models import load_tokenizer
 from bitstrata.plans import ModelSizes, Plan
+from bitstrata.tables import render
 
 RANDOM = 5
 SOLVER_ORDER = ("waterfill", "milp", "greedy", "pages", "paired*", "paired")

@@ -29,7 +29,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import bitstrata
-from bitstrata.evaluation.report import render
+from bitstrata.tables import render
 
 BITS = (2, 3, 4)
 # name -> (method, preset, one file for all bits, options)

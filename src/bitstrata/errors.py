@@ -125,6 +125,11 @@ class PreflightError(BitstrataError):
         self.exit_code = max(problem.exit_code for problem in problems)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write `path` into an error that says what to do."""

@@ -24,7 +24,7 @@ from bitstrata.allocation.layer_loss import layer_losses
 from bitstrata.calibration import calibration_windows, read_text
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import CheckError, PlanError
-from bitstrata.evaluation import Tally
+from bitstrata.metrics import Tally
 from bitstrata.nn import PlaneLinear, use_bits
 from bitstrata.planes import decode
 from bitstrata.plans import ModelSizes

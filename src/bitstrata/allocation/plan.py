@@ -14,8 +14,7 @@ from ..arguments import named
 from ..calibration import calibration_windows, read_text, text_digest
 from ..checkpoint import CheckpointReader, Fingerprint
 from ..errors import UsageError
-from ..evaluation import load_reference
-from ..models import check_vocabulary, context_limit, load_tokenizer, resolve
+from ..models import check_vocabulary, context_limit, load_reference, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..models.source import SourceModel
 from ..plans import PAGES_FILE, Budget, ModelSizes, Plan, load, parse_budget
@@ -107,7 +106,7 @@ def plan(
     path = Path(sensitivity) if sensitivity is not None else folder / SENSITIVITY_FILE
     measured = None
     if text is not None:
-        measured = _Measured.of(reader, text, reference, measure or "kld", windows, seq_len, seed, device)
+        measured = _MeasuredOn.of(reader, text, reference, measure or "kld", windows, seq_len, seed, device)
     found = _sensitivity(path, reader, measured)
 
     problem = Problem.build(
@@ -184,7 +183,7 @@ def _check_writable(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _MeasuredOn:
     """What measures true losses: on the windows that layers are measured on, and on others."""
 
     settings: Settings
@@ -203,7 +202,7 @@ class _Measured:
         seq_len: int | None,
         seed: int,
         device: str,
-    ) -> _Measured:
+    ) -> _MeasuredOn:
         documents = read_text(text, part="calibration")
         where = pick_device(device)
         tokenizer = load_tokenizer(reader.folder)
@@ -234,7 +233,7 @@ class _Measured:
         return cls(settings, calibration, heldout, cut.calibration)
 
 
-def _sensitivity(path: Path, reader: CheckpointReader, measured: _Measured | None) -> Sensitivity:
+def _sensitivity(path: Path, reader: CheckpointReader, measured: _MeasuredOn | None) -> Sensitivity:
     if path.exists():
         return Sensitivity.load(path, reader, None if measured is None else measured.settings)
     if measured is None:
@@ -254,7 +253,7 @@ def _rows(
     found: Sensitivity,
     reader: CheckpointReader,
     sizes: ModelSizes,
-    measured: _Measured | None,
+    measured: _MeasuredOn | None,
     seed: int,
 ) -> list[PlanRow]:
     """The plan, the uniform plans around it, and a random plan of the same size."""

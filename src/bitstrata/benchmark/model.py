@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
 
 from ..models import bytes_per_token
+from ..models.compat import set_cached_length
 from ..nn import bits_state
 from .clock import captured, wait
 
@@ -80,9 +80,7 @@ class StaticDecoder(Decoder):
     def rewind(self) -> None:
         """Back to the end of the prompt; the addresses that a graph knows stay."""
         self.token.copy_(self.first)
-        for layer in self.cache.layers:
-            assert isinstance(layer, StaticLayer)
-            layer.cumulative_length.fill_(self.context)  # on the device, so that a step moves on without the host
+        set_cached_length(self.cache, self.context)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from ..checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, write_checkpoint
 from ..models import attach, discover, find_head
-from ..models.modules import set_submodule
+from ..models.discover import set_submodule
 from ..nn import BitsState, PlaneEmbedding, PlaneLinear, TiedHead
 from ..planes import AffineScales, PlaneWeight, group_count, words_per_row
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..arguments import named
 from ..errors import ResourceError, UnsupportedBitsError, UsageError
-from ..evaluation.report import render
 from ..kernels import select
 from ..memory import free_memory
 from ..models.load import pick_device
@@ -21,6 +20,7 @@ from ..nn import PlaneLinear, bits_state
 from ..planes.weights import MAX_BITS
 from ..plans import choose_bits, load, parse_bits
 from ..progress import log
+from ..tables import render
 from ..torch_state import ordinary_torch
 from .clock import current
 from .linear import REGIMES, LinearResult, bench_linear

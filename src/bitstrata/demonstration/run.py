@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..arguments import named
 from ..evaluation import evaluate
-from ..evaluation.report import render
 from ..models import encode_prompt, load_tokenizer
 from ..plans import load
 from ..progress import log
 from ..quantization import quantize
 from ..runtime import Generation, GenerationSettings, continue_tokens
+from ..tables import render
 from ..torch_state import ordinary_torch
 
 MODEL = Path(__file__).parent / "model"

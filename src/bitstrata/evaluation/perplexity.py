@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import arguments
 from ..arguments import named
 from ..calibration import evaluation_windows, given_tokens, read_text
 from ..checkpoint import CheckpointReader, is_checkpoint
-from ..errors import ModelError, TextError, UsageError
-from ..models import check_vocabulary, context_limit, input_device, load_tokenizer, resolve
+from ..errors import TextError, UsageError
+from ..metrics import Metrics, Tally
+from ..models import (
+    check_vocabulary,
+    context_limit,
+    input_device,
+    load_reference,
+    load_tokenizer,
+    resolve,
+)
 from ..models.load import pick_device
 from ..nn import BitsOrPlan, bits_state, multiplied_layers
 from ..planes import whole_number
@@ -23,7 +30,6 @@ from ..plans import Plan, bits_name, highest_bits, load, parse_bits_or_plans
 from ..progress import Steps, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from .arithmetic import ARITHMETICS, Ran
-from .divergence import Measured, Tally
 from .report import BitsResult, Evaluation
 
 TOKENS_PER_BATCH = 2048
@@ -164,7 +170,7 @@ def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedMode
             plan.check(CheckpointReader(folder))
 
 
-def _row(bits: BitsOrPlan, measured: Measured, size: int, count: int) -> BitsResult:
+def _row(bits: BitsOrPlan, measured: Metrics, size: int, count: int) -> BitsResult:
     name, bpw = bits_name(bits), 8 * size / count
     return BitsResult(name, measured.perplexity, measured.nll, measured.kld, measured.top1_agreement, bpw, size)
 
@@ -178,44 +184,6 @@ def context_length(model: PreTrainedModel, seq_len: int | None) -> int:
     if seq_len is not None:
         note(f"seq-len lowered from {seq_len} to {limit}, the model's context")
     return int(limit)
-
-
-def load_reference(
-    reference: str | Path | PreTrainedModel | None, quantized: PreTrainedModel, device: torch.device
-) -> PreTrainedModel | None:
-    """The model to compare with, in the dtype of `quantized`. Raises ModelError if it has another vocabulary."""
-    if reference is None:
-        return None
-    original = reference if isinstance(reference, PreTrainedModel) else _read_reference(reference, quantized.dtype)
-    sizes = [model.config.get_text_config().vocab_size for model in (original, quantized)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"the reference has another vocabulary than the quantized model: {sizes[0]} tokens, not {sizes[1]}",
-            hint="give the model that was quantized",
-        )
-    nn.Module.to(original, device)
-    return original.eval()
-
-
-def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    folder = resolve(reference, kind="reference model")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the reference {folder} cannot be loaded: {reason}") from error
-    model: PreTrainedModel = loaded[0]
-    missing = sorted(loaded[1]["missing_keys"])
-    if missing:  # transformers has left them random
-        raise ModelError(f"the reference {folder} stores no tensor for {missing[0]}", hint="download it again")
-    return model
 
 
 def _batches(windows: Iterator[list[int]]) -> Iterator[list[list[int]]]:

@@ -1,14 +1,12 @@
 """Joining to transformers: which linears, loading and saving, source models."""
 
-from .context import context_limit
-from .described import load_tokenizer
-from .discover import Discovery, LeftOut, LinearInfo, discover
+from .config import context_limit
+from .discover import Discovery, LeftOut, LinearInfo, bytes_per_token, discover, input_device
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .hub import resolve
 from .load import OpenCheckpoint, open_checkpoint, pick_device
-from .modules import bytes_per_token, input_device
-from .source import SourceModel
+from .source import SourceModel, load_reference
 from .tokens import (
     Stops,
     check_text,
@@ -17,6 +15,7 @@ from .tokens import (
     encode_prompt,
     encode_turns,
     end_tokens,
+    load_tokenizer,
     text_prefix,
     vocabulary_size,
 )
@@ -43,6 +42,7 @@ __all__ = [
     "end_tokens",
     "find_head",
     "input_device",
+    "load_reference",
     "load_tokenizer",
     "open_checkpoint",
     "pick_device",

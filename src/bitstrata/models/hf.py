@@ -9,8 +9,8 @@ A loaded model's class is a subclass, with the same name, which takes `bits=` wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import QUANT_METHOD, CheckpointReader, QuantizationSpec
@@ -27,8 +26,9 @@ from ..checkpoint.schema import INDEX_FILE
 from ..errors import CheckpointError, UsageError
 from ..nn import Bits, BitsState, PlaneEmbedding, PlaneLinear, PlaneModule, bits_state, fuse
 from .attention import use_grouped_sdpa
+from .compat import stored_file, unhooked
+from .discover import linear_of, local_name, set_submodule, submodule
 from .head import check_untied, put_embedding
-from .modules import linear_of, local_name, set_submodule, submodule
 from .speculation import Speculation, speculate
 
 
@@ -74,7 +74,7 @@ class BitstrataQuantizer(HfQuantizer):
 
         transformers would take that of the first floating tensor, which is one of our scales.
         """
-        if config.dtype is None and (index := _stored_file(config.name_or_path, INDEX_FILE)) is not None:
+        if config.dtype is None and (index := stored_file(config.name_or_path, INDEX_FILE)) is not None:
             config.dtype = CheckpointReader(index.parent).dtype
         return config
 
@@ -113,18 +113,6 @@ class BitstrataQuantizer(HfQuantizer):
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def _stored_file(name: str | None, file: str) -> Path | None:
-    """`file` of a model that is a folder or was fetched from the hub."""
-    if not name:
-        return None
-    path = (
-        Path(name, file)
-        if Path(name).is_dir()
-        else cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    )
-    return Path(path) if path is not None and Path(path).is_file() else None
 
 
 def replace_layers(model: PreTrainedModel, spec: QuantizationSpec, *, paged: bool = False) -> QuantizationSpec:
@@ -184,27 +172,11 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     take_bits(model)
     for module in model.modules():
         if isinstance(module, PlaneModule):
-            with _unhooked(module):
+            with unhooked(module):
                 module.pack()
     fuse(model)
     use_grouped_sdpa(model)
     return model
-
-
-@contextmanager
-def _unhooked(module: PlaneModule) -> Iterator[None]:
-    """Without the hook that accelerate has put around `module`, if there is one: it remembers tensors by name."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        yield
-        return
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module  # there, as there is a hook
-
-    remove_hook_from_module(module)
-    try:
-        yield
-    finally:
-        add_hook_to_module(module, hook)
 
 
 def take_bits(model: PreTrainedModel) -> None:

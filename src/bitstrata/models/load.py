@@ -10,13 +10,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint import CheckpointReader, Fingerprint
-from ..errors import BitstrataError, CheckpointError, UsageError
+from ..errors import BitstrataError, CheckpointError, UsageError, first_line
 from ..memory import is_out_of_memory
 from ..nn import bits_state
-from .architecture import causal_class
-from .described import read_config, read_generation_config
+from .config import causal_class, read_config, read_generation_config
 from .hf import replace_layers
-from .hub import first_line
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..calibration import BlockRunner, Windows
 from ..checkpoint import LayerSpec, QuantizationSpec, format_version
 from ..checkpoint.schema import CONFIG_FILE, is_plane, tensor_bytes
-from ..evaluation import Measured
+from ..metrics import Metrics
 from ..models import Discovery, HeadLayer, LinearInfo, SourceModel
 from ..planes import PlaneWeight, decode
 from ..progress import log
@@ -190,7 +190,7 @@ class Job:
     prepared: Prepared
     state: JobState
     layer_error: dict[str, dict[str, float]] = field(default_factory=dict)
-    measured: dict[str, Measured] = field(default_factory=dict)
+    measured: dict[str, Metrics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         prepared = self.prepared

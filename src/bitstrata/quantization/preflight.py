@@ -37,13 +37,13 @@ from ..models import (
     load_tokenizer,
     resolve,
 )
-from ..models.names import missing_tensors
+from ..models.source_files import missing_tensors
 from ..planes.weights import all_finite
 from ..progress import note
 from ..solvers.grouping import check_weight
 from ..version import __version__
 from .companions import note_companions
-from .context import Prepared, Stage, megabytes
+from .config import Prepared, Stage, megabytes
 from .settings import Settings
 from .state import JOB_FOLDER, is_job
 

@@ -18,10 +18,10 @@ from pydantic import BaseModel, ValidationError
 
 from ..checkpoint.reader import read_json
 from ..errors import CheckpointError
-from ..evaluation import Measured
-from ..evaluation.report import optional, percent, render
+from ..metrics import Metrics
+from ..tables import optional, percent, render
 from .chains import ORIGINAL, baseline
-from .context import Prepared
+from .config import Prepared
 
 MEASURES = ("nll", "kld", "top1_agreement")
 
@@ -142,13 +142,13 @@ class Report:
 def make_report(
     prepared: Prepared,
     notes: Sequence[str],
-    measured: Mapping[str, Measured] = MappingProxyType({}),
+    measured: Mapping[str, Metrics] = MappingProxyType({}),
     layer_error: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> Report:
     """Put a report together; `measured` has an entry a chain, or none if nothing was measured."""
     settings, discovery, spec = prepared.settings, prepared.discovery, prepared.spec()
     rows = []
-    lower: Measured | None = None
+    lower: Metrics | None = None
     unmeasured = "not measured" + ("" if prepared.windows is not None else ": no calibration text was given")
     for bits in settings.bits:
         size = spec.bytes_read(bits)
@@ -193,7 +193,7 @@ def text_warning(nll: float, vocabulary: int) -> str | None:
     )
 
 
-def verdict(bits: int, measured: Measured, rtn: Measured | None, lower: Measured | None) -> str:
+def verdict(bits: int, measured: Metrics, rtn: Metrics | None, lower: Metrics | None) -> str:
     """One sentence on whether `bits` is worth using; "ok" if nothing is wrong with it."""
     assert measured.kld is not None
     assert measured.top1_agreement is not None

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..calibration import fisher_bytes, fisher_diagonal
 from ..errors import CheckError
-from ..evaluation import Tally
 from ..memory import return_free_memory
+from ..metrics import Tally
 from ..models import HeadLayer
 from ..planes import PlaneWeight, decode
 from ..progress import Steps, log
@@ -23,7 +23,7 @@ from ..solvers.clipped import clipped_rows
 from ..solvers.grouping import join_rows, row_chunks
 from .block_task import BlockTask
 from .chains import ORIGINAL, baseline
-from .context import Job, Prepared, Stage
+from .config import Job, Prepared, Stage
 from .settings import Settings
 from .state import SENSITIVITY
 from .tuning import tune

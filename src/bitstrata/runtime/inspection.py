@@ -11,9 +11,9 @@ import torch
 from ..checkpoint import CheckpointReader, validate
 from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE
 from ..errors import CheckpointError
-from ..evaluation.report import render
 from ..kernels import select
 from ..models import resolve
+from ..tables import render
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ...errors import BitstrataError, ResourceError, UsageError
 from ...memory import is_out_of_memory
 from ...models import input_device, vocabulary_size
+from ...models.compat import attention_of, can_change_attention
 from ...nn import Assignment, bits_state, together
 from .attention import NAME, FlatBatch, Span
 from .memory import BLOCK, TokenPool
@@ -43,7 +44,7 @@ class Forward:
 
     def attach(self) -> None:
         """Switch the model's attention to batches; the model is known to allow it."""
-        self._own_attention = self.model.config._attn_implementation
+        self._own_attention = attention_of(self.model)
         self.model.set_attn_implementation(NAME)
 
     def detach(self) -> None:
@@ -102,12 +103,12 @@ class Forward:
             )
 
     def _require_plain_attention(self) -> None:
-        if self.model.config._attn_implementation == NAME:
+        if attention_of(self.model) == NAME:
             raise UsageError("another engine holds this model", hint="close it first, or load the model once more")
         types = set(getattr(self.model.config.get_text_config(decoder=True), "layer_types", None) or ())
         if types - LAYER_TYPES:
             raise UsageError(f"layers of {', '.join(sorted(types - LAYER_TYPES))} cannot run in an engine's batches")
-        if not self.model._can_set_attn_implementation():
+        if not can_change_attention(self.model):
             raise UsageError(f"{type(self.model).__name__} computes attention in its own way; batches cannot be run")
 
     def _difference(self) -> float:

@@ -19,7 +19,7 @@ LOGITS = 1 << 22  # logits worked on at a time; bounds the temporaries
 
 
 @dataclass(frozen=True)
-class Measured:
+class Metrics:
     """Means over `tokens` predicted tokens; kld and top1_agreement are None without a reference."""
 
     tokens: int
@@ -55,9 +55,9 @@ class Tally:
                 self._kld += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
                 self._agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
 
-    def result(self) -> Measured:
+    def result(self) -> Metrics:
         tokens = max(1, self.tokens)
-        return Measured(
+        return Metrics(
             self.tokens,
             self._nll / tokens,
             max(self._kld / tokens, 0.0) if self._compared else None,  # in this order NaN stays NaN

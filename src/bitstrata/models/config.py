@@ -1,12 +1,15 @@
-"""What stands beside the weights of a checkpoint: config.json, generation_config.json and the tokenizer.
+"""What stands beside the weights of a model: config.json and generation_config.json, judged before a model is built.
 
-transformers reads them and believes them. Here they are looked at before, so that a file which cannot be used is an
-error that names it: what is no file, what is no JSON, values of a type that fails later, and numbers of blocks that
-the weights do not have.
+transformers reads them and believes them. Here they are looked at first, so that a file which cannot be used is an
+error that names it: no JSON, values of a type that fails later, more blocks than there are weights for, a model that
+is no causal language model. `AutoModelForCausalLM` gives a class for many that are none: it drops a classifier's
+head, puts a random one on an encoder, or keeps half of an encoder-decoder. What was trained is what `architectures`
+says; what an encoder may see is what its config says.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -14,13 +17,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from ..checkpoint import CheckpointReader
-from ..checkpoint.reader import read_json, regular_file
-from ..errors import BitstrataError, CheckpointError, InputError
-from .hub import first_line
+from ..checkpoint.reader import read_json
+from ..errors import CheckpointError, ModelError, first_line
+from .compat import causal_classes
 
+DECODERS = "bitstrata quantizes decoder-only causal language models"
+# a base model counts: with tied embeddings it is the whole language model
+CAUSAL = re.compile(r".*(CausalLM|LMHeadModel|WithLMHead|ForConditionalGeneration)|(?!.*For)\w+(Model|Decoder)")
+# what reads the whole text whatever its config says
+BIDIRECTIONAL = ("cpmant", "xlnet")
+# what has `is_decoder` in its config and never looks at it
+ALWAYS_CAUSAL = ("gpt_neox", "gpt_neox_japanese", "whisper")
+
+STRETCHED = ("linear", "dynamic", "yarn")  # rope types whose length is factor x the original one
 GENERATION_FILE = "generation_config.json"
 MOST_BLOCKS = 1000  # that may be made to find out that there are no weights for them: parts of a model may store none
 _BLOCK_COUNT = re.compile(r"(num|n)_(hidden_)?layers?")  # the names that configs have for it
@@ -30,6 +42,79 @@ _Length = Annotated[int, Field(ge=0)] | None
 _Number = Annotated[float, Field(allow_inf_nan=False)] | None
 _Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
 _TokenId = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]  # -1 stands for none in some files
+
+
+def causal_class(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
+    """The class that AutoModelForCausalLM makes of `config`, and the config that this class takes.
+
+    The second is the text part of `config` where the class is that of the text model alone.
+    """
+    found = causal_classes()[type(config)]
+    if isinstance(found, (tuple, list)):
+        found = found[0]
+    text = config.sub_configs.get("text_config")
+    if text is not None and getattr(found, "config_class", None) == text:
+        return found, config.get_text_config()
+    return found, config
+
+
+def check_causal(folder: Path, config: PreTrainedConfig) -> None:
+    """Raise ModelError, naming the architecture, unless `config` is of a model that predicts the next token."""
+    if type(config) not in causal_classes():
+        raise ModelError(
+            f"{folder}: {config.model_type!r} is not a causal language model of transformers", hint=DECODERS
+        )
+    named = config.architectures
+    trained = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    own = causal_class(config)[0].__name__
+    if trained and own not in trained and not any(CAUSAL.fullmatch(name) for name in trained):
+        raise ModelError(
+            f"{folder} holds a {trained[0]}, which is not a causal language model: its head would be lost",
+            hint=f"{DECODERS}; `architectures` in config.json says what the weights are of, {own} would do",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{folder} holds a {(trained or [own])[0]}, an encoder-decoder", hint=DECODERS)
+    if _sees_later_tokens(config):
+        raise ModelError(
+            f"{folder} holds a {(trained or [own])[0]} that sees later tokens: an encoder, not a causal language model",
+            hint=DECODERS,
+        )
+
+
+def _sees_later_tokens(config: PreTrainedConfig) -> bool:
+    text = config.get_text_config(decoder=True)
+    if text.model_type in BIDIRECTIONAL or getattr(text, "causal", True) is False:
+        return True
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        return True
+    return getattr(text, "is_decoder", True) is False and text.model_type not in ALWAYS_CAUSAL
+
+
+def context_limit(config: PreTrainedConfig) -> int | None:
+    """The longest sequence, in tokens, that a model of this config was made for; None if it does not say.
+
+    Configs say in two ways that rotary positions are stretched past the length of training: with
+    `max_position_embeddings` as it was, to be multiplied by `factor` (linear, dynamic, yarn), or with
+    `max_position_embeddings` already raised (llama3, longrope).
+    """
+    text = config.get_text_config(decoder=True)
+    limit: int | None = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    rope = getattr(text, "rope_parameters", None)
+    if limit is None or not isinstance(rope, Mapping):
+        return limit
+    # some models rotate by layer type; a layer type that is not stretched holds the others to its length
+    nested = [part for part in rope.values() if isinstance(part, Mapping)]
+    return min(_stretched(limit, part) for part in nested or [rope])
+
+
+def _stretched(limit: int, rope: Mapping[str, Any]) -> int:
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings") or limit
+    if rope.get("rope_type", rope.get("type")) not in STRETCHED:
+        return limit
+    if not isinstance(factor, (int, float)) or not isinstance(original, (int, float)):
+        return limit
+    length = factor * original
+    return max(limit, int(length)) if math.isfinite(length) else limit
 
 
 class _GenerationFile(BaseModel):
@@ -129,27 +214,3 @@ def read_generation_config(folder: Path, vocab_size: int | None) -> GenerationCo
         if isinstance(value := getattr(checked, name), float):  # transformers refuses some of them as integers
             setattr(config, name, value)
     return config
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model. Raises InputError if there is none, or if it cannot be read or used."""
-    try:
-        for path in Path(folder).iterdir():
-            regular_file(path, InputError)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-        tokenizer.decode(tokenizer("a").input_ids)  # some values are looked at when they are used, and not before
-    except BitstrataError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{folder} has no usable tokenizer: {first_line(error)}",
-            hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
-        ) from error
-    if not isinstance(tokenizer.chat_template, str | dict | None):
-        raise InputError(
-            f"{folder}: chat_template is a {type(tokenizer.chat_template).__name__}, not a template",
-            hint="correct it in tokenizer_config.json",
-        )
-    return tokenizer
