@@ -52,7 +52,6 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 docs: $(READY)  ## the site in build/site; a page, link or anchor that is not there is an error
-	$(BIN)/python -c "import material, mkdocstrings" 2> /dev/null || $(BIN)/python -m pip install --quiet --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 wheel: $(READY)  ## build dist/bitstrata-*.whl

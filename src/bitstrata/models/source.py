@@ -26,9 +26,7 @@ from ..planes.weights import all_finite
 from .compat import tied_parameters
 from .config import causal_class, check_causal
 from .hub import resolve
-from .shards import AGAIN, check_adapter, entry_file
 from .source_files import AGAIN, FileWatch, bind, check_adapter, entry_file, indexed_files, share
-from .watch import FileWatch
 
 READ_BYTES = 1 << 26
 

@@ -30,7 +30,7 @@ from ..memory import memory_errors, peak_memory
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from .companions import checkpoint_config, copy_companions
-from .config import Job, Prepared, megabytes
+from .context import Job, Prepared, megabytes
 from .preflight import prepare
 from .report import Report, make_report
 from .settings import Settings

@@ -43,7 +43,7 @@ from ..progress import note
 from ..solvers.grouping import check_weight
 from ..version import __version__
 from .companions import note_companions
-from .config import Prepared, Stage, megabytes
+from .context import Prepared, Stage, megabytes
 from .settings import Settings
 from .state import JOB_FOLDER, is_job
 

@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from ..metrics import Metrics
 from ..tables import optional, percent, render
 from .chains import ORIGINAL, baseline
-from .config import Prepared
+from .context import Prepared
 
 MEASURES = ("nll", "kld", "top1_agreement")
 

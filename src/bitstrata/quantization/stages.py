@@ -23,7 +23,7 @@ from ..solvers.clipped import clipped_rows
 from ..solvers.grouping import join_rows, row_chunks
 from .block_task import BlockTask
 from .chains import ORIGINAL, baseline
-from .config import Job, Prepared, Stage
+from .context import Job, Prepared, Stage
 from .settings import Settings
 from .state import SENSITIVITY
 from .tuning import tune
