@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, which occurs once in src/bitstrata/`file`, becomes `new`; `tests` should notice, the first of them first."""
+    """`old`, which occurs once in src/bitstrata/`file`, becomes `new`; `tests` should notice, the first one first."""
 
     name: str
     what: str
