@@ -22,7 +22,7 @@ OF_TORCH = {"_C", "_buffers", "_current_level", "_modules", "_parameters", "_set
 DOCUMENTED = {  # submodules of transformers that its documentation imports from
     "transformers.generation.streamers",
     "transformers.pytorch_utils",
-    "transformers.quantizers",
+    "transformers.quantizers.base",
     "transformers.quantizers.auto",
     "transformers.utils",
     "transformers.utils.quantization_config",

@@ -148,7 +148,8 @@ def dense_model(
     """The same model with ordinary random weights."""
     model = _skeleton(config, blocks, dtype, device)
     _fill(model, dtype, torch.Generator(device).manual_seed(seed))
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def random_checkpoint(

@@ -49,7 +49,7 @@ class ReferenceKernel:
         raise TypeError("the reference kernel has no layout of its own")
 
     def decode(self, weight: PlaneWeight, bits: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        return decode(weight.rows(first, last), bits, dtype)
+        return decode(weight.outputs(first, last), bits, dtype)
 
     def lookup(self, index: Tensor, weight: PlaneWeight, bits: int, dtype: torch.dtype) -> Tensor:
         return decode(weight.take(index), bits, dtype)

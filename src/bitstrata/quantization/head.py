@@ -137,7 +137,7 @@ class HeadPlanes:
         wrong = total = 0.0
         for rows in row_chunks(layer.out_features, layer.in_features, CHUNK):
             weight = self._rows(layer, rows).cpu()
-            dense = decode(planes.rows(rows.start, rows.stop), self._bits)
+            dense = decode(planes.outputs(rows.start, rows.stop), self._bits)
             wrong += float((dense - weight).square().sum(dtype=torch.float64))
             total += float(weight.square().sum(dtype=torch.float64))
         return wrong / max(total, 1e-30)

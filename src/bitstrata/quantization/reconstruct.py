@@ -36,7 +36,7 @@ class _Affine(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         (planes,) = ctx.saved_tensors
         return torch.stack([(gradient * plane).sum(1) for plane in planes]), gradient.sum(1), None
 
@@ -53,12 +53,12 @@ class LayerState:
     def weight(self) -> Tensor:
         """The dense weight [N, K] with coefficients rounded as stored."""
         scale, offset = to_scale(self.scale).float(), to_scale(self.offset).float()
-        weight: Tensor = _Affine.apply(scale, offset, self.planes)
+        weight: Tensor = _Affine.apply(scale, offset, self.planes)  # type: ignore[no-untyped-call]
         return self.grouping.join(weight)
 
     def trained(self) -> Tensor:
         """The dense weight [N, K] with coefficients as they are, differentiable in them."""
-        weight: Tensor = _Affine.apply(self.scale, self.offset, self.planes)
+        weight: Tensor = _Affine.apply(self.scale, self.offset, self.planes)  # type: ignore[no-untyped-call]
         return self.grouping.join(weight)
 
 
@@ -139,7 +139,7 @@ def reconstruct(
         weights = {}
         for name, layer in layers.items():
             scale, offset = (base + unit[name] * delta for base, delta in zip(start[name], free[name], strict=True))
-            weights[name] = layer.grouping.join(_Affine.apply(scale, offset, layer.planes))
+            weights[name] = layer.grouping.join(_Affine.apply(scale, offset, layer.planes))  # type: ignore[no-untyped-call]
         device = next(iter(weights.values())).device
         loss = (_output(task, weights, mixed.to(device)) - task.targets[chosen].to(device)).square().mean()
         optimizer.zero_grad(set_to_none=True)

@@ -84,7 +84,7 @@ class Conversation:
         if draft is not None and isinstance(bits, int) and draft >= bits:
             settings["draft_bits"] = None  # this precision is no dearer than its draft
         ids = encode_turns(self.tokenizer, turns)
-        result = continue_tokens(self.model, self.tokenizer, ids, text, **settings)  # type: ignore[arg-type]
+        result = continue_tokens(self.model, self.tokenizer, ids, text, **settings)
         self._turns = [*turns, {"role": "assistant", "content": result.text}]
         return result
 

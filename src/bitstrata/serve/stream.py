@@ -30,7 +30,7 @@ async def while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T |
     tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None  # type: ignore[return-value]
+        return tasks[0].result() if tasks[0].done() else None
     finally:
         for task in tasks:
             task.cancel()

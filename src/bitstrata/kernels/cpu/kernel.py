@@ -124,7 +124,7 @@ class CpuKernel:
         self, weight: PlaneWeight | BlockedWeight, bits: int, first: int, last: int, dtype: torch.dtype
     ) -> Tensor:
         if isinstance(weight, PlaneWeight):
-            return decode(weight.rows(first, last), bits, dtype)
+            return decode(weight.outputs(first, last), bits, dtype)
         tile = torch.empty(last - first, weight.in_features, dtype=dtype, device="cpu")
         weight.handle.decode(self.isa, bits, first, last, tile.data_ptr(), TYPES[dtype], torch.get_num_threads())
         return tile

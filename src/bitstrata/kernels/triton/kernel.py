@@ -96,7 +96,7 @@ class TritonKernel:
 
     def decode(self, weight: PlaneWeight | TiledWeight, bits: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
         if isinstance(weight, PlaneWeight):
-            return decode(weight.rows(first, last), bits, dtype)
+            return decode(weight.outputs(first, last), bits, dtype)
         return self.lookup(torch.arange(first, last, device=weight.planes[0].device), weight, bits, dtype)
 
     def lookup(self, index: Tensor, weight: PlaneWeight | TiledWeight, bits: int, dtype: torch.dtype) -> Tensor:
