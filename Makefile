@@ -11,7 +11,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 # A user's `pip install` goes on without the kernels when they cannot be built; here that is an error, unless there is no compiler at all.
 export BITSTRATA_REQUIRE_NATIVE ?= $(if $(shell command -v $(CXX)),1,0)
 
-.PHONY: demo test check lint types format wheel sanitize cross clean
+.PHONY: demo test check lint types format docs wheel sanitize cross clean
 
 demo: $(READY)  ## the main job on the bundled model, offline
 	$(BIN)/bitstrata demo
@@ -20,7 +20,8 @@ demo: $(READY)  ## the main job on the bundled model, offline
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile
 
-check: lint types  ## what must be clean before a commit
+check: $(READY)  ## what must be clean before a commit: .pre-commit-config.yaml, on all files
+	VENV="$(VENV)" PRE_COMMIT_HOME="$(abspath $(VENV))/pre-commit" $(BIN)/pre-commit run --all-files
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -32,6 +33,10 @@ types: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)  ## the site in build/site; a page, link or anchor that is not there is an error
+	$(BIN)/python -c "import material, mkdocstrings" 2> /dev/null || $(BIN)/python -m pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 wheel: $(READY)  ## build dist/bitstrata-*.whl
 	rm -rf dist

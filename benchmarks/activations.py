@@ -18,7 +18,7 @@ import torch
 
 import bitstrata
 from bitstrata.benchmark.machine import describe
-from bitstrata.kernels import Problem, select
+from bitstrata.kernels import select
 from bitstrata.kernels.registry import ENVIRONMENT
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    isa = select(Problem("cpu", torch.float32, 1, "affine")).name
+    isa = select("cpu", torch.float32).name
     nll: dict[str, dict[str, float]] = {}
     for kernel in ("reference", f"{isa}-exact", f"{isa}-int8"):
         os.environ[ENVIRONMENT] = kernel

@@ -37,10 +37,9 @@ from bitstrata.benchmark.random_model import SHAPES, dense_model, random_model, 
 from bitstrata.benchmark.run import parse_shapes
 from bitstrata.benchmark.tune import tune
 from bitstrata.errors import BitstrataError, UsageError
-from bitstrata.kernels import Problem, select
+from bitstrata.kernels import select
 from bitstrata.models.load import pick_device
-from bitstrata.nn import parse_bits
-from bitstrata.progress import Reporter
+from bitstrata.plans import parse_bits
 
 LAYERS = "4096x14336,14336x4096,8192x28672,4096x4096"  # out_features x in_features
 GROUP_SIZE = 128
@@ -138,7 +137,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     options.shapes, options.bits = parse_shapes(options.shapes), parse_bits(options.bits)
     options.rows = [int(rows) for rows in options.rows.split(",")]
     options.device = pick_device(options.device)
-    kernel = select(Problem(options.device.type, torch.bfloat16, 1, "affine")).name
+    kernel = select(options.device.type, torch.bfloat16).name
     if options.device.type != "cuda" or kernel == "reference":
         raise UsageError(
             f"this benchmark needs a GPU and its kernels; on {options.device} the kernel is {kernel}",
@@ -152,7 +151,7 @@ def measured(options: argparse.Namespace, kernel: str) -> dict[str, Any]:
     notes: list[str] = []
     tuned: list[Any] = []
     if options.tune:
-        tuned, path = tune(options.shapes, options.bits, options.rows, device=options.device, reporter=Reporter())
+        tuned, path = tune(options.shapes, options.bits, options.rows, device=options.device)
         notes.append(f"the fastest shapes of programs are in {path}")
     bandwidth = Bandwidth(torch.get_num_threads(), options.device)
     bandwidth.sample()

@@ -42,9 +42,9 @@ from bitstrata.allocation import (
 )
 from bitstrata.benchmark.machine import describe
 from bitstrata.calibration import calibration_windows, read_text, text_digest
-from bitstrata.checkpoint import CheckpointReader, ModelSizes, Plan
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.models import load_tokenizer
-from bitstrata.progress import Reporter
+from bitstrata.plans import ModelSizes, Plan
 from bitstrata.tables import render
 
 RANDOM = 5
@@ -79,7 +79,7 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         path = Path(folder) / SENSITIVITY_FILE
-        found = measure_sensitivity(objective, reader, settings, path, calibration, Reporter(quiet=True))
+        found = measure_sensitivity(objective, reader, settings, path, calibration)
         seconds = {"measuring": time.perf_counter() - started}
 
     uniform = {bits: Plan.uniform(reader.spec, bits) for bits in reader.spec.bits}

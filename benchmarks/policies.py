@@ -48,7 +48,7 @@ from bitstrata.benchmark.random_model import SHAPES, random_model, shape_config
 from bitstrata.calibration import read_text
 from bitstrata.metrics import Tally
 from bitstrata.models import load_tokenizer
-from bitstrata.nn import parse_bits
+from bitstrata.plans import parse_bits
 from bitstrata.runtime import Engine, Policy, Request, Token, parse_policy
 from bitstrata.tables import render
 

@@ -37,16 +37,8 @@ from transformers import LlamaConfig, PreTrainedModel
 import bitstrata
 from bitstrata.benchmark.machine import describe
 from bitstrata.benchmark.random_model import SHAPES, random_checkpoint
-from bitstrata.checkpoint import (
-    PAGES_FILE,
-    CheckpointReader,
-    Fingerprint,
-    ModelSizes,
-    Page,
-    PageOrder,
-    Plan,
-)
-from bitstrata.progress import Reporter
+from bitstrata.checkpoint import CheckpointReader, Fingerprint
+from bitstrata.plans import PAGES_FILE, ModelSizes, Page, PageOrder, Plan
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 SHAPE = {**SHAPES["llama-3.2-1b"], "vocab_size": 32000, "tie_word_embeddings": False}
@@ -121,32 +113,31 @@ def forward(model: PreTrainedModel) -> None:
 
 def loads(folder: Path, budgets: list[str]) -> dict[str, Any]:
     """One budget a process; this is that process."""
-    quiet = Reporter(quiet=True)
-    forward(bitstrata.load(folder, budget=budgets[0], reporter=quiet))  # imports, and what the libraries keep
+    forward(bitstrata.load(folder, budget=budgets[0]))  # imports, and what the libraries keep
     before, started, first = memory(), time.perf_counter(), asked()
-    model = bitstrata.load(folder, budget=budgets[-1], reporter=quiet)
+    model = bitstrata.load(folder, budget=budgets[-1])
     seconds, read = time.perf_counter() - started, asked() - first
-    return row(budgets[-1], Plan(model.bitstrata_pages.plan(budgets[-1], quiet)), folder, before, seconds, read)
+    return row(budgets[-1], Plan(model.bitstrata_pages.plan(budgets[-1])), folder, before, seconds, read)
 
 
 def resizes(folder: Path, budgets: list[str], steps: int) -> dict[str, Any]:
-    quiet, draw = Reporter(quiet=True), random.Random(SEED)
-    model = bitstrata.load(folder, budget=budgets[0], reporter=quiet)
+    draw = random.Random(SEED)
+    model = bitstrata.load(folder, budget=budgets[0])
     forward(model)
     start = memory()
     pages = model.bitstrata_pages
-    least = pages.sizes.of_plan(pages.plan(budgets[0], quiet)).weights
+    least = pages.sizes.of_plan(pages.plan(budgets[0])).weights
     start["anonymous"] -= least
     jumps = []
     for budget in [*draw.sample(budgets, len(budgets)), *draw.sample(budgets, len(budgets))]:
-        plan, first = model.bitstrata_pages.plan(budget, quiet), asked()
+        plan, first = model.bitstrata_pages.plan(budget), asked()
         done = model.resize(plan)
         entry = row(budget, plan, folder, start, done.seconds, asked() - first)
         jumps.append(entry | {"added": done.added, "dropped": done.dropped, "pages_read": done.read})
         forward(model)
 
     order = PageOrder.load(folder / PAGES_FILE)
-    current = dict(model.bitstrata_pages.plan(budgets[0], quiet))
+    current = dict(model.bitstrata_pages.plan(budgets[0]))
     model.resize(current)
     at, taken = 0, []
     for _ in range(steps):

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 import bitstrata
 from bitstrata.calibration import calibration_windows, read_text
 from bitstrata.metrics import Tally
-from bitstrata.progress import Reporter
 from bitstrata.quantization import Report, quantize
 from bitstrata.quantization.preflight import HELDOUT_WINDOWS
 
@@ -34,7 +33,6 @@ def run(model: Path, output: Path, text: Path | None, **changes: Any) -> Report:
         "num_samples": 6,
         "seq_len": 32,
         "device": "cpu",
-        "reporter": Reporter(),
         **ANYBCQ,
         **changes,
     }

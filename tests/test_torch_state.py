@@ -21,7 +21,6 @@ import bitstrata
 from bitstrata.allocation import SENSITIVITY_FILE
 from bitstrata.demonstration import run as demo_module
 from bitstrata.models import load_tokenizer
-from bitstrata.progress import Reporter
 from bitstrata.runtime import Conversation, Engine, Request
 from bitstrata.torch_state import ordinary_torch
 
@@ -145,7 +144,7 @@ def test_quantize_writes_the_same_bytes(job: str, model: Path, text: Path, tmp_p
 def quantized(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("quantized") / "out"
     quantize(model, output, text, **RTN, head_bits=8)
-    bitstrata.plan(output, "5.5bpw", text=text, windows=2, seq_len=16, pages=True, reporter=Reporter(quiet=True))
+    bitstrata.plan(output, "5.5bpw", text=text, windows=2, seq_len=16, pages=True)
     return output
 
 
@@ -214,7 +213,6 @@ def plans(folder: Path, text: Path) -> Any:
     (folder / SENSITIVITY_FILE).unlink(missing_ok=True)
     report = bitstrata.plan(
         folder, "5.2bpw", text=text, output=output, windows=2, seq_len=16, device="cpu", pages=True,
-        reporter=Reporter(quiet=True),
     )  # fmt: skip
     return report.to_json(), output.read_bytes(), (folder / SENSITIVITY_FILE).read_bytes()
 
@@ -224,16 +222,13 @@ def plans_by_hessians(folder: Path, text: Path) -> Any:
     other.unlink(missing_ok=True)
     report = bitstrata.plan(
         folder, "5.2bpw", text=text, sensitivity=other, measure="hessian", windows=2, seq_len=16, device="cpu",
-        reporter=Reporter(quiet=True),
     )  # fmt: skip
     return report.to_json(), other.read_bytes()
 
 
 def benches(folder: Path, text: Path) -> Any:
     """Kernels are checked against float64 before they are timed; the errors found there are results too."""
-    found = bitstrata.bench(
-        shapes="64x96", bits="2,3", rows="1,17", rounds=1, regimes=("cache",), device="cpu", reporter=Reporter()
-    )
+    found = bitstrata.bench(shapes="64x96", bits="2,3", rows="1,17", rounds=1, regimes=("cache",), device="cpu")
     return [(row.name, row.rows, row.bytes, row.error) for row in found.linear]
 
 
@@ -269,7 +264,7 @@ def test_the_demo_begins_in_the_ordinary_state(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(demo_module, "quantize", quantize)
     with state(), pytest.raises(InterruptedError):
-        bitstrata.demo(reporter=Reporter(quiet=True))
+        bitstrata.demo()
     assert without_what_is_left_alone(seen[0]) == without_what_is_left_alone(ORDINARY)
 
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from bitstrata.benchmark.random_model import random_weight
-from bitstrata.benchmark.verify import run
-from bitstrata.kernels import PreparedWeight, cpu, prepare, select
-from bitstrata.kernels import Problem as KernelProblem
+from bitstrata.kernels import Weight, cpu, pack, select
 from bitstrata.planes import PlaneWeight, decode
 from bitstrata.version import __version__
 
@@ -27,7 +25,7 @@ def missing() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    kernel = select(KernelProblem("cpu", torch.float32, 1, "affine")).name
+    kernel = select("cpu", torch.float32).name
     return {"bitstrata": __version__, "bitstrata kernel": kernel}
 
 
@@ -35,7 +33,7 @@ def contenders(problem: Problem) -> list[Contender]:
     generator = torch.Generator().manual_seed(problem.seed)
     stored = random_weight(problem.out_features, problem.in_features, BITS, problem.group_size, generator)
     copies = problem.copies(stored.bytes_read(min(BITS)))
-    weights = [prepare(stored, torch.float32) or stored for _ in range(copies)]
+    weights = [pack(stored) for _ in range(copies)]
     return [
         Contender(
             "ours",
@@ -54,12 +52,12 @@ def contenders(problem: Problem) -> list[Contender]:
     ]
 
 
-def _call(x: Tensor, weight: PlaneWeight | PreparedWeight, bits: int) -> Callable[[], object]:
-    return lambda: run(x, weight, bits)
+def _call(x: Tensor, weight: Weight, bits: int) -> Callable[[], object]:
+    return lambda: weight.linear(x, bits)
 
 
-def _result(x: Tensor, weights: list[PlaneWeight | PreparedWeight], bits: int) -> Callable[[int], Tensor]:
-    return lambda index: run(x, weights[index], bits)
+def _result(x: Tensor, weights: list[Weight], bits: int) -> Callable[[int], Tensor]:
+    return lambda index: weights[index].linear(x, bits)
 
 
 def _decoded(stored: PlaneWeight, bits: int) -> Callable[[int, int], Tensor]:

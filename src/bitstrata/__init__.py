@@ -13,8 +13,8 @@ from .benchmark import bench
 from .demonstration import demo
 from .errors import BitstrataError
 from .evaluation import evaluate
-from .models import load, resize
 from .nn import use_bits
+from .plans import layers, load, resize
 from .quantization import quantize
 from .runtime import env, generate, inspect
 from .version import __version__
@@ -31,6 +31,7 @@ __all__ = [
     "evaluate",
     "generate",
     "inspect",
+    "layers",
     "load",
     "plan",
     "quantize",

@@ -37,6 +37,11 @@ class BitstrataError(Exception):
         self.message = message
         self.hint = hint
 
+    @property
+    def sentence(self) -> str:
+        """Message and hint on one line."""
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
 
 class UsageError(BitstrataError, ValueError):
     """An argument or a flag is wrong."""

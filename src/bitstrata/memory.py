@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +76,21 @@ def _anonymous(size: int) -> mmap.mmap:
     if hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mmap.mmap(-1, size)
+
+
+def return_free_memory() -> None:
+    """Ask the C library to give freed pages back; without it a long job's heap keeps its high-water mark."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it, and only glibc needs it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_memory() -> int:
+    """The process's highest resident memory so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:

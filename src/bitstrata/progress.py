@@ -1,108 +1,98 @@
-"""Progress and messages of long work: a bar with an ETA on a terminal, one line a step otherwise.
+"""Messages, notes and progress through `logging.getLogger("bitstrata")`: a library call shows nothing unless asked.
 
-Everything goes to stderr, so that stdout stays free for results.
+    logging.basicConfig(level=logging.INFO)
+
+shows notes (WARNING), messages and a line a step of long work (INFO). The record of a step has an attribute `progress`,
+from which a bar can be drawn; between those lines come more of them at DEBUG. The command line shows all of this
+on stderr (cli/terminal.py).
 """
 
 from __future__ import annotations
 
-import re
-import sys
+import contextlib
+import itertools
+import logging
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+log = logging.getLogger("bitstrata")
+log.addHandler(logging.NullHandler())
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
-MAX_LINES = 100  # a step is a line where there is no terminal; longer counts are thinned to this
-
-
-def printable(text: str) -> str:
-    """`text` for a terminal: names and values from files may hold characters that steer it, which are escaped."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+MAX_LINES = 100  # lines a piece of work logs at INFO; its other steps are logged at DEBUG
+_keys = itertools.count()
+_notes: ContextVar[tuple[str, ...] | None] = ContextVar("notes", default=None)
 
 
-class _Console(Console):
-    """A console whose closed pipe silences it; the work it reports on goes on."""
+def note(message: str) -> None:
+    """Log what a user did not ask for but must know; it also goes into the report of the verb that is running."""
+    collected = _notes.get()
+    if collected is not None:
+        _notes.set((*collected, message))
+    log.warning(message)
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
+
+def notes() -> tuple[str, ...]:
+    """The notes of the verb that is running in this thread, whether or not logging shows them."""
+    return _notes.get() or ()
 
 
-class Reporter:
-    """Where a job says what it does. `quiet` silences messages and progress, not errors."""
+@contextlib.contextmanager
+def own_notes() -> Iterator[None]:
+    """Around a verb whose report has its notes, those of no other: also a decorator."""
+    before = _notes.set(())
+    try:
+        yield
+    finally:
+        _notes.reset(before)
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.console = _Console(stderr=True, highlight=False, soft_wrap=True)
-        self.notes: list[str] = []
 
-    def fresh(self) -> Reporter:
-        """A reporter for another piece of work: the same terminal, no notes yet."""
-        other = Reporter(quiet=self.quiet)
-        other.console = self.console
-        return other
+@dataclass(frozen=True)
+class Progress:
+    """How far a piece of work is: `done` of `total` steps, which are `unit`s. `key` tells pieces of work apart."""
 
-    def note(self, message: str) -> None:
-        """Say something the user did not ask for but must know; it also goes into the report."""
-        self.notes.append(message)
-        self.say(f"note: {message}")
+    key: int
+    what: str
+    unit: str
+    total: int
+    done: int = 0
+    detail: str = ""
+    seconds_left: float | None = None
+    ended: bool = False
 
-    def say(self, message: str) -> None:
-        if not self.quiet:
-            self.console.print(printable(message), markup=False)
-
-    def track(self, what: str, total: int, unit: str) -> Steps:
-        """Count `total` steps of `what`; use as a context manager and call `step` after each."""
-        return Steps(self, what, total, unit)
+    def __str__(self) -> str:
+        left = self.seconds_left
+        eta = "" if left is None else f"eta {int(left // 60)}:{int(left % 60):02d}"
+        return f"{self.what}: {self.unit} {self.done}/{self.total} {self.detail} {eta}".rstrip()
 
 
 class Steps:
-    """A running count with an ETA."""
+    """A running count that logs each step. Use as `with Steps(...) as steps`, and call `steps.step` after each."""
 
-    def __init__(self, reporter: Reporter, what: str, total: int, unit: str) -> None:
-        self._reporter, self._what, self._total, self._unit = reporter, what, total, unit
-        self._done = 0
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._key = next(_keys)
+        self._done = self._measured = 0
         self._start = time.monotonic()
-        self._measured = 0
-        self._bar: Progress | None = None
-        if sys.stderr.isatty() and not reporter.quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[detail]}"),
-                console=reporter.console,
-                transient=True,
-            )
 
     def __enter__(self) -> Steps:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(self._what, total=self._total, detail="")
+        self._log(logging.DEBUG)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    def __exit__(self, *_: object) -> None:
+        self._log(logging.DEBUG, ended=True)
 
     def step(self, detail: str = "", *, skipped: bool = False) -> None:
         """One step is done; `skipped` steps took no time and do not enter the estimate."""
         self._done += 1
         self._measured += not skipped
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, detail=detail)
-        elif self._total <= MAX_LINES or self._done % -(-self._total // MAX_LINES) == 0 or self._done == self._total:
-            self._reporter.say(f"{self._what}: {self._unit} {self._done}/{self._total} {detail} {self._eta()}".rstrip())
+        is_line = self._done % -(-self._total // MAX_LINES) == 0 or self._done == self._total
+        self._log(logging.INFO if is_line else logging.DEBUG, detail)
 
-    def _eta(self) -> str:
-        left = self._total - self._done
-        if not left or not self._measured:
-            return ""
-        seconds = (time.monotonic() - self._start) / self._measured * left
-        return f"eta {int(seconds // 60)}:{int(seconds % 60):02d}"
+    def _log(self, level: int, detail: str = "", *, ended: bool = False) -> None:
+        left = None
+        if self._measured and self._done < self._total:
+            left = (time.monotonic() - self._start) / self._measured * (self._total - self._done)
+        state = Progress(self._key, self._what, self._unit, self._total, self._done, detail, left, ended)
+        log.log(level, state, extra={"progress": state})

@@ -22,12 +22,12 @@ from bitstrata.allocation import (
 )
 from bitstrata.allocation.layer_loss import layer_losses
 from bitstrata.calibration import calibration_windows, read_text
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import CheckError, PlanError
 from bitstrata.metrics import Tally
 from bitstrata.nn import PlaneLinear, use_bits
 from bitstrata.planes import decode
-from bitstrata.progress import Reporter
+from bitstrata.plans import ModelSizes
 
 SETTINGS = Settings(measure="kld", text="text.txt", text_sha256="0", windows=4, seq_len=32, seed=0)
 
@@ -59,7 +59,7 @@ def objective(model, windows, reference):
 
 
 def measure(objective, reader, windows, path, settings=SETTINGS):
-    return measure_sensitivity(objective, reader, settings, path, windows, Reporter(quiet=True))
+    return measure_sensitivity(objective, reader, settings, path, windows)
 
 
 @pytest.fixture(scope="module")

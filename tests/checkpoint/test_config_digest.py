@@ -16,7 +16,7 @@ import bitstrata
 from bitstrata.checkpoint import CheckpointReader, validate
 from bitstrata.checkpoint.config_digest import changed_fields, config_digests
 from bitstrata.errors import CheckpointError
-from bitstrata.progress import Reporter
+from bitstrata.progress import notes, own_notes
 
 
 @pytest.fixture
@@ -71,10 +71,12 @@ def test_every_field_of_what_was_written_is_covered(folder):
 
 def test_a_changed_field_is_named_and_refused_when_verifying(folder):
     edit_json(CONFIG, lambda config: config.update(rope_theta=9.0))(folder)
-    reader, reporter = CheckpointReader(folder), Reporter(quiet=True)
-    reader.note_changes(reporter)
+    reader = CheckpointReader(folder)
+    with own_notes():
+        reader.note_changes()
+        said = notes()
     assert reader.changed_config == ("rope_theta",)
-    assert "config.json is not as it was written (changed: rope_theta)" in reporter.notes[0]
+    assert "config.json is not as it was written (changed: rope_theta)" in said[0]
     with pytest.raises(CheckpointError, match=r"config\.json is not as it was written \(changed: rope_theta\)"):
         CheckpointReader(folder, verify=True)
     (problem,) = validate(folder)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from helpers import random_weight, save_checkpoint
 
-from bitstrata.checkpoint import CheckpointReader, PageReader
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import CheckpointError
 from bitstrata.planes.weights import scales_tensors
+from bitstrata.plans import PageReader
 
 BITS = (2, 3, 6)
 

@@ -9,18 +9,10 @@ import pytest
 import torch
 from helpers import random_weight, save_checkpoint
 
-from bitstrata.checkpoint import (
-    CheckpointReader,
-    Fingerprint,
-    ModelSizes,
-    Page,
-    PageOrder,
-    Plan,
-    bytes_text,
-    parse_budget,
-)
+from bitstrata.checkpoint import CheckpointReader, Fingerprint
 from bitstrata.errors import PlanError, UsageError
-from bitstrata.progress import Reporter
+from bitstrata.plans import ModelSizes, Page, PageOrder, Plan, bytes_text, parse_budget
+from bitstrata.progress import notes, own_notes
 
 LAYERS = {
     "a": random_weight(5, 70, seed=1),
@@ -117,9 +109,9 @@ def test_the_exact_form_of_a_budget_is_that_budget(text):
 def test_only_what_is_above_the_largest_plan_is_noted(sizes):
     largest = sizes.of_plan(sizes.largest)
     for budget, said in ((f"{largest.total}B", 0), (f"{largest.total + 1}B", 1), (f"{largest.bpw + 0.1}bpw", 1)):
-        reporter = Reporter(quiet=True)
-        sizes.note_excess(budget, reporter)
-        assert len(reporter.notes) == said
+        with own_notes():
+            sizes.note_excess(budget)
+            assert len(notes()) == said
 
 
 def test_a_plan_survives_its_file(reader, plan, tmp_path):

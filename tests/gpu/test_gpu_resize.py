@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from page_orders import write_order
+from pretended_gpu import on_a_real_one
 
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import ResourceError
 from bitstrata.kernels.triton import TiledWeight
 from bitstrata.nn import PlaneLinear, bits_state
-from bitstrata.progress import Reporter
+from bitstrata.plans import ModelSizes
 from bitstrata.runtime import Engine, Request
 
 IDS = torch.arange(3, 9).view(2, 3)
-QUIET = Reporter(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,14 @@ def test_after_a_resize_it_is_a_fresh_load(gpu, checkpoint, plans):
 
 
 def test_a_budget_and_another_device(gpu, checkpoint, sizes):
-    model = bitstrata.load(checkpoint, budget="1MB", device=gpu, dtype=torch.float32, reporter=QUIET)
+    model = bitstrata.load(checkpoint, budget="1MB", device=gpu, dtype=torch.float32)
     assert dict(bits_state(model).plan) == sizes.largest
     model.to("cpu")
     model.resize(3)
     assert torch.equal(logits(model), logits(bitstrata.load(checkpoint, plan=3, device="cpu", dtype=torch.float32)))
 
 
+@on_a_real_one
 def test_requests_go_on_while_it_is_resized(gpu, checkpoint, plans):
     model = bitstrata.load(checkpoint, plan=3, device=gpu, dtype=torch.float32)
     with Engine(model, None) as engine:
@@ -68,7 +69,7 @@ def test_requests_go_on_while_it_is_resized(gpu, checkpoint, plans):
 
 def test_fit_asks_the_device_for_its_free_memory(gpu, checkpoint, sizes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300 << 20, 1 << 33))
-    model = bitstrata.load(checkpoint, fit=True, device=gpu, reporter=QUIET)
+    model = bitstrata.load(checkpoint, fit=True, device=gpu)
     assert dict(bits_state(model).plan) == sizes.largest
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200 << 20, 1 << 33))
     with pytest.raises(ResourceError, match=r"209.72 MB free on cuda"):

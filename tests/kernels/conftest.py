@@ -1,4 +1,4 @@
-"""Every kernel is put through the same tests."""
+"""Every kernel whose code differs is put through the same tests."""
 
 from __future__ import annotations
 
@@ -6,28 +6,22 @@ from functools import partial
 
 import pytest
 import torch
+from instruction_sets import DISTINCT
 from kernel_errors import promise_of
 
 from bitstrata.kernels import registry
 
-# those for GPUs have the same tests in test_triton_kernels.py
-ON_CPU = sorted(name for name, kernel in registry._KERNELS.items() if getattr(kernel, "device", "cpu") == "cpu")
 
-
-@pytest.fixture(params=ON_CPU)
+@pytest.fixture(params=DISTINCT)
 def kernel(request, monkeypatch):
-    """The name of a registered kernel, forced for the test."""
+    """The name of a registered kernel, forced for the test; those for GPUs are in test_triton_kernels.py."""
     monkeypatch.setenv(registry.ENVIRONMENT, request.param)
     return request.param
 
 
 @pytest.fixture
-def promise(kernel, runs):
-    """promise(weight, bits) -> check(y, x, label): the forced kernel's result is as near to float64 as it says.
-
-    Skips what it cannot run on any weight, such as the instructions of another processor.
-    """
-    runs(torch.float32, "affine")
+def promise(kernel):
+    """promise(weight, bits) -> check(y, x, label): the forced kernel's result is as near to float64 as it says."""
     return partial(promise_of, registry._KERNELS[kernel])
 
 
@@ -45,15 +39,3 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def runs(kernel):
-    """Skip problems that the forced kernel says it cannot run."""
-
-    def check(dtype: torch.dtype, scales: str, rows: int = 1, device: str = "cpu") -> None:
-        reason = registry._KERNELS[kernel].can_run(registry.Problem(device, dtype, rows, scales))
-        if reason is not None:
-            pytest.skip(f"{kernel}: {reason}")
-
-    return check

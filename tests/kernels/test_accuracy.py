@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_linear_close, random_weight
+from instruction_sets import BEST, DISTINCT
 
 from bitstrata.kernels import plane_linear, plane_linear_rows
 from bitstrata.planes import decode
 
-ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65)
-SOME_ROWS = (1, 9, 17)  # for dtypes that differ in how activations are read and results written
+ROWS = (1, 2, 7, 8, 9, 16, 17, 33)
+SOME_ROWS = (1, 9, 17)
 ALL_BITS = tuple(range(1, 9))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 N, K = 37, 301
@@ -23,13 +24,19 @@ LAYOUTS = [
     ("codebook", K),
 ]
 
-layouts = pytest.mark.parametrize(
-    ("scales", "group_size"),
-    LAYOUTS,
-    ids=[f"{scales}-{'K' if size == K else size}" for scales, size in LAYOUTS],
+# in 16 bits only what is read and written differs, which no layout has a part in
+CASES = [
+    *(("fp32", *layout) for layout in LAYOUTS),
+    *((dtype, *layout) for dtype in ("bf16", "fp16") for layout in (("affine", 43), ("affine8", 128), ("codebook", K))),
+]
+cases = pytest.mark.parametrize(
+    ("dtype", "scales", "group_size"),
+    [(DTYPES[dtype], *layout) for dtype, *layout in CASES],
+    ids=[f"{dtype}-{scales}-{'K' if size == K else size}" for dtype, scales, size in CASES],
 )
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-scales = pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
+# what the ops do before they come to a kernel
+once = pytest.mark.parametrize("kernel", [DISTINCT[0], *DISTINCT[1:2]], indirect=True)
+KINDS = ("affine", "affine8", "codebook")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -46,6 +53,11 @@ def row_bits_for(rows, seed, bits=ALL_BITS):
     return torch.tensor(bits, dtype=torch.int8)[chosen]
 
 
+def rows_for(kernel, dtype):
+    """Dtypes differ only in how activations are read and results written; the reference has no loops of its own."""
+    return ROWS if dtype == torch.float32 and kernel != "reference" else SOME_ROWS
+
+
 @pytest.fixture
 def check_rows(promise):
     """Per-row results, checked together for each bits value that occurs."""
@@ -58,43 +70,48 @@ def check_rows(promise):
     return check
 
 
-@dtypes
-@layouts
-def test_all_bits_and_rows(runs, promise, scales, group_size, dtype, seed):
+@cases
+def test_all_bits_and_rows(kernel, promise, scales, group_size, dtype, seed):
     weight = make(scales, group_size, seed)
     for bits in ALL_BITS:
         check = promise(weight, bits)
-        for rows in ROWS if dtype == torch.float32 else SOME_ROWS:
-            runs(dtype, scales, rows)
+        for rows in rows_for(kernel, dtype):
             x = activations(rows, dtype, seed + rows)
             check(plane_linear(x, weight, bits), x, "uniform")
 
 
-@dtypes
-@layouts
-def test_each_row_at_its_own_bits(runs, check_rows, scales, group_size, dtype, seed):
+@cases
+def test_each_row_at_its_own_bits(kernel, check_rows, scales, group_size, dtype, seed):
     weight = make(scales, group_size, seed)
-    for rows in ROWS if dtype == torch.float32 else SOME_ROWS:
-        runs(dtype, scales, rows)
+    for rows in rows_for(kernel, dtype):
         x, row_bits = activations(rows, dtype, seed + rows), row_bits_for(rows, seed + rows)
         check_rows(plane_linear_rows(x, weight, row_bits), x, row_bits, weight, f"of {rows} mixed rows")
 
 
+@cases
+@pytest.mark.skipif(not BEST, reason="the native kernels are not built")
+@pytest.mark.parametrize("kernel", [BEST], indirect=True)
+def test_more_rows_go_through_the_decoded_weight(promise, check_rows, scales, group_size, dtype, seed):
+    weight = make(scales, group_size, seed)
+    for rows in (17, 33, 64, 65):
+        x, row_bits = activations(rows, dtype, seed + rows), row_bits_for(rows, seed + rows)
+        for bits in ALL_BITS:
+            promise(weight, bits)(plane_linear(x, weight, bits), x, "uniform")
+        check_rows(plane_linear_rows(x, weight, row_bits), x, row_bits, weight, f"of {rows} mixed rows")
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 32), (3, 31), (8, 33), (16, 128), (65, 64), (129, 257)], ids=str)
-@scales
-def test_widths_around_words_and_tiles(runs, promise, scales, shape, seed):
-    runs(torch.float32, scales, 5)
+def test_widths_around_words_and_tiles(promise, shape, seed):
     n, k = shape
-    weight = make(scales, 32, seed, n, k)
-    x = activations(5, torch.float32, seed, k)
-    for bits in ALL_BITS:
-        promise(weight, bits)(plane_linear(x, weight, bits), x, "shape")
+    for scales in KINDS:
+        weight = make(scales, 32, seed, n, k)
+        x = activations(5, torch.float32, seed, k)
+        for bits in ALL_BITS:
+            promise(weight, bits)(plane_linear(x, weight, bits), x, scales)
 
 
-@dtypes
-@scales
-def test_a_row_of_a_batch_is_as_near_as_that_row_alone(runs, promise, scales, dtype, seed):
-    runs(dtype, scales, 17)
+@pytest.mark.parametrize(("scales", "dtype"), list(zip(KINDS, DTYPES.values(), strict=True)), ids=KINDS)
+def test_a_row_of_a_batch_is_as_near_as_that_row_alone(promise, scales, dtype, seed):
     weight = make(scales, 43, seed)
     x, row_bits = activations(17, dtype, seed), row_bits_for(17, seed, (2, 3, 4))
     together = plane_linear_rows(x, weight, row_bits)
@@ -122,29 +139,29 @@ def non_contiguous(kind, seed):
     }[kind]()
 
 
+@once
 @pytest.mark.parametrize("kind", ["columns", "rows", "overlapping", "transposed", "expanded", "middle-of-three"])
-def test_non_contiguous_activations(runs, promise, check_rows, kind, seed):
+def test_non_contiguous_activations(promise, check_rows, kind, seed):
     x, weight = non_contiguous(kind, seed), make("affine", 43, seed)
     assert not x.is_contiguous()
     rows = x.shape[:-1].numel()
-    runs(torch.float32, "affine", rows)
     promise(weight, 3)(plane_linear(x, weight, 3), x, kind)
     row_bits = row_bits_for(rows, seed)
     y = plane_linear_rows(x, weight, row_bits)
     check_rows(y.reshape(rows, N), x.reshape(rows, K), row_bits, weight, kind)
 
 
-def test_row_bits_may_be_a_strided_view_of_any_integer_type(runs, check_rows, seed):
-    runs(torch.float32, "affine", 9)
+@once
+def test_row_bits_may_be_a_strided_view_of_any_integer_type(check_rows, seed):
     x, weight = activations(9, torch.float32, seed), make("affine", 43, seed)
     for dtype in (torch.int64, torch.int32, torch.uint8):
         row_bits = row_bits_for(18, seed).to(dtype)[::2]
         check_rows(plane_linear_rows(x, weight, row_bits), x, row_bits, weight, f"strided {dtype}")
 
 
+@once
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 1, 3), (0,), (0, 4), (4, 0)], ids=str)
-def test_any_leading_dimensions(runs, promise, leading, seed):
-    runs(torch.float32, "affine", 6)
+def test_any_leading_dimensions(promise, leading, seed):
     weight = make("affine", 43, seed)
     x = torch.randn(*leading, K, generator=torch.Generator().manual_seed(seed))
     promise(weight, 3)(plane_linear(x, weight, 3), x, "plane_linear")
@@ -152,7 +169,7 @@ def test_any_leading_dimensions(runs, promise, leading, seed):
     promise(weight, 3)(plane_linear_rows(x, weight, torch.full((rows,), 3)), x, "plane_linear_rows")
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("plane", [0, 1])
 def test_the_bound_notices_one_wrong_sign(dtype, plane, seed, monkeypatch):
     """The check of the checks: a single flipped plane bit of one weight is an error."""

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import random_weight
-from kernel_errors import chunks_of, fewest_levels, int8_errors
+from helpers import assert_linear_close, random_weight
+from instruction_sets import ISAS, kernel_of
+from kernel_errors import chunks_of, fewest_levels, int8_errors, promise_of
 
 from bitstrata.kernels import plane_linear, plane_linear_rows, registry
 from bitstrata.kernels.cpu import BlockedWeight
@@ -16,14 +17,9 @@ from bitstrata.kernels.cpu import kernel as module
 from bitstrata.planes import AffineScales, Codebook, PlaneWeight, decode, group_count, pack_bits
 
 ALL_BITS = tuple(range(1, 9))
-ISAS = [name for name, runs, _ in module.native.instruction_sets() if runs] if module.native else []
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
 isas = pytest.mark.parametrize("isa", ISAS)
-
-
-def variant(isa, name):
-    return registry._KERNELS[f"{isa}-{name}" if name else isa]
 
 
 def on_the_grid(rows, weight, bits, generator):
@@ -45,7 +41,7 @@ def random_problem(seed):
 
 @isas
 def test_int8_results_equal_the_scalar_ones(isa, seed):
-    kernel, scalar = variant(isa, "int8"), variant("scalar", "int8")
+    kernel, scalar = kernel_of(isa, "int8"), kernel_of("scalar", "int8")
     for case in range(seed, seed + 12):
         weight, rows = random_problem(case)
         packed = BlockedWeight.pack(weight)
@@ -63,6 +59,43 @@ def test_int8_results_equal_the_scalar_ones(isa, seed):
             assert ((kernel.linear(x, packed, bits) - expected).abs() <= limit).all(), message
             mixed = (kernel.linear_rows(x, packed, row_bits) - expected).abs() <= limit
             assert mixed[row_bits == bits].all(), f"mixed, {message}"
+
+
+@isas
+def test_exact_results_are_those_of_the_decoded_weight(isa, seed):
+    """Of each instruction set, on random shapes; test_accuracy.py puts the best one through all of its cases."""
+    for case in range(seed, seed + 6):
+        weight, rows = random_problem(case)
+        packed, generator = BlockedWeight.pack(weight), torch.Generator().manual_seed(case)
+        row_bits = torch.randint(1, 9, (rows,), generator=generator)
+        for bits, dtype in zip(ALL_BITS, (torch.float32, torch.bfloat16, torch.float16) * 3, strict=False):
+            x, W = (
+                torch.randn(rows, weight.in_features, generator=generator).to(dtype),
+                decode(weight, bits, torch.float64),
+            )
+            message = f"case={case} bits={bits} of {weight.out_features} x {weight.in_features}"
+            assert_linear_close(kernel_of(isa, "exact").linear(x, packed, bits), x, W, message)
+            mixed = kernel_of(isa, "exact").linear_rows(x, packed, row_bits)[row_bits == bits]
+            assert_linear_close(mixed, x[row_bits == bits], W, f"mixed, {message}")
+
+
+@isas
+def test_the_plain_kernel_is_the_int8_one_for_few_rows_and_the_decoded_weight_for_more(isa, seed):
+    for case in range(seed, seed + 4):
+        weight, _ = random_problem(case)
+        packed, generator = BlockedWeight.pack(weight), torch.Generator().manual_seed(case)
+        for rows, bits in ((1, 2), (module.FEW_ROWS, 5), (module.FEW_ROWS + 1, 3), (40, 8)):
+            x = torch.randn(rows, weight.in_features, generator=generator)
+            row_bits = torch.randint(1, 9, (rows,), generator=generator)
+            y, mixed = kernel_of(isa).linear(x, packed, bits), kernel_of(isa).linear_rows(x, packed, row_bits)
+            if rows <= module.FEW_ROWS:
+                assert torch.equal(y, kernel_of(isa, "int8").linear(x, packed, bits))
+                assert torch.equal(mixed, kernel_of(isa, "int8").linear_rows(x, packed, row_bits))
+                continue
+            assert_linear_close(y, x, decode(weight, bits, torch.float64), f"case={case} rows={rows}")
+            for value in row_bits.unique().tolist():
+                chosen = row_bits == value
+                promise_of(kernel_of(isa), weight, value)(mixed[chosen], x[chosen], f"case={case} mixed")
 
 
 def evenly_spaced(bits, N, groups, generator):
@@ -86,8 +119,7 @@ def whole_entries(bits, N, most, generator):
 
 @isas
 @pytest.mark.parametrize("group_size", [12, 32, 43, 64, 100, 128, 200, "codebook"], ids=lambda size: f"group-{size}")
-@pytest.mark.parametrize("rows", [1, 7, 18])
-def test_what_int8_and_levels_can_hold_is_computed_exactly(isa, group_size, rows, seed):
+def test_what_int8_and_levels_can_hold_is_computed_exactly(isa, group_size, seed):
     """No error of rounding is left to hide behind."""
     N, K = 35, 301
     generator = torch.Generator().manual_seed(seed)
@@ -105,17 +137,18 @@ def test_what_int8_and_levels_can_hold_is_computed_exactly(isa, group_size, rows
         K,
         size,
     )
-    kernel, packed = variant(isa, "int8"), BlockedWeight.pack(weight)
-    row_bits = torch.randint(1, 9, (rows,), generator=generator)
-    x = on_the_grid(rows, weight, 8, generator)
-    together = kernel.linear_rows(x, packed, row_bits)
-    for bits in ALL_BITS:
-        W = decode(weight, bits, torch.float64)
-        exact = x.double() @ W.T
-        limit = 2e-6 * (x.double().abs() @ W.abs().T)  # float32 sums of a few dozen terms
-        error = (kernel.linear(x, packed, bits) - exact).abs()
-        assert (error <= limit).all(), f"bits={bits}: {(error / limit).max():.1f} times the limit"
-        assert ((together - exact).abs() <= limit)[row_bits == bits].all(), f"mixed, bits={bits}"
+    kernel, packed = kernel_of(isa, "int8"), BlockedWeight.pack(weight)
+    for rows in (1, 7, 18):
+        row_bits = torch.randint(1, 9, (rows,), generator=generator)
+        x = on_the_grid(rows, weight, 8, generator)
+        together = kernel.linear_rows(x, packed, row_bits)
+        for bits in ALL_BITS:
+            W = decode(weight, bits, torch.float64)
+            exact = x.double() @ W.T
+            limit = 2e-6 * (x.double().abs() @ W.abs().T)  # float32 sums of a few dozen terms
+            error = (kernel.linear(x, packed, bits) - exact).abs()
+            assert (error <= limit).all(), f"rows={rows} bits={bits}: {(error / limit).max():.1f} times the limit"
+            assert ((together - exact).abs() <= limit)[row_bits == bits].all(), f"mixed, rows={rows} bits={bits}"
 
 
 @isas
@@ -132,7 +165,7 @@ def test_a_forced_kernel_really_runs(isa, name, monkeypatch):
         return call
 
     monkeypatch.setattr(module, "native", SimpleNamespace(linear=spy(module.native.linear)))
-    monkeypatch.setenv(registry.ENVIRONMENT, variant(isa, name).name)
+    monkeypatch.setenv(registry.ENVIRONMENT, kernel_of(isa, name).name)
     weight = random_weight(5, 70)
     plane_linear(torch.randn(3, 70), weight, 2)
     plane_linear_rows(torch.randn(3, 70), weight, torch.tensor([2, 3, 4]))
@@ -145,7 +178,7 @@ def test_many_rows_are_decoded_by_the_forced_instruction_set(isa):
     handle, called = packed.handle, []
     spy = SimpleNamespace(decode=lambda *arguments: (called.append(arguments[0]), handle.decode(*arguments)))
     object.__setattr__(packed, "handle", spy)
-    variant(isa, "").linear(torch.randn(17, 70), packed, 2)
+    kernel_of(isa, "").linear(torch.randn(17, 70), packed, 2)
     assert called == [isa]
 
 
@@ -160,7 +193,7 @@ def test_the_best_instruction_set_has_the_highest_priority(monkeypatch):
     monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
     chosen = registry.select(registry.Problem("cpu", torch.float32, 1, "affine"))
     assert chosen.name == ISAS[0]
-    priorities = [variant(isa, "").priority for isa in ISAS]
+    priorities = [kernel_of(isa, "").priority for isa in ISAS]
     assert priorities == sorted(priorities, reverse=True)
     assert len(set(priorities)) == len(priorities)
-    assert all(variant(isa, name).priority < 0 for isa in ISAS for name in ("int8", "exact")), "only when forced"
+    assert all(kernel_of(isa, name).priority < 0 for isa in ISAS for name in ("int8", "exact")), "only when forced"

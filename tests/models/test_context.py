@@ -12,7 +12,6 @@ from transformers import AutoConfig, PreTrainedConfig
 import bitstrata
 from bitstrata.errors import BitstrataError
 from bitstrata.models import context_limit
-from bitstrata.progress import Reporter
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
@@ -120,7 +119,7 @@ def test_the_context_survives_being_saved(name: str, tmp_path: Path) -> None:
 def test_a_stretched_model_generates_beyond_its_first_length(tmp_path: Path) -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     source = tiny_llama(tmp_path / "source", rope_scaling=scaling)
-    bitstrata.quantize(source, tmp_path / "out", bits=8, method="rtn", group_size=16, reporter=Reporter(quiet=True))
+    bitstrata.quantize(source, tmp_path / "out", bits=8, method="rtn", group_size=16)
     assert 0 < bitstrata.generate(tmp_path / "out", "a" * 90, max_new_tokens=10).tokens <= 10
     with pytest.raises(BitstrataError, match="256"):
         bitstrata.generate(tmp_path / "out", "a" * 300, max_new_tokens=10)

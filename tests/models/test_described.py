@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import bitstrata
 from bitstrata.errors import CheckpointError, InputError, ModelError, UsageError
 from bitstrata.models import load_tokenizer
-from bitstrata.progress import Reporter
+from bitstrata.progress import notes, own_notes
 
 IDS = torch.tensor([[5, 9, 33, 2, 17]])
 GENERATION = "generation_config.json"
@@ -25,9 +25,7 @@ GENERATION = "generation_config.json"
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("described")
     tiny_llama(folder / "source")
-    bitstrata.quantize(
-        folder / "source", folder / "out", bits="2-3", method="rtn", group_size=32, reporter=Reporter(quiet=True)
-    )
+    bitstrata.quantize(folder / "source", folder / "out", bits="2-3", method="rtn", group_size=32)
     return folder / "out"
 
 
@@ -45,24 +43,25 @@ def logits(model):
         return model(IDS).logits
 
 
-def test_a_change_of_the_config_that_moves_the_output_is_said(folder, capfd):
+def test_a_change_of_the_config_that_moves_the_output_is_said(folder, caplog):
     before = logits(bitstrata.load(folder))
     edit(folder / "config.json", rms_norm_eps=0.5)
-    reporter = Reporter(quiet=True)
-    model = bitstrata.load(folder, reporter=reporter)
+    with own_notes():
+        model = bitstrata.load(folder)
+        said = notes()
     assert not torch.equal(logits(model), before)
-    assert "(changed: rms_norm_eps), and is used as it is now" in reporter.notes[0]
-    capfd.readouterr()
+    assert "(changed: rms_norm_eps), and is used as it is now" in said[0]
+    caplog.clear()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
-    assert "(changed: rms_norm_eps)" in capfd.readouterr().err
+    assert "(changed: rms_norm_eps)" in caplog.text
     with pytest.raises(CheckpointError, match="rms_norm_eps"):
         bitstrata.load(folder, verify=True)
 
 
 def test_an_unchanged_config_is_not_spoken_of(folder):
-    reporter = Reporter(quiet=True)
-    bitstrata.load(folder, reporter=reporter)
-    assert reporter.notes == []
+    with own_notes():
+        bitstrata.load(folder)
+        assert notes() == ()
 
 
 @pytest.mark.parametrize("load", [bitstrata.load, AutoModelForCausalLM.from_pretrained], ids=["load", "transformers"])

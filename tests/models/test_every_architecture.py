@@ -14,11 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import bitstrata
 from bitstrata.errors import PreflightError
 from bitstrata.nn import PlaneLinear
-from bitstrata.progress import Reporter
 
 
 def quantize(source: Path, output: Path) -> None:
-    bitstrata.quantize(source, output, bits="2,8", method="rtn", group_size=16, reporter=Reporter(quiet=True))
+    bitstrata.quantize(source, output, bits="2,8", method="rtn", group_size=16)
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -13,22 +13,18 @@ from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, OPTConfig
 
 import bitstrata
 from bitstrata import memory
-from bitstrata.checkpoint import PAGES_FILE, CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import PlanError, ResourceError, UsageError
 from bitstrata.models import fit
-from bitstrata.models.fit import RESERVE, cache_bytes, fit_budget
 from bitstrata.nn import bits_state
-from bitstrata.progress import Reporter
-
-QUIET = Reporter(quiet=True)
+from bitstrata.plans import PAGES_FILE, ModelSizes
+from bitstrata.plans.fit import RESERVE, cache_bytes, fit_budget
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("fit")
-    bitstrata.quantize(
-        tiny_llama(root / "source"), root / "out", bits="2-4", method="rtn", group_size=32, reporter=QUIET
-    )
+    bitstrata.quantize(tiny_llama(root / "source"), root / "out", bits="2-4", method="rtn", group_size=32)
     write_order(root / "out")
     return root / "out"
 
@@ -81,10 +77,10 @@ def test_load_takes_the_largest_plan_that_fits(folder, sizes, monkeypatch):
     wanted = (total(sizes, sizes.smallest) + total(sizes, sizes.largest)) // 2
     others = RESERVE + cache_bytes(config, 20, torch.float32)
     monkeypatch.setattr(fit, "free_memory", lambda device: wanted + others)
-    model = bitstrata.load(folder, fit=True, context=20, reporter=QUIET)
+    model = bitstrata.load(folder, fit=True, context=20)
     plan = dict(bits_state(model).plan)
     assert sizes.smallest != plan != sizes.largest
-    assert plan == dict(model.bitstrata_pages.plan(f"{wanted}B", QUIET))
+    assert plan == dict(model.bitstrata_pages.plan(f"{wanted}B"))
     assert str(bits_state(model).plan) == "fit", "the same at every start, however much was free"
     model.resize(2)
     assert dict(bits_state(model).plan) == sizes.smallest
@@ -99,7 +95,7 @@ def test_not_even_the_smallest_fits(folder, sizes, monkeypatch):
         bitstrata.load(folder, fit=True)
     assert caught.value.exit_code == 4
     monkeypatch.setattr(fit, "free_memory", lambda device: needed)
-    assert dict(bits_state(bitstrata.load(folder, fit=True, reporter=QUIET)).plan) == sizes.smallest
+    assert dict(bits_state(bitstrata.load(folder, fit=True)).plan) == sizes.smallest
 
 
 def test_a_missing_page_order_names_a_budget_that_can_be_given(folder, sizes, monkeypatch, tmp_path):
@@ -110,10 +106,10 @@ def test_a_missing_page_order_names_a_budget_that_can_be_given(folder, sizes, mo
     others = RESERVE + cache_bytes(config, 20, torch.float32)
     monkeypatch.setattr(fit, "free_memory", lambda device: wanted + others)
     with pytest.raises(PlanError, match=PAGES_FILE) as caught:
-        bitstrata.load(copied, fit=True, context=20, reporter=QUIET)
+        bitstrata.load(copied, fit=True, context=20)
     assert f"--budget {wanted / 1e6:.12g}MB" in caught.value.hint
     monkeypatch.setattr(fit, "free_memory", lambda device: wanted + others + 1)
-    model = bitstrata.load(copied, fit=True, context=20, reporter=QUIET)
+    model = bitstrata.load(copied, fit=True, context=20)
     assert dict(bits_state(model).plan) == sizes.largest, "everything fits: no order is needed"
 
 

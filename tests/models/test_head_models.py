@@ -18,7 +18,6 @@ from bitstrata.errors import CheckpointError, PreflightError, UsageError
 from bitstrata.nn import BitsState, PlaneEmbedding, PlaneLinear, TiedHead, bits_state
 from bitstrata.nn.stored import PlaneModule
 from bitstrata.planes import decode
-from bitstrata.progress import Reporter
 
 NAMES = list(architectures.CONFIGS)
 TIED = {"llama-tied", "qwen2-tied", "gemma2", "gemma3", "opt", "gpt2"}
@@ -36,7 +35,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory):
             original = architectures.save(name, folder / "source")
             bitstrata.quantize(
                 folder / "source", folder / "out", bits="2,3,8", method="rtn", group_size=32,
-                head_bits=HEAD_BITS, reporter=Reporter(quiet=True),
+                head_bits=HEAD_BITS,
             )  # fmt: skip
             made[name] = original, folder / "out"
         return made[name]

@@ -17,7 +17,6 @@ import bitstrata
 from bitstrata.errors import BitstrataError, ModelError
 from bitstrata.models import load_tokenizer, resolve
 from bitstrata.models.source import SourceModel
-from bitstrata.progress import Reporter
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -79,9 +78,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 def rtn(source: str | Path, output: Path, bits: str = "2-4", **settings: Any) -> Path:
-    bitstrata.quantize(
-        source, output, bits=bits, method="rtn", group_size=16, reporter=Reporter(quiet=True), **settings
-    )
+    bitstrata.quantize(source, output, bits=bits, method="rtn", group_size=16, **settings)
     return output
 
 

@@ -20,7 +20,7 @@ from tiny_models import tiny_llama
 
 import bitstrata
 from bitstrata.errors import BitstrataError
-from bitstrata.progress import Reporter
+from bitstrata.progress import notes, own_notes
 
 MUTANTS = int(os.environ.get("MUTANTS", 200))
 INDEX, CONFIG, GENERATION = "model.safetensors.index.json", "config.json", "generation_config.json"
@@ -46,7 +46,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tiny_llama(
         folder / "source", hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2
     )
-    bitstrata.quantize(source, folder / "out", bits="2-3", method="rtn", group_size=32, reporter=Reporter(quiet=True))
+    bitstrata.quantize(source, folder / "out", bits="2-3", method="rtn", group_size=32)
     assert (folder / "out" / GENERATION).exists()
     values = json.loads((folder / "out" / GENERATION).read_text())
     (folder / "out" / GENERATION).write_text(json.dumps(values | GENERATION_VALUES))
@@ -143,19 +143,19 @@ def logits(model: Any) -> torch.Tensor:
         return torch.stack([model(IDS, bits=bits).logits for bits in (2, 3)])
 
 
+@own_notes()
 def fault(folder: Path, draw: Draw, expected: torch.Tensor) -> str | None:
     """What is wrong with how a mutated checkpoint is taken; None if nothing, "refused" for a proper refusal."""
     what, is_damaged = mutate(folder, draw)
-    reporter = Reporter(quiet=True)
     try:
         if draw.random() < 0.2:
             str(bitstrata.inspect(folder))
-        model = bitstrata.load(folder, verify=is_damaged, reporter=reporter)
-        if not torch.equal(logits(model), expected) and not any(CONFIG in note for note in reporter.notes):
+        model = bitstrata.load(folder, verify=is_damaged)
+        if not torch.equal(logits(model), expected) and not any(CONFIG in note for note in notes()):
             return f"{what}: other logits without a word"
         if is_damaged:
             return f"{what}: loaded with another digest"
-        bitstrata.generate(model, "ab", max_new_tokens=3, reporter=reporter)
+        bitstrata.generate(model, "ab", max_new_tokens=3)
     except BitstrataError as error:
         return f"{what}: {error.message}" if "ignore_mismatched_sizes" in error.message else "refused"
     except BaseException as error:

@@ -14,7 +14,6 @@ from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import CheckpointError, UnsupportedBitsError
 from bitstrata.nn import bits_state
 from bitstrata.planes import decode
-from bitstrata.progress import Reporter
 
 CLASSES = {"sequence": AutoModelForSequenceClassification, "token": TokenClassification}
 BITS = (2, 8)
@@ -31,7 +30,7 @@ def checkpoint(request, name, quantized, tmp_path_factory):
     original, source, folder = quantized(name)
     if request.param is not None:
         folder = tmp_path_factory.mktemp(name) / "out"
-        settings = {"bits": "2,8", "method": "rtn", "group_size": 32, "reporter": Reporter(quiet=True)}
+        settings = {"bits": "2,8", "method": "rtn", "group_size": 32}
         bitstrata.quantize(source, folder, head_bits=request.param, **settings)
     return original, source, folder
 

@@ -13,14 +13,14 @@ import torch
 from page_orders import write_order
 
 import bitstrata
-from bitstrata.checkpoint import PAGES_FILE, CheckpointReader, ModelSizes, PageOrder, Plan
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import PlanError, UnsupportedBitsError, UsageError
 from bitstrata.kernels import registry
 from bitstrata.kernels.cpu import missing
 from bitstrata.nn import PlaneLinear, bits_state
-from bitstrata.progress import Reporter
+from bitstrata.plans import PAGES_FILE, ModelSizes, PageOrder, Plan
+from bitstrata.progress import notes, own_notes
 
-QUIET = Reporter(quiet=True)
 KERNELS = [
     pytest.param("", marks=pytest.mark.skipif(bool(missing), reason="the native kernels are not built"), id="native"),
     pytest.param("reference", id="reference"),
@@ -29,7 +29,7 @@ IDS = torch.tensor([[1, 5, 9, 13, 17, 21, 25]])
 
 
 def quantize(source, out, **options):
-    settings = {"bits": "2-5", "method": "rtn", "group_size": 32, "reporter": QUIET} | options
+    settings = {"bits": "2-5", "method": "rtn", "group_size": 32} | options
     bitstrata.quantize(source, out, **settings)
     write_order(out)
     return out
@@ -174,14 +174,14 @@ def test_a_budget_below_the_smallest_names_the_minimum(folder):
 
 
 def test_a_budget_above_everything_says_so_and_loads_all(folder):
-    reporter = Reporter(quiet=True)
-    model = bitstrata.load(folder, budget="5GB", reporter=reporter)
-    assert any("above the whole model" in note for note in reporter.notes)
+    with own_notes():
+        model = bitstrata.load(folder, budget="5GB")
+        assert any("above the whole model" in note for note in notes())
     sizes = ModelSizes.of(CheckpointReader(folder))
     assert dict(bits_state(model).plan) == sizes.largest
-    exact = Reporter(quiet=True)
-    model.resize(f"{sizes.of_plan(sizes.largest).total}B", reporter=exact)
-    assert not exact.notes
+    with own_notes():
+        model.resize(f"{sizes.of_plan(sizes.largest).total}B")
+        assert not notes()
 
 
 def test_plans_come_from_files_as_well(folder, tmp_path, seed):
@@ -231,7 +231,7 @@ def test_a_missing_page_order_names_the_command(folder, tmp_path):
         assert f"bitstrata plan {copied} --budget {budget / 1e6:.12g}MB" in caught.value.hint
     assert bitstrata.load(copied, plan=3) is not None, "a plan needs no order"
     for budget, plan in ((low, sizes.smallest), (high, sizes.largest), (2 * high, sizes.largest)):
-        model = bitstrata.load(copied, budget=f"{budget}B", reporter=QUIET)
+        model = bitstrata.load(copied, budget=f"{budget}B")
         assert dict(bits_state(model).plan) == plan, "nor does the smallest or the largest"
         assert str(bits_state(model).plan) == f"{budget}B"
 

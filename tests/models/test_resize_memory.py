@@ -17,22 +17,22 @@ SCRIPT = """
 import gc, random, re, sys
 import torch
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
+from bitstrata.plans import ModelSizes
 from bitstrata.nn import bits_state
-from bitstrata.progress import Reporter
 
 def anonymous():
     gc.collect()
     return 1024 * int(re.search(r"^RssAnon:\\s+(\\d+)", open("/proc/self/status").read(), re.M)[1])
 
-folder, quiet, draw = sys.argv[1], Reporter(quiet=True), random.Random(0)
+folder, draw = sys.argv[1], random.Random(0)
 sizes = ModelSizes.of(CheckpointReader(folder))
 ids = torch.arange(4)[None]
-bitstrata.load(folder, plan=2, reporter=quiet)(ids)  # what the libraries keep
+bitstrata.load(folder, plan=2)(ids)  # what the libraries keep
 start = anonymous()
-model = bitstrata.load(folder, plan=8, reporter=quiet)
+model = bitstrata.load(folder, plan=8)
 for size in (8, "30MB", 2, "45MB", 3, 8, "25MB"):
-    model.resize(size, reporter=quiet)
+    model.resize(size)
     with torch.no_grad():
         model(ids)
     held, planned = anonymous() - start, sizes.of_plan(bits_state(model).plan).weights

@@ -18,7 +18,6 @@ import bitstrata
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import BitstrataError, ModelError, PreflightError
 from bitstrata.models import SourceModel, discover
-from bitstrata.progress import Reporter
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Tensors = dict[str, torch.Tensor]
@@ -45,9 +44,7 @@ def configure(folder: Path, **changes: Any) -> None:
 
 
 def quantize(source: Path, output: Path, **settings: Any) -> bitstrata.Report:
-    return bitstrata.quantize(
-        source, output, bits=8, method="rtn", group_size=16, reporter=Reporter(quiet=True), **settings
-    )
+    return bitstrata.quantize(source, output, bits=8, method="rtn", group_size=16, **settings)
 
 
 def refusal(source: Path) -> str:

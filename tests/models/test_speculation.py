@@ -17,7 +17,6 @@ from bitstrata.errors import UnsupportedBitsError, UsageError
 from bitstrata.kernels.registry import Problem, describe
 from bitstrata.models import speculation
 from bitstrata.models.speculation import DraftLength, Speculation, _accept
-from bitstrata.progress import Reporter
 
 PROBLEM = Problem("cpu", torch.float32, 1, "affine8")
 PROMPTS = ("def read_lines(path):\n", "import os\n\n\nclass Reader:\n    def")
@@ -33,7 +32,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("trained") / "out"
-    bitstrata.quantize(MODEL, out, bits="2,4,8", method="rtn", reporter=Reporter(quiet=True))
+    bitstrata.quantize(MODEL, out, bits="2,4,8", method="rtn")
     return bitstrata.load(out, dtype=torch.float32), bitstrata.models.load_tokenizer(out)
 
 
@@ -60,7 +59,7 @@ def test_greedy_tokens_are_those_of_the_full_bits(trained, bits, draft_bits, dra
 
 def test_bits_are_what_they_were_afterwards(trained):
     model, tokenizer = trained
-    bitstrata.nn.bits_state(model).set(4)
+    model.bits = 4
     model.generate(ids_of(tokenizer, PROMPTS[0]), bits=8, draft_bits=2, max_new_tokens=5, do_sample=False)
     assert bitstrata.nn.bits_state(model).value == 4
     model.generate(ids_of(tokenizer, PROMPTS[0]), draft_bits=2, max_new_tokens=5, do_sample=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitstrata.errors import UsageError
-from bitstrata.nn import parse_bits
+from bitstrata.plans import parse_bits
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(autouse=True)
+def messages_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """So that `caplog` has what a job says, not only its notes."""
+    caplog.set_level(logging.INFO, "bitstrata")

@@ -15,14 +15,11 @@ from transformers import AutoModelForCausalLM
 import bitstrata
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import PreflightError, TextError, UsageError
-from bitstrata.progress import Reporter
-
-QUIET = Reporter(quiet=True)
 
 
 def problems(model: Any, output: Any, **settings: Any) -> list[str]:
     with pytest.raises(PreflightError) as caught:
-        bitstrata.quantize(model, output, **{"method": "rtn", "device": "cpu", "reporter": QUIET, **settings})
+        bitstrata.quantize(model, output, **{"method": "rtn", "device": "cpu", **settings})
     assert caught.value.exit_code == 2
     assert all(isinstance(problem, UsageError) for problem in caught.value.problems)
     assert all(len(problem.message) < 250 for problem in caught.value.problems)
@@ -128,14 +125,12 @@ def test_evaluate_names_what_is_of_the_wrong_type(
     changes: dict[str, Any], said: str, quantized: Path, text: Path
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        bitstrata.evaluate(**{"model": quantized, "text": text, "device": "cpu", "reporter": QUIET, **changes})
+        bitstrata.evaluate(**{"model": quantized, "text": text, "device": "cpu", **changes})
 
 
 def test_evaluate_takes_whole_numbers_of_other_libraries(quantized: Path, text: Path) -> None:
-    plain = bitstrata.evaluate(quantized, text, seq_len=16, max_tokens=50, device="cpu", reporter=QUIET)
-    other = bitstrata.evaluate(
-        quantized, text, seq_len=np.int64(16), max_tokens=np.int32(50), device="cpu", reporter=QUIET
-    )
+    plain = bitstrata.evaluate(quantized, text, seq_len=16, max_tokens=50, device="cpu")
+    other = bitstrata.evaluate(quantized, text, seq_len=np.int64(16), max_tokens=np.int32(50), device="cpu")
     assert other.to_json() == plain.to_json()
 
 
@@ -165,7 +160,7 @@ def test_json_is_not_taken_for_text(content: str, name: str, model: Path, quanti
     assert "<|endoftext|>" in (problem.hint or "")
     assert not (tmp_path / "out").exists()
     with pytest.raises(TextError, match="holds JSON, not text"):
-        bitstrata.evaluate(quantized, path, device="cpu", reporter=QUIET)
+        bitstrata.evaluate(quantized, path, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -189,5 +184,5 @@ def test_text_that_only_looks_like_json_is_text(content: str, model: Path, tmp_p
 def test_a_text_that_cannot_be_opened_is_named_in_short(name: str, quantized: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(TextError) as caught:
-        bitstrata.evaluate(quantized, tmp_path / name, device="cpu", reporter=QUIET)
+        bitstrata.evaluate(quantized, tmp_path / name, device="cpu")
     assert len(caught.value.message) < 400

@@ -11,13 +11,12 @@ from tiny_models import tiny_llama, tiny_tokenizer
 from transformers import AutoTokenizer
 
 import bitstrata
-from bitstrata.progress import Reporter
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 def rtn(source: Path, output: Path) -> bitstrata.Report:
-    return bitstrata.quantize(source, output, bits=2, method="rtn", group_size=16, reporter=Reporter(quiet=True))
+    return bitstrata.quantize(source, output, bits=2, method="rtn", group_size=16)
 
 
 def extend(path: Path, **settings: Any) -> None:

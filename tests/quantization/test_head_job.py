@@ -16,8 +16,10 @@ import bitstrata
 from bitstrata.checkpoint import CheckpointReader, validate
 from bitstrata.errors import JobError, PreflightError
 from bitstrata.planes import decode
-from bitstrata.quantization import head, rtn
+from bitstrata.quantization import stages
 from bitstrata.quantization.state import JobState
+from bitstrata.solvers import make_method
+from bitstrata.solvers.clipped import clipped_rows
 
 TUNED = {"method": "nested", "preset": "best", "options": {"iterations": 1, "tune_steps": 3}}
 NAMES = {"tied": ["model.embed_tokens"], "untied": ["model.embed_tokens", "lm_head"]}
@@ -37,8 +39,8 @@ def error(weight: torch.Tensor, planes: Any, bits: int) -> torch.Tensor:
 @pytest.mark.parametrize(("columns", "group_size"), [(64, 32), (70, 32), (33, 128), (5, 1)])
 def test_no_group_is_worse_than_round_to_nearest(bits: int, columns: int, group_size: int, seed: int) -> None:
     w = torch.randn(17, columns, generator=torch.Generator().manual_seed(seed))
-    mine = error(w, head.solve_rows(w, bits, group_size), bits)
-    plain = error(w, rtn.RTN().quantize_rows(w, (bits,), group_size), bits)
+    mine = error(w, clipped_rows(w, bits, group_size), bits)
+    plain = error(w, make_method("rtn", "default", {}).solve_rows(w, (bits,), group_size), bits)
     for start in range(0, columns, group_size):
         group = slice(start, start + group_size)
         assert bool((mine[:, group].sum(1) <= plain[:, group].sum(1) * (1 + 1e-5) + 1e-12).all())
@@ -51,7 +53,7 @@ def test_constant_zero_and_tiny_rows_come_out_finite() -> None:
     w[1], w[2] = 0.25, torch.randn(64) * 1e-6
     w[3, 0] = 3e4
     for bits in (1, 4, 8):
-        dense = decode(head.solve_rows(w, bits, 32), bits)
+        dense = decode(clipped_rows(w, bits, 32), bits)
         assert bool(dense.isfinite().all())
         assert torch.equal(dense[:2], w[:2])
         assert float((dense[2] - w[2]).abs().max()) < 5e-6
@@ -70,10 +72,10 @@ def test_the_reported_measures_are_those_of_the_loaded_model(
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_sizes_errors_and_left_out_know_the_head(
-    kind: str, sources: dict[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, sources: dict[str, Path], text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     planned = run(sources[kind], tmp_path / "out", text, head_bits=6, dry_run=True, **BCQ)
-    said = capsys.readouterr().err
+    said = caplog.text
     tie = ", shared with lm_head" if kind == "tied" else ""
     assert f"model.embed_tokens: [64, 64] -> 6 bits (embedding{tie})" in said
     assert ("lm_head: [64, 64] -> 6 bits (head)" in said) == (kind == "untied")
@@ -111,14 +113,14 @@ def test_how_rows_are_cut_leaves_no_trace(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(sources["tied"], tmp_path / "whole", None, head_bits=5, **RTN)
-    monkeypatch.setattr(head, "CHUNK", 64 * 7)
+    monkeypatch.setattr(stages, "CHUNK", 64 * 7)
     run(sources["tied"], tmp_path / "cut", None, head_bits=5, **RTN)
     assert digests(tmp_path / "whole") == digests(tmp_path / "cut")
 
 
 @pytest.mark.parametrize("part", ["embedding", "head", 0, 1])
 def test_an_interrupted_job_ends_with_the_same_bytes(
-    part: Any, sources: dict[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    part: Any, sources: dict[str, Path], text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings: dict[str, Any] = {"head_bits": 6, **BCQ}
     run(sources["untied"], tmp_path / "unbroken", text, **settings)
@@ -137,19 +139,19 @@ def test_an_interrupted_job_ends_with_the_same_bytes(
         patch.setattr(JobState, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run(sources["untied"], tmp_path / "out", text, **settings)
-    capsys.readouterr()
+    caplog.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JobState, "save", save_and_note)
         run(sources["untied"], tmp_path / "out", text, **settings)
     order = ["embedding", "head", 0, 1]
     assert solved == order[order.index(part) + 1 :]
-    assert "resuming: model.embed_tokens is already done" in capsys.readouterr().err
+    assert "resuming: model.embed_tokens is already done" in caplog.text
     assert digests(tmp_path / "out") == digests(tmp_path / "unbroken")
 
 
 def test_another_precision_does_not_continue_the_job(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head.HeadPlanes, "_error", lambda *_: 1 / 0)
+        patch.setattr(stages, "_error", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(sources["tied"], tmp_path / "out", None, head_bits=6, **RTN)
     for other in (5, None):
@@ -162,7 +164,7 @@ def test_another_precision_does_not_continue_the_job(sources: dict[str, Path], t
 
 def test_a_damaged_part_is_named(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head.HeadPlanes, "_error", lambda *_: 1 / 0)
+        patch.setattr(stages, "_error", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(sources["tied"], tmp_path / "out", None, head_bits=6, **RTN)
     (tmp_path / "out" / ".job" / "embedding.safetensors").write_bytes(b"not a file")

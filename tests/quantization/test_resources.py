@@ -20,19 +20,19 @@ from bitstrata import memory
 from bitstrata.checkpoint import writer
 from bitstrata.errors import PreflightError, ResourceError
 from bitstrata.models import SourceModel
-from bitstrata.progress import Reporter
 from bitstrata.quantization import preflight
+from bitstrata.quantization.context import Prepared
 
 MB = 10**6
 TUNED = {"method": "nested", "preset": "best", "options": {"iterations": 1, "tune_steps": 2}}
 
 
-def needed(model: Path, output: Path, text: Path | None, **settings: Any) -> preflight.Prepared:
+def needed(model: Path, output: Path, text: Path | None, **settings: Any) -> Prepared:
     """What preflight found out."""
-    found: list[preflight.Prepared] = []
+    found: list[Prepared] = []
     check = preflight._check_resources
 
-    def noted(prepared: preflight.Prepared) -> Any:
+    def noted(prepared: Prepared) -> Any:
         found.append(prepared)
         return check(prepared)
 
@@ -55,7 +55,7 @@ def test_a_containers_limit_is_what_is_free(
     tmp_path: Path,
     cgroups: Callable[..., Path],  # noqa: F811
 ) -> None:
-    settings = {"method": "rtn", "bits": 2, "device": "cpu", "reporter": Reporter(quiet=True)}
+    settings = {"method": "rtn", "bits": 2, "device": "cpu"}
     root = cgroups("0::/box") if version == "_V2" else cgroups("4:memory:/box")
     folder = root / "box" if version == "_V2" else root / "memory" / "box"
     group(folder, getattr(memory, version), limit=4096 * MB, used=4086 * MB)  # 10 MB free, on a machine with more

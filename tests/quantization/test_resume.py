@@ -54,7 +54,7 @@ def interrupted(model: Path, text: Path, output: Path, block: int = 0) -> None:
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_a_job_interrupted_after_a_block_ends_with_the_same_bytes(
-    block: int, model: Path, text: Path, tmp_path: Path, unbroken: dict[str, str], capsys: pytest.CaptureFixture[str]
+    block: int, model: Path, text: Path, tmp_path: Path, unbroken: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     output = tmp_path / "out"
     interrupted(model, text, output, block)
@@ -62,14 +62,14 @@ def test_a_job_interrupted_after_a_block_ends_with_the_same_bytes(
     finished = list((output / ".job").glob("block-*"))
     assert len(finished) == block + 1
     before = [path.stat().st_mtime_ns for path in finished]
-    capsys.readouterr()
+    caplog.clear()
     with pytest.MonkeyPatch.context() as patch:
         solved: list[int] = []
         save = JobState.save
         patch.setattr(JobState, "save", lambda self, index, weights: (solved.append(index), save(self, index, weights)))
         patch.setattr(JobState, "finish", JobState.close)  # keep the job's files to look at
         run(model, output, text)
-    assert f"resuming: {block + 1} of 3 blocks are already done" in capsys.readouterr().err
+    assert f"resuming: {block + 1} of 3 blocks are already done" in caplog.text
     assert solved == list(range(block + 1, 3)), "a finished block was solved again"
     assert [path.stat().st_mtime_ns for path in finished] == before
     shutil.rmtree(output / ".job")
@@ -183,11 +183,11 @@ def test_the_same_model_and_text_in_another_place_continue_the_job(
 
 
 def test_a_finished_output_has_nothing_to_do(
-    model: Path, text: Path, finished: Path, unbroken: dict[str, str], capsys: pytest.CaptureFixture[str]
+    model: Path, text: Path, finished: Path, unbroken: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     times = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
     report = run(model, finished, text)
-    assert "nothing to do" in capsys.readouterr().err
+    assert "nothing to do" in caplog.text
     assert [row["bits"] for row in report.results] == [2, 3, 4]
     assert report.total_bytes == sum(path.stat().st_size for path in finished.iterdir())
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == times
@@ -248,12 +248,12 @@ def test_a_report_of_an_older_version_lacks_what_it_lacks(model: Path, text: Pat
      '{"layer_error": {"a": 1}}', '{"left_out": ["a"]}'],
 )  # fmt: skip
 def test_a_malformed_report_is_named_and_its_measures_left_out(
-    content: str, model: Path, text: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+    content: str, model: Path, text: Path, copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = run(model, copied, text)
     (copied / "bitstrata_report.json").write_text(content)
     report = run(model, copied, text)
-    assert "bitstrata_report.json" in capsys.readouterr().err
+    assert "bitstrata_report.json" in caplog.text
     assert any("bitstrata_report.json" in note and "measures are left out" in note for note in report.notes)
     for row, wanted in zip(report.results, expected.results, strict=True):
         assert (row["bits"], row["bytes"], row["bpw_read"]) == (wanted["bits"], wanted["bytes"], wanted["bpw_read"])
@@ -262,12 +262,12 @@ def test_a_malformed_report_is_named_and_its_measures_left_out(
 
 
 def test_a_finished_output_has_nothing_to_do_after_an_upgrade(
-    model: Path, text: Path, copied: Path, unbroken: dict[str, str], capsys: pytest.CaptureFixture[str]
+    model: Path, text: Path, copied: Path, unbroken: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preflight, "__version__", "99.1")
         report = run(model, copied, text)
-    assert "nothing to do" in capsys.readouterr().err
+    assert "nothing to do" in caplog.text
     assert report.results[0]["kld"] is not None
     assert digests(copied) == unbroken
 

@@ -11,7 +11,6 @@ import torch
 import bitstrata
 from bitstrata.demonstration.run import MODEL
 from bitstrata.models import load_tokenizer
-from bitstrata.progress import Reporter
 
 BITS = (2, 3, 4)
 
@@ -19,7 +18,7 @@ BITS = (2, 3, 4)
 @pytest.fixture(scope="session")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bundled") / "out"
-    bitstrata.quantize(MODEL, output, bits="2-4", method="rtn", reporter=Reporter(quiet=True))
+    bitstrata.quantize(MODEL, output, bits="2-4", method="rtn")
     return output
 
 

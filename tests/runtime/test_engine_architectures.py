@@ -11,7 +11,6 @@ import torch
 
 import bitstrata
 from bitstrata.errors import UsageError
-from bitstrata.progress import Reporter
 from bitstrata.runtime import Engine, Request
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -22,7 +21,7 @@ REFUSED = {"gemma2": "softcap"}
 
 def load(name, folder):
     architectures.save(name, folder / "source")
-    settings = {"bits": "2,3,8", "method": "rtn", "group_size": 32, "reporter": Reporter(quiet=True)}
+    settings = {"bits": "2,3,8", "method": "rtn", "group_size": 32}
     bitstrata.quantize(folder / "source", folder / "out", **settings)
     return bitstrata.load(folder / "out", dtype=torch.float32)
 

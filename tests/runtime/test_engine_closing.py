@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 import bitstrata
 from bitstrata.errors import ResourceError, UsageError
 from bitstrata.nn import bits_state
-from bitstrata.progress import Reporter
 from bitstrata.runtime import Engine, Finished, Request
 
 WAIT = 120
@@ -20,7 +19,7 @@ WAIT = 120
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tiny_models.tiny_llama(folder / "source")
-    settings = {"bits": "2,4", "method": "rtn", "group_size": 32, "reporter": Reporter(quiet=True)}
+    settings = {"bits": "2,4", "method": "rtn", "group_size": 32}
     bitstrata.quantize(folder / "source", folder / "out", **settings)
     return folder
 

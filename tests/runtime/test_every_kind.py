@@ -18,12 +18,10 @@ from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import UnsupportedBitsError, UsageError
 from bitstrata.kernels import registry
 from bitstrata.kernels.registry import Problem, describe
-from bitstrata.nn import ResidentState, bits_state
+from bitstrata.nn import bits_state
 from bitstrata.planes import decode
-from bitstrata.progress import Reporter
 from bitstrata.runtime import Conversation, Engine, Request
 
-QUIET = Reporter(quiet=True)
 IDS = torch.tensor([[0, 5, 9, 13, 17, 21, 25]])
 PROMPT = "there is a"
 NEW = 6
@@ -52,7 +50,7 @@ def folders(source, tmp_path_factory):
     made = {}
     for name, options in (("plain", {}), ("head", {"head_bits": 3})):
         made[name] = tmp_path_factory.mktemp(name) / "out"
-        bitstrata.quantize(source, made[name], method="rtn", bits="2-4", group_size=32, reporter=QUIET, **options)
+        bitstrata.quantize(source, made[name], method="rtn", bits="2-4", group_size=32, **options)
         write_order(made[name])
     return made
 
@@ -105,7 +103,7 @@ class Case:
 
     @property
     def resident(self):
-        return isinstance(self.state, ResidentState)
+        return self.state.plan is not None
 
     @property
     def precisions(self):

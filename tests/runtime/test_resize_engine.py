@@ -11,15 +11,14 @@ from page_orders import write_order
 from tiny_models import tiny_llama
 
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.demonstration.run import MODEL
 from bitstrata.errors import CheckpointError, UnsupportedBitsError, UsageError
 from bitstrata.models import load_tokenizer
 from bitstrata.nn import PlaneLinear, bits_state
-from bitstrata.progress import Reporter
+from bitstrata.plans import ModelSizes
 from bitstrata.runtime import Conversation, Engine, Request
 
-QUIET = Reporter(quiet=True)
 WAIT = 120
 RESIZES = 1000
 
@@ -27,7 +26,7 @@ RESIZES = 1000
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     output = tmp_path_factory.mktemp("bundled") / "out"
-    bitstrata.quantize(MODEL, output, bits="2-6", method="rtn", reporter=QUIET)
+    bitstrata.quantize(MODEL, output, bits="2-6", method="rtn")
     write_order(output)
     return output
 
@@ -89,7 +88,7 @@ class Watch:
 
 def test_a_thousand_resizes_under_concurrent_requests_lose_nothing(tmp_path, seed):
     folder = tmp_path / "out"
-    bitstrata.quantize(tiny_llama(tmp_path / "source"), folder, bits="2-6", method="rtn", reporter=QUIET)
+    bitstrata.quantize(tiny_llama(tmp_path / "source"), folder, bits="2-6", method="rtn")
     write_order(folder)
     model, whole, sizes = (
         bitstrata.load(folder, plan=4),
@@ -106,7 +105,7 @@ def test_a_thousand_resizes_under_concurrent_requests_lose_nothing(tmp_path, see
         while resizes < RESIZES or any(handle.finished is None for handle in handles):
             if resizes < RESIZES and sum(handle.finished is None for handle in handles) < 8:
                 handles += [engine.submit(request(len(handles) + more)) for more in range(4)]
-            model.resize(random_size(draw, sizes), reporter=QUIET)
+            model.resize(random_size(draw, sizes))
             resizes += 1
         assert engine.stats().finished["length"] == len(handles) >= 8
     assert all(len(handle.tokens) == 20 and handle.finished.reason == "length" for handle in handles)
@@ -123,7 +122,7 @@ def test_every_step_is_what_the_whole_model_computes_at_its_plan(model, whole, s
 
     def resizing():
         while not end.is_set():
-            model.resize(random_size(draw, sizes), reporter=QUIET)
+            model.resize(random_size(draw, sizes))
 
     thread = threading.Thread(target=resizing, daemon=True)
     thread.start()
@@ -161,7 +160,7 @@ def test_two_resizes_at_a_time_and_two_callers(model, whole, sizes, seed):
 
     def resizer(number):
         draw = random.Random(seed + number)
-        return lambda index: model.resize(random_size(draw, sizes), reporter=QUIET)
+        return lambda index: model.resize(random_size(draw, sizes))
 
     def caller(index):
         with torch.no_grad():
@@ -182,7 +181,7 @@ def test_a_resize_that_fails_disturbs_no_request(model, folder, monkeypatch):
     with Engine(model, None) as engine:
         handle = engine.submit(Request([1, 2, 3], max_new_tokens=30, ignore_eos=True))
         monkeypatch.setattr(
-            "bitstrata.checkpoint.fetch._File.read", lambda *_: (_ for _ in ()).throw(CheckpointError("broken"))
+            "bitstrata.plans.page_reader._File.read", lambda *_: (_ for _ in ()).throw(CheckpointError("broken"))
         )
         with pytest.raises(CheckpointError, match="broken"):
             model.resize(6)
@@ -244,7 +243,7 @@ def test_a_resize_from_inside_a_step_does_not_wait_for_one_that_waits_for_the_st
     def inside(*_):
         other = threading.Thread(target=lambda: model.resize(3), daemon=True)
         other.start()
-        while not state.steps._changing:
+        while not state._uses._is_changing:
             pass
         try:
             model.resize(2)
@@ -272,12 +271,12 @@ def test_generate_and_its_bits(model):
 
 
 def test_a_conversation_runs_the_plan_in_memory(model):
-    talk = Conversation(model, load_tokenizer(MODEL), max_new_tokens=4, reporter=QUIET)
+    talk = Conversation(model, load_tokenizer(MODEL), max_new_tokens=4)
     assert talk.bits is bits_state(model).plan
     assert talk.reply("def f").bits == "4"
     model.resize(3)
     talk.bits = 3
-    model.resize("9MB", reporter=QUIET)
+    model.resize("9MB")
     assert talk.reply("def f").bits == "9MB"
     with pytest.raises(UnsupportedBitsError):
         talk.bits = 2

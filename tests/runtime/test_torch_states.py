@@ -9,7 +9,6 @@ from torch_states import STATES
 
 import bitstrata
 from bitstrata.nn import bits_state
-from bitstrata.progress import Reporter
 
 IDS = torch.tensor([[0, 5, 9, 13, 17, 21, 25]])
 
@@ -18,7 +17,7 @@ IDS = torch.tensor([[0, 5, 9, 13, 17, 21, 25]])
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("states") / "out"
     source = tiny_llama(tmp_path_factory.mktemp("source"))
-    bitstrata.quantize(source, out, method="rtn", bits="2-4", group_size=32, reporter=Reporter(quiet=True))
+    bitstrata.quantize(source, out, method="rtn", bits="2-4", group_size=32)
     return out
 
 

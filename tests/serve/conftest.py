@@ -16,7 +16,6 @@ from http_calls import Served, served
 import bitstrata
 from bitstrata.demonstration.run import MODEL
 from bitstrata.models import load_tokenizer
-from bitstrata.progress import Reporter
 from bitstrata.runtime import Engine
 from bitstrata.serve.app import create_app
 from bitstrata.serve.settings import Settings
@@ -32,7 +31,7 @@ TEMPLATE = (
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("served") / NAME
-    bitstrata.quantize(MODEL, output, bits="2-4", method="rtn", reporter=Reporter(quiet=True))
+    bitstrata.quantize(MODEL, output, bits="2-4", method="rtn")
     return output
 
 

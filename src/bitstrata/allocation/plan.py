@@ -10,21 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..arguments import named
 from ..calibration import calibration_windows, read_text, text_digest
-from ..checkpoint import (
-    PAGES_FILE,
-    Budget,
-    CheckpointReader,
-    Fingerprint,
-    ModelSizes,
-    Plan,
-    parse_budget,
-)
+from ..checkpoint import CheckpointReader, Fingerprint
 from ..errors import UsageError
-from ..models import check_vocabulary, context_limit, load, load_reference, load_tokenizer, resolve
+from ..models import check_vocabulary, context_limit, load_reference, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..models.source import SourceModel
-from ..progress import Reporter
+from ..plans import PAGES_FILE, Budget, ModelSizes, Plan, load, parse_budget
+from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from . import greedy, milp, paired, waterfill
 from .objective import Objective
@@ -44,7 +38,9 @@ DEFAULT_WINDOWS = 16
 DEFAULT_SEQ_LEN = 512
 
 
+@named
 @ordinary_torch()
+@own_notes()
 def plan(
     model: str | Path,
     budget: str | Budget,
@@ -64,7 +60,6 @@ def plan(
     seq_len: int | None = None,
     seed: int = 0,
     device: str = "auto",
-    reporter: Reporter | None = None,
 ) -> PlanReport:
     """Find the bits of every layer that lose least within `budget`.
 
@@ -91,7 +86,6 @@ def plan(
             leave no plan, a file that cannot be written, ways of measuring without a text to measure on.
         PlanError: a sensitivity file of another model, text or settings.
     """
-    reporter = (reporter or Reporter()).fresh()
     budget = parse_budget(budget)
     if solver not in SOLVERS:
         raise UsageError(f"there is no solver {solver!r}", hint=f"solvers: {', '.join(SOLVERS)}")
@@ -107,13 +101,13 @@ def plan(
     limit = sizes.limit(budget)
     bounds = Bounds(min_bits or {}, max_bits or {})
     find_choices(sizes, limit, together=together, bounds=bounds)  # raises if they leave no plan
-    sizes.note_excess(budget, reporter)
+    sizes.note_excess(budget)
 
     path = Path(sensitivity) if sensitivity is not None else folder / SENSITIVITY_FILE
     measured = None
     if text is not None:
-        measured = _MeasuredOn.of(reader, text, reference, measure or "kld", windows, seq_len, seed, device, reporter)
-    found = _sensitivity(path, reader, measured, reporter)
+        measured = _MeasuredOn.of(reader, text, reference, measure or "kld", windows, seq_len, seed, device)
+    found = _sensitivity(path, reader, measured)
 
     problem = Problem.build(
         found,
@@ -138,15 +132,15 @@ def plan(
     made = Plan(problem.plan(x), Fingerprint.of(reader), str(budget), provenance)
     if output is not None:
         made.save(output)
-        reporter.say(f"wrote {output}")
+        log.info(f"wrote {output}")
     if pages or plot is not None:
         order = page_order(found, reader, sizes, together=together)
         if pages:
             order.save(folder / PAGES_FILE)
-            reporter.say(f"wrote {folder / PAGES_FILE}")
+            log.info(f"wrote {folder / PAGES_FILE}")
         if plot is not None:
             draw(Path(plot), order, found, reader, sizes, rows, measured.heldout if measured else None)
-            reporter.say(f"wrote {plot}")
+            log.info(f"wrote {plot}")
     return PlanReport(
         model=str(model),
         budget=str(budget),
@@ -156,7 +150,7 @@ def plan(
         rows=tuple(rows),
         target=found.target,
         heldout_tokens=measured.heldout.positions if measured else 0,
-        notes=tuple(reporter.notes),
+        notes=notes(),
     )
 
 
@@ -208,7 +202,6 @@ class _MeasuredOn:
         seq_len: int | None,
         seed: int,
         device: str,
-        reporter: Reporter,
     ) -> _MeasuredOn:
         documents = read_text(text, part="calibration")
         where = pick_device(device)
@@ -218,11 +211,11 @@ class _MeasuredOn:
         count = windows or DEFAULT_WINDOWS
         length = min(seq_len or DEFAULT_SEQ_LEN, context_limit(model.config) or DEFAULT_SEQ_LEN)
         if seq_len is not None and length < seq_len:
-            reporter.note(f"seq-len lowered from {seq_len} to {length}, the model's context")
+            note(f"seq-len lowered from {seq_len} to {length}, the model's context")
         cut = calibration_windows(tokenizer, documents, num_samples=count, seq_len=length, num_heldout=count, seed=seed)
         check_vocabulary((int(cut.calibration.max()), int(cut.heldout.max())), model.config, tokenizer)
         if len(cut.calibration) < count:
-            reporter.note(f"the text has {len(cut.calibration)} windows to measure on, not {count}")
+            note(f"the text has {len(cut.calibration)} windows to measure on, not {count}")
         original = load_reference(reference, model, where)
         digests = None if reference is None else SourceModel(resolve(reference, kind="reference model")).digests()
         settings = Settings(
@@ -240,7 +233,7 @@ class _MeasuredOn:
         return cls(settings, calibration, heldout, cut.calibration)
 
 
-def _sensitivity(path: Path, reader: CheckpointReader, measured: _MeasuredOn | None, reporter: Reporter) -> Sensitivity:
+def _sensitivity(path: Path, reader: CheckpointReader, measured: _MeasuredOn | None) -> Sensitivity:
     if path.exists():
         return Sensitivity.load(path, reader, None if measured is None else measured.settings)
     if measured is None:
@@ -248,9 +241,9 @@ def _sensitivity(path: Path, reader: CheckpointReader, measured: _MeasuredOn | N
             f"the layers of {reader.folder} have not been measured yet: there is no {path}",
             hint="give a text to measure them on: --text FILE",
         )
-    reporter.say(f"measuring what each layer costs; {path} keeps it for other budgets")
-    found = measure_sensitivity(measured.calibration, reader, measured.settings, path, measured.windows, reporter)
-    reporter.say(f"wrote {path}")
+    log.info(f"measuring what each layer costs; {path} keeps it for other budgets")
+    found = measure_sensitivity(measured.calibration, reader, measured.settings, path, measured.windows)
+    log.info(f"wrote {path}")
     return found
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from ..checkpoint import ModelSizes
 from ..errors import UsageError
 from ..nn.fused import TOGETHER
+from ..plans import ModelSizes
 from .sensitivity import Sensitivity
 
 Array = np.ndarray[Any, Any]

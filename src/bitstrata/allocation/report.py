@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..checkpoint import Plan, PlanBytes
+from ..plans import Plan, PlanBytes
 from ..tables import optional, render
 
 _BLOCK = re.compile(r"^(.*?)\.(\d+)\.(.+)$")

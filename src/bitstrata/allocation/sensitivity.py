@@ -30,10 +30,10 @@ import numpy as np
 import torch
 
 from ..checkpoint import CheckpointReader, Fingerprint, write_json
-from ..checkpoint.plan import read_file
 from ..checkpoint.schema import Strict
 from ..errors import PlanError
-from ..progress import Reporter
+from ..plans.plan import read_file
+from ..progress import Steps
 from .layer_loss import layer_losses
 from .objective import SKETCH, Objective
 from .unfinished import Unfinished, pack, part_of, unpack
@@ -209,7 +209,6 @@ def measure_sensitivity(
     settings: Settings,
     path: Path,
     windows: torch.Tensor,
-    reporter: Reporter,
 ) -> Sensitivity:
     """Measure, or go on with, the sensitivity of every layer at every bits, and save it to `path`.
 
@@ -220,7 +219,7 @@ def measure_sensitivity(
     """
     model = Fingerprint.of(reader)
     if settings.measure == "hessian":
-        with reporter.track("measuring uniform plans", len(reader.spec.bits), "plan") as steps:
+        with Steps("measuring uniform plans", len(reader.spec.bits), "plan") as steps:
             uniform = {}
             for bits in reader.spec.bits:
                 uniform[bits] = objective.loss(bits)
@@ -228,7 +227,7 @@ def measure_sensitivity(
         losses = layer_losses(objective.model, windows)
         result = Sensitivity(model, settings, objective.highest, uniform[objective.highest], uniform, losses)
     else:
-        result = _measure_kld(objective, reader, settings, path, model, reporter)
+        result = _measure_kld(objective, reader, settings, path, model)
     result.save(path)
     part_of(path).unlink(missing_ok=True)
     return result
@@ -240,7 +239,6 @@ def _measure_kld(
     settings: Settings,
     path: Path,
     model: Fingerprint,
-    reporter: Reporter,
 ) -> Sensitivity:
     spec, base = reader.spec, objective.highest
     layers = {name: spec.layer_bits(name) for name in spec.planned_layers}
@@ -248,7 +246,7 @@ def _measure_kld(
     found = unfinished.read()
     wanted: list[tuple[str | None, int]] = [(None, bits) for bits in sorted(spec.bits, reverse=True)]
     wanted += [(name, bits) for name, supported in layers.items() for bits in supported if bits != base]
-    with unfinished, reporter.track("measuring", len(wanted), "plan") as steps:
+    with unfinished, Steps("measuring", len(wanted), "plan") as steps:
         for layer, bits in wanted:
             if (layer, bits) in found:
                 steps.step(skipped=True)

@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..kernels import PreparedWeight, prepare
+from ..kernels import Weight, pack
 from ..planes import PlaneWeight
 from .clock import timer
 from .machine import CPU, Bandwidth
 from .random_model import random_weight
-from .verify import run, verify
+from .verify import verify
 
 REGIMES = ("cache", "memory")
 MEMORY_BYTES = 1 << 28  # of the copies at the lowest bits, together
@@ -97,7 +97,7 @@ def bench_linear(
     """
     generator = torch.Generator(device).manual_seed(seed)
     stored = random_weight(out_features, in_features, tuple(bits), group_size, generator)
-    first = prepare(stored, dtype) or stored
+    first = pack(stored, dtype=dtype)
     inputs = {count: torch.randn(count, in_features, generator=generator, device=device).to(dtype) for count in rows}
     asked: dict[int, dict[str, int | Tensor]] = {count: {f"{value} bits": value for value in bits} for count in rows}
     if mixed:
@@ -115,7 +115,7 @@ def bench_linear(
         copies = 1 if regime == "cache" else max(2, -(-beyond_cache(device) // per_copy))
         if copies > MOST_COPIES:
             continue
-        weights = [first, *(prepare(stored, dtype) or copy.deepcopy(stored) for _ in range(copies - 1))]
+        weights = [first, *(_copy(stored, dtype) for _ in range(copies - 1))]
         dense = {kind: _dense(out_features, in_features, kind, regime, generator) for kind in DENSE}
         for count in rows:
             x = inputs[count]
@@ -165,10 +165,14 @@ def _dense(out_features: int, in_features: int, kind: str, regime: str, generato
     return [matrix, *(matrix.clone() for _ in range(copies - 1))]
 
 
-def _planes_call(
-    x: Tensor, weights: Sequence[PlaneWeight | PreparedWeight], bits: int | Tensor
-) -> Callable[[int], object]:
-    return lambda index: run(x, weights[index], bits)
+def _copy(stored: PlaneWeight, dtype: torch.dtype) -> Weight:
+    """Packed in memory of its own."""
+    packed = pack(stored, dtype=dtype)
+    return copy.deepcopy(packed) if packed.layout == "stored" else packed
+
+
+def _planes_call(x: Tensor, weights: Sequence[Weight], bits: int | Tensor) -> Callable[[int], object]:
+    return lambda index: weights[index].linear(x, bits)
 
 
 def _dense_call(x: Tensor, matrices: Sequence[Tensor]) -> Callable[[int], object]:

@@ -184,11 +184,11 @@ def switch_time(model: nn.Module, bits: int, repeats: int = 1000) -> float:
     other = next((value for value in state.supported if value != bits), bits)
     before, samples = state.value, []
     for _ in range(repeats):
-        state.set(other)
+        state.value = other
         started = time.perf_counter()
-        state.set(bits)
+        state.value = bits
         samples.append(time.perf_counter() - started)
-    state.set(before)
+    state.value = before
     return statistics.median(samples)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from ..checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, write_checkpoint
 from ..models import attach, discover, find_head
 from ..models.discover import set_submodule
-from ..nn import BitsState, FixedBits, PlaneEmbedding, PlaneLinear, TiedHead
+from ..nn import BitsState, PlaneEmbedding, PlaneLinear, TiedHead
 from ..planes import AffineScales, PlaneWeight, group_count, words_per_row
 
 # name -> config of a well-known model's shape
@@ -109,31 +109,37 @@ def random_model(
     model = _skeleton(config, blocks, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
     linears = discover(model).linears
-    state = BitsState(bits, {linear.name: bits for linear in linears})
+    head = find_head(model) if head_bits is not None else ()
+    state = BitsState({linear.name: bits for linear in linears}, fixed={layer.name: head_bits or 0 for layer in head})
     for linear in linears:
         weight = random_weight(linear.out_features, linear.in_features, bits, group_size, generator)
         layer = PlaneLinear.from_weight(weight, name=linear.name, state=state, dtype=dtype)
-        layer.prepare()
+        layer.pack()
         set_submodule(model, linear.name, layer)
     if head_bits is not None:
-        _put_head(model, head_bits, group_size, dtype, generator)
+        _put_head(model, head_bits, group_size, dtype, generator, state)
     _fill(model, dtype, generator)
     return attach(model.eval())
 
 
 def _put_head(
-    model: PreTrainedModel, bits: int, group_size: int, dtype: torch.dtype, generator: torch.Generator
+    model: PreTrainedModel,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    state: BitsState,
 ) -> None:
     """Random planes for the embedding, and for the head unless it is tied and shares them."""
     for layer in find_head(model):
         weight = random_weight(layer.out_features, layer.in_features, (bits,), group_size, generator)
         if layer.role == "embedding":
-            embedding = PlaneEmbedding.from_weight(weight, dtype=dtype)
+            embedding = PlaneEmbedding.from_weight(weight, state=state, dtype=dtype)
             set_submodule(model, layer.name, embedding)
             if layer.tied is not None:
                 set_submodule(model, layer.tied, TiedHead(embedding))
         else:
-            linear = PlaneLinear.from_weight(weight, name=layer.name, state=FixedBits(bits), dtype=dtype)
+            linear = PlaneLinear.from_weight(weight, name=layer.name, state=state, dtype=dtype)
             set_submodule(model, layer.name, linear)
 
 

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..arguments import named
 from ..errors import ResourceError, UnsupportedBitsError, UsageError
-from ..kernels import Problem, select
+from ..kernels import select
 from ..memory import free_memory
-from ..models import choose_bits, load
 from ..models.load import pick_device
-from ..nn import BitsState, PlaneLinear, bits_state, parse_bits
+from ..nn import PlaneLinear, bits_state
 from ..planes.weights import MAX_BITS
-from ..progress import Reporter
+from ..plans import choose_bits, load, parse_bits
+from ..progress import log
 from ..tables import render
 from ..torch_state import ordinary_torch
 from .clock import current
@@ -107,6 +108,7 @@ class Bench:
         return render("decoding one sequence: ceiling = bandwidth / MB", columns, rows)
 
 
+@named
 @ordinary_torch()
 def bench(
     model: str | Path | None = None,
@@ -123,7 +125,6 @@ def bench(
     group_size: int = 128,
     device: str = "auto",
     tune: bool = False,
-    reporter: Reporter | None = None,
 ) -> Bench:
     """Check the kernels against float64, then time them.
 
@@ -144,7 +145,6 @@ def bench(
         CheckError: a kernel is wrong; nothing is reported then.
         ResourceError: a whole model that does not fit into free memory.
     """
-    reporter = reporter or Reporter()
     if model is not None and shapes is not None:
         raise UsageError("give either a model or --shapes", hint="`bitstrata bench OUT`, or `bench --shapes 4096x4096`")
     if threads is not None and threads < 1:
@@ -187,7 +187,6 @@ def bench(
                 group_size,
                 where,
                 tune,
-                reporter,
             )
     finally:
         torch.set_num_threads(before)
@@ -206,7 +205,6 @@ def _bench(
     group_size: int,
     device: torch.device,
     tuning: bool,
-    reporter: Reporter,
 ) -> Bench:
     loaded: PreTrainedModel | None = None
     notes: list[str] = []
@@ -217,11 +215,8 @@ def _bench(
         for value in chosen:
             if value not in bits_state(loaded).supported:
                 raise UnsupportedBitsError(value, bits_state(loaded).supported)
-        layers = [
-            module
-            for module in loaded.modules()
-            if isinstance(module, PlaneLinear) and isinstance(module.bits_state, BitsState)
-        ]
+        planned = bits_state(loaded).layers
+        layers = [module for module in loaded.modules() if isinstance(module, PlaneLinear) and module.name in planned]
         sizes = sorted({(layer.out_features, layer.in_features) for layer in layers})
         group_size = layers[0].group_size
     else:
@@ -231,12 +226,12 @@ def _bench(
             _check_memory(shape_config(str(shapes)), max(chosen), blocks, device)
     tuned: list[Tuned] = []
     if tuning:
-        tuned, path = tune(sizes, chosen, rows, device=device, group_size=group_size, rounds=rounds, reporter=reporter)
+        tuned, path = tune(sizes, chosen, rows, device=device, group_size=group_size, rounds=rounds)
         notes.append(f"the fastest shapes of programs are in {path}")
     bandwidth = Bandwidth(torch.get_num_threads(), device)
     results: list[LinearResult] = []
     for out_features, in_features in sizes:
-        reporter.say(f"layer {out_features}x{in_features}")
+        log.info(f"layer {out_features}x{in_features}")
         measured = bench_linear(
             out_features,
             in_features,
@@ -255,19 +250,19 @@ def _bench(
         bandwidth.sample()
     models: list[ModelResult] = []
     if loaded is not None:
-        reporter.say("the whole model")
+        log.info("the whole model")
         dense = dense_model(_plain(loaded.config), dtype=loaded.dtype, device=device)
         models = bench_model(loaded, Path(str(model)).name, chosen, bandwidth.bytes_per_second, dense=dense)
         notes.append("the dense model has the same shape and random weights")
     elif whole:
         config = shape_config(str(shapes))
-        reporter.say(f"a whole model of {shapes}'s shape")
+        log.info(f"a whole model of {shapes}'s shape")
         random = random_model(config, chosen, group_size=group_size, head_bits=head_bits, blocks=blocks, device=device)
         dense = dense_model(config, blocks=blocks, device=device)
         models = bench_model(random, str(shapes), chosen, bandwidth.bytes_per_second, dense=dense)
         head = "bf16" if head_bits is None else f"{head_bits} bits"
         notes.append(f"random weights, {blocks or config.num_hidden_layers} blocks, output head in {head}")
-    kernel = select(Problem(device.type, torch.bfloat16, 1, "affine")).name
+    kernel = select(device.type, torch.bfloat16).name
     return Bench(
         describe(torch.get_num_threads(), device),
         kernel,

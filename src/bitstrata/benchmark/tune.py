@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckError, KernelError, ResourceError
-from ..kernels import Problem
 from ..kernels.triton import KERNEL, TiledWeight, config
-from ..progress import Reporter
+from ..kernels.triton.tiled import DENSE_ROWS, FEW_ROWS
+from ..progress import log
 from .clock import timer
 from .linear import beyond_cache
 from .random_model import random_weight
@@ -43,7 +43,7 @@ class Tuned:
 
 def check_tunable(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
     """Raises KernelError where the kernels cannot run, ResourceError where what is found could not be kept."""
-    reason = KERNEL.can_run(Problem(device.type, dtype, 1, "affine"))
+    reason = KERNEL.can_run(device.type, dtype)
     if device.type != "cuda" or reason is not None:
         raise KernelError(
             f"there are no kernels to tune here: {reason or f'tensors are on {device}'}",
@@ -67,23 +67,21 @@ def tune(
     group_size: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     rounds: int = 7,
-    reporter: Reporter | None = None,
 ) -> tuple[list[Tuned], Path]:
     """Search for each (out_features, in_features) and keep what is fastest; the results, and the file that has them.
 
-    rows: up to config.FEW_ROWS stand for the few-row kernel, which is tuned at one row; for more, below
-    config.DENSE_ROWS, the tile kernel is tuned at the next of config.ROW_STEPS.
+    rows: up to FEW_ROWS stand for the few-row kernel, which is tuned at one row; for more, below
+    DENSE_ROWS, the tile kernel is tuned at the next of config.ROW_STEPS.
 
     Raises as `check_tunable`, and CheckError if the fastest gives other numbers.
     """
     check_tunable(device, dtype)
-    reporter = reporter or Reporter()
     steps = sorted({next(step for step in config.ROW_STEPS if count <= step) for count in rows if _is_tiled(count)})
-    few = any(count <= config.FEW_ROWS for count in rows)
+    few = any(count <= FEW_ROWS for count in rows)
     found: list[Tuned] = []
     path = config.user_folder()
     for out_features, in_features in shapes:
-        reporter.say(f"tuning {out_features}x{in_features}")
+        log.info(f"tuning {out_features}x{in_features}")
         search = _Search(out_features, in_features, bits, device, group_size, dtype, rounds)
         measured = config.Measured()
         if few:
@@ -91,14 +89,14 @@ def tune(
         for step in steps:
             for value in bits:
                 key = config.many_rows_key(search.weights[0], value, step)
-                measured.many_rows[key] = search.many_rows(value, min(step, config.DENSE_ROWS - 1))
+                measured.many_rows[key] = search.many_rows(value, min(step, DENSE_ROWS - 1))
         path = config.save(device, measured)
         found += search.found
     return found, path
 
 
 def _is_tiled(rows: int) -> bool:
-    return config.FEW_ROWS < rows < config.DENSE_ROWS
+    return FEW_ROWS < rows < DENSE_ROWS
 
 
 class _Search:
@@ -118,7 +116,7 @@ class _Search:
         self.generator = torch.Generator(device).manual_seed(0)
         stored = random_weight(out_features, in_features, self.bits, group_size, self.generator)
         copies = max(2, -(-beyond_cache(device) // stored.bytes_read(min(bits))))
-        self.weights = [TiledWeight.pack(stored) for _ in range(copies)]
+        self.weights = [TiledWeight.pack(stored, KERNEL) for _ in range(copies)]
         self.found: list[Tuned] = []
 
     def few_rows(self) -> dict[int, config.FewRows]:

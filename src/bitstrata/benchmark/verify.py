@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckError
-from ..kernels import PreparedWeight, Problem, plane_linear, plane_linear_rows, prepared_linear, select
+from ..kernels import Weight
 from ..planes import PlaneWeight, decode
 
 ROWS_CHECKED = 256
@@ -15,19 +15,12 @@ INT8_LIMIT = 0.02
 EXACT_LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-def run(x: Tensor, weight: PlaneWeight | PreparedWeight, bits: int | Tensor) -> Tensor:
-    """x @ W_bits^T, or row r at bits[r], through the kernel that the registry picks."""
-    if not isinstance(weight, PlaneWeight):
-        return prepared_linear(x, [weight], bits)[0]
-    return plane_linear_rows(x, weight, bits) if isinstance(bits, Tensor) else plane_linear(x, weight, bits)
-
-
-def verify(x: Tensor, stored: PlaneWeight, weight: PlaneWeight | PreparedWeight, bits: int | Tensor) -> float:
+def verify(x: Tensor, stored: PlaneWeight, weight: Weight, bits: int | Tensor) -> float:
     """The relative RMS error of the kernel at `bits` against float64, on the first and the last output rows.
 
     x [rows, K]; bits for all rows, or one a row. Raises CheckError if it is beyond what the kernel may do.
     """
-    y = run(x, weight, bits).double()
+    y = weight.linear(x, bits).double()
     last = stored.out_features
     spans = [(0, min(ROWS_CHECKED, last)), (max(0, last - ROWS_CHECKED), last)]
     columns = torch.cat([torch.arange(*span, device=x.device) for span in spans])
@@ -37,7 +30,7 @@ def verify(x: Tensor, stored: PlaneWeight, weight: PlaneWeight | PreparedWeight,
         chosen = bits == value if isinstance(bits, Tensor) else slice(None)
         expected[chosen] = x[chosen].double() @ exact.T
     error = float((y[:, columns] - expected).norm() / expected.norm())
-    kernel = select(Problem(x.device.type, x.dtype, x.shape[0], stored.kind))
+    kernel = weight.kernel_for(x.shape[0], x.dtype)
     limit = max(INT8_LIMIT if kernel.activations == "int8" else 0.0, EXACT_LIMIT[x.dtype])
     if not error <= limit:
         what = "mixed" if isinstance(bits, Tensor) else bits

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, InputError, UnsupportedBitsError
 from ..planes.weights import MAX_BITS, PlaneWeight, is_byte_unit, make_scales
-from ..progress import Reporter
+from ..progress import note
 from .config_digest import changed_fields
 from .schema import (
     CONFIG_FILE,
@@ -252,10 +252,10 @@ class CheckpointReader:
                 f"{self._changes()}; {ACCEPT_CONFIG}", hint="copy or download it again, unless the change is wanted"
             )
 
-    def note_changes(self, reporter: Reporter) -> None:
+    def note_changes(self) -> None:
         """Say so if config.json was changed since the checkpoint was written."""
         if self.changed_config:
-            reporter.note(f"{self._changes()}, and is used as it is now; {ACCEPT_CONFIG}")
+            note(f"{self._changes()}, and is used as it is now; {ACCEPT_CONFIG}")
 
     def _changes(self) -> str:
         return f"{self.folder / CONFIG_FILE} is not as it was written (changed: {', '.join(self.changed_config)})"

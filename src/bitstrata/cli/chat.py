@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from transformers import TextStreamer
 
-from ..checkpoint import bytes_text
 from ..errors import BitstrataError, UsageError
-from ..models import choose_bits, load_tokenizer, resize, resolve
-from ..nn import Precision
-from ..runtime import Conversation
+from ..models import load_tokenizer, resolve
+from ..nn import BitsOrPlan
+from ..plans import bytes_text, choose_bits, resize
+from ..runtime import Conversation, GenerationSettings
 from .output import DEVICE_OPTION
 from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
 
@@ -39,22 +40,11 @@ def command(
     device: str = DEVICE_OPTION,
 ) -> None:
     """Talk to a model; its bits can change in the middle of the conversation. /help lists the commands."""
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max-new-tokens be at least 1")
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits)  # refused before loading
     target, chosen = choose_bits(model, bits)
     loaded = load_sized(target, chosen, budget=budget, fit=fit, context=None, device=device)
     tokenizer = load_tokenizer(resolve(target, weights=False))
-    talk = Conversation(
-        loaded,
-        tokenizer,
-        bits=chosen,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        draft_bits=draft_bits,
-    )
+    talk = Conversation(loaded, tokenizer, bits=chosen, system=system, **asdict(settings))
     if draft_bits is not None and draft_bits not in talk.supported:
         raise UsageError(f"draft-bits {draft_bits} is not among {_choice(talk)}")
     if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not text is refused like any other wrong input
@@ -71,7 +61,7 @@ def command(
         try:
             result = talk.reply(line, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
         except BitstrataError as error:
-            _say("; ".join(filter(None, (error.message, error.hint, "/reset forgets the conversation"))))
+            _say(f"{error.sentence}; /reset forgets the conversation")
             continue
         except KeyboardInterrupt:
             _say("stopped; this turn is forgotten")
@@ -103,7 +93,7 @@ def _obey(talk: Conversation, words: list[str]) -> bool:
                 talk.bits = int(value)
                 _say(_precision(talk.bits))
             except BitstrataError as error:  # before ValueError: unsupported bits are one
-                _say(f"{error.message}; {error.hint}" if error.hint else error.message)
+                _say(error.sentence)
             except ValueError:
                 _say(f"/bits takes a number, not {value!r}")
         case ["/resize", size]:
@@ -111,13 +101,13 @@ def _obey(talk: Conversation, words: list[str]) -> bool:
                 done = resize(talk.model, size)
                 _say(f"{bytes_text(done.before)} -> {bytes_text(done.after)} in {1000 * done.seconds:.0f} ms")
             except BitstrataError as error:
-                _say(f"{error.message}; {error.hint}" if error.hint else error.message)
+                _say(error.sentence)
         case _:
             _say(COMMANDS)
     return True
 
 
-def _precision(bits: Precision) -> str:
+def _precision(bits: BitsOrPlan) -> str:
     return f"{bits} bits" if isinstance(bits, int) else f"plan {bits}"
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from transformers import TextStreamer
 
-from ..models import choose_bits, encode_prompt, load_tokenizer, parse_bits_or_plan, resolve
+from ..models import encode_prompt, load_tokenizer, resolve
+from ..plans import choose_bits, parse_bits_or_plan
 from ..runtime import generate
 from .output import DEVICE_OPTION, JSON_OPTION, show, writing_stdout
 from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized

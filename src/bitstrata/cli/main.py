@@ -15,10 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import BitstrataError
 from ..memory import is_out_of_memory
-from ..progress import printable
 from ..version import __version__
 from . import bench, chat, demo, env, eval, generate, inspect, plan, quantize, serve
 from .output import open_streams
+from .terminal import printable, shown_on_stderr
 
 # what typer raises for a wrong command line: click's class or, in newer versions, typer's copy of it
 _CommandLineError: type[Exception] = next(
@@ -63,7 +63,8 @@ def main() -> None:
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run the program with `arguments` and return its exit code."""
     try:
-        code = app(arguments, standalone_mode=False, prog_name="bitstrata")
+        with shown_on_stderr():
+            code = app(arguments, standalone_mode=False, prog_name="bitstrata")
         return code if isinstance(code, int) else 0
     except typer.Exit as leave:
         return leave.exit_code

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import typer
 
 from ..errors import ResourceError
-from ..progress import printable
+from .terminal import printable
 
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON object on stdout.")
 DEVICE_OPTION = typer.Option("auto", help="auto, cpu, cuda or cuda:N.")

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from ..progress import Reporter
 from ..quantization import quantize
 from .output import DEVICE_OPTION, JSON_OPTION, show
 
@@ -57,6 +56,5 @@ def command(
         device=device,
         dry_run=dry_run,
         options=options,
-        reporter=Reporter(),
     )
     show(report, as_json=json)

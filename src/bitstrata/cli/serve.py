@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoint import CheckpointReader, Plan
+from ..checkpoint import CheckpointReader
 from ..errors import UsageError
-from ..models import bits_name, choose_bits, end_tokens, load_tokenizer, parse_bits_or_plan, resolve
-from ..progress import Reporter
+from ..models import end_tokens, load_tokenizer, resolve
+from ..plans import Plan, bits_name, choose_bits, parse_bits_or_plan
+from ..progress import log, note
 from ..runtime import Engine, parse_policy
 from .output import DEVICE_OPTION
 from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
@@ -79,16 +80,13 @@ def command(
             f"the server needs {', '.join(missing)}, not installed here", hint="pip install 'bitstrata[serve]'"
         )
     from ..serve.app import create_app
-    from ..serve.connections import most_requests
-    from ..serve.hosts import ANY, is_loopback
-    from ..serve.process import address, bind, serve
-    from ..serve.settings import Settings
+    from ..serve.process import address, bind, is_loopback, most_requests, serve
+    from ..serve.settings import ANY, Settings
 
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
         raise UsageError("the API key must be printable ASCII and not empty", hint="check --api-key, BITSTRATA_API_KEY")
-    reporter = Reporter()
     if api_key is None and host not in LOCAL:
-        reporter.note(f"anyone who reaches {host} can use this server: it has no --api-key")
+        note(f"anyone who reaches {host} can use this server: it has no --api-key")
     plans = _plans(plan or [])
     default = bits if bits in plans else None  # a plan's name
     target, chosen = choose_bits(model, None if bits is None or default else parse_bits_or_plan(bits))
@@ -115,7 +113,7 @@ def command(
             hosts = (ANY,)  # by which names others reach this machine is not known here
         possible = most_requests(max_connections)
         if possible < max_connections:
-            reporter.note(
+            note(
                 f"max-connections lowered from {max_connections} to {possible}: what the open files of this process "
                 "leave (ulimit -n)"
             )
@@ -139,7 +137,7 @@ def command(
         )
         tokenizer = load_tokenizer(folder)
         if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in end_tokens(loaded):
-            reporter.note(
+            note(
                 f"the tokenizer's end of text, {tokenizer.eos_token} ({tokenizer.eos_token_id}), is not among those of "
                 "generation_config.json and config.json; replies end at it too"
             )
@@ -154,11 +152,11 @@ def command(
         with engine:
             app = create_app(engine, tokenizer, settings)
             catalog = app.state.service.catalog
-            chosen_name = bits_name(catalog.default)
+            chosen_name = bits_name(catalog.default.given)
             choice = ", ".join(map(str, catalog.precisions))
             what = f"bits {choice} ({chosen_name} by default)" if choice else f"plan {chosen_name}"
             ready = f"serving {name} at {address(bound)}/v1 with {what}"
-            serve(app, bound, grace=grace, say=reporter.say, ready=ready)
+            serve(app, bound, grace=grace, say=log.info, ready=ready)
 
 
 def _plans(given: list[str]) -> dict[str, Plan]:

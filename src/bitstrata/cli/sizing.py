@@ -5,9 +5,8 @@ from __future__ import annotations
 import typer
 from transformers import PreTrainedModel
 
-from ..checkpoint import Plan
 from ..errors import UsageError
-from ..models import load
+from ..plans import Plan, load
 
 BUDGET_OPTION = typer.Option(
     None, help="Load no more than this: 600MB for the whole model, 3.2bpw. Needs OUT's page order (bitstrata plan)."

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..arguments import named
 from ..evaluation import evaluate
-from ..models import load, load_tokenizer
-from ..progress import Reporter
+from ..models import encode_prompt, load_tokenizer
+from ..plans import load
+from ..progress import log
 from ..quantization import quantize
-from ..runtime import Generation, continue_prompt
+from ..runtime import Generation, GenerationSettings, continue_tokens
 from ..tables import render
 from ..torch_state import ordinary_torch
 
@@ -62,19 +64,19 @@ class Demo:
         return "\n\n".join(parts)
 
 
+@named
 @ordinary_torch()
-def demo(output: str | Path | None = None, *, reporter: Reporter | None = None) -> Demo:
+def demo(output: str | Path | None = None) -> Demo:
     """Run the main job on the bundled model.
 
     Args:
         output: keep the quantized model in this folder; otherwise it is made in a temporary one.
     """
-    reporter = reporter or Reporter()
     started = time.monotonic()
     workspace = Path(tempfile.mkdtemp(prefix="bitstrata-demo-"))
     try:
         folder = Path(output) if output is not None else workspace / "model"
-        reporter.say("quantizing pycode-5m once, for 2, 3 and 4 bits (nested)")
+        log.info("quantizing pycode-5m once, for 2, 3 and 4 bits (nested)")
         quantize(
             MODEL,
             folder,
@@ -84,30 +86,30 @@ def demo(output: str | Path | None = None, *, reporter: Reporter | None = None) 
             calibration="stdlib",
             num_samples=64,
             seq_len=256,
-            reporter=reporter,
         )
-        rows, texts = _measure(folder, reporter)
+        rows, texts = _measure(folder)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     kept = None if output is None else str(output)
     return Demo(rows, PROMPT, texts, time.monotonic() - started, kept)
 
 
-def _measure(folder: Path, reporter: Reporter) -> tuple[tuple[dict[str, Any], ...], dict[str, str]]:
-    reporter.say("measuring on held-out modules of the standard library")
-    evaluation = evaluate(
-        folder, "stdlib", bits=BITS, reference=MODEL, seq_len=256, max_tokens=EVALUATION_TOKENS, reporter=reporter
-    )
+def _measure(folder: Path) -> tuple[tuple[dict[str, Any], ...], dict[str, str]]:
+    log.info("measuring on held-out modules of the standard library")
+    evaluation = evaluate(folder, "stdlib", bits=BITS, reference=MODEL, seq_len=256, max_tokens=EVALUATION_TOKENS)
     tokenizer = load_tokenizer(folder)
     quantized = load(folder)
     original: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(MODEL), dtype=torch.bfloat16)
     count = evaluation.results[0].bytes * 8 / evaluation.results[0].bpw_read
     assert evaluation.reference is not None
 
-    def speak(model: PreTrainedModel, bits: int | None) -> Generation:
-        return continue_prompt(model, tokenizer, PROMPT, bits=bits, max_new_tokens=NEW_TOKENS, reporter=reporter)
+    prompt = encode_prompt(tokenizer, PROMPT)
 
-    reporter.say("continuing the same prompt at each precision")
+    def speak(model: PreTrainedModel, bits: int | None) -> Generation:
+        settings = GenerationSettings(NEW_TOKENS)
+        return continue_tokens(model, tokenizer, prompt, PROMPT, bits=bits, settings=settings)
+
+    log.info("continuing the same prompt at each precision")
     made = speak(original, None)
     texts = {"bf16": made.text}
     rows: list[dict[str, Any]] = [

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from ..kernels import Problem, select, select_in
 from ..nn import PlaneLinear, multiplied_layers
 
 ARITHMETICS = ("exact", "int8")
@@ -25,7 +24,8 @@ class Ran:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = multiplied_layers(model)
-        self._problems: set[Problem] = set()
+        self._arithmetics: set[str] = set()
+        self._kernels: set[str] = set()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -40,16 +40,12 @@ class Ran:
     def _note(self, layer: Any, arguments: tuple[Any, ...]) -> None:
         x = arguments[0]
         held = layer if isinstance(layer, PlaneLinear) else layer.embedding
-        self._problems.add(Problem(x.device.type, x.dtype, x.numel() // x.shape[-1], held.kind))
+        asked = None if held.bits_state is None else held.bits_state.arithmetic
+        rows = x.shape[:-1].numel()
+        kernel = held.packed.kernel_for(rows, x.dtype, asked)
+        self._arithmetics.add(kernel.arithmetic(rows))
+        self._kernels.add(kernel.name)
 
-    def with_arithmetic(self, asked: str | None) -> tuple[str, str]:
-        """The arithmetic that ran, and the kernels; where there were several, all of their names.
-
-        asked: what the model was told to compute in, None for nothing.
-        """
-        arithmetics, kernels = set(), set()
-        for problem in self._problems:
-            kernel = select(problem) if asked is None else select_in(problem, asked)
-            arithmetics.add(kernel.arithmetic(problem.rows))
-            kernels.add(kernel.name)
-        return ", ".join(sorted(arithmetics)), ", ".join(sorted(kernels))
+    def names(self) -> tuple[str, str]:
+        """The arithmetic that ran, and the kernels; where there were several, all of their names."""
+        return ", ".join(sorted(self._arithmetics)), ", ".join(sorted(self._kernels))

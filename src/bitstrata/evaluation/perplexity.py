@@ -10,26 +10,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import arguments
+from ..arguments import named
 from ..calibration import evaluation_windows, given_tokens, read_text
-from ..checkpoint import CheckpointReader, Plan, is_checkpoint
+from ..checkpoint import CheckpointReader, is_checkpoint
 from ..errors import TextError, UsageError
 from ..metrics import Metrics, Tally
 from ..models import (
-    bits_name,
     check_vocabulary,
     context_limit,
-    highest_bits,
     input_device,
-    load,
     load_reference,
     load_tokenizer,
-    parse_bits_or_plans,
+    pick_device,
     resolve,
 )
-from ..models.load import pick_device
-from ..nn import Precision, bits_state, multiplied_layers
+from ..nn import BitsOrPlan, bits_state, multiplied_layers
 from ..planes import whole_number
-from ..progress import Reporter
+from ..plans import Plan, bits_name, highest_bits, load, parse_bits_or_plans
+from ..progress import Steps, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from .arithmetic import ARITHMETICS, Ran
 from .report import BitsResult, Evaluation
@@ -38,7 +36,9 @@ TOKENS_PER_BATCH = 2048
 DEFAULT_SEQ_LEN = 2048
 
 
+@named
 @ordinary_torch()
+@own_notes()
 def evaluate(
     model: str | Path | PreTrainedModel,
     text: str | Path,
@@ -50,7 +50,6 @@ def evaluate(
     arithmetic: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "auto",
-    reporter: Reporter | None = None,
 ) -> Evaluation:
     """Measure a quantized model on a text.
 
@@ -70,7 +69,6 @@ def evaluate(
         UnsupportedBitsError, PlanError, TextError, ModelError, CheckpointError: the input named in the message.
         KernelError: nothing here computes in this arithmetic, or not the forced kernel.
     """
-    reporter = (reporter or Reporter()).fresh()
     if arithmetic not in (None, *ARITHMETICS):
         raise UsageError(f"arithmetic {arithmetic!r} is not known", hint=f"one of {', '.join(ARITHMETICS)}")
     if seq_len is not None:
@@ -89,12 +87,12 @@ def evaluate(
     )
     state = bits_state(quantized)
     # a plan in memory is neither of these numbers nor a name for one
-    chosen: tuple[Precision, ...] = asked if asked is not None else state.supported or (state.default,)
+    chosen: tuple[BitsOrPlan, ...] = asked if asked is not None else state.supported or (state.default,)
     for value in chosen:
-        state.check(value)
+        state.resolve(value)
     tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
     original = load_reference(reference, quantized, where)
-    length = context_length(quantized, seq_len, reporter)
+    length = context_length(quantized, seq_len)
 
     batches = list(_batches(evaluation_windows(tokenizer, documents, length, max_tokens)))
     given = given_tokens(tokenizer)
@@ -103,7 +101,7 @@ def evaluate(
         raise TextError(f"{text} has no window of two tokens or more", hint="give a longer text")
     tallies = [Tally() for _ in chosen]
     baseline, ran = Tally(), Ran(quantized)
-    with torch.no_grad(), reporter.track("evaluating", len(batches), "batch") as steps:
+    with torch.no_grad(), Steps("evaluating", len(batches), "batch") as steps:
         for windows in batches:
             ids, predicted = _padded(windows, given, where)
             targets, expected = ids[predicted], None
@@ -122,7 +120,7 @@ def evaluate(
         for value, tally in zip(chosen, tallies, strict=True)
     )
     base = baseline.result() if original is not None else None
-    arithmetics, kernels = ran.with_arithmetic(arithmetic)
+    arithmetics, kernels = ran.names()
     return Evaluation(
         model=str(quantized.name_or_path),
         text=str(text),
@@ -132,7 +130,7 @@ def evaluate(
         results=results,
         arithmetic=arithmetics,
         kernel=kernels,
-        notes=tuple(reporter.notes),
+        notes=notes(),
     )
 
 
@@ -172,19 +170,19 @@ def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedMode
             plan.check(CheckpointReader(folder))
 
 
-def _row(bits: Precision, measured: Metrics, size: int, count: int) -> BitsResult:
+def _row(bits: BitsOrPlan, measured: Metrics, size: int, count: int) -> BitsResult:
     name, bpw = bits_name(bits), 8 * size / count
     return BitsResult(name, measured.perplexity, measured.nll, measured.kld, measured.top1_agreement, bpw, size)
 
 
-def context_length(model: PreTrainedModel, seq_len: int | None, reporter: Reporter) -> int:
+def context_length(model: PreTrainedModel, seq_len: int | None) -> int:
     """`seq_len` (default 2048), lowered to the model's context with a note."""
     limit = context_limit(model.config)
     wanted = DEFAULT_SEQ_LEN if seq_len is None else seq_len
     if limit is None or wanted <= limit:
         return wanted
     if seq_len is not None:
-        reporter.note(f"seq-len lowered from {seq_len} to {limit}, the model's context")
+        note(f"seq-len lowered from {seq_len} to {limit}, the model's context")
     return int(limit)
 
 

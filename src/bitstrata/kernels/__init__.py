@@ -1,32 +1,8 @@
 """One operation on many machines: y = x @ W_bits^T, bits an int or one per row."""
 
-from .api import (
-    linear_in,
-    plane_linear,
-    plane_linear_rows,
-    plane_lookup,
-    prepare,
-    prepared_linear,
-    prepared_lookup,
-    without_pages,
-)
+from . import cpu, ops, reference, triton  # noqa: F401  (they register themselves)
 from .plain import is_plain
-from .registry import KernelReport, PreparedWeight, Problem, describe, select, select_in
+from .registry import Kernel, KernelReport, describe, select
+from .weight import Weight, linear_many, pack
 
-__all__ = [
-    "KernelReport",
-    "PreparedWeight",
-    "Problem",
-    "describe",
-    "is_plain",
-    "linear_in",
-    "plane_linear",
-    "plane_linear_rows",
-    "plane_lookup",
-    "prepare",
-    "prepared_linear",
-    "prepared_lookup",
-    "select",
-    "select_in",
-    "without_pages",
-]
+__all__ = ["Kernel", "KernelReport", "Weight", "describe", "is_plain", "linear_many", "pack", "select"]

@@ -1,17 +1,15 @@
 """The operations as `torch.library` ops, so that compilers, tracers and transforms see one opaque node.
 
-    bitstrata::plane_linear          y = x @ W^T, every row at the same bits
-    bitstrata::plane_linear_rows     one bits value a row
-    bitstrata::plane_product         x @ W^T or x @ W, W exactly as decoded: the linear map that the two stand for
-    bitstrata::plane_lookup          rows of W, chosen by index
-    bitstrata::prepared_...          the same four from a weight in a kernel's own layout
+    bitstrata::linear     y = x @ W^T, every row at `bits` or row r at row_bits[r]
+    bitstrata::product    x @ W^T or x @ W, W exactly as decoded: the linear map that `linear` stands for
+    bitstrata::lookup     rows of W, chosen by index
 
-They take the layer's tensors as lists, because a dispatcher schema has no structures: planes; then the tensors of the
-scales for `scales_bits`, one after the other; or the tensors and the shape of a prepared weight. They are defined
-through `torch.library.Library` rather than `custom_op`, which costs several times more per call.
+They take a weight's tensors as lists, because a dispatcher schema has no structures: planes; the tensors of the scales
+for `scales_bits`, one after the other; shape is [N, K, group_size]. They are defined through `torch.library.Library`
+rather than `custom_op`, which costs several times more per call.
 
 Products are linear in x, and W is constant. So the gradient with respect to x is g @ W, a tangent goes through as
-t @ W^T, and derivatives of these are products again: every order, forward and reverse, is a `..._product`. It ignores
+t @ W^T, and derivatives of these are products again: every order, forward and reverse, is a `product`. It ignores
 that kernels may quantize activations (a step function, whose own derivative says nothing).
 
 torch.library.register_autograd would serve torch.autograd alone: what it makes raises inside torch.func.grad and drops
@@ -20,7 +18,7 @@ tangents. Hence an implementation for the key Autograd, of the same parts of tor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -32,50 +30,96 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from ..errors import UsageError
-from . import run
+from . import registry
+from .plain import check_constant
+from .weight import LAYOUTS, Weight, check_row_bits, run_linear
 
+TILE_WEIGHTS = 1 << 22  # decoded at a time for exact products: 16 MB
+TILE_ROWS = 16  # of which a tile has a multiple: what the layouts keep together
+WEIGHT = "Tensor[] planes, Tensor[] scales, int[] scales_bits, int[] shape, str kind, str layout, str kernel"
 _LIBRARY = torch.library.Library("bitstrata", "DEF")
-# the arguments that describe a weight, stored or prepared, and what makes it from them
-_WEIGHTS = {
-    "plane": "Tensor[] planes, Tensor[] scales, str kind, int[] scales_bits, int group_size",
-    "prepared": "Tensor[] planes, Tensor[] scales, int[] scales_bits, str layout, int out_features, int group_size, "
-    "str kind",
-}
-_MAKERS: dict[str, Any] = {"plane": run.stored_weight, "prepared": run.prepared_weight}
 
 
-def _linear(family: str, x: Tensor, *arguments: Any) -> Tensor:
-    *parts, bits = arguments
-    return run.linear(x, [_MAKERS[family](x.shape[-1], *parts)], bits)[0]
+def _weight(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    scales_bits: Sequence[int],
+    shape: Sequence[int],
+    kind: str,
+    layout: str,
+    kernel: str,
+) -> Weight:
+    """The weight with these `Weight.arguments`, for x."""
+    device = planes[0].device
+    if x.device != device:
+        raise UsageError(f"activations on {x.device} meet a weight on {device}", hint="move one to the other")
+    chosen = registry.of_layout(layout, kernel, device.type)
+    return LAYOUTS[layout].from_op(tuple(planes), scales, scales_bits, *shape, kind, chosen)
 
 
-def _product(family: str, x: Tensor, *arguments: Any) -> Tensor:
-    *parts, columns, bits, row_bits, transposed = arguments
-    return run.product(x, _MAKERS[family](columns, *parts), bits, row_bits, transposed)
+def _linear(x: Tensor, *arguments: Any) -> Tensor:
+    *parts, bits, row_bits = arguments
+    weight = _weight(x, *parts)
+    if row_bits is None:
+        return run_linear(x, [weight], weight.checked(bits))[0]
+    if row_bits.dim() != 1 or len(row_bits) != x.shape[:-1].numel():
+        raise UsageError(f"row_bits must have shape {[x.shape[:-1].numel()]}, got {list(row_bits.shape)}")
+    return run_linear(x, [weight], row_bits)[0]
 
 
-def _lookup(family: str, index: Tensor, *arguments: Any) -> Tensor:
-    *parts, bits, columns, dtype = arguments
-    return run.lookup(index, _MAKERS[family](columns, *parts), bits, dtype)
+def _lookup(index: Tensor, *arguments: Any) -> Tensor:
+    *parts, bits, dtype = arguments
+    weight = _weight(index, *parts)
+    return weight.run_lookup(index, weight.checked(bits), dtype)
 
 
-def _out_features(family: str, arguments: Sequence[Any]) -> int:
-    rows: int = arguments[0][0].shape[0] if family == "plane" else arguments[4]
-    return rows
+def _product(x: Tensor, *arguments: Any) -> Tensor:
+    """Computed in float32, or float64 if x is, from a tile of W at a time; the result has x's dtype."""
+    *parts, bits, row_bits, transposed = arguments
+    weight = _weight(x, *parts)
+    flat = x.reshape(-1, x.shape[-1])
+    width = weight.in_features if transposed else weight.out_features
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = weight.readable(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if row_bits is None:
+            y = _exact(flat.to(dtype), weight, bits, transposed)
+        else:
+            if row_bits.device.type == "cpu":
+                check_row_bits(row_bits, weight)
+            y = flat.new_full((len(flat), width), torch.nan, dtype=dtype)  # what a device makes of unknown bits
+            for value in weight.bits:
+                chosen = (row_bits == value).nonzero().flatten()
+                if len(chosen):
+                    y[chosen] = _exact(flat[chosen].to(dtype), weight, value, transposed)
+    return y.to(x.dtype).view(*x.shape[:-1], width)
 
 
-def _fake_linear(family: str, x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], _out_features(family, arguments))
+def _exact(x: Tensor, weight: Weight, bits: int, transposed: bool) -> Tensor:
+    rows, columns = weight.out_features, weight.in_features
+    y = x.new_zeros(len(x), columns if transposed else rows)
+    step = max(1, TILE_WEIGHTS // columns // TILE_ROWS) * TILE_ROWS
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        tile = weight.decode(bits, first, last, x.dtype)  # [last - first, K]
+        if transposed:
+            y.addmm_(x[:, first:last], tile)
+        else:
+            torch.mm(x, tile.T, out=y[:, first:last])
+    return y
 
 
-def _fake_product(family: str, x: Tensor, *arguments: Any) -> Tensor:
-    columns, _, _, transposed = arguments[-4:]
-    return x.new_empty(*x.shape[:-1], columns if transposed else _out_features(family, arguments))
+def _fake_linear(x: Tensor, planes: Any, scales: Any, scales_bits: Any, shape: Sequence[int], *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
 
 
-def _fake_lookup(family: str, index: Tensor, *arguments: Any) -> Tensor:
-    *_, columns, dtype = arguments
-    return index.new_empty(*index.shape, columns, dtype=dtype)
+def _fake_product(x: Tensor, planes: Any, scales: Any, scales_bits: Any, shape: Sequence[int], *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[1 if rest[-1] else 0])
+
+
+def _fake_lookup(index: Tensor, planes: Any, scales: Any, scales_bits: Any, shape: Any, *rest: Any) -> Tensor:
+    return index.new_empty(*index.shape, shape[1], dtype=rest[-1])
 
 
 class _Linear(_SingleLevelFunction):
@@ -83,7 +127,7 @@ class _Linear(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, op: Any, keyset: Any, arguments: Sequence[Any]) -> Tensor:
-        ctx.map = _map_of(op, x.shape[-1], arguments)
+        ctx.map = arguments if op._opname == "product" else (*arguments, False)
         with ExitStack() as stack:
             if torch._C._are_functorch_transforms_active():  # the next transform may differentiate too
                 stack.enter_context(torch.enable_grad())
@@ -92,25 +136,13 @@ class _Linear(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        product, *weight, transposed = ctx.map
-        return product(gradient, *weight, not transposed), None, None, None
+        *weight, transposed = ctx.map
+        return torch.ops.bitstrata.product.default(gradient, *weight, not transposed), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        product, *weight, transposed = ctx.map
-        result: Tensor = product(tangent, *weight, transposed)
+        result: Tensor = torch.ops.bitstrata.product.default(tangent, *ctx.map)
         return result
-
-
-def _map_of(op: Any, columns: int, arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """The linear map of x [..., columns] that `op` is: a product op and its arguments after x."""
-    family, _, name = op._opname.partition("_")
-    if name == "product":
-        return op, *arguments
-    *weight, bits = arguments
-    rows = name == "linear_rows"
-    product = getattr(torch.ops.bitstrata, f"{family}_product").default
-    return product, *weight, columns, 0 if rows else bits, bits if rows else None, False
 
 
 def _below(op: Any, keyset: Any, x: Tensor, arguments: Sequence[Any]) -> Tensor:
@@ -119,20 +151,8 @@ def _below(op: Any, keyset: Any, x: Tensor, arguments: Sequence[Any]) -> Tensor:
     return y
 
 
-def check_constant(scales: Iterable[Tensor]) -> None:
-    """Raise UsageError if somebody waits for derivatives with respect to a weight's own numbers: there are none."""
-    backward, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
-    for tensor in scales:
-        if (backward and tensor.requires_grad) or (forward and forward_ad.unpack_dual(tensor).tangent is not None):
-            raise UsageError(
-                "derivatives with respect to the scales, offsets or tables of a quantized weight are not computed",
-                hint="detach them; `bitstrata quantize --preset best` tunes them",
-            )
-
-
 def _autograd(op: Any, keyset: Any, x: Tensor, *arguments: Any) -> Tensor:
-    _, scales, *_ = arguments
-    check_constant(scales)
+    check_constant(arguments[1])
     forward = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     if x.is_floating_point() and (forward or (x.requires_grad and torch.is_grad_enabled())):
         with enable_single_level_autograd_function():
@@ -165,22 +185,20 @@ def _refuse_old_vmap(*_: Any) -> Tensor:
     )
 
 
-def _register(family: str) -> None:
-    for name, first, rest, function, fake in (
-        ("linear", "x", "int bits", _linear, _fake_linear),
-        ("linear_rows", "x", "Tensor row_bits", _linear, _fake_linear),
-        ("product", "x", "int in_features, int bits, Tensor? row_bits, bool transposed", _product, _fake_product),
-        ("lookup", "index", "int bits, int columns, ScalarType dtype", _lookup, _fake_lookup),
-    ):
-        name = f"{family}_{name}"
-        _LIBRARY.define(f"{name}(Tensor {first}, {_WEIGHTS[family]}, {rest}) -> Tensor")
-        _LIBRARY.impl(name, partial(function, family), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"bitstrata::{name}", partial(fake, family), lib=_LIBRARY)
-        op = getattr(torch.ops.bitstrata, name).default
-        _LIBRARY.impl(name, partial(_autograd, op), "Autograd", with_keyset=True)
-        torch.library.register_vmap(f"bitstrata::{name}", partial(_batched, op), lib=_LIBRARY)
-        _LIBRARY.impl(name, _refuse_old_vmap, "Batched")
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {}  # of the ops, by name: for real tensors
 
 
-for _family in _WEIGHTS:
-    _register(_family)
+def _register(name: str, first: str, rest: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    IMPLEMENTATIONS[name] = function
+    _LIBRARY.define(f"{name}(Tensor {first}, {WEIGHT}, {rest}) -> Tensor")
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bitstrata::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.bitstrata, name).default
+    _LIBRARY.impl(name, partial(_autograd, op), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"bitstrata::{name}", partial(_batched, op), lib=_LIBRARY)
+    _LIBRARY.impl(name, _refuse_old_vmap, "Batched")
+
+
+_register("linear", "x", "int bits, Tensor? row_bits", _linear, _fake_linear)
+_register("product", "x", "int bits, Tensor? row_bits, bool transposed", _product, _fake_product)
+_register("lookup", "index", "int bits, ScalarType dtype", _lookup, _fake_lookup)

@@ -2,14 +2,11 @@
 
 from .config import context_limit
 from .discover import Discovery, LeftOut, LinearInfo, bytes_per_token, discover, input_device
-from .fit import fit_budget
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .hub import resolve
-from .load import choose_bits, load, parse_target
-from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
-from .resize import Resized, resize
-from .source import SourceModel, all_finite, load_reference
+from .load import OpenCheckpoint, open_checkpoint, pick_device
+from .source import SourceModel, load_reference
 from .tokens import (
     Stops,
     check_text,
@@ -30,16 +27,13 @@ __all__ = [
     "HeadLayer",
     "LeftOut",
     "LinearInfo",
-    "Resized",
+    "OpenCheckpoint",
     "SourceModel",
     "Stops",
-    "all_finite",
     "attach",
-    "bits_name",
     "bytes_per_token",
     "check_text",
     "check_vocabulary",
-    "choose_bits",
     "context_limit",
     "discover",
     "encode_body",
@@ -47,16 +41,11 @@ __all__ = [
     "encode_turns",
     "end_tokens",
     "find_head",
-    "fit_budget",
-    "highest_bits",
     "input_device",
-    "load",
     "load_reference",
     "load_tokenizer",
-    "parse_bits_or_plan",
-    "parse_bits_or_plans",
-    "parse_target",
-    "resize",
+    "open_checkpoint",
+    "pick_device",
     "resolve",
     "text_prefix",
     "vocabulary_size",

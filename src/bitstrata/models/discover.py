@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint import LayerSpec
 from ..errors import CheckpointError, ModelError, UsageError
-from ..nn import PlaneLinear, Precision, TiedHead
+from ..nn import BitsOrPlan, PlaneLinear, TiedHead
 from .compat import is_plain_linear
 
 
@@ -243,7 +243,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
-def bytes_per_token(model: PreTrainedModel, bits: Precision | None) -> int:
+def bytes_per_token(model: PreTrainedModel, bits: BitsOrPlan | None) -> int:
     """Bytes of weights that one decoding step reads; of the input embedding only a row, which is left out.
 
     bits may be None for a model that is not quantized.

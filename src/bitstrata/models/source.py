@@ -22,6 +22,7 @@ from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import SAFETENSORS_DTYPES
 from ..errors import ModelError, first_line
 from ..memory import is_out_of_memory
+from ..planes.weights import all_finite
 from .compat import tied_parameters
 from .config import causal_class, check_causal
 from .hub import resolve
@@ -252,11 +253,6 @@ class SourceModel:
 def _sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     parts = [getattr(config, key, None) for key in config.sub_configs]
     return [part for part in parts if isinstance(part, PreTrainedConfig)]
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinity; makes no temporary of its size."""
-    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def release(module: nn.Module) -> None:

@@ -6,12 +6,14 @@ embedding there is one copy of the planes, the embedding's: the head multiplies 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..kernels import plane_lookup, prepared_lookup
+from ..kernels.reference import StoredWeight
 from ..planes.weights import PlaneWeight
-from .bits import BitsState, FixedBits, Precision
+from .bits import BitsOrPlan, BitsState
 from .stored import PlaneModule
 
 
@@ -20,9 +22,11 @@ class PlaneEmbedding(PlaneModule):
 
     Args:
         rows: tokens, N; columns: the width, K.
+        bits: the one that it has; None for a module that is given its weight.
         state: of the model that it belongs to, whose arithmetic holds for the head's product too.
         scale: rows are multiplied by it, as some architectures do; rounded to the rows' dtype first if
             `round_scale`.
+        shape: the other arguments of PlaneModule.
     """
 
     def __init__(
@@ -30,50 +34,45 @@ class PlaneEmbedding(PlaneModule):
         rows: int,
         columns: int,
         *,
-        bits: int,
-        group_size: int,
-        kind: str = "affine",
+        bits: int | None,
         state: BitsState | None = None,
         scale: float | None = None,
         round_scale: bool = False,
         padding_idx: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **shape: Any,
     ) -> None:
-        super().__init__(columns, rows, bits=(bits,), group_size=group_size, kind=kind, device=device, dtype=dtype)
+        super().__init__(columns, rows, bits=() if bits is None else (bits,), **shape)
         self.scale, self.round_scale = scale, round_scale
-        self.bits_state = FixedBits(bits, state)
+        self.bits_state = state or BitsState()
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, columns, padding_idx
         self.is_tied = False
 
     @classmethod
-    def from_weight(cls, weight: PlaneWeight, *, dtype: torch.dtype | None = None) -> PlaneEmbedding:
+    def from_weight(
+        cls, weight: PlaneWeight, *, state: BitsState | None = None, dtype: torch.dtype | None = None
+    ) -> PlaneEmbedding:
         """An embedding that holds `weight`, which has one bits value."""
-        (bits,) = weight.bits
         made = cls(
             weight.out_features,
             weight.in_features,
-            bits=bits,
+            bits=None,
             group_size=weight.group_size,
             kind=weight.kind,
+            state=state,
             device=weight.planes[0].device,
             dtype=dtype,
         )
-        for key, tensor in weight.tensors().items():
-            setattr(made, key, tensor)
+        made.packed = StoredWeight(weight)
         return made
 
-    def prepare(self) -> None:
+    def pack(self, kernel: str | None = None) -> None:
         """Re-lay the weight if a head multiplies by it; for lookups the stored order is best: a row lies together."""
         if self.is_tied:
-            super().prepare()
+            super().pack(kernel)
 
     def forward(self, ids: Tensor) -> Tensor:
         dtype = self.get_buffer("weight").dtype
-        if self.prepared is None:
-            rows = plane_lookup(ids, self.plane_weight(), self.bits[0], dtype)
-        else:
-            rows = prepared_lookup(ids, self.prepared, self.bits[0], dtype)
+        rows = self.packed.lookup(ids, self.bits[0], dtype)
         if self.scale is None:
             return rows
         if self.round_scale:
@@ -82,7 +81,7 @@ class PlaneEmbedding(PlaneModule):
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., K] @ W^T."""
-        return self._times(x, self.bits[0], self.bits_state.arithmetic)
+        return self.packed.linear(x, self.bits[0], None if self.bits_state is None else self.bits_state.arithmetic)
 
 
 class TiedHead(nn.Module):
@@ -110,7 +109,7 @@ class TiedHead(nn.Module):
         """The embedding's placeholder, for code that asks a layer's dtype."""
         return self.embedding.get_buffer("weight")
 
-    def bytes_read(self, bits: Precision) -> int:
+    def bytes_read(self, bits: BitsOrPlan) -> int:
         """Bytes of the stored tensors that a product reads, whatever the model's `bits`."""
         return self.embedding.bytes_read(self.embedding.bits[0])
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..kernels import PreparedWeight, is_plain, prepared_linear
+from ..kernels import Weight, linear_many
 
 if TYPE_CHECKING:
     from .linear import PlaneLinear
@@ -30,12 +30,12 @@ WASTED = 2  # rounds without a taker for some result, after which a group stops 
 
 
 class _Round:
-    """What one input gave: the results that siblings have not taken yet."""
+    """What one input gave at some bits: the results that siblings have not taken yet, and what made them."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.input = x
+    def __init__(self, x: Tensor, bits: int | Tensor) -> None:
+        self.input, self.bits = x, bits
         self._before = x.clone() if x.is_inference() else x._version
-        self.results: dict[int, tuple[PreparedWeight, int, Tensor]] = {}
+        self.results: dict[int, tuple[Weight, Tensor]] = {}
 
     def is_of(self, x: Tensor) -> bool:
         """Whether `x` is the input, as it was when this began."""
@@ -44,10 +44,6 @@ class _Round:
         if isinstance(self._before, Tensor):
             return x.shape == self._before.shape and torch.equal(_as_integers(x), _as_integers(self._before))
         return x._version == self._before
-
-    def take(self, layer: PlaneLinear, bits: int) -> Tensor | None:
-        prepared, at, y = self.results.pop(id(layer))
-        return y if prepared is layer.prepared and at == bits else None
 
 
 class FusedGroup:
@@ -58,48 +54,43 @@ class FusedGroup:
         self._rounds: list[_Round] = []  # at most one; a list, because its pop and its replacement are atomic
         self._wasted = 0
 
-    def can_share(self, x: Tensor) -> bool:
-        """Whether sharing is safe for `x`: an ordinary eager tensor whose changes can be noticed."""
-        return (
-            self._wasted < WASTED
-            and is_plain(x)
-            and (x.device.type == "cpu" or not x.is_inference())  # elsewhere a comparison would wait for the device
-            and all(member.prepared is not None for member in self.members)
-        )
-
-    def output(self, layer: PlaneLinear, x: Tensor, bits: int) -> Tensor:
-        """What `layer` makes of x at `bits`, and of its siblings at these bits for when they ask."""
+    def linear(self, layer: PlaneLinear, x: Tensor, bits: int | Tensor) -> Tensor:
+        """What `layer` makes of x, a plain tensor, at `bits`, and of its siblings at these bits for when they ask."""
         try:
             current: _Round | None = self._rounds.pop()
         except IndexError:
             current = None
         if current is not None and not current.is_of(x):
             current, self._wasted = None, self._wasted + 1
-        y = None
-        if current is not None and id(layer) in current.results:
-            y = current.take(layer, bits)
-            if not current.results:
-                current, self._wasted = None, 0
-        if y is None:
-            if current is None:
-                current = _Round(x)
-            y = self._compute(current, layer, bits)
-        if current is not None and current.results:
+        if current is None:
+            return self._begin(layer, x, bits)
+        weight, y = current.results.pop(id(layer), (None, None))
+        if current.results:
+            self._rounds = [current]
+        else:
+            self._wasted = 0
+        fits = weight is layer.packed and _equal(current.bits, bits)
+        return y if y is not None and fits else layer.packed.linear(x, bits)
+
+    def _begin(self, layer: PlaneLinear, x: Tensor, bits: int | Tensor) -> Tensor:
+        weight, others = layer.packed, []
+        # elsewhere than on a CPU the comparison of a tensor without a version would wait for the device
+        if self._wasted < WASTED and (x.device.type == "cpu" or not x.is_inference()):
+            others = [
+                (member, member.packed)
+                for member in self.members
+                if member is not layer and _equal(member.bits_state.bits_for(member.name, x.shape[:-1], x.device), bits)
+            ]
+        others = [(member, other) for member, other in others if other.kernel.name == weight.kernel.name]
+        y, *more = linear_many(x, [weight, *(other for _, other in others)], bits)
+        if others:
+            current = _Round(x, bits)
+            for (member, other), result in zip(others, more, strict=True):
+                current.results[id(member)] = other, result
             self._rounds = [current]
         return y
 
-    def _compute(self, current: _Round, layer: PlaneLinear, bits: int) -> Tensor:
-        together = [layer]
-        if self._wasted < WASTED:
-            others = [m for m in self.members if m is not layer and id(m) not in current.results]
-            together += [member for member in others if _is_at(member, bits)]
-        weights = [member.prepared for member in together if member.prepared is not None]
-        y, *more = prepared_linear(current.input, weights, bits)
-        for member, weight, result in zip(together[1:], weights[1:], more, strict=True):
-            current.results[id(member)] = (weight, bits, result)
-        return y
-
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop results that wait, and the weights they were computed with."""
         self._rounds = []
 
@@ -115,24 +106,6 @@ def _as_integers(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def _is_at(member: PlaneLinear, bits: int) -> bool:
-    """Whether `member` runs at `bits` in all rows."""
-    now = member.bits_state.of(member.name)
-    return isinstance(now, int) and now == bits
-
-
-def fuse(model: nn.Module) -> int:
-    """Let sibling layers of `model` that read the same input share calls; returns how many groups there are."""
-    from .linear import PlaneLinear
-
-    groups = 0
-    for module in model.modules():
-        for names in TOGETHER:
-            members = [child for name in names if isinstance(child := getattr(module, name, None), PlaneLinear)]
-            shapes = {(child.in_features, child.group_size, child.kind, child.bits) for child in members}
-            if len(members) > 1 and len(shapes) == 1:
-                group = FusedGroup(members)
-                for child in members:
-                    child.fused = group
-                groups += 1
-    return groups
+def _equal(one: int | Tensor, other: int | Tensor) -> bool:
+    """Whether these are the same bits; those of rows are one tensor for all layers that have the same."""
+    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)

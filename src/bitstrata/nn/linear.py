@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ..kernels import is_plain
+from ..kernels.reference import StoredWeight
 from ..planes.weights import PlaneWeight
-from .bits import BitsState, FixedBits, Precision, expand_rows
-from .fused import FusedGroup
+from .bits import BitsOrPlan, BitsState
 from .stored import PlaneModule
 
 
 class PlaneLinear(PlaneModule):
-    """y = x @ W_bits^T + bias, bits taken from the model's BitsState, or fixed. PlaneModule says how W is held.
+    """y = x @ W_bits^T + bias, bits taken from the model's BitsState. PlaneModule says how W is held.
 
     Args:
         name: the layer's name in the model; plans look it up.
-        state: the model's BitsState; FixedBits for a layer that always runs at one precision.
-        kind: of the scales, "affine", "affine8" or "codebook".
+        state: the model's BitsState.
         dtype: of the bias and the placeholder.
+        shape: the other arguments of PlaneModule.
     """
 
     def __init__(
@@ -27,27 +30,14 @@ class PlaneLinear(PlaneModule):
         out_features: int,
         *,
         name: str,
-        state: BitsState | FixedBits,
-        bits: tuple[int, ...],
-        group_size: int,
-        kind: str = "affine",
+        state: BitsState,
         bias: bool = False,
-        paged: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **shape: Any,
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            bits=bits,
-            group_size=group_size,
-            kind=kind,
-            paged=paged,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(in_features, out_features, device=device, dtype=dtype, **shape)
         self.name, self.bits_state = name, state
-        self.fused: FusedGroup | None = None
         self.bias = (
             nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
@@ -59,7 +49,7 @@ class PlaneLinear(PlaneModule):
         bias: Tensor | None = None,
         *,
         name: str = "",
-        state: BitsState | FixedBits | None = None,
+        state: BitsState | None = None,
         dtype: torch.dtype | None = None,
     ) -> PlaneLinear:
         """A layer that holds `weight`; without `state` it gets one of its own. `dtype` is the bias's by default."""
@@ -67,33 +57,30 @@ class PlaneLinear(PlaneModule):
             weight.in_features,
             weight.out_features,
             name=name,
-            state=state or BitsState(weight.bits, {name: weight.bits}),
-            bits=weight.bits,
+            state=state or BitsState({name: weight.bits}),
+            bits=(),
             group_size=weight.group_size,
             kind=weight.kind,
             bias=bias is not None,
             device=weight.planes[0].device,
             dtype=dtype if dtype is not None or bias is None else bias.dtype,
         )
-        for key, tensor in weight.tensors().items():
-            setattr(layer, key, tensor)
+        layer.packed = StoredWeight(weight)
         if layer.bias is not None and bias is not None:
             layer.bias.data.copy_(bias)
         return layer
 
-    def bytes_read(self, bits: Precision) -> int:
+    def bytes_read(self, bits: BitsOrPlan) -> int:
         """Bytes of the stored tensors that a product needs while the model runs at `bits`, an int or a plan."""
-        if isinstance(self.bits_state, FixedBits):
-            bits = self.bits_state.bits
+        if len(self.bits) == 1:  # whatever the model's are
+            return super().bytes_read(self.bits[0])
         return super().bytes_read(bits if isinstance(bits, int) else bits[self.name])
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.bits_state
-        bits, arithmetic = state.of(self.name), state.arithmetic
-        if isinstance(bits, Tensor):
-            bits = expand_rows(bits.to(x.device), x.shape[:-1])
-        elif arithmetic is None and self.fused is not None and self.fused.can_share(x):
-            y = self.fused.output(self, x, bits)
-            return y if self.bias is None else y + self.bias
-        y = self._times(x, bits, arithmetic)
+        bits = state.bits_for(self.name, x.shape[:-1], x.device)
+        if self.fused is not None and state.arithmetic is None and self._packed is not None and is_plain(x):
+            y = self.fused.linear(self, x, bits)
+        else:
+            y = self.packed.linear(x, bits, state.arithmetic)
         return y if self.bias is None else y + self.bias

@@ -36,6 +36,11 @@ def whole_number(value: object) -> int | None:
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds neither NaN nor infinity; makes no temporary of its size."""
+    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())
+
+
 def group_count(columns: int, group_size: int) -> int:
     """Groups of `group_size` columns in a row; the last one may be shorter."""
     return -(-columns // group_size)

@@ -15,7 +15,7 @@ from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE
 from ..errors import CheckpointError
 from ..models import SourceModel
-from ..progress import Reporter
+from ..progress import note
 
 COPIED_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja",
@@ -30,14 +30,14 @@ def companions(source: SourceModel) -> list[Path]:
     return [path for path in _matching(source.folder) if _is_own(source.folder, path)]
 
 
-def note_companions(source: SourceModel, reporter: Reporter) -> None:
+def note_companions(source: SourceModel) -> None:
     """Say what of the source's files will not be in the result as it is."""
     for path in _matching(source.folder):
         if not _is_own(source.folder, path):
-            reporter.note(f"{path.relative_to(source.folder)} is a link out of {source.folder} and is not copied")
+            note(f"{path.relative_to(source.folder)} is a link out of {source.folder} and is not copied")
     for path in (source.folder / CONFIG_FILE, *companions(source)):
         if CODE in _settings(path):
-            reporter.note(f"{path.name}: auto_map is left out, because the code that it names is not copied")
+            note(f"{path.name}: auto_map is left out, because the code that it names is not copied")
 
 
 def copy_companions(source: SourceModel, output: Path) -> None:

@@ -1,26 +1,19 @@
 """`bitstrata.quantize`: a source model in, a checkpoint out, one block in memory at a time.
 
     preflight    everything that can be checked is checked; all problems at once (preflight.py)
-    head         with head_bits: the output head and the embedding, made durable like a block (head.py)
-    each block   read -> solve -> write durably -> move every chain of hidden states one block on
-    finish       measure each bits on held-out windows, assemble the checkpoint, remove `.job`
+    stages       each leaves a durable result, and is skipped where an earlier run left it (`stages_of`)
+    finish       assemble the checkpoint, remove `.job`
 
-Chains of hidden states, one a precision and one for the original, are carried along: the method
-sees the inputs that each precision really produces, and after the last block they give the logits
-for the final check, next to dedicated round-to-nearest at the same bits, without ever holding the
-model. An interrupted job recomputes the chains from its finished blocks, so a resumed job sees
-exactly the numbers the first run saw.
+Chains of hidden states, one a precision and one for the original, are carried from block to block: a method sees the
+inputs that each precision really produces, and after the last block they give the logits for the final check. What
+weighs errors by gradients of the loss, or tunes end to end, holds the whole model once.
 
-One thing needs more: a method that weighs errors by gradients of the loss holds the whole model once,
-before the blocks (calibration/fisher.py); what it finds is durable like a block.
-
-`sizes.memory_need` estimates the peak memory; the measured peak is in the report.
+`Prepared.memory` estimates the peak memory; the measured peak is in the report.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,19 +22,19 @@ from typing import Any
 
 import torch
 
+from ..arguments import named
 from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_checkpoint, write_checkpoint
 from ..checkpoint.schema import REPORT_FILE, guard_name
 from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
-from ..memory import memory_errors
-from ..progress import Reporter
+from ..memory import memory_errors, peak_memory
+from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
-from .blocks import BlockLoop
 from .companions import checkpoint_config, copy_companions
-from .head import HeadPlanes
-from .preflight import Prepared, prepare
+from .context import Job, Prepared, megabytes
+from .preflight import prepare
 from .report import Report, make_report
 from .settings import Settings
-from .sizes import megabytes
+from .stages import stages_of
 from .state import JobState, differences
 
 MORE_MEMORY = (
@@ -50,7 +43,9 @@ MORE_MEMORY = (
 )
 
 
+@named
 @ordinary_torch()
+@own_notes()
 def quantize(
     model: str | Path,
     output: str | Path,
@@ -68,7 +63,6 @@ def quantize(
     device: str = "auto",
     dry_run: bool = False,
     options: Mapping[str, Any] | None = None,
-    reporter: Reporter | None = None,
 ) -> Report:
     """Quantize a causal language model into nested bit-planes.
 
@@ -100,7 +94,6 @@ def quantize(
         CheckError: the result is not finite.
     """
     started = time.monotonic()
-    reporter = (reporter or Reporter()).fresh()
     problems: list[BitstrataError] = []
     settings = Settings.parse(
         model,
@@ -120,46 +113,38 @@ def quantize(
         problems=problems,
     )
     with memory_errors("while the model was checked", hint="end other programs, or lower --num-samples or --seq-len"):
-        prepared = prepare(settings, reporter, problems)
-    settings = prepared.settings
+        prepared = prepare(settings, stages_of(settings), problems)
     if dry_run:
-        return _describe(prepared, reporter)
-    done = _already_done(prepared, reporter)
+        return _describe(prepared)
+    done = _already_done(prepared)
     if done is not None:
         return done
 
-    spec = prepared.spec()
-    state = JobState(settings.output, prepared.fingerprint, spec)
+    job = Job(prepared, JobState(prepared.settings.output, prepared.fingerprint, prepared.spec()))
     try:
         with memory_errors("while quantizing", hint=MORE_MEMORY):
-            head = HeadPlanes(prepared, state, reporter)
-            head.run()
-            job = BlockLoop(prepared, state, reporter, head)
-            job.run_blocks()
-            job.refine()
-            report = make_report(prepared, job.measure(), {**job.layer_error, **head.layer_error}, reporter.notes)
-            _assemble(prepared, state, report)
+            for stage in prepared.stages:
+                stage.run(job)
+            report = make_report(prepared, notes(), job.measured, job.layer_error)
+            _assemble(job, report)
     except BaseException:
-        state.close()
+        job.state.close()
         raise
-    state.finish()
-    return _with_measures(report, settings.output, started)
+    job.state.finish()
+    return _with_measures(report, prepared.settings.output, started)
 
 
-def _assemble(prepared: Prepared, state: JobState, report: Report) -> None:
+def _assemble(job: Job, report: Report) -> None:
     """Write the checkpoint from the finished blocks and the source's unquantized tensors."""
-    source, discovery = prepared.source, prepared.discovery
+    prepared, source, discovery = job.prepared, job.prepared.source, job.discovery
     entries: list[TensorEntry] = []
     for name, stored in prepared.common.items():
         dtype, shape = source.spec(stored)
         entries.append(TensorEntry(name, dtype, shape, lambda stored=stored: source.map(stored)))  # type: ignore[misc]
-    for index in range(len(discovery.blocks)):
-        layers = [linear.name for linear in discovery.of_block(index)]
-        entries.extend(state.entries(index, layers))
-        entries.extend(TensorEntry.of(guard_name(name), torch.empty(0, dtype=source.dtype)) for name in layers)
-    for layer in prepared.head:
-        entries.extend(state.entries(layer.role, [layer.name]))
-        entries.append(TensorEntry.of(guard_name(layer.name), torch.empty(0, dtype=source.dtype)))
+    parts = [(index, [linear.name for linear in discovery.of_block(index)]) for index in range(len(discovery.blocks))]
+    for part, names in [*parts, *((layer.role, [layer.name]) for layer in prepared.head)]:
+        entries.extend(job.state.entries(part, names))
+        entries.extend(TensorEntry.of(guard_name(name), torch.empty(0, dtype=source.dtype)) for name in names)
     output = prepared.settings.output
     copy_companions(source, output)
     config = checkpoint_config(source)
@@ -168,7 +153,7 @@ def _assemble(prepared: Prepared, state: JobState, report: Report) -> None:
     write_checkpoint(output, config, entries, report.saved())
 
 
-def _already_done(prepared: Prepared, reporter: Reporter) -> Report | None:
+def _already_done(prepared: Prepared) -> Report | None:
     """The saved report if the output holds this very result already; an error if it holds another."""
     output = prepared.settings.output
     if not is_checkpoint(output):
@@ -184,15 +169,15 @@ def _already_done(prepared: Prepared, reporter: Reporter) -> Report | None:
                 )
             ]
         )
-    reporter.say(f"{output} already holds the result of this command; nothing to do")
+    log.info(f"{output} already holds the result of this command; nothing to do")
     shutil.rmtree(output / ".job", ignore_errors=True)
-    report = make_report(prepared, {}, {}, reporter.notes)
+    report = make_report(prepared, notes())
     if (output / REPORT_FILE).exists():  # a checkpoint may lack it
         try:
             report = report.with_saved(output / REPORT_FILE)
         except CheckpointError as error:
-            reporter.note(f"{error.message}; measures are left out")
-            report = replace(report, notes=tuple(reporter.notes))
+            note(f"{error.message}; measures are left out")
+            report = replace(report, notes=notes())
     return _with_measures(report, output, time.monotonic())
 
 
@@ -205,32 +190,23 @@ def _settings_of(spec: QuantizationSpec) -> dict[str, Any]:
 
 def _with_measures(report: Report, output: Path, started: float) -> Report:
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    return replace(report, total_bytes=size, seconds=time.monotonic() - started, peak_memory_bytes=_peak_memory())
+    return replace(report, total_bytes=size, seconds=time.monotonic() - started, peak_memory_bytes=peak_memory())
 
 
-def _peak_memory() -> int:
-    """The process's highest resident memory so far, in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _describe(prepared: Prepared, reporter: Reporter) -> Report:
+def _describe(prepared: Prepared) -> Report:
     """The report of a dry run: what would be done, with sizes, and nothing measured."""
     settings, discovery = prepared.settings, prepared.discovery
     for linear in discovery.linears:
-        reporter.say(f"{linear.name}: [{linear.out_features}, {linear.in_features}] -> bits {settings.bits}")
+        log.info(f"{linear.name}: [{linear.out_features}, {linear.in_features}] -> bits {settings.bits}")
     for layer in prepared.head:
         shared = f", shared with {layer.tied}" if layer.tied is not None else ""
         shape = [layer.out_features, layer.in_features]
-        reporter.say(f"{layer.name}: {shape} -> {settings.head_bits} bits ({layer.role}{shared})")
+        log.info(f"{layer.name}: {shape} -> {settings.head_bits} bits ({layer.role}{shared})")
     for entry in discovery.left_out:
-        reporter.say(f"{entry.name}: {list(entry.shape)} stays as it is ({entry.reason})")
-    reporter.say(
+        log.info(f"{entry.name}: {list(entry.shape)} stays as it is ({entry.reason})")
+    log.info(
         f"dry run: {len(discovery.linears)} layers, {discovery.weight_count} weights; needs about "
         f"{megabytes(prepared.disk_bytes)} of disk and {prepared.memory}; "
         "nothing was written"
     )
-    return make_report(prepared, {}, {}, reporter.notes)
+    return make_report(prepared, notes())

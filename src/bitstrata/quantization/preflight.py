@@ -11,9 +11,9 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import shown
 from ..calibration import BlockRunner, Windows, calibration_windows, read_text, text_digest
-from ..checkpoint import LayerSpec, QuantizationSpec, format_version, is_checkpoint
+from ..checkpoint import is_checkpoint
 from ..checkpoint.writer import TEMPORARY
 from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
 from ..memory import free_memory
@@ -30,7 +30,6 @@ from ..models import (
     Discovery,
     HeadLayer,
     SourceModel,
-    all_finite,
     check_vocabulary,
     context_limit,
     discover,
@@ -39,12 +38,13 @@ from ..models import (
     resolve,
 )
 from ..models.source_files import missing_tensors
-from ..progress import Reporter
+from ..planes.weights import all_finite
+from ..progress import note
+from ..solvers.grouping import check_weight
 from ..version import __version__
 from .companions import note_companions
-from .grouping import check_weight
+from .context import Prepared, Stage, megabytes
 from .settings import Settings
-from .sizes import MemoryNeed, disk_bytes, megabytes, memory_need
 from .state import JOB_FOLDER, is_job
 
 HELDOUT_WINDOWS = 16
@@ -52,77 +52,19 @@ LONGEST_FILE = f"{JOB_FOLDER}/refined-000000.safetensors{TEMPORARY}"  # below th
 _Value = TypeVar("_Value")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A job that passed preflight.
-
-    common: state-dict name -> stored name of what is copied unchanged.
-    head: the output head and the embedding, if they are quantized too.
-    fingerprint: everything the result depends on; decides whether a job may be resumed.
-    """
-
-    settings: Settings
-    source: SourceModel
-    model: PreTrainedModel
-    discovery: Discovery
-    windows: Windows | None
-    common: dict[str, str]
-    fingerprint: dict[str, Any]
-    disk_bytes: int
-    memory: MemoryNeed
-    head: tuple[HeadLayer, ...] = ()
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that the model tells apart."""
-        return int(self.model.config.get_text_config(decoder=True).vocab_size)
-
-    def spec(self) -> QuantizationSpec:
-        """The `quantization_config` of the result."""
-        settings = self.settings
-        provenance = {
-            "model": Path(settings.model).name or settings.model,
-            "calibration": None if settings.calibration is None else Path(settings.calibration).name,
-            **self.fingerprint,
-        }
-        layers = {
-            linear.name: LayerSpec(
-                in_features=linear.in_features,
-                out_features=linear.out_features,
-                bias=linear.bias,
-                decoder=settings.method.scales_kind(settings.bits),
-            )
-            for linear in self.discovery.linears
-        }
-        if settings.head_bits is not None:
-            layers.update({layer.name: layer.spec(settings.head_bits) for layer in self.head})
-        return QuantizationSpec(
-            format_version=format_version(layers.values()),
-            method=settings.method.name,
-            method_options=self.fingerprint["options"],
-            bits=list(settings.bits),
-            group_size=settings.group_size,
-            layers=layers,
-            provenance=provenance,
-        )
-
-
-class _Problems:
-    def __init__(self) -> None:
-        self.found: list[BitstrataError] = []
-
+class _Problems(list[BitstrataError]):
     def attempt(self, make: Callable[[], _Value]) -> _Value | None:
+        """What `make` returns, or None and one more problem."""
         try:
             return make()
         except BitstrataError as error:
-            self.found.append(error)
+            self.append(error)
             return None
 
 
-def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataError] = ()) -> Prepared:
+def prepare(settings: Settings, stages: Sequence[Stage], earlier: Sequence[BitstrataError] = ()) -> Prepared:
     """Check everything and gather what the job needs. Raises PreflightError, `earlier` problems first."""
-    problems = _Problems()
-    problems.found.extend(earlier)
+    problems = _Problems(earlier)
     problems.attempt(lambda: _check_output(settings))
     documents = None
     if settings.calibration is not None:
@@ -134,40 +76,29 @@ def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataE
     if source is not None and settings.calibration is not None:
         tokenizer = problems.attempt(lambda: load_tokenizer(source.folder))
     if source is None:
-        raise PreflightError(problems.found)
+        raise PreflightError(problems)
 
-    settings = _within_context(settings, source, reporter)
+    settings = _within_context(settings, source)
     model = problems.attempt(source.skeleton)
     discovery = None if model is None else problems.attempt(lambda: _discover(model, settings.skip, problems))
     windows = None
     if documents is not None and tokenizer is not None:
-        windows = problems.attempt(lambda: _windows(settings, source, tokenizer, documents, reporter))
+        windows = problems.attempt(lambda: _windows(settings, source, tokenizer, documents))
     if model is None or discovery is None:
-        raise PreflightError(problems.found)
+        raise PreflightError(problems)
 
-    settings = _within_layers(settings, discovery, reporter)
+    settings = _within_layers(settings, discovery)
     head = () if settings.head_bits is None else problems.attempt(lambda: find_head(model)) or ()
     discovery = _without(discovery, head)
-    common = _check_tensors(source, model, discovery, head, problems.found, reporter)
-    note_companions(source, reporter)
-    prepared = Prepared(
-        settings,
-        source,
-        model,
-        discovery,
-        windows,
-        common,
-        {},
-        disk_bytes(settings, source, discovery, head, common),
-        memory_need(settings, model, discovery, head, windows),
-        head,
-    )
-    problems.found.extend(_check_resources(prepared))
-    if not problems.found and windows is not None:  # it takes memory, and a model that is whole
+    common = _check_tensors(source, model, discovery, head, problems)
+    note_companions(source)
+    prepared = Prepared(settings, tuple(stages), source, model, discovery, windows, common, {}, head)
+    problems.extend(_check_resources(prepared))
+    if not problems and windows is not None:  # it takes memory, and a model that is whole
         runner = BlockRunner(source, model, discovery, settings.seq_len, settings.device)
         problems.attempt(lambda: runner.check(windows.heldout[:1]))
-    if problems.found:
-        raise PreflightError(problems.found)
+    if problems:
+        raise PreflightError(problems)
     fingerprint = {
         **settings.fingerprint(),
         "model_sha256": source.digests(),
@@ -178,19 +109,19 @@ def prepare(settings: Settings, reporter: Reporter, earlier: Sequence[BitstrataE
     return replace(prepared, fingerprint=fingerprint)
 
 
-def _within_context(settings: Settings, source: SourceModel, reporter: Reporter) -> Settings:
+def _within_context(settings: Settings, source: SourceModel) -> Settings:
     limit = context_limit(source.config)
     if settings.calibration is None or limit is None or settings.seq_len <= limit:
         return settings
-    reporter.note(f"seq-len lowered from {settings.seq_len} to {limit}, the model's context")
+    note(f"seq-len lowered from {settings.seq_len} to {limit}, the model's context")
     return replace(settings, seq_len=int(limit))
 
 
-def _within_layers(settings: Settings, discovery: Discovery, reporter: Reporter) -> Settings:
+def _within_layers(settings: Settings, discovery: Discovery) -> Settings:
     widest = max(linear.in_features for linear in discovery.linears)
     if settings.group_size <= widest:
         return settings
-    reporter.note(f"group-size lowered from {settings.group_size} to {widest}, the inputs of the widest layer")
+    note(f"group-size lowered from {settings.group_size} to {widest}, the inputs of the widest layer")
     return replace(settings, group_size=widest)
 
 
@@ -204,7 +135,7 @@ def _discover(model: PreTrainedModel, skip: Sequence[str], problems: _Problems) 
     try:
         return discover(model, skip)
     except UsageError as error:
-        problems.found.append(error)
+        problems.append(error)
         return discover(model)  # so that the tensors are checked too
 
 
@@ -247,7 +178,6 @@ def _windows(
     source: SourceModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: list[str],
-    reporter: Reporter,
 ) -> Windows:
     wanted = settings.num_samples if settings.method.needs_calibration else 0
     windows = calibration_windows(
@@ -261,7 +191,7 @@ def _windows(
     parts = (windows.calibration, windows.heldout)
     check_vocabulary((int(part.max()) for part in parts if part.numel()), source.config, tokenizer)
     if len(windows.calibration) < wanted:
-        reporter.note(
+        note(
             f"the calibration text gives {len(windows.calibration)} windows of {settings.seq_len} tokens, "
             f"{wanted} were asked for"
         )
@@ -274,7 +204,6 @@ def _check_tensors(
     discovery: Discovery,
     head: Sequence[HeadLayer],
     problems: list[BitstrataError],
-    reporter: Reporter,
 ) -> dict[str, str]:
     """Compare stored tensors with the model; returns state-dict name -> stored name of unquantized ones."""
     # what is quantized -> what to do where it cannot be
@@ -299,14 +228,12 @@ def _check_tensors(
         if name not in quantized:
             common[name] = stored
     for one, other in source.untied:
-        reporter.note(f"the config ties {one} to {other}, but the stored tensors differ: both are kept, tied no longer")
+        note(f"the config ties {one} to {other}, but the stored tensors differ: both are kept, tied no longer")
     unused = sorted(set(source.files) - used)
     if missing:
         problems.append(missing_tensors(source.folder, type(model).__name__, missing, unused))
     elif unused:
-        reporter.note(
-            f"{len(unused)} stored tensors are not part of the model and are dropped: {', '.join(unused[:5])}"
-        )
+        note(f"{len(unused)} stored tensors are not part of the model and are dropped: {', '.join(unused[:5])}")
     return common
 
 
@@ -346,7 +273,7 @@ def _check_resources(prepared: Prepared) -> list[BitstrataError]:
     for where, kind, needed in places:
         available = free_memory(where)
         if available < needed:
-            gradients = prepared.settings.method.needs_fisher
+            gradients = any("whole model" in stage.needs for stage in prepared.stages)
             problems.append(
                 ResourceError(
                     f"the job needs about {megabytes(needed)} of {kind}, {megabytes(available)} are free",

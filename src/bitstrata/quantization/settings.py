@@ -14,11 +14,10 @@ import torch
 from .. import arguments
 from ..errors import BitstrataError, PreflightError, UsageError
 from ..models.load import pick_device
-from ..nn import parse_bits
 from ..planes import whole_number
 from ..planes.weights import MAX_BITS
-from .method import Method, make_method
-from .rtn import RTN
+from ..plans import parse_bits
+from ..solvers import RTN, Method, make_method
 
 MODEL_HINT = "give a folder or a hub id; a model in memory: save_pretrained writes such a folder"
 TEXT_HINT = "write the texts into a file, separated by <|endoftext|>, and give its name"
@@ -136,7 +135,7 @@ class Settings:
             "bits": list(self.bits),
             "method": self.method.name,
             "preset": self.preset,
-            "options": dataclasses.asdict(self.method.options),
+            "options": dataclasses.asdict(self.method),
             "group_size": self.group_size,
             "num_samples": self.num_samples,
             "seq_len": self.seq_len,

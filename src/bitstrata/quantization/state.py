@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from ..planes.weights import PlaneWeight, make_scales
 
 JOB_FOLDER = ".job"
 
-# what is made durable at once: a block by its index; the head and the embedding by their role; "fisher"
+# what is made durable at once: a block by its index; the head and the embedding by their role; the sensitivities
 Part = int | str
+SENSITIVITY = "fisher"  # of all layers
 
 
 def is_job(output: Path) -> bool:
@@ -145,17 +147,18 @@ class JobState:
         self._sound.discard(path)
         write_safetensors(path, entries, sealed=True)
 
-    def load_tensors(self, part: Part, names: list[str]) -> dict[str, Tensor]:
+    def load_tensors(self, part: Part, names: Iterable[str]) -> dict[str, Tensor]:
         """Some of the tensors of `part`. Raises JobError if its file is damaged."""
         return {name: self._read(part, name) for name in names}
 
-    def load(self, block: Part, layers: list[str]) -> dict[str, PlaneWeight]:
-        """The finished block's layers. Raises JobError if its files are damaged."""
-        return {name: self._layer(block, name) for name in layers}
+    def load(self, part: Part, layers: Iterable[str]) -> dict[str, PlaneWeight]:
+        """A finished part's layers. Raises JobError if its files are damaged."""
+        return {name: self._layer(part, name) for name in layers}
 
     def _layer(self, block: Part, name: str) -> PlaneWeight:
         layer, bits = self.spec.layers[name], self.spec.layer_bits(name)
-        tensors = {full.removeprefix(f"{name}."): self._read(block, full) for full in self.spec.layer_tensors(name)}
+        read = self.load_tensors(block, self.spec.layer_tensors(name))
+        tensors = {full.removeprefix(f"{name}."): value for full, value in read.items()}
         try:
             return PlaneWeight(
                 tuple(tensors[f"plane_{index}"] for index in range(max(bits))),

@@ -3,7 +3,7 @@
 from .batching import Engine, EngineStats, Event, Finished, Handle, Request, Token
 from .conversation import Conversation
 from .environment import Environment, env
-from .generation import Generation, continue_prompt, generate
+from .generation import Generation, GenerationSettings, continue_tokens, generate
 from .inspection import Inspection, inspect
 from .policy import POLICIES, EntropyPolicy, LoadPolicy, Policy, PositionPolicy, parse_policy
 
@@ -17,6 +17,7 @@ __all__ = [
     "Event",
     "Finished",
     "Generation",
+    "GenerationSettings",
     "Handle",
     "Inspection",
     "LoadPolicy",
@@ -24,7 +25,7 @@ __all__ = [
     "PositionPolicy",
     "Request",
     "Token",
-    "continue_prompt",
+    "continue_tokens",
     "env",
     "generate",
     "inspect",

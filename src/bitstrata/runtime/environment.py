@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from ..kernels import Problem, cpu, describe
+from ..kernels import cpu, describe
 from ..version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface-hub", "numpy")
@@ -64,7 +64,7 @@ def env() -> Environment:
     kernels = [
         {"name": report.name, "device": device, "priority": report.priority, "reason": report.reason}
         for device in (["cpu", "cuda"] if gpus else ["cpu"])
-        for report in describe(Problem(device, torch.float32, 1, "affine"))
+        for report in describe(device, torch.float32)
     ]
     return Environment(
         bitstrata=__version__,

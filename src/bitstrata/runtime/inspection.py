@@ -11,7 +11,7 @@ import torch
 from ..checkpoint import CheckpointReader, validate
 from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE
 from ..errors import CheckpointError
-from ..kernels import Problem, select
+from ..kernels import select
 from ..models import resolve
 from ..tables import render
 
@@ -88,24 +88,22 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
             )
     reader = CheckpointReader(folder)
     spec = reader.spec
-    layers: list[dict[str, Any]] = []
-    for name, layer in spec.layers.items():
-        layers.append(
-            {
-                "name": name,
-                "in_features": layer.in_features,
-                "out_features": layer.out_features,
-                "decoder": layer.decoder,
-                "bits": list(spec.layer_bits(name)),
-                "group_size": spec.layer_group_size(name),
-                "stored_bytes": spec.layer_bytes(name),
-                "role": layer.role,
-                "tied": layer.tied,
-            }
-        )
+    layers = tuple(
+        {
+            "name": name,
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "decoder": layer.decoder,
+            "bits": list(spec.layer_bits(name)),
+            "group_size": spec.layer_group_size(name),
+            "stored_bytes": spec.layer_bytes(name),
+            "role": layer.role,
+            "tied": layer.tied,
+        }
+        for name, layer in spec.layers.items()
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kinds = sorted({layer.decoder for layer in spec.layers.values()})
-    chosen = {select(Problem(device, torch.float32, 1, kind)).name for kind in kinds}
+    kernel = select(device, torch.float32).name
     files = {folder / file for file in reader.weight_map.values()}
     total = sum(file.stat().st_size for file in files)
     size = {bits: spec.bytes_read(bits) for bits in spec.bits}
@@ -120,10 +118,10 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
         bytes={str(bits): size[bits] for bits in spec.bits},
         total_bytes=total,
         common_bytes=total - sum(map(spec.layer_bytes, spec.layers)),
-        kernel=f"{', '.join(sorted(chosen))} on {device}: the highest priority that can run there",
+        kernel=f"{kernel} on {device}: the highest priority that can run there",
         verified=reader.has_digests if verify else None,
         unchecked=_unchecked(reader) if verify else None,
-        layers=tuple(layers),
+        layers=layers,
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..checkpoint import Plan
 from ..errors import UsageError
-from .hosts import is_name
+from ..plans import Plan
+
+ANY = "*"
+_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,8 @@ class Settings:
                     f"--allowed-host {name!r} is not a name that a server can go by",
                     hint="give a name in lower case without http://, port and path, or * for any",
                 )
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` can be one of a server's names: lower case, without a scheme, port or path."""
+    return text == ANY or _NAME.fullmatch(text) is not None

@@ -1,11 +1,16 @@
 """Native CPU kernels: AVX-512 VNNI, AVX-VNNI, AVX2, NEON and a scalar one, chosen at run time."""
 
-from ..registry import register
-from .blocked import BlockedWeight
+from ..registry import LACKING, register
+from .blocked import FEW_ROWS, BlockedWeight
 from .extension import choose_codes, missing, read_all
-from .kernel import FEW_ROWS, CpuKernel, cpu_kernels
+from .kernel import cpu_kernels
 
 for _kernel in cpu_kernels():
     register(_kernel)
+if missing:
+    LACKING["cpu"] = (
+        f"CPU kernels cannot be used: {missing}. The reference kernel is many times slower; install "
+        "bitstrata again where there is a C++17 compiler (GCC or Clang)."
+    )
 
-__all__ = ["FEW_ROWS", "BlockedWeight", "CpuKernel", "choose_codes", "missing", "read_all"]
+__all__ = ["FEW_ROWS", "BlockedWeight", "choose_codes", "missing", "read_all"]

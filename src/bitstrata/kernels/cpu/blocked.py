@@ -1,15 +1,23 @@
-"""BlockedWeight: a PlaneWeight re-laid for the CPU kernels (native/generic/layout.h).
+"""BlockedWeight: planes and scales re-laid for the CPU kernels (native/generic/layout.h), and the products by them.
 
 The same bits and the same fp16 numbers in another order, padded to blocks of 16 rows and units of
-128 columns; `unpack` gives the original back, bit for bit.
+128 columns; `stored` gives the original back, bit for bit.
+
+    up to FEW_ROWS rows   in native code from the planes, with int8 activations and byte levels
+    more                  through tiles of the decoded weight and the platform's matrix product
+
+How int8 activations and byte levels work, and the error they may make, is in native/generic/activations.h and tables.h:
+
+    |y - x W^T| <= sum over chunks of x_scale/2 * sum|W| + step/2 * sum|x|
+    with x_scale = max|x| / 127 of a chunk (a quarter of a group, at most 32 columns), and
+    step = (largest - smallest weight that the group's scales can make) / level_max, level_max 252
+    or more (120 or more without a byte dot product that takes unsigned levels to 255: avx2)
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,117 +34,82 @@ from ...planes.weights import (
     scales_shapes,
     scales_tensors,
 )
-from ..registry import check_pages
+from ..registry import Kernel
+from ..weight import Weight, check_row_bits
 from .extension import native
 
 BLOCK_ROWS = 16
-LAYOUT = "blocked"
+FEW_ROWS = 16
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TILE_WEIGHTS = 1 << 22  # decoded at a time for many rows: 8 MB in bf16
+# For 16-bit matrix products torch's oneDNN compiles a kernel for each number of rows that it meets, and keeps it: a
+# server's memory would grow with every new length of a prompt (benchmarks/serving.py --soak). So rows come in steps.
+ROW_STEP = 32
 ALIGNMENT = 64  # a vector
 STAGGER = 320  # planes are read side by side: at a distance of a power of two they would meet in the same banks
 STAGGERED = 1 << 18  # bytes from which a plane of its own memory is kept apart from the others so
 SKEW = 4096 + STAGGER
 
 
-@dataclass(frozen=True)
-class BlockedWeight:
-    """A weight [N, K] whose planes and scales lie as the CPU kernels read them.
+class BlockedWeight(Weight):
+    """planes, scales[bits]: uint8, flat."""
 
-    planes, scales[bits]: uint8, flat; kind: that of the PlaneWeight.
-    """
+    layout = "blocked"
+    dtypes = frozenset(TYPES)
 
-    planes: tuple[Tensor, ...]
-    scales: Mapping[int, Tensor]
-    out_features: int
-    in_features: int
-    group_size: int
-    kind: str
-    handle: Any = field(init=False, repr=False, compare=False)
-    layout = LAYOUT
-
-    def __post_init__(self) -> None:
-        assert native is not None
-        handle = native.Weight(self.out_features, self.in_features, self.group_size, *_flags(self.kind))
-        for index, plane in enumerate(self.planes):
-            _expect(f"plane {index}", plane, handle.plane_bytes)
-            handle.set_plane(index, plane.data_ptr())
-        for bits, scales in self.scales.items():
-            if not 1 <= bits <= len(self.planes):
-                raise ValueError(f"scales for {bits} bits needs as many planes, got {len(self.planes)}")
-            _expect(f"scales for {bits} bits", scales, handle.scales_bytes(bits))
-            handle.set_scales(bits, scales.data_ptr())
-        object.__setattr__(self, "handle", handle)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BlockedWeight:
-        return self._with(copy.deepcopy(self.planes, memo), copy.deepcopy(dict(self.scales), memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return BlockedWeight.pack, (
-            self.unpack(),
-        )  # the tensors share one piece of memory, which pickle knows not to split
-
-    def _with(self, planes: tuple[Tensor, ...], scales: Mapping[int, Tensor]) -> BlockedWeight:
-        return BlockedWeight(planes, scales, self.out_features, self.in_features, self.group_size, self.kind)
-
-    @property
-    def bits(self) -> tuple[int, ...]:
-        """The supported bits, ascending."""
-        return tuple(sorted(self.scales))
-
-    def bytes_read(self, bits: int) -> int:
-        """Bytes that a product at `bits` reads, padding included."""
-        return sum(plane.nbytes for plane in self.planes[:bits]) + self.scales[bits].nbytes
+    def __init__(
+        self,
+        planes: tuple[Tensor, ...],
+        scales: Mapping[int, Tensor],
+        out_features: int,
+        in_features: int,
+        group_size: int,
+        kind: str,
+        kernel: Kernel,
+    ) -> None:
+        super().__init__(planes, scales, out_features, in_features, group_size, kind, kernel)
+        self.handle = _handle(out_features, in_features, group_size, kind)
+        for index, plane in enumerate(planes):
+            _expect(f"plane {index}", plane, self.handle.plane_bytes)
+            self.handle.set_plane(index, plane.data_ptr())
+        for bits, packed in scales.items():
+            _expect(f"scales for {bits} bits", packed, self.handle.scales_bytes(bits))
+            self.handle.set_scales(bits, packed.data_ptr())
 
     @classmethod
-    def pack(cls, weight: PlaneWeight) -> BlockedWeight:
-        """Re-lay `weight`, whose tensors must be on the CPU; it is not changed.
+    def pack(cls, weight: PlaneWeight, kernel: Kernel, *, apart: bool = False) -> Self:
+        """`weight`, whose tensors must be on the CPU, re-laid. Raises ValueError if one is elsewhere."""
+        shape = weight.out_features, weight.in_features, weight.group_size, weight.kind
+        handle = _handle(*shape)
+        sizes = [handle.plane_bytes] * len(weight.planes) + [handle.scales_bytes(bits) for bits in weight.scales]
+        places = [*range(len(weight.planes)), *[MAX_BITS] * len(weight.scales)]
+        room = iter(list(map(_allocate_page, sizes, places)) if apart else _allocate_together(sizes))
+        planes = tuple(_pack_plane(handle, plane, next(room)) for plane in weight.planes)
+        scales = {bits: _pack_scales(handle, bits, found, next(room)) for bits, found in weight.scales.items()}
+        return cls(planes, scales, *shape, kernel)
 
-        Raises ValueError if scales of both kinds are mixed, or a tensor is elsewhere.
-        """
-        assert native is not None
-        kind = weight.kind
-        if len({scales.kind == "codebook" for scales in weight.scales.values()}) > 1:
-            raise ValueError("a weight with affine and codebook scales cannot be packed")
-        threads = torch.get_num_threads()
-        layout = native.Weight(weight.out_features, weight.in_features, weight.group_size, *_flags(kind))
-        sizes = [layout.plane_bytes] * len(weight.planes)
-        sizes += [layout.scales_bytes(bits) for bits in weight.scales]
-        room = _allocate(sizes)
-        planes = room[: len(weight.planes)]
-        for plane, packed in zip(weight.planes, planes, strict=True):
-            _pack_plane(layout, plane, packed, threads)
-        packed_scales = {}
-        for (bits, scales), packed in zip(weight.scales.items(), room[len(planes) :], strict=True):
-            _pack_scales(layout, bits, scales, packed)
-            packed_scales[bits] = packed
-        return cls(tuple(planes), packed_scales, weight.out_features, weight.in_features, weight.group_size, kind)
+    def with_pages(self, bits: int, planes: Sequence[Tensor], scales: Scales) -> Self:
+        """See Weight. Each tensor has memory of its own, so that dropping it gives its memory back."""
+        self.check_pages(bits, planes, scales)
+        held, size = list(self.planes[:bits]), self.handle.plane_bytes
+        for plane in planes:
+            held.append(_pack_plane(self.handle, plane, _allocate_page(size, len(held))))
+        room = _allocate_page(self.handle.scales_bytes(bits), MAX_BITS)
+        packed = {bits: _pack_scales(self.handle, bits, scales, room)}
+        shape = self.out_features, self.in_features, self.group_size, self.kind
+        return type(self)(tuple(held), packed, *shape, self.kernel)
 
-    def with_pages(self, bits: int, planes: Sequence[Tensor], scales: Scales) -> BlockedWeight:
-        """See PreparedWeight. Each tensor has memory of its own, so that dropping it gives its memory back."""
-        check_pages(self, bits, planes, scales)
-        kept, threads = self.planes[:bits], torch.get_num_threads()
-        added = []
-        for index, plane in enumerate(planes, len(kept)):
-            packed = _allocate_page(self.handle.plane_bytes, index)
-            _pack_plane(self.handle, plane, packed, threads)
-            added.append(packed)
-        packed = _allocate_page(self.handle.scales_bytes(bits), MAX_BITS)
-        _pack_scales(self.handle, bits, scales, packed)
-        return self._with((*kept, *added), {bits: packed})
-
-    def unpack(self) -> PlaneWeight:
-        """The weight as stored, in tensors of its own."""
-        words = words_per_row(self.in_features)
-        threads = torch.get_num_threads()
-        planes = []
+    def stored(self) -> PlaneWeight:
+        """The weight as the checkpoint has it, in tensors of its own."""
+        planes, words = [], words_per_row(self.in_features)
         for packed in self.planes:
             plane = torch.empty(self.out_features, words, dtype=torch.int32, device="cpu")
-            self.handle.unpack_plane(packed.data_ptr(), plane.data_ptr(), threads)
+            self.handle.unpack_plane(packed.data_ptr(), plane.data_ptr(), torch.get_num_threads())
             planes.append(plane)
-        return PlaneWeight(
-            tuple(planes), {bits: self._scales(bits) for bits in self.bits}, self.in_features, self.group_size
-        )
+        scales = {bits: self._stored_scales(bits) for bits in self.bits}
+        return PlaneWeight(tuple(planes), scales, self.in_features, self.group_size)
 
-    def _scales(self, bits: int) -> Scales:
+    def _stored_scales(self, bits: int) -> Scales:
         shapes = scales_shapes(self.kind, bits, self.out_features, self.in_features, self.group_size)
         tensors = {name: torch.empty(shape, dtype=dtype, device="cpu") for name, (dtype, shape) in shapes.items()}
         if self.kind == "codebook":
@@ -146,23 +119,122 @@ class BlockedWeight:
             self.handle.unpack_scales(bits, *_addresses(list(tensors.values())))
         return make_scales(self.kind, bits, tensors)
 
+    @classmethod
+    def multiply(cls, x: Tensor, weights: Sequence[Any], bits: int | Tensor, kernel: Kernel) -> list[Tensor]:
+        rows = x.shape[:-1].numel()
+        if rows == 0:
+            return [x.new_empty(*x.shape[:-1], weight.out_features) for weight in weights]
+        if kernel.steady_rows is None or rows <= kernel.steady_rows:
+            return _from_planes(x, rows, weights, bits, kernel)
+        flat = x.reshape(rows, x.shape[-1])
+        ys = [weight._from_tiles(flat, bits, kernel) for weight in weights]
+        return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
-def _pack_plane(layout: Any, plane: Tensor, packed: Tensor, threads: int) -> None:
+    def _from_tiles(self, x: Tensor, bits: int | Tensor, kernel: Kernel) -> Tensor:
+        """x [rows, K] -> [rows, N] by the decoded weight."""
+        if isinstance(bits, Tensor):
+            y = x.new_empty(x.shape[0], self.out_features)
+            check_row_bits(bits, self)
+            for value in set(bits.tolist()):
+                chosen = bits == value
+                (y[chosen],) = self.multiply(x[chosen], [self], value, kernel)
+            return y
+        out_features, columns = self.out_features, self.in_features
+        step = max(1, TILE_WEIGHTS // columns // BLOCK_ROWS) * BLOCK_ROWS
+        tile = x.new_empty(min(step, out_features), columns)
+        rows = x.shape[0]
+        if x.dtype != torch.float32:
+            x = torch.nn.functional.pad(x, (0, 0, 0, -rows % ROW_STEP))
+        y = x.new_empty(x.shape[0], out_features)
+        for first in range(0, out_features, step):
+            last = min(out_features, first + step)
+            self._decode(bits, first, last, tile)
+            y[:, first:last] = torch.nn.functional.linear(x, tile[: last - first])
+        return y[:rows]
+
+    def _decode(self, bits: int, first: int, last: int, out: Tensor) -> None:
+        """Rows first..last-1 into the first ones of `out` [n, K]."""
+        isa = isa_of(self.kernel)
+        self.handle.decode(isa, bits, first, last, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
+
+    def decode(self, bits: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        tile = torch.empty(last - first, self.in_features, dtype=dtype, device="cpu")
+        self._decode(bits, first, last, tile)
+        return tile
+
+    def rows(self, index: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+        """The blocks that hold the rows are decoded a tile at a time, each block once."""
+        columns, total = self.in_features, self.out_features
+        result = torch.empty(len(index), columns, dtype=dtype, device="cpu")
+        blocks, place = torch.unique(index // BLOCK_ROWS, return_inverse=True)
+        row = place * BLOCK_ROWS + index % BLOCK_ROWS  # where a row lies among the decoded ones
+        step = max(1, TILE_WEIGHTS // columns // BLOCK_ROWS)
+        tile = torch.empty(min(step, len(blocks)) * BLOCK_ROWS, columns, dtype=dtype, device="cpu")
+        for start in range(0, len(blocks), step):
+            for at, block in enumerate(blocks[start : start + step].tolist()):
+                first = block * BLOCK_ROWS
+                self._decode(bits, first, min(first + BLOCK_ROWS, total), tile[at * BLOCK_ROWS :])
+            here = (place >= start) & (place < start + step)
+            result[here] = tile[row[here] - start * BLOCK_ROWS]
+        return result
+
+
+def isa_of(kernel: Kernel) -> str:
+    """The instruction set of a CPU kernel: avx512 of avx512-exact."""
+    return kernel.name.partition("-")[0]
+
+
+def _from_planes(
+    x: Tensor, rows: int, weights: Sequence[BlockedWeight], bits: int | Tensor, kernel: Kernel
+) -> list[Tensor]:
+    """The native product: x [..., K] of `rows` rows."""
+    assert native is not None
+    if x.dim() != 2 or x.stride(1) != 1:
+        x = x.contiguous()
+    leading = x.shape[:-1]
+    ys = [x.new_empty(*leading, weight.out_features) for weight in weights]
+    each = bits.contiguous() if isinstance(bits, Tensor) else None
+    try:
+        native.linear(
+            isa_of(kernel),
+            [weight.handle for weight in weights],
+            x.data_ptr(),
+            TYPES[x.dtype],
+            x.stride(0) if x.dim() == 2 else x.shape[-1],
+            rows,
+            bits if each is None else 0,
+            0 if each is None else each.data_ptr(),
+            [y.data_ptr() for y in ys],
+            torch.get_num_threads(),
+            kernel.activations == "exact",
+        )
+    except ValueError:
+        if each is not None:  # said in the words of this package
+            for weight in weights:
+                check_row_bits(each, weight)
+        raise
+    return ys
+
+
+def _handle(out_features: int, in_features: int, group_size: int, kind: str) -> Any:
+    """The extension's side of a weight."""
+    assert native is not None
+    return native.Weight(out_features, in_features, group_size, kind == "codebook", kind == "affine8")
+
+
+def _pack_plane(handle: Any, plane: Tensor, room: Tensor) -> Tensor:
     plane = plane.contiguous()  # kept until it is read
-    layout.pack_plane(_address(plane), _address(packed), threads)
+    handle.pack_plane(_address(plane), _address(room), torch.get_num_threads())
+    return room
 
 
-def _pack_scales(layout: Any, bits: int, scales: Scales, packed: Tensor) -> None:
+def _pack_scales(handle: Any, bits: int, scales: Scales, room: Tensor) -> Tensor:
     if isinstance(scales, Codebook):
-        packed.view(SCALE_DTYPE).zero_()[: scales.table.numel()] = scales.table.flatten()
+        room.view(SCALE_DTYPE).zero_()[: scales.table.numel()] = scales.table.flatten()
     else:
         tensors = [tensor.contiguous() for tensor in scales_tensors(scales, bits).values()]
-        layout.pack_scales(bits, *_addresses(tensors), _address(packed))
-
-
-def _flags(kind: str) -> tuple[bool, bool]:
-    """What the extension calls a kind: codebook, bytes."""
-    return kind == "codebook", kind == "affine8"
+        handle.pack_scales(bits, *_addresses(tensors), _address(room))
+    return room
 
 
 def _addresses(tensors: Sequence[Tensor]) -> tuple[int, int, int]:
@@ -177,20 +249,14 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def _allocate(sizes: Sequence[int]) -> list[Tensor]:
-    """Uninitialised uint8 tensors of `sizes` bytes in one piece of memory, in large pages where the system has them."""
-    assert native is not None
+def _allocate_together(sizes: Sequence[int]) -> list[Tensor]:
+    """Tensors of `sizes` bytes in one piece of memory, so that large pages serve small planes too."""
     starts, end = [], 0
     for size in sizes:
         starts.append(end)
         end += -(-size // ALIGNMENT) * ALIGNMENT + (SKEW if size >= HUGE_PAGE // 4 else 0)
-    room = end + (HUGE_PAGE if end >= HUGE_PAGE else ALIGNMENT)
-    whole = torch.empty(room, dtype=torch.uint8, device="cpu")  # whatever torch's default device is
-    skip = -whole.data_ptr() % (HUGE_PAGE if end >= HUGE_PAGE else ALIGNMENT)
-    huge = end // HUGE_PAGE * HUGE_PAGE
-    if huge:
-        native.advise_huge(whole.data_ptr() + skip, huge)
-    return [whole[skip + start : skip + start + size] for start, size in zip(starts, sizes, strict=True)]
+    whole = allocate(end)
+    return [whole[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
 def _allocate_page(size: int, place: int) -> Tensor:

@@ -4,7 +4,7 @@ This package does not import triton; the modules with device code (few_rows, dec
 """
 
 from . import config
-from .kernel import KERNEL, TritonKernel
+from .kernel import KERNEL
 from .tiled import TiledWeight
 
-__all__ = ["KERNEL", "TiledWeight", "TritonKernel", "config"]
+__all__ = ["KERNEL", "TiledWeight", "config"]

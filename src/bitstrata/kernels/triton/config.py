@@ -26,10 +26,8 @@ from typing import Any
 import torch
 
 from ...errors import KernelError
-from .tiled import TiledWeight
+from .tiled import DENSE_ROWS, TiledWeight
 
-FEW_ROWS = 16  # up to here rows are multiplied plane by plane, from the planes
-DENSE_ROWS = 512  # from here on a whole decoded weight pays for being written and read again
 ROW_STEPS = (32, 64, 128, DENSE_ROWS)  # numbers of rows that have measured configurations of their own
 FOLDER = Path(__file__).parent / "configs"
 

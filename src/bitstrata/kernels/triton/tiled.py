@@ -22,7 +22,9 @@ Padding is zeros: rows without weights and columns that only meet activations th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -39,9 +41,11 @@ from ...planes.weights import (
     Scales,
     group_count,
 )
-from ..registry import check_pages
+from ..registry import Kernel
+from ..weight import Weight
 
-LAYOUT = "tiled"
+FEW_ROWS = 16  # up to here rows are multiplied plane by plane, from the planes
+DENSE_ROWS = 512  # from here on a whole decoded weight pays for being written and read again
 BLOCK_ROWS = 16
 CHUNK = 256  # columns of a tile
 HALF = 128
@@ -49,33 +53,32 @@ TILE_WORDS = BLOCK_ROWS * CHUNK // 32
 STEP = 1 << 24  # weights re-laid at a time: bounds the temporaries, which take a byte a weight
 
 
-@dataclass(frozen=True)
-class TiledWeight:
-    """A weight [N, K] in the order of the Triton kernels; see the head of this file. kind: that of the PlaneWeight.
+class TiledWeight(Weight):
+    """A weight [N, K] in the order of the Triton kernels; see the head of this file.
 
-    Raises ValueError at construction if a tensor has another dtype or size than the shape asks for.
+    rows <= FEW_ROWS         plane by plane on the tensor cores (few_rows.py); also any number of rows at their own bits
+    rows <  DENSE_ROWS       weights decoded in registers, tile by tile (decoding.py)
+    more, or float32         the whole weight decoded to memory, then the platform's matrix product
     """
 
-    planes: tuple[Tensor, ...]
-    scales: Mapping[int, Tensor]
-    out_features: int
-    in_features: int
-    group_size: int
-    kind: str
-    layout = LAYOUT
+    layout = "tiled"
+    dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
-    def __post_init__(self) -> None:
-        for index, plane in enumerate(self.planes):
+    def __init__(
+        self,
+        planes: tuple[Tensor, ...],
+        scales: Mapping[int, Tensor],
+        out_features: int,
+        in_features: int,
+        group_size: int,
+        kind: str,
+        kernel: Kernel,
+    ) -> None:
+        super().__init__(planes, scales, out_features, in_features, group_size, kind, kernel)
+        for index, plane in enumerate(planes):
             _expect(f"plane {index}", plane, torch.int32, self.blocks * self.chunks * TILE_WORDS)
-        for bits, scales in self.scales.items():
-            if not 1 <= bits <= len(self.planes):
-                raise ValueError(f"scales for {bits} bits needs as many planes, got {len(self.planes)}")
-            _expect(f"scales for {bits} bits", scales, *self._scales_size(bits))
-
-    @property
-    def bits(self) -> tuple[int, ...]:
-        """The supported bits, ascending."""
-        return tuple(sorted(self.scales))
+        for bits, packed in scales.items():
+            _expect(f"scales for {bits} bits", packed, *self._scales_size(bits))
 
     @property
     def blocks(self) -> int:
@@ -111,10 +114,6 @@ class TiledWeight:
         """Whether there is padding between groups: columns are not where they were."""
         return self.groups > 1 and self.group % self.unit != 0
 
-    def bytes_read(self, bits: int) -> int:
-        """Bytes that a product at `bits` reads, padding included."""
-        return sum(plane.nbytes for plane in self.planes[:bits]) + self.scales[bits].nbytes
-
     def units_of(self, bits: int) -> Tensor | None:
         """The rows' units of scales of bytes, fp16 [blocks * 16] in the order of its coefficients; else None."""
         if self.kind != "affine8" or bits > BYTE_BITS:
@@ -129,27 +128,54 @@ class TiledWeight:
         return pad(x, (0, self.chunks * CHUNK - self.groups * width))
 
     @classmethod
-    def pack(cls, weight: PlaneWeight) -> TiledWeight:
-        """Re-lay `weight` on the device where it is; it is not changed.
+    def pack(cls, weight: PlaneWeight, kernel: Kernel, *, apart: bool = False) -> Self:
+        """`weight` re-laid on the device where it is."""
+        shape = weight.out_features, weight.in_features, weight.group_size, weight.kind
+        order = cls.__new__(cls)  # of this shape, to re-lay by
+        order.out_features, order.in_features, order.group_size, order.kind = shape
+        planes = tuple(map(order._pack_plane, weight.planes))
+        scales = {bits: order._pack_scales(found) for bits, found in weight.scales.items()}
+        return cls(planes, scales, *shape, kernel)
 
-        Raises ValueError if affine and codebook scales are mixed.
-        """
-        if len({scales.kind == "codebook" for scales in weight.scales.values()}) > 1:
-            raise ValueError("a weight with affine and codebook scales cannot be packed")
-        shape = cls((), {}, weight.out_features, weight.in_features, weight.group_size, weight.kind)
-        planes = tuple(map(shape._pack_plane, weight.planes))
-        scales = {bits: shape._pack_scales(scales) for bits, scales in weight.scales.items()}
-        return cls(planes, scales, weight.out_features, weight.in_features, weight.group_size, weight.kind)
-
-    def with_pages(self, bits: int, planes: Sequence[Tensor], scales: Scales) -> TiledWeight:
-        """See PreparedWeight."""
-        check_pages(self, bits, planes, scales)
+    def with_pages(self, bits: int, planes: Sequence[Tensor], scales: Scales) -> Self:
+        self.check_pages(bits, planes, scales)
         held = (*self.planes[:bits], *map(self._pack_plane, planes))
-        packed = {bits: self._pack_scales(scales)}
-        return TiledWeight(held, packed, self.out_features, self.in_features, self.group_size, self.kind)
+        shape = self.out_features, self.in_features, self.group_size, self.kind
+        return type(self)(held, {bits: self._pack_scales(scales)}, *shape, self.kernel)
 
-    def unpack(self) -> PlaneWeight:
-        """The weight as stored, bit for bit, in tensors of its own."""
+    @classmethod
+    def multiply(cls, x: Tensor, weights: Sequence[Any], bits: int | Tensor, kernel: Kernel) -> list[Tensor]:
+        leading, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        if len(flat) == 0:
+            return [x.new_empty(*leading, weight.out_features) for weight in weights]
+        if flat.stride(1) != 1:
+            flat = flat.contiguous()
+        with _current(x.device):
+            ys = [weight._product(flat, bits) for weight in weights]
+        return ys if x.dim() == 2 else [y.view(*leading, y.shape[1]) for y in ys]
+
+    def _product(self, x: Tensor, bits: int | Tensor) -> Tensor:
+        """x [rows, K] -> [rows, N]."""
+        launch, rows = _launch(), len(x)
+        if isinstance(bits, Tensor) or rows <= FEW_ROWS:
+            y: Tensor = launch.few_rows(x, self, bits)
+        elif rows < DENSE_ROWS and x.dtype != torch.float32:
+            y = launch.tiles(x, self, bits)
+        else:
+            y = torch.nn.functional.linear(x, launch.decode(self, bits, x.dtype))
+        return y
+
+    def decode(self, bits: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return self.rows(torch.arange(first, last, device=self.device), bits, dtype)
+
+    def rows(self, index: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+        """An index on a device that is out of range gives the nearest row."""
+        with _current(index.device):
+            found: Tensor = _launch().decode(self, bits, dtype, index)
+        return found
+
+    def stored(self) -> PlaneWeight:
+        """The weight as the checkpoint has it, in tensors of its own."""
         per_block = self.chunks * TILE_WORDS
         planes = tuple(
             torch.cat(
@@ -226,6 +252,20 @@ class TiledWeight:
         if self.kind == "affine8" and bits <= BYTE_BITS:
             return torch.int8, self._coefficients(bits) + 2 * self.blocks * BLOCK_ROWS
         return SCALE_DTYPE, self._coefficients(bits)
+
+
+def _launch() -> ModuleType:
+    """The module that imports triton: most machines do not have it."""
+    from . import launch
+
+    return launch
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, wherever the tensors are: make it `device`."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _expect(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:

@@ -4,10 +4,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -175,15 +171,6 @@ int meet(int threads, bool fail) {
   return int(here.size());
 }
 
-// Asks for large pages: streaming through small ones costs a tenth of the speed. Without effect where there are none.
-void advise_huge(uintptr_t address, size_t bytes) {
-#if defined(__linux__)
-  madvise(at<void>(address), bytes, MADV_HUGEPAGE);
-#else
-  (void)address, (void)bytes;
-#endif
-}
-
 }  // namespace
 }  // namespace bitstrata
 
@@ -197,7 +184,6 @@ NB_MODULE(_native, m) {
     return nb::tuple(all);
   });
   m.def("read_all", &read_all);
-  m.def("advise_huge", &advise_huge);
   m.def("linear", &run_linear);
   m.def("choose_codes", &choose);
   m.def("meet", &meet);
