@@ -46,7 +46,7 @@ def test_it_decodes_to_exactly_the_expected_weights(version, max_bits):
             decoded = decode(reader.layer(layer), bits, torch.float64)
             assert torch.equal(decoded, weights[f"{layer}@{bits}"]), (layer, bits)
             if not missing:  # the kernels' layout keeps every bit of it
-                again = BlockedWeight.pack(reader.layer(layer)).unpack()
+                again = pack(reader.layer(layer)).stored()
                 assert torch.equal(decode(again, bits, torch.float64), decoded), (layer, bits)
     if max_bits == 8:
         assert seen == set(weights)

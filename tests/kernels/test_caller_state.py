@@ -54,8 +54,8 @@ class Inputs:
     def __init__(self, scales: str, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.weight = random_weight(N, K, BITS, 32, scales, seed)
-        self.blocked = None if missing else BlockedWeight.pack(self.weight)
-        self.tiled = TiledWeight.pack(self.weight)
+        self.blocked = None if missing else pack(self.weight)
+        self.tiled = TiledWeight.pack(self.weight, KERNEL)
         self.xs = [
             torch.randn(rows, K, generator=generator).to(dtype)
             for rows in ROWS
@@ -74,7 +74,7 @@ def tensors_of(result: Any) -> list[Any]:
     if isinstance(result, planes.PlaneWeight):
         return [*result.tensors().values()]
     if isinstance(result, (BlockedWeight, TiledWeight)):
-        return [*result.unpack().tensors().values()]
+        return [*result.stored().tensors().values()]
     if isinstance(result, (list, tuple)):
         return [part for each in result for part in tensors_of(each)]
     return [result]
@@ -82,13 +82,13 @@ def tensors_of(result: Any) -> list[Any]:
 
 # public function -> calls of it; f(inputs) is compared with itself in the ordinary state
 CALLS: dict[str, Callable[[Inputs], Any]] = {
-    "plane_linear": lambda i: [kernels.plane_linear(x, i.weight, 4) for x in i.xs],
+    "plane_linear": lambda i: [pack(i.weight).linear(x, 4) for x in i.xs],
     "plane_linear_rows": lambda i: [
-        kernels.plane_linear_rows(x, i.weight, b) for x, b in zip(i.xs, i.row_bits, strict=True)
+        pack(i.weight).linear(x, b) for x, b in zip(i.xs, i.row_bits, strict=True)
     ],
-    "plane_lookup": lambda i: kernels.plane_lookup(i.index, i.weight, 4, torch.bfloat16),
+    "plane_lookup": lambda i: pack(i.weight).lookup(i.index, 4, torch.bfloat16),
     "prepared_linear": lambda i: [
-        kernels.prepared_linear(x, [i.blocked, i.blocked], bits)
+        linear_many(x, [i.blocked, i.blocked], bits)
         for x, b in zip(i.xs, i.row_bits, strict=True)
         for bits in (2, b)
     ],
@@ -98,20 +98,20 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         for arithmetic, weight in (("exact", i.weight), ("exact", i.blocked), ("int8", i.blocked))
         for bits in (2, b)
     ],
-    "prepared_lookup": lambda i: kernels.prepared_lookup(i.index, i.blocked, 4, torch.float16),
+    "prepared_lookup": lambda i: i.blocked.lookup(i.index, 4, torch.float16),
     "prepare": lambda i: kernels.prepare(i.weight, torch.float32),
     "without_pages": lambda i: kernels.without_pages(i.weight.kind, N, K, 32, "cpu", torch.float32).with_pages(
         2, i.weight.planes[:2], i.weight.scales[2]
     ),
-    "select": lambda i: kernels.select(kernels.Problem("cpu", torch.float32, 1, i.weight.kind)).name,
+    "select": lambda i: kernels.select(kernels."cpu", torch.float32).name,
     "describe": lambda i: [
-        report.reason for report in kernels.describe(kernels.Problem("cpu", torch.float32, 1, i.weight.kind))
+        report.reason for report in kernels.describe(kernels."cpu", torch.float32)
     ],
     "BlockedWeight": lambda i: [
-        BlockedWeight.pack(i.weight),
-        BlockedWeight.pack(i.weight.prefix(4)).with_pages(*i.pages()),
+        pack(i.weight),
+        pack(i.weight.prefix(4)).with_pages(*i.pages()),
     ],
-    "TiledWeight": lambda i: [TiledWeight.pack(i.weight), TiledWeight.pack(i.weight.prefix(4)).with_pages(*i.pages())],
+    "TiledWeight": lambda i: [TiledWeight.pack(i.weight, KERNEL), TiledWeight.pack(i.weight.prefix(4), KERNEL).with_pages(*i.pages())],
     "decode": lambda i: [planes.decode(i.weight, b, d) for b in BITS for d in (torch.float32, torch.float64)],
     "codes": lambda i: planes.codes(i.weight, 4),
     "signs": lambda i: planes.signs(i.weight, 1),

@@ -44,7 +44,7 @@ def assert_same_bits(found, expected, message):
 def test_all_bits_and_groups(isa, group_size, seed):
     codebook = group_size == "codebook"
     weight = random_weight(N, K, ALL_BITS, K if codebook else group_size, "codebook" if codebook else "affine", seed)
-    packed = BlockedWeight.pack(weight)
+    packed = pack(weight)
     for bits, dtype in product(ALL_BITS, DTYPES.values()):
         expected = decode(weight, bits, dtype)
         for first, last in ((0, N), (0, 16), (16, 48), (48, N), (16, 16)):
@@ -57,7 +57,7 @@ def test_all_bits_and_groups(isa, group_size, seed):
 def test_shapes(isa, scales, seed):
     for shape in ((1, 1), (1, 129), (16, 128), (17, 31), (33, 256)):
         weight = random_weight(*shape, ALL_BITS, 32, scales, seed)
-        packed = BlockedWeight.pack(weight)
+        packed = pack(weight)
         for bits, dtype in product(ALL_BITS, DTYPES.values()):
             found = tile(isa, packed, bits, 0, shape[0], dtype, threads=2)
             assert_same_bits(found, decode(weight, bits, dtype), f"{shape} {dtype} bits={bits}")
@@ -77,14 +77,14 @@ def test_rounding_at_the_ends_of_the_range(isa, factor, seed):
     )
     codebook = replace(codebook, scales={b: Codebook(large(d.table)) for b, d in codebook.scales.items()})
     for weight in (affine, codebook):
-        packed = BlockedWeight.pack(weight)
+        packed = pack(weight)
         for bits, dtype in product(ALL_BITS, DTYPES.values()):
             found = tile(isa, packed, bits, 0, N, dtype)
             assert_same_bits(found, decode(weight, bits, dtype), f"{dtype} bits={bits}")
 
 
 def test_what_cannot_be_decoded_is_refused():
-    packed = BlockedWeight.pack(random_weight(N, K))
+    packed = pack(random_weight(N, K))
     out = torch.empty(N, K)
 
     def call(bits=2, first=0, last=N, kind=0):
@@ -104,7 +104,7 @@ def test_what_cannot_be_decoded_is_refused():
 @dtypes
 def test_many_rows_meet_few_shapes_of_matrix_products(dtype, monkeypatch):
     """In 16 bits every new number of rows costs memory that never comes back; in fp32 it does not."""
-    packed = BlockedWeight.pack(random_weight(N, K))
+    packed = pack(random_weight(N, K))
     kernel = kernel_of(ISAS[0])
     seen = set()
     linear = torch.nn.functional.linear

@@ -51,7 +51,7 @@ class Layer:
 
     def __call__(self, x: Tensor, bits: int | Tensor) -> Tensor:
         if self.prepared is not None:
-            return prepared_linear(x, [self.prepared], bits)[0]
+            return self.prepared.linear(x, bits)
         return (plane_linear_rows if isinstance(bits, Tensor) else plane_linear)(x, self.weight, bits)
 
     def dense(self, x: Tensor, bits: int | Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def test_weights_that_share_a_call(kind, seed):
     layers = [Layer(random_weight(n, K, BITS, 32, seed=seed + n), "blocked") for n in (5, 37, 16)]
     x, bits = normal(seed, 2, 3, K).requires_grad_(), some_bits(kind, 6)
     gs = [normal(seed + n, 2, 3, n) for n in (5, 37, 16)]
-    ys = prepared_linear(x, [layer.prepared for layer in layers], bits)
+    ys = linear_many(x, [layer.prepared for layer in layers], bits)
     torch.autograd.backward(ys, gs)
     other = x.detach().double().requires_grad_()
     torch.autograd.backward([layer.dense(other, bits) for layer in layers], [g.double() for g in gs])
@@ -228,8 +228,8 @@ def test_vmap_over_lookups(layout, seed):
 
     def rows(index):
         if layer.prepared is None:
-            return plane_lookup(index, layer.weight, 3, torch.float32)
-        return prepared_lookup(index, layer.prepared, 3, torch.float32)
+            return pack(layer.weight).lookup(index, 3, torch.float32)
+        return layer.prepared.lookup(index, 3, torch.float32)
 
     expected = decode(layer.weight, 3)[index]
     assert torch.equal(torch.vmap(rows)(index), expected)
@@ -314,16 +314,16 @@ def test_derivatives_of_scales_are_refused(seed):
     weight, x = random_weight(N, K, BITS, 32, seed=seed), normal(seed, 3, K)
     weight.scales[3].scale.requires_grad_()
     for call in (
-        lambda: plane_linear(x, weight, 3),
-        lambda: plane_linear_rows(x, weight, torch.tensor([2, 3, 4])),
-        lambda: plane_lookup(torch.tensor([1]), weight, 3, torch.float32),
+        lambda: pack(weight).linear(x, 3),
+        lambda: pack(weight).linear(x, torch.tensor([2, 3, 4])),
+        lambda: pack(weight).lookup(torch.tensor([1]), 3, torch.float32),
         lambda: prepare(weight, torch.float32),
     ):
         with pytest.raises(UsageError, match="derivatives with respect to the scales"):
             call()
         with torch.no_grad():
             call()
-    torch.testing.assert_close(plane_linear(x, weight, 2), Layer(weight, "stored")(x, 2))
+    torch.testing.assert_close(pack(weight).linear(x, 2), Layer(weight, "stored")(x, 2))
 
 
 @native

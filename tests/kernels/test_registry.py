@@ -10,8 +10,8 @@ from bitstrata.errors import KernelError
 from bitstrata.kernels import KernelReport, Problem, describe, plane_linear, registry, select
 from bitstrata.kernels.registry import register
 
-FLOAT = Problem("cpu", torch.float32, 1, "affine")
-HALF = Problem("cpu", torch.float16, 1, "affine")
+FLOAT = "cpu", torch.float32
+HALF = "cpu", torch.float16
 
 
 class Constant:
@@ -46,7 +46,7 @@ def test_the_highest_priority_that_can_run_is_chosen():
 
 def test_the_op_runs_what_select_chooses():
     weight = random_weight(3, 33)
-    assert plane_linear(torch.randn(2, 33), weight, 2).unique().tolist() == [9.0]
+    assert pack(weight).linear(torch.randn(2, 33), 2).unique().tolist() == [9.0]
 
 
 def test_describe_lists_every_kernel_best_first_with_its_reason():
@@ -60,14 +60,14 @@ def test_describe_lists_every_kernel_best_first_with_its_reason():
 
 def test_no_kernel_at_all_is_an_error_that_shows_the_problem():
     with pytest.raises(KernelError, match=r"no kernel can run Problem\(.*torch\.int8"):
-        select(Problem("cpu", torch.int8, 1, "affine"))
+        select("cpu", torch.int8)
 
 
 def test_a_forced_kernel_is_taken_whatever_its_priority(monkeypatch):
     monkeypatch.setenv("BITSTRATA_KERNEL", "slow")
     assert select(FLOAT).name == "slow"
     weight = random_weight(3, 33)
-    assert plane_linear(torch.randn(2, 33), weight, 2).unique().tolist() == [5.0]
+    assert pack(weight).linear(torch.randn(2, 33), 2).unique().tolist() == [5.0]
 
 
 def test_a_forced_kernel_that_cannot_run_is_never_replaced(monkeypatch):
@@ -97,9 +97,9 @@ def test_two_kernels_of_one_name_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 def test_the_reference_runs_every_floating_dtype(dtype, scales):
-    assert registry._KERNELS["reference"].can_run(Problem("cpu", dtype, 3, scales)) is None
+    assert registry._KERNELS["reference"].can_run("cpu", dtype) is None
 
 
 def test_the_reference_says_why_it_cannot_run_integers():
-    reason = registry._KERNELS["reference"].can_run(Problem("cpu", torch.int32, 3, "affine"))
+    reason = registry._KERNELS["reference"].can_run("cpu", torch.int32)
     assert reason == "activations are torch.int32, not floating point"

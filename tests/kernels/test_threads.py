@@ -29,7 +29,7 @@ PATIENCE = 20  # seconds that a child may take for what takes milliseconds
 def problem(seed):
     """A kernel, weights, activations, and the results of one thread."""
     kernel = registry._KERNELS[f"{BEST}-int8"]
-    weights = [BlockedWeight.pack(random_weight(N + i, K, seed=seed + i)) for i in range(4)]
+    weights = [pack(random_weight(N + i, K, seed=seed + i)) for i in range(4)]
     xs = [torch.randn(i + 3, K, generator=torch.Generator().manual_seed(seed + i)) for i in range(4)]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -54,11 +54,11 @@ def test_calls_from_several_threads(problem, count, callers):
 
 def test_packing_and_decoding_from_several_threads(problem):
     _, weights, _, _ = problem
-    expected = [weight.unpack() for weight in weights]
+    expected = [weight.stored() for weight in weights]
 
     def work(caller):
         torch.set_num_threads(2)
-        packed = BlockedWeight.pack(expected[caller])
+        packed = pack(expected[caller])
         return all(map(torch.equal, packed.planes, weights[caller].planes))
 
     with ThreadPoolExecutor(4) as pool:

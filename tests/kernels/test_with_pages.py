@@ -48,7 +48,7 @@ def test_any_way_to_a_size_gives_the_same_weight(scales, N, K, group, empty, see
         have = len(held.planes)
         held = held.with_pages(bits, weight.planes[have:bits], weight.scales[bits])
         assert held.bits == (bits,)
-        assert_same_weight(held.unpack(), only(weight, bits))
+        assert_same_weight(held.stored(), only(weight, bits))
 
 
 def test_planes_that_stay_are_shared_and_the_old_weight_is_left_alone(empty, seed):
@@ -56,7 +56,7 @@ def test_planes_that_stay_are_shared_and_the_old_weight_is_left_alone(empty, see
     small = empty(weight, "affine").with_pages(3, weight.planes[:3], weight.scales[3])
     large = small.with_pages(5, weight.planes[3:5], weight.scales[5])
     assert [plane.data_ptr() for plane in large.planes[:3]] == [plane.data_ptr() for plane in small.planes]
-    assert_same_weight(small.unpack(), only(weight, 3))
+    assert_same_weight(small.stored(), only(weight, 3))
 
 
 @pytest.mark.parametrize("scales", DECODERS)

@@ -140,6 +140,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     **{name: ({**more, "causal": False}, "sees later tokens") for name, more in RIGHT.items() if name == "xlm"},
 }  # fmt: skip
 
+# One of each way to hold blocks, projections, tied heads and experts; the others run with make test-slow.
+REPRESENTATIVE = {
+    "bart", "bert", "bloom", "codegen", "cohere2", "deepseek_v3", "falcon", "fuyu", "gemma2", "gemma3", "gemma3n_text",
+    "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "lfm2", "llama", "mpt", "olmo2", "opt", "persimmon", "phi3",
+    "qwen3", "reformer", "whisper", "xlm", "xlstm",
+    "bamba", "cpmant", "gpt_oss", "kimi_linear", "llama4_text", "mamba", "mixtral", "qwen2_moe",
+}  # fmt: skip
+
 
 def build(model_type: str, settings: dict[str, Any], seed: int) -> PreTrainedModel:
     """A random model, fp32, in evaluation mode; its weights are wide enough that outputs depend on every layer."""

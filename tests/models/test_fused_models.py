@@ -36,7 +36,7 @@ def pair(quantized):
 def calls(monkeypatch):
     """How many weights each shared call had."""
     counts = []
-    real = fused.prepared_linear
+    real = fused.packed_linear
 
     def counting(x, weights, bits):
         counts.append(len(weights))

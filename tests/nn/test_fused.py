@@ -37,7 +37,7 @@ class Attention(nn.Module):
             weight = random_weight(5 + 16 * index, K, seed=seed + index, **options)
             bias = torch.ones(weight.out_features) if name == "k_proj" else None
             layer = PlaneLinear.from_weight(weight, bias, name=name, state=state)
-            layer.prepare()
+            layer.pack()
             setattr(self, name, layer)
 
     def forward(self, x):
@@ -61,7 +61,7 @@ def pair(seed):
 def calls(monkeypatch):
     """How many weights each shared call had."""
     counts = []
-    real = fused.prepared_linear
+    real = fused.packed_linear
 
     def counting(x, weights, bits):
         counts.append(len(weights))
@@ -315,8 +315,8 @@ def test_a_copy_shares_among_its_own_layers(pair, calls, copied, seed):
 
 def test_layers_that_are_not_prepared_do_not_share(pair, calls, seed):
     alone, together = pair
-    together.v_proj.restore()
-    alone.v_proj.restore()
+    together.v_proj.unpack()
+    alone.v_proj.unpack()
     x = activations(seed)
     assert_equal(together(x), alone(x))
     assert calls == []

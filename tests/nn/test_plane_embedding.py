@@ -19,7 +19,7 @@ def embedding(N, K, *, bits=6, scales="affine", tied=True, dtype=torch.float32, 
     weight = random_weight(N, K, (bits,), 32, scales, seed)
     made = PlaneEmbedding.from_weight(weight, dtype=dtype)
     head = TiedHead(made) if tied else None
-    made.prepare()
+    made.pack()
     return weight, made, head
 
 
@@ -100,8 +100,8 @@ def test_only_the_embedding_stores_moves_and_counts_the_planes():
 
 def test_an_embedding_alone_stays_in_the_stored_order():
     _, module, _ = embedding(33, 64, tied=False)
-    module.prepare()
-    assert module.prepared is None
+    module.pack()
+    assert module.packed.layout == "stored"
     assert multiplied_layers(module) == []
 
 
@@ -133,11 +133,11 @@ def test_the_lookup_is_one_node_for_a_compiler(tied):
 
 def test_the_lookup_of_a_prepared_weight_passes_the_checks_of_torch():
     _, module, _ = embedding(40, 64)
-    if module.prepared is None:
+    if module.packed.layout == "stored":
         pytest.skip("the native kernels are not built")
-    packed = module.prepared
+    packed = module.packed
     torch.library.opcheck(
-        torch.ops.bitstrata.prepared_lookup.default,
+        torch.ops.bitstrata.packed_lookup.default,
         (
             torch.tensor([[1, 39], [0, 7]]), list(packed.planes), [packed.scales[6]], [6], packed.layout,
             packed.out_features, packed.group_size, packed.kind, 6, 64, torch.float16,
@@ -151,7 +151,7 @@ def test_gradients_through_a_tied_head(rows, bias, seed):
     weight, _, _ = embedding(65, 70, seed=seed)
     made = PlaneEmbedding.from_weight(weight)
     head = TiedHead(made, bias)
-    made.prepare()
+    made.pack()
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, rows, 70, generator=generator).requires_grad_()
     g = torch.randn(2, rows, 65, generator=generator)

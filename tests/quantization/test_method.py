@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bitstrata.errors import ModelError, PreflightError, UsageError
+from bitstrata.options import QuantizeOptions
 from bitstrata.quantization.settings import Settings
 from bitstrata.quantization.state import differences
 from bitstrata.solvers import BCQ, METHODS, PRESETS, AnyBCQ, make_method
@@ -91,11 +92,7 @@ def test_the_largest_fp16_number_can_be_stored() -> None:
 
 
 def parse(**changes: Any) -> Settings:
-    arguments: dict[str, Any] = {
-        "bits": "2-4", "method": "bcq", "preset": "default", "options": {}, "group_size": 128, "calibration": None,
-        "num_samples": 128, "seq_len": 2048, "skip": (), "seed": 0, "device": "cpu",
-    }  # fmt: skip
-    return Settings.parse("model", "out", **{**arguments, **changes})
+    return Settings.parse(QuantizeOptions("model", "out", **{"method": "bcq", "device": "cpu", **changes}))
 
 
 @pytest.mark.parametrize(

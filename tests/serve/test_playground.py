@@ -14,9 +14,13 @@ from bitstrata.nn import bits_state
 from bitstrata.plans import Plan
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="Chromium and ChromeDriver are not installed (Debian: chromium, chromium-driver)"
-)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER),
+        reason="Chromium and ChromeDriver are not installed (Debian: chromium, chromium-driver)",
+    ),
+]
 
 FLAGS = [
     *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),

@@ -2,9 +2,9 @@
 
 from .objective import Objective
 from .order import page_order
-from .plan import SOLVERS, plan
 from .problem import Bounds, Problem, random_allocation
 from .report import PlanReport, PlanRow
+from .run import SOLVERS, plan
 from .sensitivity import SENSITIVITY_FILE, Measure, Sensitivity, Settings, measure_sensitivity
 
 __all__ = [

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from dataclasses import asdict
-from typing import Annotated
+from dataclasses import fields
 
 import typer
 from transformers import TextStreamer
@@ -13,10 +12,10 @@ from transformers import TextStreamer
 from ..errors import BitstrataError, UsageError
 from ..models import load_tokenizer, resolve
 from ..nn import BitsOrPlan
+from ..options import ChatCommand, GenerationSettings
 from ..plans import bytes_text, choose_bits, resize
-from ..runtime import Conversation, GenerationSettings
-from .output import DEVICE_OPTION
-from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
+from ..runtime import Conversation
+from .sizing import load_sized
 
 COMMANDS = """/bits N       answer at N bits from now on; /bits alone says what there is
 /resize SIZE  with --budget or --fit: hold this much from now on, say 400MB, 3.2bpw or plan.json
@@ -26,25 +25,13 @@ COMMANDS = """/bits N       answer at N bits from now on; /bits alone says what 
 Ctrl-C        ends a reply"""
 
 
-def command(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, OUT or OUT:BITS.")],
-    bits: Annotated[int | None, typer.Option(help="Precision to start with; the highest by default.")] = None,
-    system: Annotated[str | None, typer.Option(help="Instruction before the first turn.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest reply, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    draft_bits: Annotated[int | None, typer.Option(help="Draft tokens at this precision where it is lower.")] = None,
-    budget: str | None = BUDGET_OPTION,
-    fit: bool = FIT_OPTION,
-    device: str = DEVICE_OPTION,
-) -> None:
-    """Talk to a model; its bits can change in the middle of the conversation. /help lists the commands."""
-    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits)  # refused before loading
-    target, chosen = choose_bits(model, bits)
-    loaded = load_sized(target, chosen, budget=budget, fit=fit, context=None, device=device)
+def run(options: ChatCommand) -> None:
+    target, chosen = choose_bits(options.model, options.bits)
+    loaded = load_sized(target, chosen, options, context=None)
     tokenizer = load_tokenizer(resolve(target, weights=False))
-    talk = Conversation(loaded, tokenizer, bits=chosen, system=system, **asdict(settings))
+    settings = {one.name: getattr(options, one.name) for one in fields(GenerationSettings)}
+    talk = Conversation(loaded, tokenizer, bits=chosen, system=options.system, **settings)
+    draft_bits = options.draft_bits
     if draft_bits is not None and draft_bits not in talk.supported:
         raise UsageError(f"draft-bits {draft_bits} is not among {_choice(talk)}")
     if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not text is refused like any other wrong input

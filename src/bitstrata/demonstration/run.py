@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..arguments import named
 from ..evaluation import evaluate
 from ..models import encode_prompt, load_tokenizer
+from ..options import DemoOptions, verb
 from ..plans import load
 from ..progress import log
 from ..quantization import quantize
@@ -64,14 +64,11 @@ class Demo:
         return "\n\n".join(parts)
 
 
-@named
+@verb(DemoOptions)
 @ordinary_torch()
-def demo(output: str | Path | None = None) -> Demo:
-    """Run the main job on the bundled model.
-
-    Args:
-        output: keep the quantized model in this folder; otherwise it is made in a temporary one.
-    """
+def demo(options: DemoOptions) -> Demo:
+    """Run the main job on the bundled model."""
+    output = options.output
     started = time.monotonic()
     workspace = Path(tempfile.mkdtemp(prefix="bitstrata-demo-"))
     try:

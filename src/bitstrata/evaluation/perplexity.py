@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .. import arguments
-from ..arguments import named
 from ..calibration import evaluation_windows, given_tokens, read_text
 from ..checkpoint import CheckpointReader, is_checkpoint
 from ..errors import TextError, UsageError
@@ -21,10 +20,11 @@ from ..models import (
     input_device,
     load_reference,
     load_tokenizer,
-    pick_device,
     resolve,
 )
+from ..models.load import pick_device
 from ..nn import BitsOrPlan, bits_state, multiplied_layers
+from ..options import EvaluateOptions, verb
 from ..planes import whole_number
 from ..plans import Plan, bits_name, highest_bits, load, parse_bits_or_plans
 from ..progress import Steps, note, notes, own_notes
@@ -36,39 +36,22 @@ TOKENS_PER_BATCH = 2048
 DEFAULT_SEQ_LEN = 2048
 
 
-@named
+@verb(EvaluateOptions)
 @ordinary_torch()
 @own_notes()
-def evaluate(
-    model: str | Path | PreTrainedModel,
-    text: str | Path,
-    bits: str | Sequence[int | Plan] | int | Plan | None = None,
-    reference: str | Path | PreTrainedModel | None = None,
-    seq_len: int | None = None,
-    max_tokens: int | None = None,
-    *,
-    arithmetic: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str = "auto",
-) -> Evaluation:
-    """Measure a quantized model on a text.
+def evaluate(options: EvaluateOptions) -> Evaluation:
+    """Measure a quantized model on a text. `model` and `reference` may be loaded models as well.
 
-    Args:
-        model: a checkpoint folder, hub id, or a loaded quantized model.
-        text: a UTF-8 file, documents separated by `<|endoftext|>`; or `stdlib`.
-        bits: which bits or plans to measure, `2,3,plan.json` or the like; all supported bits by default, and of a
-            model that holds one plan's pages that plan.
-        reference: the original model, for KL divergence and agreement.
-        seq_len: window length in tokens; lowered to the model's context with a message.
-        max_tokens: stop after so many predicted tokens.
-        arithmetic: of the quantized layers' products: "exact", or "int8" as in decoding on a CPU. By default
-            as the model itself computes calls of this length; the result says which that was.
-        tokenizer: needed only when `model` is a loaded model without a folder.
+    `bits` is a number, a plan, several of them, or their names in a text: `2,3,plan.json`. Without `arithmetic`, the
+    quantized layers compute as the model does for windows of this length; the result says which that was.
 
     Raises:
         UnsupportedBitsError, PlanError, TextError, ModelError, CheckpointError: the input named in the message.
         KernelError: nothing here computes in this arithmetic, or not the forced kernel.
     """
+    model, text, arithmetic, seq_len, max_tokens = (
+        options.model, options.text, options.arithmetic, options.seq_len, options.max_tokens
+    )  # fmt: skip
     if arithmetic not in (None, *ARITHMETICS):
         raise UsageError(f"arithmetic {arithmetic!r} is not known", hint=f"one of {', '.join(ARITHMETICS)}")
     if seq_len is not None:
@@ -76,8 +59,8 @@ def evaluate(
     if max_tokens is not None:
         max_tokens = arguments.number("max_tokens", max_tokens, 1, hint="leave it out to measure the whole text")
     documents = read_text(text, part="heldout")
-    where = input_device(model) if isinstance(model, PreTrainedModel) else pick_device(device)
-    asked = _asked(bits)
+    where = input_device(model) if isinstance(model, PreTrainedModel) else pick_device(options.device)
+    asked = _asked(options.bits)
     _check_plans(asked or (), model)
     highest = None if asked is None else max(map(highest_bits, asked))
     # float32 on a CPU: exact, and no slower there; elsewhere the dtype the model is stored in
@@ -90,8 +73,8 @@ def evaluate(
     chosen: tuple[BitsOrPlan, ...] = asked if asked is not None else state.supported or (state.default,)
     for value in chosen:
         state.resolve(value)
-    tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
-    original = load_reference(reference, quantized, where)
+    tokenizer = options.tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
+    original = load_reference(options.reference, quantized, where)
     length = context_length(quantized, seq_len)
 
     batches = list(_batches(evaluation_windows(tokenizer, documents, length, max_tokens)))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arguments import named
 from ..errors import UnsupportedBitsError, UsageError
 from ..models import open_checkpoint, resolve
 from ..nn import Bits
+from ..options import named
 from ..planes import whole_number
 from ..torch_state import ordinary_torch
 from .budget import Budget, parse_budget

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import named
 from ..checkpoint import CheckpointReader, Fingerprint
 from ..errors import CheckpointError, PlanError, UsageError
 from ..nn import PlaneLinear, bits_state
+from ..options import named
 from ..planes import whole_number
 from ..torch_state import ordinary_torch
 from .budget import Budget, ModelSizes, parse_budget

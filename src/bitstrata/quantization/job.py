@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..arguments import named
 from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_checkpoint, write_checkpoint
 from ..checkpoint.schema import REPORT_FILE, guard_name
 from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
 from ..memory import memory_errors, peak_memory
+from ..options import QuantizeOptions, verb
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from .companions import checkpoint_config, copy_companions
@@ -43,49 +42,14 @@ MORE_MEMORY = (
 )
 
 
-@named
+@verb(QuantizeOptions)
 @ordinary_torch()
 @own_notes()
-def quantize(
-    model: str | Path,
-    output: str | Path,
-    *,
-    bits: str | int | Iterable[int] = "2-4",
-    method: str = "nested",
-    group_size: int = 128,
-    calibration: str | Path | None = None,
-    num_samples: int = 128,
-    seq_len: int = 2048,
-    preset: str = "default",
-    head_bits: int | None = None,
-    skip: str | Sequence[str] = (),
-    seed: int = 0,
-    device: str = "auto",
-    dry_run: bool = False,
-    options: Mapping[str, Any] | None = None,
-) -> Report:
+def quantize(options: QuantizeOptions) -> Report:
     """Quantize a causal language model into nested bit-planes.
 
-    Args:
-        model: a folder with config.json and safetensors, or a hub id.
-        output: the folder to make. If it holds an unfinished job of the same command, that is resumed.
-        bits: the bits to support: "2-4", "2,4", 3, or a sequence; each 1..8.
-        method: nested, anybcq, anyprecision, bpdq, gptq, bcq or rtn.
-        group_size: input columns that share scales.
-        calibration: a text file, or `stdlib`. Methods that learn from activations need it; with any
-            method it is what the final check is measured on.
-        num_samples: windows to calibrate on; seq_len: their length in tokens.
-        preset: fast (no calibration text), default, or best (slowest).
-        head_bits: store the output head and the token embedding as planes too, at this one precision, 1..8;
-            they run at it whatever bits a request asks for. They stay as they are by default.
-        skip: one or several patterns of layer names to leave as they are (globs, or `re:` and a regular expression).
-        seed: decides windows and training order.
-        device: auto, cpu, cuda.
-        dry_run: check and report what would be done; write nothing.
-        options: the method's own options by name, for example {"steps": 500}.
-
-    Returns:
-        A Report. Its saved part is `bitstrata_report.json` in the output.
+    If `output` holds an unfinished job of the same arguments, that is resumed. What of the report is saved is
+    `bitstrata_report.json` in it.
 
     Raises:
         PreflightError: everything wrong with the input, at once, before anything is written.
@@ -95,26 +59,10 @@ def quantize(
     """
     started = time.monotonic()
     problems: list[BitstrataError] = []
-    settings = Settings.parse(
-        model,
-        output,
-        bits=bits,
-        method=method,
-        preset=preset,
-        options=options or {},
-        group_size=group_size,
-        calibration=calibration,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        skip=skip,
-        seed=seed,
-        device=device,
-        head_bits=head_bits,
-        problems=problems,
-    )
+    settings = Settings.parse(options, problems)
     with memory_errors("while the model was checked", hint="end other programs, or lower --num-samples or --seq-len"):
         prepared = prepare(settings, stages_of(settings), problems)
-    if dry_run:
+    if options.dry_run:
         return _describe(prepared)
     done = _already_done(prepared)
     if done is not None:

@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ..arguments import named
-from ..errors import InputError, UsageError
+from ..errors import InputError
 from ..models import check_vocabulary, context_limit, encode_prompt, end_tokens, input_device, load_tokenizer, resolve
 from ..nn import Assignment, BitsOrPlan, bits_state
+from ..options import GenerationSettings, named
 from ..plans import Plan, bits_name, choose_bits, highest_bits, load
 from ..progress import note
 from ..torch_state import ordinary_torch
@@ -44,29 +44,6 @@ class Generation:
 
     def __str__(self) -> str:
         return self.prompt + self.text
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How a text is continued. Raises UsageError for numbers that cannot be used.
-
-    Args:
-        temperature: 0 takes the most likely token every time; above 0 samples.
-        top_p: sample from the smallest set of most likely tokens whose probability reaches top_p.
-        draft_bits: draft up to `draft_tokens` tokens at a time at this precision and check them at the text's
-            (models/speculation.py); what is generated stays that of the text's.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    draft_bits: int | None = None
-    draft_tokens: int = 4
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
-            raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max_new_tokens be at least 1")
 
 
 class _Clock(BaseStreamer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE
 from ..errors import CheckpointError
 from ..kernels import select
 from ..models import resolve
+from ..options import InspectOptions, verb
 from ..tables import render
 
 
@@ -70,17 +70,17 @@ class Inspection:
         return "\n".join([*lines, "", table, "", layers])
 
 
-def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
+@verb(InspectOptions)
+def inspect(options: InspectOptions) -> Inspection:
     """Describe a checkpoint from its headers.
 
-    Args:
-        verify: also read every byte: digests, finite scales, padding. `Inspection.unchecked` names what has no digest.
+    `verify` also checks digests, finite scales and padding; `Inspection.unchecked` names what has no digest.
 
     Raises:
         CheckpointError: not a checkpoint, or malformed; with `verify`, all problems at once.
     """
-    folder = resolve(path, kind="bitstrata checkpoint")
-    if verify:
+    folder = resolve(options.path, kind="bitstrata checkpoint")
+    if options.verify:
         problems = validate(folder)
         if problems:
             raise CheckpointError(
@@ -119,8 +119,8 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
         total_bytes=total,
         common_bytes=total - sum(map(spec.layer_bytes, spec.layers)),
         kernel=f"{kernel} on {device}: the highest priority that can run there",
-        verified=reader.has_digests if verify else None,
-        unchecked=_unchecked(reader) if verify else None,
+        verified=reader.has_digests if options.verify else None,
+        unchecked=_unchecked(reader) if options.verify else None,
         layers=layers,
     )
 

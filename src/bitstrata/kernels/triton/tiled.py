@@ -131,8 +131,7 @@ class TiledWeight(Weight):
     def pack(cls, weight: PlaneWeight, kernel: Kernel, *, apart: bool = False) -> Self:
         """`weight` re-laid on the device where it is."""
         shape = weight.out_features, weight.in_features, weight.group_size, weight.kind
-        order = cls.__new__(cls)  # of this shape, to re-lay by
-        order.out_features, order.in_features, order.group_size, order.kind = shape
+        order = cls((), {}, *shape, kernel)
         planes = tuple(map(order._pack_plane, weight.planes))
         scales = {bits: order._pack_scales(found) for bits, found in weight.scales.items()}
         return cls(planes, scales, *shape, kernel)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arguments import named
 from ..calibration import calibration_windows, read_text, text_digest
 from ..checkpoint import CheckpointReader, Fingerprint
 from ..errors import UsageError
 from ..models import check_vocabulary, context_limit, load_reference, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..models.source import SourceModel
-from ..plans import PAGES_FILE, Budget, ModelSizes, Plan, load, parse_budget
+from ..options import PlanOptions, verb
+from ..plans import PAGES_FILE, ModelSizes, Plan, load, parse_budget
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from . import greedy, milp, paired, waterfill
@@ -38,91 +39,42 @@ DEFAULT_WINDOWS = 16
 DEFAULT_SEQ_LEN = 512
 
 
-@named
+@verb(PlanOptions)
 @ordinary_torch()
 @own_notes()
-def plan(
-    model: str | Path,
-    budget: str | Budget,
-    solver: str = "paired",
-    text: str | Path | None = None,
-    reference: str | Path | None = None,
-    *,
-    output: str | Path | None = None,
-    pages: bool = False,
-    plot: str | Path | None = None,
-    sensitivity: str | Path | None = None,
-    measure: Measure | None = None,
-    together: bool = False,
-    min_bits: Mapping[str, int] | None = None,
-    max_bits: Mapping[str, int] | None = None,
-    windows: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-) -> PlanReport:
+def plan(options: PlanOptions) -> PlanReport:
     """Find the bits of every layer that lose least within `budget`.
 
-    Args:
-        model: a checkpoint folder or hub id.
-        budget: `600MB`, `1.8GiB`: all weights in memory; `3.2bpw`: bits read for each quantized weight.
-        solver: paired (the best), milp, greedy or waterfill.
-        text: a UTF-8 file, or `stdlib`: some windows to measure layers on, others to compare the plan on. Not needed
-            once layers are measured; the plan is then neither refined nor compared by its true loss.
-        reference: the original model. Losses are divergences from it, else from the model's own highest bits.
-        output: where the plan is written.
-        pages: also write the order of pages beside the checkpoint, in which every budget is a prefix. It leads from the
-            smallest plan to the largest whatever the bounds; with `together` its pages raise such layers at once.
-        plot: where a picture of loss against bytes is written (extra `plots`).
-        sensitivity: where layers' losses are kept; `bitstrata_sensitivity.json` beside the checkpoint by default.
-        measure: kld (the default), or hessian: one pass instead of one for each layer and bits, and a worse guide.
-        together: equal bits for layers that share a kernel call (q, k and v; gate and up).
-        min_bits, max_bits: name pattern (`*.down_proj`) -> the least or most bits of the layers that match.
-        windows, seq_len, seed: how many windows of how many tokens, 16 and 512 by default, and which; `seed` also draws
-            the random plan that is compared.
+    With a text, some of its windows measure layers, others compare the plan; without one, what was measured before is
+    used, and the plan is neither refined nor compared by its true loss. `pages` leads from the smallest plan to the
+    largest whatever the bounds, so that every budget is a prefix of it; with `together` its pages raise such layers at
+    once. `measure` kld takes one pass for each layer and bits, hessian one pass in all, and is a worse guide.
 
     Raises:
         UsageError: a budget below the smallest plan (the message says the least), an unknown solver, bounds that
             leave no plan, a file that cannot be written, ways of measuring without a text to measure on.
         PlanError: a sensitivity file of another model, text or settings.
     """
-    budget = parse_budget(budget)
-    if solver not in SOLVERS:
-        raise UsageError(f"there is no solver {solver!r}", hint=f"solvers: {', '.join(SOLVERS)}")
-    _check_measuring(text, reference=reference, measure=measure, windows=windows, seq_len=seq_len)
-    for path in (output, plot, sensitivity):
-        if path is not None:
-            _check_writable(Path(path))
-    if plot is not None:
-        check_picture(Path(plot))
-    folder = resolve(model, kind="bitstrata checkpoint")
+    budget = parse_budget(options.budget)
+    folder = _checked_folder(options)
     reader = CheckpointReader(folder)
     sizes = ModelSizes.of(reader)
     limit = sizes.limit(budget)
-    bounds = Bounds(min_bits or {}, max_bits or {})
+    together, bounds = options.together, Bounds(options.min_bits or {}, options.max_bits or {})
     find_choices(sizes, limit, together=together, bounds=bounds)  # raises if they leave no plan
     sizes.note_excess(budget)
 
-    path = Path(sensitivity) if sensitivity is not None else folder / SENSITIVITY_FILE
-    measured = None
-    if text is not None:
-        measured = _MeasuredOn.of(reader, text, reference, measure or "kld", windows, seq_len, seed, device)
+    path = Path(options.sensitivity) if options.sensitivity is not None else folder / SENSITIVITY_FILE
+    measured = None if options.text is None else _MeasuredOn.of(reader, options.text, options)
     found = _sensitivity(path, reader, measured)
-
-    problem = Problem.build(
-        found,
-        sizes,
-        limit,
-        together=together,
-        bounds=bounds,
-        true_loss=None if measured is None else measured.calibration.loss,
-    )
-    x = SOLVERS[solver](problem)
+    true_loss = None if measured is None else measured.calibration.loss
+    problem = Problem.build(found, sizes, limit, together=together, bounds=bounds, true_loss=true_loss)
+    x = SOLVERS[options.solver](problem)
     size = sizes.of_plan(problem.plan(x))
-    rows = _rows(problem, x, found, reader, sizes, measured, seed)
+    rows = _rows(problem, x, found, reader, sizes, measured, options.seed)
     provenance = {
         "budget": str(budget),
-        "solver": solver,
+        "solver": options.solver,
         "bytes": size.total,
         "bpw": size.bpw,
         "divergence_from": found.target,
@@ -130,21 +82,21 @@ def plan(
         "measured": rows[0].measured,
     }
     made = Plan(problem.plan(x), Fingerprint.of(reader), str(budget), provenance)
-    if output is not None:
-        made.save(output)
-        log.info(f"wrote {output}")
-    if pages or plot is not None:
+    if options.output is not None:
+        made.save(options.output)
+        log.info(f"wrote {options.output}")
+    if options.pages or options.plot is not None:
         order = page_order(found, reader, sizes, together=together)
-        if pages:
+        if options.pages:
             order.save(folder / PAGES_FILE)
             log.info(f"wrote {folder / PAGES_FILE}")
-        if plot is not None:
-            draw(Path(plot), order, found, reader, sizes, rows, measured.heldout if measured else None)
-            log.info(f"wrote {plot}")
+        if options.plot is not None:
+            draw(Path(options.plot), order, found, reader, sizes, rows, measured.heldout if measured else None)
+            log.info(f"wrote {options.plot}")
     return PlanReport(
-        model=str(model),
+        model=str(options.model),
         budget=str(budget),
-        solver=solver,
+        solver=options.solver,
         plan=made,
         size=size,
         rows=tuple(rows),
@@ -154,24 +106,27 @@ def plan(
     )
 
 
-def _check_measuring(
-    text: str | Path | None,
-    *,
-    reference: str | Path | None,
-    measure: Measure | None,
-    windows: int | None,
-    seq_len: int | None,
-) -> None:
-    """Raise UsageError for ways of measuring that make no sense, or that nothing is measured in."""
+def _checked_folder(options: PlanOptions) -> Path:
+    """The checkpoint's folder. Raises UsageError for what cannot be asked for, before anything is read."""
+    if options.solver not in SOLVERS:
+        raise UsageError(f"there is no solver {options.solver!r}", hint=f"solvers: {', '.join(SOLVERS)}")
+    if options.measure not in (None, *get_args(Measure)):
+        raise UsageError(f"--measure {options.measure!r} is not known", hint="use kld or hessian")
+    windows, seq_len = options.windows, options.seq_len
     if (windows is not None and windows < 1) or (seq_len is not None and seq_len < 2):
         raise UsageError(f"windows must be at least 1 and seq_len at least 2, got {windows} and {seq_len}")
-    given = {"reference": reference, "measure": measure, "windows": windows, "seq_len": seq_len}
-    idle = [name for name, value in given.items() if value is not None]
-    if text is None and idle:
+    idle = [name for name in ("reference", "measure", "windows", "seq_len") if getattr(options, name) is not None]
+    if options.text is None and idle:
         raise UsageError(
             f"without a text nothing is measured, so {', '.join(idle)} would change nothing",
             hint="give the text as well (--text FILE), or leave them out to use what was measured before",
         )
+    for path in (options.output, options.plot, options.sensitivity):
+        if path is not None:
+            _check_writable(Path(path))
+    if options.plot is not None:
+        check_picture(Path(options.plot))
+    return resolve(options.model, kind="bitstrata checkpoint")
 
 
 def _check_writable(path: Path) -> None:
@@ -192,23 +147,14 @@ class _MeasuredOn:
     windows: Tensor
 
     @classmethod
-    def of(
-        cls,
-        reader: CheckpointReader,
-        text: str | Path,
-        reference: str | Path | None,
-        measure: Measure,
-        windows: int | None,
-        seq_len: int | None,
-        seed: int,
-        device: str,
-    ) -> _MeasuredOn:
+    def of(cls, reader: CheckpointReader, text: str | Path, options: PlanOptions) -> _MeasuredOn:
+        seq_len, reference, seed = options.seq_len, options.reference, options.seed
         documents = read_text(text, part="calibration")
-        where = pick_device(device)
+        where = pick_device(options.device)
         tokenizer = load_tokenizer(reader.folder)
         # float32 on a CPU, as in `evaluate`: exact there, and no slower
         model: PreTrainedModel = load(reader.folder, device=where, dtype=torch.float32 if where.type == "cpu" else None)
-        count = windows or DEFAULT_WINDOWS
+        count = options.windows or DEFAULT_WINDOWS
         length = min(seq_len or DEFAULT_SEQ_LEN, context_limit(model.config) or DEFAULT_SEQ_LEN)
         if seq_len is not None and length < seq_len:
             note(f"seq-len lowered from {seq_len} to {length}, the model's context")
@@ -219,7 +165,7 @@ class _MeasuredOn:
         original = load_reference(reference, model, where)
         digests = None if reference is None else SourceModel(resolve(reference, kind="reference model")).digests()
         settings = Settings(
-            measure=measure,
+            measure=cast("Measure", options.measure or "kld"),
             text=Path(text).name,
             text_sha256=text_digest(documents),
             reference=None if reference is None else Path(reference).name,
