@@ -91,7 +91,7 @@ def test_packing_leaves_the_weight_alone_and_shares_nothing_with_it(scales, seed
 def test_packing_takes_views(scales, seed):
     """Rows of a larger weight, and tensors that are not contiguous."""
     whole = random_weight(40, 70, kind=scales, seed=seed)
-    part = whole.rows(3, 22)
+    part = whole.outputs(3, 22)
     assert_same_weight(pack(part).stored(), part)
     strided = replace(
         part,

@@ -81,7 +81,7 @@ class Head(Stage):
         wrong = total = 0.0
         for rows, part in self._rows(job, layer):
             weight = part.cpu()
-            dense = decode(planes.rows(rows.start, rows.stop), bits)
+            dense = decode(planes.outputs(rows.start, rows.stop), bits)
             wrong += float((dense - weight).square().sum(dtype=torch.float64))
             total += float(weight.square().sum(dtype=torch.float64))
         return wrong / max(total, 1e-30)

@@ -19,10 +19,10 @@ from functools import lru_cache
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InputError
 from ..models import Stops, encode_prompt, encode_turns
+from ..models.compat import byte_level_characters
 from .errors import ApiError
 from .requests import Message
 
@@ -33,7 +33,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 8  # tokens before the new ones that are decoded with them: some decoders drop the first token's space
 WINDOW = 32  # tokens decoded at once
 PENDING = 3  # a character of four bytes lacks at most three tokens
-_BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
+_BYTE_LEVEL = byte_level_characters()
 T = TypeVar("T")
 
 

@@ -93,7 +93,8 @@ def upper_factor(hessian: Tensor) -> Tensor:
     """
     reversed_factor = torch.linalg.cholesky(hessian.double().flip(0, 1))
     eye = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-    return torch.linalg.solve_triangular(reversed_factor, eye, upper=False).flip(0, 1).float()
+    factor: Tensor = torch.linalg.solve_triangular(reversed_factor, eye, upper=False)
+    return factor.flip(0, 1).float()
 
 
 def column_order(diagonal: Tensor, group_size: int) -> list[Tensor]:
