@@ -72,10 +72,10 @@ def load(
         ResourceError: with `fit`, not even the smallest plan fits into memory.
     """
     reporter = reporter or Reporter()
-    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    dtype = _dtype(dtype)
     bits, plan, max_bits = as_whole(bits), as_whole(plan), as_whole(max_bits)
     sizes = {"plan": plan, "budget": budget, "fit": fit or None}
-    _check_arguments({"bits": bits, "max_bits": max_bits, **sizes}, context, dtype)
+    _check_arguments({"bits": bits, "max_bits": max_bits, **sizes}, context)
     paged = any(size is not None for size in sizes.values())
     # a model with one plan's pages may be resized to any other plan, so it needs all files
     folder = resolve(path_or_id, kind="bitstrata checkpoint", max_bits=None if paged else max_bits)
@@ -105,7 +105,7 @@ def load(
     return model
 
 
-def _check_arguments(given: dict[str, Any], context: int | None, dtype: Any) -> None:
+def _check_arguments(given: dict[str, Any], context: int | None) -> None:
     """Raise UsageError for arguments of `load` that contradict each other or are of the wrong type."""
     sizes = [name for name, value in given.items() if value is not None]
     if len(sizes) > 1 and sizes != ["bits", "max_bits"]:
@@ -115,8 +115,6 @@ def _check_arguments(given: dict[str, Any], context: int | None, dtype: Any) -> 
     for name, count in (("max_bits", given["max_bits"]), ("context", context)):
         if count is not None and whole_number(count) is None:
             raise UsageError(f"{name}={count!r} is not a whole number")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UsageError(f"dtype={dtype!r} is not a floating-point dtype of torch", hint="for example torch.bfloat16")
     bits = given["bits"]
     if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, Mapping, Tensor, list, tuple))):
         raise UsageError(
@@ -125,3 +123,11 @@ def _check_arguments(given: dict[str, Any], context: int | None, dtype: Any) -> 
             if isinstance(bits, (str, Path))
             else "bits are an int, or a plan",
         )
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    """`given`, a dtype or its name. Raises UsageError for anything else."""
+    dtype = getattr(torch, given, given) if isinstance(given, str) else given
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise UsageError(f"dtype={dtype!r} is not a floating-point dtype of torch", hint="for example torch.bfloat16")
