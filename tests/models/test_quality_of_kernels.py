@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from bitstrata import load
 from bitstrata.calibration import read_text
 from bitstrata.demonstration.run import MODEL
-from bitstrata.kernels import Problem, registry, select
+from bitstrata.kernels import registry, select
 from bitstrata.kernels.cpu import missing
 from bitstrata.models import load_tokenizer
 

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 import bitstrata
 from bitstrata.demonstration.run import MODEL
 from bitstrata.errors import UnsupportedBitsError, UsageError
-from bitstrata.kernels.registry import Problem, describe
+from bitstrata.kernels.registry import describe
 from bitstrata.models import speculation
 from bitstrata.models.speculation import DraftLength, Speculation, _accept
 

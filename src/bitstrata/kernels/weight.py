@@ -121,11 +121,11 @@ class Weight(ABC):
     @classmethod
     @abstractmethod
     def multiply(cls, x: Tensor, weights: Sequence[Any], bits: int | Tensor, kernel: Kernel) -> list[Tensor]:
-        """x [..., K] times each of `weights`, of this layout and K: [..., N_i] each. Inputs are checked; see `linear`."""
+        """x [..., K] times each of `weights`, of this layout and K: [..., N_i] each. Inputs were checked."""
 
     @abstractmethod
     def decode(self, bits: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows first..last-1 at `bits`: [last - first, K]. `first` is a multiple of 16, and `last` too unless it is N."""
+        """Rows first..last-1 at `bits`: [last - first, K]. `first` is a multiple of 16, `last` too unless it is N."""
 
     @abstractmethod
     def rows(self, index: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -136,9 +136,7 @@ class Weight(ABC):
         return [self.scales[bits]]
 
     @classmethod
-    def from_op(
-        cls, planes: tuple[Tensor, ...], scales: Sequence[Tensor], bits: Sequence[int], *rest: Any
-    ) -> Self:
+    def from_op(cls, planes: tuple[Tensor, ...], scales: Sequence[Tensor], bits: Sequence[int], *rest: Any) -> Self:
         """The weight whose `arguments` these are."""
         return cls(planes, dict(zip(bits, scales, strict=True)), *rest)
 
@@ -245,9 +243,7 @@ def linear_many(
     return [torch.ops.bitstrata.linear(x, *weight.arguments(bits), one, each) for weight in weights]
 
 
-def run_linear(
-    x: Tensor, weights: Sequence[Weight], bits: int | Tensor, arithmetic: str | None = None
-) -> list[Tensor]:
+def run_linear(x: Tensor, weights: Sequence[Weight], bits: int | Tensor, arithmetic: str | None = None) -> list[Tensor]:
     """`linear_many` of real tensors that were checked, all on one device."""
     first = weights[0]
     kernel = first.kernel
