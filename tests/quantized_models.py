@@ -9,7 +9,6 @@ import pytest
 from transformers import PreTrainedModel
 
 import bitstrata
-from bitstrata.progress import Reporter
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +26,6 @@ def quantized(tmp_path_factory: pytest.TempPathFactory):
                 bits="2,3,8",
                 method="rtn",
                 group_size=32,
-                reporter=Reporter(quiet=True),
             )
             made[name] = (original, folder / "source", folder / "out")
         return made[name]
