@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import bitstrata
+from bitstrata.cli.commands import VERBS
 
 SOURCE = Path(bitstrata.__file__).parent
 # imports go to rooms further up in this list only; those that are not there yet are left out
@@ -45,8 +46,27 @@ GROUND = ("errors", "version", "memory", "torch_state", "options", "progress", "
 MOST_FLOORS = 8
 LATE = "kernels.triton"  # one of its files imports triton, and is itself imported where a product is first asked for
 MODULES = sorted(SOURCE.rglob("*.py"))
+HEAVY = ("fastapi", "matplotlib", "rich", "scipy", "typer", "uvicorn")
 PUBLIC = {
+    "Bench",
+    "BenchOptions",
     "BitstrataError",
+    "Conversation",
+    "Demo",
+    "Engine",
+    "Environment",
+    "EvaluateOptions",
+    "Evaluation",
+    "Generation",
+    "GenerationSettings",
+    "Inspection",
+    "Plan",
+    "PlanOptions",
+    "PlanReport",
+    "QuantizeOptions",
+    "Report",
+    "Request",
+    "Resized",
     "__version__",
     "bench",
     "demo",
@@ -216,6 +236,49 @@ def test_the_public_names_are_listed_here():
     assert set(bitstrata.__all__) == PUBLIC
     assert bitstrata.__all__ == sorted(bitstrata.__all__)
     assert all(getattr(bitstrata, name) is not None for name in PUBLIC)
+
+
+def test_type_checkers_see_the_names_where_they_come_from():
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    shown = {
+        alias.asname: (node.module, alias.name)
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert shown == bitstrata._HOMES
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        bitstrata.quantise  # noqa: B018
+    assert set(bitstrata.__all__) <= set(dir(bitstrata))
+
+
+def test_importing_is_light_and_registers_with_transformers():
+    script = (
+        "import sys, torch, transformers.modeling_utils, transformers.quantizers.auto as auto, time\n"
+        "assert 'bitstrata' not in auto.AUTO_QUANTIZER_MAPPING\n"
+        "before, start = set(sys.modules), time.perf_counter()\n"
+        "import bitstrata\n"
+        "print(f'{time.perf_counter() - start:.3f} s')\n"
+        f"print(sorted(set({HEAVY!r}) & (set(sys.modules) - before)))\n"
+        "assert 'bitstrata' in auto.AUTO_QUANTIZER_MAPPING and 'bitstrata' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[1] == "[]", done.stdout
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_imports_no_torch(verb):
+    command = [sys.executable, "-X", "importtime", "-m", "bitstrata.cli.main", *([verb] if verb else []), "--help"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "Usage: bitstrata" in done.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "scipy", "numpy"}
 
 
 def test_no_public_name_is_left_out_of_all():

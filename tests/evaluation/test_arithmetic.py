@@ -17,7 +17,7 @@ import bitstrata
 from bitstrata.calibration import evaluation_windows, read_text
 from bitstrata.errors import KernelError, UsageError
 from bitstrata.evaluation import evaluate
-from bitstrata.kernels import Problem, registry, select
+from bitstrata.kernels import registry, select
 from bitstrata.kernels.cpu import missing
 from bitstrata.nn import bits_state, multiplied_layers
 

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_linear_close, random_weight
 from instruction_sets import BEST, DISTINCT
 
-from bitstrata.kernels import plane_linear, plane_linear_rows
+from bitstrata.kernels import pack
 from bitstrata.planes import decode
 
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33)
@@ -164,9 +164,9 @@ def test_row_bits_may_be_a_strided_view_of_any_integer_type(check_rows, seed):
 def test_any_leading_dimensions(promise, leading, seed):
     weight = make("affine", 43, seed)
     x = torch.randn(*leading, K, generator=torch.Generator().manual_seed(seed))
-    promise(weight, 3)(pack(weight).linear(x, 3), x, "plane_linear")
+    promise(weight, 3)(pack(weight).linear(x, 3), x, "uniform")
     rows = x.shape[:-1].numel()
-    promise(weight, 3)(pack(weight).linear(x, torch.full((rows,), 3)), x, "plane_linear_rows")
+    promise(weight, 3)(pack(weight).linear(x, torch.full((rows,), 3)), x, "rows")
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())

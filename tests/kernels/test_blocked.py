@@ -14,12 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from randomness import examples
 
-from bitstrata.kernels import registry
+from bitstrata.kernels import pack, registry
 from bitstrata.kernels.cpu import BlockedWeight, missing
 from bitstrata.planes import PlaneWeight
 from bitstrata.planes.weights import make_scales, map_scales, scales_shapes
 
 pytestmark = pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
+
+
+@pytest.fixture(autouse=True)
+def not_forced(monkeypatch):
+    monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
+
+
 scales = pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 
 
@@ -154,21 +161,21 @@ def test_tensors_that_do_not_fit_are_refused(scales, part, fault):
     else:
         made[3] = change(made[3])
     with pytest.raises(ValueError, match=f"{'plane 1' if part == 'plane' else 'scales for 3 bits'}: .*{message}"):
-        BlockedWeight(planes, made, 19, 70, 32, scales)
+        BlockedWeight(planes, made, 19, 70, 32, scales, packed.kernel)
 
 
 def test_a_weight_is_refused_whose_shape_is_not_that_of_its_tensors():
     packed = pack(random_weight(19, 70))
     for shape in ((70, 70, 32), (19, 300, 32), (19, 70, 8)):
         with pytest.raises(ValueError, match="contiguous entries"):
-            BlockedWeight(packed.planes, packed.scales, *shape, "affine")
+            BlockedWeight(packed.planes, packed.scales, *shape, "affine", packed.kernel)
     for shape in ((0, 70, 32), (19, 0, 32), (19, 70, 0)):
         with pytest.raises(ValueError, match="cannot be empty"):
-            BlockedWeight(packed.planes, packed.scales, *shape, "affine")
+            BlockedWeight(packed.planes, packed.scales, *shape, "affine", packed.kernel)
     with pytest.raises(ValueError, match="needs as many planes"):
-        BlockedWeight(packed.planes[:3], packed.scales, 19, 70, 32, "affine")
+        BlockedWeight(packed.planes[:3], packed.scales, 19, 70, 32, "affine", packed.kernel)
     with pytest.raises(IndexError, match="planes are numbered 0 to 7"):
-        BlockedWeight(packed.planes[:1] * 9, packed.scales, 19, 70, 32, "affine")
+        BlockedWeight(packed.planes[:1] * 9, packed.scales, 19, 70, 32, "affine", packed.kernel)
 
 
 def through_pickle(packed):
@@ -183,7 +190,7 @@ def through_torch(packed):
 
 
 def result(packed, x):
-    return registry._KERNELS["scalar-exact"].linear(x, packed, 3)
+    return packed.linear(x, 3)
 
 
 @scales
@@ -200,16 +207,6 @@ def test_copies_work_and_outlive_the_original(scales, copied, seed):
     del packed
     assert torch.equal(result(twin, x), expected)
     assert_same_weight(twin.stored(), weight)
-
-
-def test_a_memo_that_holds_the_tensors_gives_a_twin_without_copies():
-    """What loaders do that keep one copy of the weights for several models."""
-    packed = pack(random_weight(19, 70))
-    twin = copy.deepcopy(packed, {id(tensor): tensor for tensor in tensors_of(packed)})
-    assert twin is not packed
-    assert [t.data_ptr() for t in tensors_of(twin)] == [t.data_ptr() for t in tensors_of(packed)]
-    x = torch.randn(2, 70)
-    assert torch.equal(result(twin, x), result(packed, x))
 
 
 def test_a_pickle_holds_every_tensor_once():
@@ -243,13 +240,12 @@ def test_torchs_default_device_does_not_matter(scales, seed):
     weight = random_weight(35, 70, (2, 4), 32, scales, seed)
     x = torch.randn(20, 70, generator=torch.Generator().manual_seed(seed))
     bits = torch.full((20,), 4)
-    kernel = registry.select("cpu", x.dtype)
     index = torch.tensor([3, 34])
 
     def everything():
         packed = pack(weight)
-        ys = [kernel.linear(x[:3], packed, 4), kernel.linear(x, packed, 2), kernel.linear(x, packed, bits)]
-        return packed.stored(), [*ys, kernel.lookup(index, packed, 4, x.dtype)]
+        ys = [packed.linear(x[:3], 4), packed.linear(x, 2), packed.linear(x, bits)]
+        return packed.stored(), [*ys, packed.lookup(index, 4, x.dtype)]
 
     _, expected = everything()
     with torch.device("meta"):

@@ -15,8 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitstrata.kernels import is_plain, prepared_linear, prepared_lookup, registry
-from bitstrata.kernels.cpu import BlockedWeight, missing
+from bitstrata.kernels import Weight, is_plain, pack, registry
+from bitstrata.kernels.cpu import missing
 from bitstrata.planes import decode
 
 pytestmark = [
@@ -41,7 +41,7 @@ def packed(seed, monkeypatch):
 class Model(torch.nn.Module):
     """A lookup, a product at 4 bits, and one with bits for each row."""
 
-    def __init__(self, packed: BlockedWeight, rows: int) -> None:
+    def __init__(self, packed: Weight, rows: int) -> None:
         super().__init__()
         self.packed, self.bits = packed, torch.tensor(BITS)[torch.arange(rows) % 3]
 
@@ -119,8 +119,8 @@ def test_modes_and_subclasses_see_the_op(packed, seed):
     with Counting() as mode:
         assert torch.equal(packed.linear(x, 4), expected)
         assert torch.equal(packed.lookup(index, 2, torch.float32), rows)
-    assert mode.seen.count("bitstrata.prepared_linear.default") == 1
-    assert mode.seen.count("bitstrata.prepared_lookup.default") == 1
+    assert mode.seen.count("bitstrata.linear.default") == 1
+    assert mode.seen.count("bitstrata.lookup.default") == 1
     with Negating():
         assert torch.equal(packed.linear(x, 4), -expected)
         assert torch.equal(packed.lookup(index, 2, torch.float32), -rows)
@@ -191,6 +191,7 @@ def test_no_other_state_is_plain(seed):
     look("parameter")(torch.nn.Parameter(x))
     look("lazily negated")(torch._neg_view(x))
     look("lazily zero")(torch._efficientzerotensor((3, K)))
-    assert len(seen) == 14
+    look("meta")(x.to("meta"))
+    assert len(seen) == 15
     assert not any(seen.values()), seen
     assert is_plain(x)

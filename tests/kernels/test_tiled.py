@@ -13,7 +13,7 @@ import torch
 from helpers import assert_same_weight, random_weight
 
 from bitstrata.errors import KernelError
-from bitstrata.kernels import Problem, describe, select
+from bitstrata.kernels import describe, pack, select
 from bitstrata.kernels.triton import KERNEL, TiledWeight, config
 from bitstrata.planes import PlaneWeight
 
@@ -31,10 +31,13 @@ def test_unpack_gives_the_weight_back(scales, group_size, shape, seed, monkeypat
     assert_same_weight(TiledWeight.pack(weight, KERNEL).stored(), weight)
 
 
-def test_copies_and_pickles_hold_the_same_weight(seed):
+def test_copies_and_pickles_hold_the_same_weight(seed, monkeypatch):
     weight = random_weight(37, 301, (2, 3), 43, "affine8", seed)
-    tiled = TiledWeight.pack(weight, KERNEL)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    tiled = pack(weight, kernel="triton")
     for other in (copy.deepcopy(tiled), pickle.loads(pickle.dumps(tiled))):
+        assert other.layout == "tiled"
         assert_same_weight(other.stored(), weight)
         assert other.planes[0].data_ptr() != tiled.planes[0].data_ptr()
 
@@ -61,23 +64,26 @@ def test_common_groups_need_no_padding():
 
 def test_tensors_that_do_not_fit_are_refused():
     tiled = TiledWeight.pack(random_weight(37, 301, (2,)), KERNEL)
+    rest = 37, 301, tiled.group_size, tiled.kind, KERNEL
     with pytest.raises(ValueError, match=r"plane 1: expected \d+ contiguous entries of torch\.int32"):
-        replace(tiled, planes=(tiled.planes[0], tiled.planes[1][:-1]))
+        TiledWeight((tiled.planes[0], tiled.planes[1][:-1]), tiled.scales, *rest)
     with pytest.raises(ValueError, match="scales for 2 bits: expected"):
-        replace(tiled, scales={2: tiled.scales[2].float()})
+        TiledWeight(tiled.planes, {2: tiled.scales[2].float()}, *rest)
     with pytest.raises(ValueError, match="scales for 3 bits needs as many planes"):
-        replace(tiled, scales={3: tiled.scales[2]})
+        TiledWeight(tiled.planes, {3: tiled.scales[2]}, *rest)
 
 
-def test_mixed_kinds_are_refused():
+def test_mixed_kinds_are_refused(monkeypatch):
     affine, codebook = random_weight(5, 33, (2,)), random_weight(5, 33, (3,), kind="codebook")
     mixed = PlaneWeight(codebook.planes, {**affine.scales, **codebook.scales}, 33, 32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(ValueError, match="affine and codebook"):
-        TiledWeight.pack(mixed, KERNEL)
+        pack(mixed, kernel="triton")
 
 
 def problem(device="cuda", dtype=torch.float16):
-    return Problem(device, dtype, 1, "affine")
+    return device, dtype
 
 
 @pytest.fixture
@@ -89,30 +95,30 @@ def installed(monkeypatch):
 
 @pytest.mark.usefixtures("installed")
 def test_gpus_get_it_and_nothing_else_does(monkeypatch):
-    assert select(problem()) is KERNEL
-    assert KERNEL.can_run(problem("cpu")) == "tensors are on cpu"
-    assert KERNEL.can_run(problem("mps")) == "tensors are on mps"
+    assert select(*problem()) is KERNEL
+    assert KERNEL.can_run(*problem("cpu")) == "tensors are on cpu"
+    assert KERNEL.can_run(*problem("mps")) == "tensors are on mps"
     reason = "activations are torch.float64; float16, bfloat16 and float32 can be used"
-    assert KERNEL.can_run(problem(dtype=torch.float64)) == reason
+    assert KERNEL.can_run(*problem(dtype=torch.float64)) == reason
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert KERNEL.can_run(problem()) == "triton is not installed (pip install 'bitstrata[triton]')"
+    assert KERNEL.can_run(*problem()) == "triton is not installed (pip install 'bitstrata[triton]')"
 
 
 @pytest.mark.usefixtures("installed")
 def test_the_interpreter_only_runs_if_it_is_forced(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    reasons = {report.name: report.reason for report in describe(problem("cpu"))}
+    reasons = {report.name: report.reason for report in describe(*problem("cpu"))}
     assert reasons["triton"] == "the interpreter is for tests: it only runs if it is forced"
-    assert select(problem("cpu")) is not KERNEL
+    assert select(*problem("cpu")) is not KERNEL
     monkeypatch.setenv("BITSTRATA_KERNEL", "triton")
-    assert KERNEL.can_run(problem("cpu")) is None
+    assert select(*problem("cpu")).name == "triton"
 
 
 @pytest.mark.usefixtures("installed")
 def test_forcing_it_on_the_cpu_is_an_error(monkeypatch):
     monkeypatch.setenv("BITSTRATA_KERNEL", "triton")
     with pytest.raises(KernelError, match="BITSTRATA_KERNEL=triton cannot run here: tensors are on cpu"):
-        select(problem("cpu", torch.bfloat16))
+        select(*problem("cpu", torch.bfloat16))
 
 
 def test_the_package_does_not_import_triton():

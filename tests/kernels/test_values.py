@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import random_weight
 
-from bitstrata.kernels import plane_linear, plane_linear_rows
+from bitstrata.kernels import pack
 from bitstrata.planes import AffineScales, Codebook
 
 N, K = 19, 301

@@ -50,7 +50,7 @@ def activations(seed, dtype=torch.float32, rows=5):
 def assert_right(layer, seed, dtype=torch.float32):
     """At each bits, and row by row, within what the kernel that runs promises."""
     x = activations(seed, dtype)
-    kernel = registry.select(registry.Problem("cpu", dtype, len(x), layer.kind))
+    kernel = layer.packed.kernel_for(len(x), dtype)
     weight, bias = stored(layer.kind, seed), layer.bias
     layer.bias = None
     row_bits = torch.tensor([2, 4, 3, 3, 2])
@@ -116,13 +116,13 @@ def test_nothing_is_held_twice(seed):
     layer = PlaneLinear.from_weight(random_weight(64, 512, BITS, 128, seed=seed))
     size = sum(tensor.nbytes for tensor in layer.buffers())
     layer.pack()
-    assert {name.rpartition("_")[0] or name for name, _ in layer.named_buffers()} == {"prepared", "weight"}
+    assert {name.rpartition("_")[0] or name for name, _ in layer.named_buffers()} == {"packed", "weight"}
     assert sum(tensor.nbytes for tensor in layer.buffers()) == size, "nothing is padded at this shape"
     held = {tensor.data_ptr() for tensor in layer.buffers() if tensor.numel()}
     assert held == {t.data_ptr() for t in [*layer.packed.planes, *layer.packed.scales.values()]}
     assert not any(hasattr(layer, name) for name in ("plane_0", "scale_2", "offset_4"))
     layer.unpack()
-    assert not any(name.startswith("prepared") for name, _ in layer.named_buffers())
+    assert not any(name.startswith("packed") for name, _ in layer.named_buffers())
     assert sum(tensor.nbytes for tensor in layer.buffers()) == size
 
 
@@ -144,12 +144,6 @@ def test_bytes_read_are_those_of_the_stored_tensors(scales, seed):
         for bits in BITS:
             assert layer.bytes_read(bits) == stored(scales, seed).bytes_read(bits)
         layer.pack()
-
-
-def test_plane_weight_of_some_bits(seed):
-    layer = prepared_layer(seed=seed)
-    assert_same_weight(layer.plane_weight((2,)), stored(seed=seed).prefix(2))
-    assert_same_weight(layer.plane_weight((3, 2)), stored(seed=seed).prefix(3))
 
 
 def through_torch(module):
@@ -238,9 +232,11 @@ def test_a_prepared_layer_can_go_to_the_meta_device(seed):
 
 @both_kinds_of_scales
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_the_reference_can_be_forced_after_preparation(scales, dtype, seed, monkeypatch):
-    layer, x = prepared_layer(scales, seed, bias=False), activations(seed, dtype)
-    monkeypatch.setenv(registry.ENVIRONMENT, "reference")
+def test_the_reference_can_be_forced(scales, dtype, seed, monkeypatch):
+    """Where the weight is packed; what the environment says later changes nothing."""
+    layer, x = layer_of(scales, seed, dtype, bias=False), activations(seed, dtype)
+    layer.pack("reference")
+    monkeypatch.setenv(registry.ENVIRONMENT, "scalar")
     for bits in BITS:
         with use_bits(layer, bits):
             assert torch.equal(layer(x), torch.nn.functional.linear(x, decode(stored(scales, seed), bits, dtype)))
@@ -248,7 +244,6 @@ def test_the_reference_can_be_forced_after_preparation(scales, dtype, seed, monk
         assert torch.equal(
             layer(x)[:1], torch.nn.functional.linear(x[[0, 4]], decode(stored(scales, seed), 2, dtype))[:1]
         )
-    assert layer.packed.layout != "stored"
 
 
 def test_a_forced_reference_prepares_nothing(seed, monkeypatch):
@@ -300,13 +295,13 @@ def test_inference_mode_and_autocast(seed):
 def packs(monkeypatch):
     """The weights that were packed since."""
     packed = []
-    real = BlockedWeight.pack
+    real = BlockedWeight.pack.__func__
 
-    def counting(weight):
+    def counting(cls, weight, kernel, **options):
         packed.append(weight)
-        return real(weight)
+        return real(cls, weight, kernel, **options)
 
-    monkeypatch.setattr(BlockedWeight, "pack", counting)
+    monkeypatch.setattr(BlockedWeight, "pack", classmethod(counting))
     return packed
 
 

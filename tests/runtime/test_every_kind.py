@@ -17,7 +17,7 @@ from bitstrata.calibration import evaluation_windows, read_text
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import UnsupportedBitsError, UsageError
 from bitstrata.kernels import registry
-from bitstrata.kernels.registry import Problem, describe
+from bitstrata.kernels.registry import describe
 from bitstrata.nn import bits_state
 from bitstrata.planes import decode
 from bitstrata.runtime import Conversation, Engine, Request

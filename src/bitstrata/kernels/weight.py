@@ -121,11 +121,11 @@ class Weight(ABC):
     @classmethod
     @abstractmethod
     def multiply(cls, x: Tensor, weights: Sequence[Any], bits: int | Tensor, kernel: Kernel) -> list[Tensor]:
-        """x [..., K] times each of `weights`, of this layout and K: [..., N_i] each. Inputs are checked; see `linear`."""
+        """x [..., K] times each of `weights`, of this layout and K: [..., N_i] each. Inputs were checked."""
 
     @abstractmethod
     def decode(self, bits: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows first..last-1 at `bits`: [last - first, K]. `first` is a multiple of 16, and `last` too unless it is N."""
+        """Rows first..last-1 at `bits`: [last - first, K]. `first` is a multiple of 16, `last` too unless it is N."""
 
     @abstractmethod
     def rows(self, index: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

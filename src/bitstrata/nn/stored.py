@@ -25,8 +25,8 @@ class PlaneModule(nn.Module):
     it tells code that asks a layer's dtype, and makes loaders that do not know the format fail on its shape.
 
     `pack` puts the weight into the layout of the kernel that will run here; its tensors then live in buffers
-    `packed_<i>` that no checkpoint sees. `state_dict`, copies and pickles have the stored ones all the same, and loading
-    or moving packs anew.
+    `packed_<i>` that no checkpoint sees. `state_dict`, copies and pickles have the stored ones all the same, and
+    loading or moving packs anew.
 
     Args:
         bits: the supported ones, for which there will be planes and scales of zeros; none for a module that is given
