@@ -11,7 +11,7 @@ from cli_outcome import Command
 from page_orders import write_order
 
 from bitstrata.checkpoint import CheckpointReader
-from bitstrata.models import fit
+from bitstrata.plans import fit
 from bitstrata.plans import ModelSizes, Plan, load
 
 
