@@ -33,9 +33,9 @@ import bitstrata
 from bitstrata.allocation import (
     SENSITIVITY_FILE,
     SOLVERS,
+    MeasurementSettings,
     Objective,
     Problem,
-    Settings,
     measure_sensitivity,
     page_order,
     random_allocation,
@@ -67,7 +67,7 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict[str, object]:
     calibration = windows(arguments.text, arguments.windows, seed)
     objective = Objective(model, calibration, reference)
     heldout = Objective(model, windows(arguments.heldout, arguments.heldout_windows, 0), reference)
-    settings = Settings(
+    settings = MeasurementSettings(
         measure=arguments.measure,
         text=Path(arguments.text).name,
         text_sha256=text_digest(read_text(arguments.text)),

@@ -32,11 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import random_checkpoint
 from transformers import LlamaConfig, PreTrainedModel
 
 import bitstrata
 from bitstrata.benchmark.machine import describe
-from bitstrata.benchmark.random_model import SHAPES, random_checkpoint
+from bitstrata.benchmark.random_model import SHAPES
 from bitstrata.checkpoint import CheckpointReader, Fingerprint
 from bitstrata.plans import PAGES_FILE, ModelSizes, Page, PageOrder, Plan
 

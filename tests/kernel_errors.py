@@ -13,7 +13,6 @@ import torch
 from helpers import assert_linear_close
 from torch import Tensor
 
-from bitstrata.kernels.cpu import FEW_ROWS
 from bitstrata.planes import Codebook, PlaneWeight, decode, group_count
 
 Check = Callable[[Tensor, Tensor, str], None]
@@ -23,12 +22,12 @@ def int8_rows(kernel: Any) -> float:
     """Up to how many rows `kernel` makes activations int8."""
     if kernel.activations == "exact":
         return 0
-    return float("inf") if kernel.variant else FEW_ROWS
+    return float("inf") if kernel.steady_rows is None else kernel.steady_rows
 
 
 def fewest_levels(kernel: Any) -> int:
     """The smallest level_max among the byte tables of `kernel`."""
-    return 120 if kernel.isa == "avx2" else 252
+    return 120 if kernel.name.startswith("avx2") else 252
 
 
 def promise_of(kernel: Any, weight: PlaneWeight, bits: int) -> Check:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -178,9 +179,8 @@ class Pretended(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, classes: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "bitstrata":  # what the package registered, on tensors of this device
-            family, _, name = function._opname.partition("_")
             with self:
-                return getattr(ops, f"_{name.removesuffix('_rows')}")(family, *args)
+                return ops.IMPLEMENTATIONS[function._opname](*args, **(kwargs or {}))
         return run(function, args, kwargs or {}, self.waits)
 
 
@@ -231,11 +231,9 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
 
     kept: dict[int, Any] = {}  # a weight that a caller holds, by identity: as stored, and decoded
 
-    def stored_of(weight: PlaneWeight | TiledWeight) -> PlaneWeight:
-        if isinstance(weight, PlaneWeight):
-            return weight
+    def stored_of(weight: TiledWeight) -> PlaneWeight:
         if id(weight) not in kept:
-            kept[id(weight)] = weight, weight.unpack(), {}
+            kept[id(weight)] = weight, weight.stored(), {}
         stored: PlaneWeight = kept[id(weight)][1]
         return stored
 
@@ -246,15 +244,18 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
             decoded[bits, dtype] = decode(stored, bits, dtype)
         return decoded[bits, dtype]
 
-    def product(self: Any, x: Tensor, weight: TiledWeight, bits: int | Tensor) -> Tensor:
+    def product(weight: TiledWeight, x: Tensor, bits: int | Tensor) -> Tensor:
         if isinstance(bits, Tensor):  # no wait for the device, as in the real kernel
             every = [nn.functional.linear(x, dense_of(weight, value, x.dtype)) for value in weight.bits]
             chosen = torch.stack([(bits == value).unsqueeze(1) for value in weight.bits])
             return torch.where(chosen, torch.stack(every), 0).sum(0).masked_fill(~chosen.any(0), float("nan"))
         return nn.functional.linear(x, dense_of(weight, bits, x.dtype))
 
-    def lookup(self: Any, index: Tensor, weight: PlaneWeight | TiledWeight, bits: int, dtype: torch.dtype) -> Tensor:
+    def rows(weight: TiledWeight, index: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
         return decode(stored_of(weight).take(index), bits, dtype)
+
+    def on_gpu(device: str, dtype: torch.dtype, forced: bool) -> str | None:
+        return None if device == "cuda" else "a GPU"
 
     with patch.context() as patched:
         for name, value in {
@@ -273,10 +274,9 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
         patched.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patched.setattr(torch, "Generator", Generator)
         patched.setattr(nn.functional, "scaled_dot_product_attention", attention)
-        patched.setattr(type(KERNEL), "_one", product)
-        patched.setattr(type(KERNEL), "lookup", lookup)
-        patched.setattr(type(KERNEL), "can_run", lambda self, problem: None if problem.device == "cuda" else "a GPU")
-        registry._select.cache_clear()
+        patched.setattr(TiledWeight, "_product", product)
+        patched.setattr(TiledWeight, "rows", rows)
+        patched.setitem(registry._KERNELS, KERNEL.name, replace(KERNEL, runs=on_gpu))
         pretended, run_thread = Pretended(), threading.Thread.run
 
         def run_pretending(self: threading.Thread) -> None:
@@ -287,4 +287,3 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
         patched.setattr(threading.Thread, "run", run_pretending)
         with pretended:
             yield pretended
-    registry._select.cache_clear()

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitstrata.kernels.triton import TiledWeight, launch
+from bitstrata.kernels.triton import KERNEL, TiledWeight, launch
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -40,13 +40,13 @@ class Compiled:
 
 def meta_weight(n: int, k: int, bits: tuple[int, ...], group_size: int = 128, kind: str = "affine") -> TiledWeight:
     """A weight without memory."""
-    shape = TiledWeight((), {}, n, k, group_size, kind)
+    shape = TiledWeight((), {}, n, k, group_size, kind, KERNEL)
     planes = tuple(
         torch.empty(shape.blocks * shape.chunks * 128, dtype=torch.int32, device="meta") for _ in range(max(bits))
     )
     sizes = {value: shape._scales_size(value) for value in bits}
     scales = {value: torch.empty(count, dtype=dtype, device="meta") for value, (dtype, count) in sizes.items()}
-    return TiledWeight(planes, scales, n, k, group_size, kind)
+    return TiledWeight(planes, scales, n, k, group_size, kind, KERNEL)
 
 
 class _Recorded:

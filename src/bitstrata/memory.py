@@ -98,7 +98,7 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return max(0, min([psutil.virtual_memory().available, *_cgroup_headroom()]))
+    return max(0, min([int(psutil.virtual_memory().available), *_cgroup_headroom()]))
 
 
 def _cgroup_headroom() -> Iterator[int]:

@@ -71,7 +71,7 @@ def named_values(flag: str, given: Sequence[str]) -> dict[str, str]:
     for item in given:
         if "=" not in item:
             raise UsageError(f"{flag} {item!r} must look like NAME=VALUE", hint=f"for example {flag} steps=500")
-    return dict(item.split("=", 1) for item in given)  # type: ignore[misc]
+    return dict(item.split("=", 1) for item in given)
 
 
 def bounds(flag: str, given: Sequence[str]) -> dict[str, int]:

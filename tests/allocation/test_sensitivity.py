@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import bitstrata
 from bitstrata.allocation import (
     SENSITIVITY_FILE,
+    MeasurementSettings,
     Objective,
     Sensitivity,
-    Settings,
     measure_sensitivity,
     page_order,
 )
@@ -29,7 +29,7 @@ from bitstrata.nn import PlaneLinear, use_bits
 from bitstrata.planes import decode
 from bitstrata.plans import ModelSizes
 
-SETTINGS = Settings(measure="kld", text="text.txt", text_sha256="0", windows=4, seq_len=32, seed=0)
+SETTINGS = MeasurementSettings(measure="kld", text="text.txt", text_sha256="0", windows=4, seq_len=32, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import bitstrata
 from bitstrata.calibration import evaluation_windows, read_text
 from bitstrata.errors import KernelError, UsageError
 from bitstrata.evaluation import evaluate
-from bitstrata.kernels import Problem, registry, select
+from bitstrata.kernels import registry, select
 from bitstrata.kernels.cpu import missing
 from bitstrata.nn import bits_state, multiplied_layers
 
@@ -68,7 +68,7 @@ def test_int8_is_what_decoding_steps_compute(
     for row in found.results:
         mine = losses[int(row.bits)]
         assert row.nll == pytest.approx(sum(mine) / len(mine), rel=2e-3)
-    kernel = f"{select(Problem('cpu', torch.float32, 1, 'affine')).name}-int8"
+    kernel = f"{select('cpu', torch.float32).name}-int8"
     assert (found.arithmetic, found.kernel) == ("int8", kernel)
     again = forced(monkeypatch, kernel, checkpoint, text, seq_len=seq_len, max_tokens=60)
     assert again.results == found.results
@@ -90,7 +90,7 @@ def test_exact_is_what_the_decoded_weights_compute(model: Path, quantized: Path,
 
 @native
 def test_by_default_it_is_what_runs_and_the_result_says_so(quantized: Path, text: Path) -> None:
-    plain = select(Problem("cpu", torch.float32, 1, "affine")).name
+    plain = select("cpu", torch.float32).name
     many = evaluate(quantized, text, device="cpu")
     assert (many.arithmetic, many.kernel) == ("exact", plain)
     few = evaluate(quantized, text, seq_len=9, max_tokens=5, device="cpu")

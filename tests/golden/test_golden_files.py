@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from bitstrata.checkpoint import CheckpointReader, validate
-from bitstrata.kernels.cpu import BlockedWeight, missing
+from bitstrata.kernels import pack
+from bitstrata.kernels.cpu import missing
 from bitstrata.planes import decode
 
 HERE = Path(__file__).parent
@@ -46,7 +47,7 @@ def test_it_decodes_to_exactly_the_expected_weights(version, max_bits):
             decoded = decode(reader.layer(layer), bits, torch.float64)
             assert torch.equal(decoded, weights[f"{layer}@{bits}"]), (layer, bits)
             if not missing:  # the kernels' layout keeps every bit of it
-                again = BlockedWeight.pack(reader.layer(layer)).unpack()
+                again = pack(reader.layer(layer), kernel="scalar").stored()
                 assert torch.equal(decode(again, bits, torch.float64), decoded), (layer, bits)
     if max_bits == 8:
         assert seen == set(weights)

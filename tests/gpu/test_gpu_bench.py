@@ -17,7 +17,7 @@ from bitstrata.benchmark import bench, clock, linear, model, random_model, run, 
 from bitstrata.benchmark.model import StaticDecoder
 from bitstrata.cli.main import run as command
 from bitstrata.errors import CheckError
-from bitstrata.kernels.triton import KERNEL, config
+from bitstrata.kernels.triton import TiledWeight, config
 
 QUICK = {"rounds": 1, "bits": "2,3"}
 TINY = {
@@ -76,7 +76,7 @@ def launched(gpu, monkeypatch):
 
     def product(x, weight, bits, chosen=None):
         asked.append(chosen)
-        return KERNEL._one(x, weight, bits)
+        return weight._product(x, bits)
 
     if is_pretended(gpu):
         monkeypatch.setattr(launch, "few_rows", product)
@@ -100,8 +100,8 @@ def test_layers(small):
 
 
 def test_a_wrong_kernel_is_not_timed(small, monkeypatch):
-    real = type(KERNEL).linear_many
-    monkeypatch.setattr(type(KERNEL), "linear_many", lambda *arguments: [1.03 * y for y in real(*arguments)])
+    real = TiledWeight._product
+    monkeypatch.setattr(TiledWeight, "_product", lambda *arguments: 1.03 * real(*arguments))
     with pytest.raises(CheckError, match="kernel triton is wrong at 2 bits"):
         bench(shapes="48x128", rows="1", device=small, **QUICK)
 

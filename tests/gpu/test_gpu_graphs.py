@@ -12,7 +12,7 @@ from transformers import CompileConfig, StaticCache
 
 import bitstrata
 from bitstrata.errors import UnsupportedBitsError
-from bitstrata.kernels.triton import TiledWeight
+from bitstrata.kernels.triton import KERNEL, TiledWeight
 
 PROMPT = torch.tensor([[0, 5, 9, 11]])
 STEPS = 3
@@ -96,10 +96,10 @@ def test_a_step_waits_for_nothing(pretended, checkpoint):
 def test_launching_a_kernel_waits_for_nothing(pretended, scales, seed):
     from bitstrata.kernels.triton import config, launch
 
-    weight = TiledWeight.pack(random_weight(19, 269, (2, 3, 4), 64, scales, seed))
+    weight = TiledWeight.pack(random_weight(19, 269, (2, 3, 4), 64, scales, seed), KERNEL)
     planes = tuple(plane.to("cuda:0") for plane in weight.planes)
     scales = {bits: tensor.to("cuda:0") for bits, tensor in weight.scales.items()}
-    there = TiledWeight(planes, scales, 19, 269, 64, weight.kind)
+    there = TiledWeight(planes, scales, 19, 269, 64, weight.kind, KERNEL)
     index, launched = torch.tensor([3, 5], device="cuda:0"), []
 
     class Recorder:

@@ -41,7 +41,7 @@ def test_after_a_resize_it_is_a_fresh_load(gpu, checkpoint, plans):
     here = bitstrata.load(checkpoint, device="cpu", dtype=torch.float64)
     for plan in [*plans, plans[0]]:
         model.resize(plan)
-        assert all(isinstance(m.prepared, TiledWeight) for m in model.modules() if isinstance(m, PlaneLinear))
+        assert all(isinstance(m.packed, TiledWeight) for m in model.modules() if isinstance(m, PlaneLinear))
         assert all(tensor.device.type == "cuda" for tensor in model.buffers())
         fresh = bitstrata.load(checkpoint, plan=plan, device=gpu, dtype=torch.float32)
         assert torch.equal(logits(model), logits(fresh))

@@ -30,12 +30,12 @@ def models(gpu, checkpoint):
 def test_layers_hold_the_layout_of_the_gpu_and_give_the_stored_tensors_back(models):
     there, here = models
     assert there.device.type == "cuda"
-    assert all(isinstance(m.prepared, TiledWeight) for m in there.modules() if isinstance(m, PlaneLinear))
+    assert all(isinstance(m.packed, TiledWeight) for m in there.modules() if isinstance(m, PlaneLinear))
     expected = here.state_dict()
     for name, tensor in there.state_dict().items():
         assert torch.equal(tensor.cpu(), expected[name]), name
     there.to("cpu")
-    assert not any(isinstance(m.prepared, TiledWeight) for m in there.modules() if isinstance(m, PlaneLinear))
+    assert not any(isinstance(m.packed, TiledWeight) for m in there.modules() if isinstance(m, PlaneLinear))
     for name, tensor in there.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
 

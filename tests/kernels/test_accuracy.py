@@ -9,7 +9,7 @@ import torch
 from helpers import assert_linear_close, random_weight
 from instruction_sets import BEST, DISTINCT
 
-from bitstrata.kernels import plane_linear, plane_linear_rows
+from bitstrata.kernels import pack
 from bitstrata.planes import decode
 
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33)
@@ -77,7 +77,7 @@ def test_all_bits_and_rows(kernel, promise, scales, group_size, dtype, seed):
         check = promise(weight, bits)
         for rows in rows_for(kernel, dtype):
             x = activations(rows, dtype, seed + rows)
-            check(plane_linear(x, weight, bits), x, "uniform")
+            check(pack(weight).linear(x, bits), x, "uniform")
 
 
 @cases
@@ -85,7 +85,7 @@ def test_each_row_at_its_own_bits(kernel, check_rows, scales, group_size, dtype,
     weight = make(scales, group_size, seed)
     for rows in rows_for(kernel, dtype):
         x, row_bits = activations(rows, dtype, seed + rows), row_bits_for(rows, seed + rows)
-        check_rows(plane_linear_rows(x, weight, row_bits), x, row_bits, weight, f"of {rows} mixed rows")
+        check_rows(pack(weight).linear(x, row_bits), x, row_bits, weight, f"of {rows} mixed rows")
 
 
 @cases
@@ -96,8 +96,8 @@ def test_more_rows_go_through_the_decoded_weight(promise, check_rows, scales, gr
     for rows in (17, 33, 64, 65):
         x, row_bits = activations(rows, dtype, seed + rows), row_bits_for(rows, seed + rows)
         for bits in ALL_BITS:
-            promise(weight, bits)(plane_linear(x, weight, bits), x, "uniform")
-        check_rows(plane_linear_rows(x, weight, row_bits), x, row_bits, weight, f"of {rows} mixed rows")
+            promise(weight, bits)(pack(weight).linear(x, bits), x, "uniform")
+        check_rows(pack(weight).linear(x, row_bits), x, row_bits, weight, f"of {rows} mixed rows")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 32), (3, 31), (8, 33), (16, 128), (65, 64), (129, 257)], ids=str)
@@ -107,21 +107,21 @@ def test_widths_around_words_and_tiles(promise, shape, seed):
         weight = make(scales, 32, seed, n, k)
         x = activations(5, torch.float32, seed, k)
         for bits in ALL_BITS:
-            promise(weight, bits)(plane_linear(x, weight, bits), x, scales)
+            promise(weight, bits)(pack(weight).linear(x, bits), x, scales)
 
 
 @pytest.mark.parametrize(("scales", "dtype"), list(zip(KINDS, DTYPES.values(), strict=True)), ids=KINDS)
 def test_a_row_of_a_batch_is_as_near_as_that_row_alone(promise, scales, dtype, seed):
     weight = make(scales, 43, seed)
     x, row_bits = activations(17, dtype, seed), row_bits_for(17, seed, (2, 3, 4))
-    together = plane_linear_rows(x, weight, row_bits)
+    together = pack(weight).linear(x, row_bits)
     for row, bits in enumerate(row_bits.tolist()):
         one = slice(row, row + 1)
         check = promise(weight, bits)
         for label, y in {
-            "rows op, alone": plane_linear_rows(x[one], weight, row_bits[one]),
-            "plain op, alone": plane_linear(x[one], weight, bits),
-            "plain op, batch": plane_linear(x, weight, bits)[one],
+            "rows op, alone": pack(weight).linear(x[one], row_bits[one]),
+            "plain op, alone": pack(weight).linear(x[one], bits),
+            "plain op, batch": pack(weight).linear(x, bits)[one],
             "rows op, batch": together[one],
         }.items():
             check(y, x[one], f"row {row}: {label}")
@@ -145,9 +145,9 @@ def test_non_contiguous_activations(promise, check_rows, kind, seed):
     x, weight = non_contiguous(kind, seed), make("affine", 43, seed)
     assert not x.is_contiguous()
     rows = x.shape[:-1].numel()
-    promise(weight, 3)(plane_linear(x, weight, 3), x, kind)
+    promise(weight, 3)(pack(weight).linear(x, 3), x, kind)
     row_bits = row_bits_for(rows, seed)
-    y = plane_linear_rows(x, weight, row_bits)
+    y = pack(weight).linear(x, row_bits)
     check_rows(y.reshape(rows, N), x.reshape(rows, K), row_bits, weight, kind)
 
 
@@ -156,7 +156,7 @@ def test_row_bits_may_be_a_strided_view_of_any_integer_type(check_rows, seed):
     x, weight = activations(9, torch.float32, seed), make("affine", 43, seed)
     for dtype in (torch.int64, torch.int32, torch.uint8):
         row_bits = row_bits_for(18, seed).to(dtype)[::2]
-        check_rows(plane_linear_rows(x, weight, row_bits), x, row_bits, weight, f"strided {dtype}")
+        check_rows(pack(weight).linear(x, row_bits), x, row_bits, weight, f"strided {dtype}")
 
 
 @once
@@ -164,9 +164,9 @@ def test_row_bits_may_be_a_strided_view_of_any_integer_type(check_rows, seed):
 def test_any_leading_dimensions(promise, leading, seed):
     weight = make("affine", 43, seed)
     x = torch.randn(*leading, K, generator=torch.Generator().manual_seed(seed))
-    promise(weight, 3)(plane_linear(x, weight, 3), x, "plane_linear")
+    promise(weight, 3)(pack(weight).linear(x, 3), x, "uniform")
     rows = x.shape[:-1].numel()
-    promise(weight, 3)(plane_linear_rows(x, weight, torch.full((rows,), 3)), x, "plane_linear_rows")
+    promise(weight, 3)(pack(weight).linear(x, torch.full((rows,), 3)), x, "rows")
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -178,6 +178,6 @@ def test_the_bound_notices_one_wrong_sign(dtype, plane, seed, monkeypatch):
     x = activations(33, dtype, seed, 33)
     wrong = [p.clone() for p in weight.planes]
     wrong[plane][seed % 9, 0] ^= 1 << (seed % 31)
-    y = plane_linear(x, replace(weight, planes=tuple(wrong)), 3)
+    y = pack(replace(weight, planes=tuple(wrong))).linear(x, 3)
     with pytest.raises(AssertionError, match="flipped: error"):
         assert_linear_close(y, x, decode(weight, 3, torch.float64), "flipped")

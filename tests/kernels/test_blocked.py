@@ -14,12 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from randomness import examples
 
-from bitstrata.kernels import registry
+from bitstrata.kernels import pack, registry
 from bitstrata.kernels.cpu import BlockedWeight, missing
 from bitstrata.planes import PlaneWeight
 from bitstrata.planes.weights import make_scales, map_scales, scales_shapes
 
 pytestmark = pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
+
+
+@pytest.fixture(autouse=True)
+def not_forced(monkeypatch):
+    monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
+
+
 scales = pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 
 
@@ -58,8 +65,8 @@ def test_unpack_gives_back_what_was_packed_bit_for_bit(weight, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        packed = BlockedWeight.pack(weight)
-        found = packed.unpack()
+        packed = pack(weight)
+        found = packed.stored()
     finally:
         torch.set_num_threads(before)
     assert (found.in_features, found.group_size, found.bits) == (weight.in_features, weight.group_size, weight.bits)
@@ -77,29 +84,29 @@ def test_unpack_gives_back_what_was_packed_bit_for_bit(weight, threads):
 @scales
 def test_packing_leaves_the_weight_alone_and_shares_nothing_with_it(scales, seed):
     weight = random_weight(19, 70, kind=scales, seed=seed)
-    packed = BlockedWeight.pack(weight)
-    unpacked = packed.unpack()
+    packed = pack(weight)
+    unpacked = packed.stored()
     assert_same_weight(weight, random_weight(19, 70, kind=scales, seed=seed))
     for tensor in unpacked.tensors().values():
         tensor.zero_()
     for tensor in weight.tensors().values():
         tensor.zero_()
-    assert_same_weight(packed.unpack(), random_weight(19, 70, kind=scales, seed=seed))
+    assert_same_weight(packed.stored(), random_weight(19, 70, kind=scales, seed=seed))
 
 
 @scales
 def test_packing_takes_views(scales, seed):
     """Rows of a larger weight, and tensors that are not contiguous."""
     whole = random_weight(40, 70, kind=scales, seed=seed)
-    part = whole.rows(3, 22)
-    assert_same_weight(BlockedWeight.pack(part).unpack(), part)
+    part = whole.outputs(3, 22)
+    assert_same_weight(pack(part).stored(), part)
     strided = replace(
         part,
         planes=tuple(plane.t().contiguous().t() for plane in part.planes),
         scales={bits: map_scales(d, lambda t, dim: torch.stack([t, t], -1)[..., 0]) for bits, d in part.scales.items()},
     )
     assert not strided.planes[0].is_contiguous()
-    assert_same_weight(BlockedWeight.pack(strided).unpack(), part)
+    assert_same_weight(pack(strided).stored(), part)
 
 
 @scales
@@ -107,10 +114,10 @@ def test_padding_is_zero(scales, seed):
     """Else two copies of one weight would differ."""
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
-        first = BlockedWeight.pack(random_weight(19, 70, kind=scales, seed=seed))
+        first = pack(random_weight(19, 70, kind=scales, seed=seed))
     finally:
         torch.use_deterministic_algorithms(False)
-    second = BlockedWeight.pack(first.unpack())
+    second = pack(first.stored())
     for a, b in zip(tensors_of(first), tensors_of(second), strict=True):
         assert torch.equal(a, b)
         assert not (a.float() if a.dtype == torch.float16 else a).isnan().any()
@@ -124,7 +131,7 @@ def test_scales_of_both_kinds_are_refused():
     affine, codebook = random_weight(5, 70), random_weight(5, 70, kind="codebook")
     mixed = PlaneWeight(affine.planes, {2: affine.scales[2], 3: codebook.scales[3]}, 70, 32)
     with pytest.raises(ValueError, match="affine and codebook scales cannot be packed"):
-        BlockedWeight.pack(mixed)
+        pack(mixed)
 
 
 def halved(tensor):
@@ -146,7 +153,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_tensors_that_do_not_fit_are_refused(scales, part, fault):
     """The native code gets addresses only, and could not notice."""
-    packed = BlockedWeight.pack(random_weight(19, 70, kind=scales))
+    packed = pack(random_weight(19, 70, kind=scales))
     change, message = FAULTS[fault]
     planes, made = packed.planes, dict(packed.scales)
     if part == "plane":
@@ -154,21 +161,21 @@ def test_tensors_that_do_not_fit_are_refused(scales, part, fault):
     else:
         made[3] = change(made[3])
     with pytest.raises(ValueError, match=f"{'plane 1' if part == 'plane' else 'scales for 3 bits'}: .*{message}"):
-        BlockedWeight(planes, made, 19, 70, 32, scales)
+        BlockedWeight(planes, made, 19, 70, 32, scales, packed.kernel)
 
 
 def test_a_weight_is_refused_whose_shape_is_not_that_of_its_tensors():
-    packed = BlockedWeight.pack(random_weight(19, 70))
+    packed = pack(random_weight(19, 70))
     for shape in ((70, 70, 32), (19, 300, 32), (19, 70, 8)):
         with pytest.raises(ValueError, match="contiguous entries"):
-            BlockedWeight(packed.planes, packed.scales, *shape, "affine")
+            BlockedWeight(packed.planes, packed.scales, *shape, "affine", packed.kernel)
     for shape in ((0, 70, 32), (19, 0, 32), (19, 70, 0)):
         with pytest.raises(ValueError, match="cannot be empty"):
-            BlockedWeight(packed.planes, packed.scales, *shape, "affine")
+            BlockedWeight(packed.planes, packed.scales, *shape, "affine", packed.kernel)
     with pytest.raises(ValueError, match="needs as many planes"):
-        BlockedWeight(packed.planes[:3], packed.scales, 19, 70, 32, "affine")
+        BlockedWeight(packed.planes[:3], packed.scales, 19, 70, 32, "affine", packed.kernel)
     with pytest.raises(IndexError, match="planes are numbered 0 to 7"):
-        BlockedWeight(packed.planes[:1] * 9, packed.scales, 19, 70, 32, "affine")
+        BlockedWeight(packed.planes[:1] * 9, packed.scales, 19, 70, 32, "affine", packed.kernel)
 
 
 def through_pickle(packed):
@@ -183,14 +190,14 @@ def through_torch(packed):
 
 
 def result(packed, x):
-    return registry._KERNELS["scalar-exact"].linear(x, packed, 3)
+    return packed.linear(x, 3)
 
 
 @scales
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle, through_torch], ids=lambda f: f.__name__)
 def test_copies_work_and_outlive_the_original(scales, copied, seed):
     weight = random_weight(19, 70, kind=scales, seed=seed)
-    packed, x = BlockedWeight.pack(weight), torch.randn(2, 70)
+    packed, x = pack(weight), torch.randn(2, 70)
     expected = result(packed, x)
     twin = copied(packed)
     if copied is not copy.copy:
@@ -199,21 +206,11 @@ def test_copies_work_and_outlive_the_original(scales, copied, seed):
             tensor.zero_()
     del packed
     assert torch.equal(result(twin, x), expected)
-    assert_same_weight(twin.unpack(), weight)
-
-
-def test_a_memo_that_holds_the_tensors_gives_a_twin_without_copies():
-    """What loaders do that keep one copy of the weights for several models."""
-    packed = BlockedWeight.pack(random_weight(19, 70))
-    twin = copy.deepcopy(packed, {id(tensor): tensor for tensor in tensors_of(packed)})
-    assert twin is not packed
-    assert [t.data_ptr() for t in tensors_of(twin)] == [t.data_ptr() for t in tensors_of(packed)]
-    x = torch.randn(2, 70)
-    assert torch.equal(result(twin, x), result(packed, x))
+    assert_same_weight(twin.stored(), weight)
 
 
 def test_a_pickle_holds_every_tensor_once():
-    packed = BlockedWeight.pack(random_weight(64, 512))
+    packed = pack(random_weight(64, 512))
     size = sum(tensor.nbytes for tensor in tensors_of(packed))
     assert len(pickle.dumps(packed)) < 1.2 * size + 4096
 
@@ -221,12 +218,12 @@ def test_a_pickle_holds_every_tensor_once():
 @scales
 def test_bytes_read_counts_the_planes_of_the_prefix_and_one_scales(scales):
     weight = random_weight(32, 256, kind=scales)
-    packed = BlockedWeight.pack(weight)
+    packed = pack(weight)
     wider = 2 * 32 if scales == "affine8" else 0  # units become fp32
     for bits in weight.bits:  # nothing is padded at this shape
         assert packed.bytes_read(bits) == weight.bytes_read(bits) + wider
     odd = random_weight(19, 70, kind=scales)
-    padded = BlockedWeight.pack(odd)
+    padded = pack(odd)
     for bits in odd.bits:
         used = [*padded.planes[:bits], padded.scales[bits]]
         assert padded.bytes_read(bits) == sum(tensor.nbytes for tensor in used) > odd.bytes_read(bits)
@@ -235,7 +232,7 @@ def test_bytes_read_counts_the_planes_of_the_prefix_and_one_scales(scales):
 def test_padding_stays_small_for_the_shapes_of_models():
     for shape, group_size in (((64, 1024), 128), ((48, 1024), 64), ((64, 960), 32)):
         weight = random_weight(*shape, group_size=group_size)
-        assert BlockedWeight.pack(weight).bytes_read(4) <= 1.07 * weight.bytes_read(4)
+        assert pack(weight).bytes_read(4) <= 1.07 * weight.bytes_read(4)
 
 
 @scales
@@ -243,13 +240,12 @@ def test_torchs_default_device_does_not_matter(scales, seed):
     weight = random_weight(35, 70, (2, 4), 32, scales, seed)
     x = torch.randn(20, 70, generator=torch.Generator().manual_seed(seed))
     bits = torch.full((20,), 4)
-    kernel = registry.select(registry.Problem("cpu", x.dtype, 1, weight.kind))
     index = torch.tensor([3, 34])
 
     def everything():
-        packed = BlockedWeight.pack(weight)
-        ys = [kernel.linear(x[:3], packed, 4), kernel.linear(x, packed, 2), kernel.linear_rows(x, packed, bits)]
-        return packed.unpack(), [*ys, kernel.lookup(index, packed, 4, x.dtype)]
+        packed = pack(weight)
+        ys = [packed.linear(x[:3], 4), packed.linear(x, 2), packed.linear(x, bits)]
+        return packed.stored(), [*ys, packed.lookup(index, 4, x.dtype)]
 
     _, expected = everything()
     with torch.device("meta"):

@@ -14,14 +14,15 @@ from torch import Tensor
 from torch_states import STATES as MODES
 
 from bitstrata import kernels, planes
-from bitstrata.kernels import registry
-from bitstrata.kernels.cpu import BlockedWeight, missing
-from bitstrata.kernels.triton import TiledWeight
+from bitstrata.kernels import linear_many, pack, registry
+from bitstrata.kernels.cpu import missing
+from bitstrata.kernels.triton import KERNEL, TiledWeight
 from bitstrata.planes.weights import join_scales, scales_tensors
 
 N, K = 37, 70
 BITS = (2, 4, 6)
 ROWS = (1, 5, 17, 40)
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 def inside(state: Callable[[], AbstractContextManager[Any]]) -> Callable:
@@ -54,8 +55,7 @@ class Inputs:
     def __init__(self, scales: str, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.weight = random_weight(N, K, BITS, 32, scales, seed)
-        self.blocked = None if missing else BlockedWeight.pack(self.weight)
-        self.tiled = TiledWeight.pack(self.weight)
+        self.weights = [pack(self.weight, kernel="reference"), *([] if missing else [pack(self.weight)])]
         self.xs = [
             torch.randn(rows, K, generator=generator).to(dtype)
             for rows in ROWS
@@ -73,8 +73,8 @@ def tensors_of(result: Any) -> list[Any]:
     """A result as tensors and plain values, in order."""
     if isinstance(result, planes.PlaneWeight):
         return [*result.tensors().values()]
-    if isinstance(result, (BlockedWeight, TiledWeight)):
-        return [*result.unpack().tensors().values()]
+    if isinstance(result, kernels.Weight):
+        return [*result.stored().tensors().values()]
     if isinstance(result, (list, tuple)):
         return [part for each in result for part in tensors_of(each)]
     return [result]
@@ -82,52 +82,44 @@ def tensors_of(result: Any) -> list[Any]:
 
 # public function -> calls of it; f(inputs) is compared with itself in the ordinary state
 CALLS: dict[str, Callable[[Inputs], Any]] = {
-    "plane_linear": lambda i: [kernels.plane_linear(x, i.weight, 4) for x in i.xs],
-    "plane_linear_rows": lambda i: [
-        kernels.plane_linear_rows(x, i.weight, b) for x, b in zip(i.xs, i.row_bits, strict=True)
+    "Weight": lambda i: [
+        weight.linear(x, bits) for weight in i.weights for x, b in zip(i.xs, i.row_bits, strict=True) for bits in (4, b)
     ],
-    "plane_lookup": lambda i: kernels.plane_lookup(i.index, i.weight, 4, torch.bfloat16),
-    "prepared_linear": lambda i: [
-        kernels.prepared_linear(x, [i.blocked, i.blocked], bits)
+    "lookup": lambda i: [weight.lookup(i.index, 4, dtype) for weight in i.weights for dtype in DTYPES],
+    "linear_many": lambda i: [
+        linear_many(x, [weight, weight], bits)
+        for weight in i.weights
         for x, b in zip(i.xs, i.row_bits, strict=True)
         for bits in (2, b)
     ],
-    "linear_in": lambda i: [
-        kernels.linear_in(arithmetic, x, weight, bits)
+    "arithmetic": lambda i: [
+        weight.linear(x, bits, arithmetic)
         for x, b in zip(i.xs, i.row_bits, strict=True)
-        for arithmetic, weight in (("exact", i.weight), ("exact", i.blocked), ("int8", i.blocked))
+        for weight, arithmetic in zip(i.weights, ("exact", "int8"), strict=False)
         for bits in (2, b)
     ],
-    "prepared_lookup": lambda i: kernels.prepared_lookup(i.index, i.blocked, 4, torch.float16),
-    "prepare": lambda i: kernels.prepare(i.weight, torch.float32),
-    "without_pages": lambda i: kernels.without_pages(i.weight.kind, N, K, 32, "cpu", torch.float32).with_pages(
-        2, i.weight.planes[:2], i.weight.scales[2]
-    ),
-    "select": lambda i: kernels.select(kernels.Problem("cpu", torch.float32, 1, i.weight.kind)).name,
-    "describe": lambda i: [
-        report.reason for report in kernels.describe(kernels.Problem("cpu", torch.float32, 1, i.weight.kind))
+    "pack": lambda i: [pack(i.weight), pack(i.weight, apart=True), pack(i.weight.prefix(4)).with_pages(*i.pages())],
+    "select": lambda i: kernels.select("cpu", torch.float32).name,
+    "describe": lambda i: [report.reason for report in kernels.describe("cpu", torch.float32)],
+    "TiledWeight": lambda i: [
+        TiledWeight.pack(i.weight, KERNEL),
+        TiledWeight.pack(i.weight.prefix(4), KERNEL).with_pages(*i.pages()),
     ],
-    "BlockedWeight": lambda i: [
-        BlockedWeight.pack(i.weight),
-        BlockedWeight.pack(i.weight.prefix(4)).with_pages(*i.pages()),
-    ],
-    "TiledWeight": lambda i: [TiledWeight.pack(i.weight), TiledWeight.pack(i.weight.prefix(4)).with_pages(*i.pages())],
     "decode": lambda i: [planes.decode(i.weight, b, d) for b in BITS for d in (torch.float32, torch.float64)],
     "codes": lambda i: planes.codes(i.weight, 4),
     "signs": lambda i: planes.signs(i.weight, 1),
     "pack_bits": lambda i: planes.pack_bits(i.bits),
     "unpack_bits": lambda i: planes.unpack_bits(i.weight.planes[0], K),
     "join_scales": lambda i: list(
-        scales_tensors(join_scales([i.weight.rows(0, 9).scales[6], i.weight.rows(9, N).scales[6]]), 6).values()
+        scales_tensors(join_scales([i.weight.outputs(0, 9).scales[6], i.weight.outputs(9, N).scales[6]]), 6).values()
     ),
-    "PlaneWeight": lambda i: [i.weight.prefix(4), i.weight.rows(3, 20), i.weight.take(i.index.flatten())],
+    "PlaneWeight": lambda i: [i.weight.prefix(4), i.weight.outputs(3, 20), i.weight.take(i.index.flatten())],
 }
 # what a forward pass may contain; the rest is done when weights are loaded, where nothing is recorded
-RECORDED = ("plane_linear", "plane_linear_rows", "plane_lookup", "prepared_linear", "prepared_lookup")
-NATIVE = ("linear_in", "prepared_linear", "prepared_lookup", "prepare", "without_pages", "BlockedWeight")
-NOT_EXPORTED = {"BlockedWeight", "TiledWeight", "join_scales"}
+RECORDED = ("Weight", "lookup", "linear_many")
+NOT_EXPORTED = {"TiledWeight", "arithmetic", "join_scales", "lookup"}
 NO_TENSORS = {
-    "KernelReport", "PreparedWeight", "Problem", "is_plain", "select_in", "Scales", "group_count", "whole_number",
+    "Kernel", "KernelReport", "is_plain", "Scales", "group_count", "whole_number",
     "words_per_row",
 }  # fmt: skip
 DECODERS = {"AffineScales", "ByteScales", "Codebook"}  # what a PlaneWeight is made of
@@ -143,8 +135,6 @@ def test_every_public_function_is_here():
     [(name, state) for name in CALLS for state in STATES if name in RECORDED or state not in ("jit.trace", "compile")],
 )
 def test_the_state_changes_no_value(name, state, seed, monkeypatch):
-    if missing and name in NATIVE:
-        pytest.skip(missing)
     monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
     call = CALLS[name]
     for scales in ("affine", "affine8", "codebook"):

@@ -8,10 +8,10 @@ from itertools import product
 import pytest
 import torch
 from helpers import random_weight
-from instruction_sets import ISAS, kernel_of
+from instruction_sets import ISAS
 
-from bitstrata.kernels.cpu import BlockedWeight
-from bitstrata.kernels.cpu import kernel as module
+from bitstrata.kernels import pack
+from bitstrata.kernels.cpu import blocked as module
 from bitstrata.planes import AffineScales, Codebook, decode
 
 ALL_BITS = tuple(range(1, 9))
@@ -44,7 +44,7 @@ def assert_same_bits(found, expected, message):
 def test_all_bits_and_groups(isa, group_size, seed):
     codebook = group_size == "codebook"
     weight = random_weight(N, K, ALL_BITS, K if codebook else group_size, "codebook" if codebook else "affine", seed)
-    packed = BlockedWeight.pack(weight)
+    packed = pack(weight, kernel=ISAS[0])
     for bits, dtype in product(ALL_BITS, DTYPES.values()):
         expected = decode(weight, bits, dtype)
         for first, last in ((0, N), (0, 16), (16, 48), (48, N), (16, 16)):
@@ -57,7 +57,7 @@ def test_all_bits_and_groups(isa, group_size, seed):
 def test_shapes(isa, scales, seed):
     for shape in ((1, 1), (1, 129), (16, 128), (17, 31), (33, 256)):
         weight = random_weight(*shape, ALL_BITS, 32, scales, seed)
-        packed = BlockedWeight.pack(weight)
+        packed = pack(weight, kernel=ISAS[0])
         for bits, dtype in product(ALL_BITS, DTYPES.values()):
             found = tile(isa, packed, bits, 0, shape[0], dtype, threads=2)
             assert_same_bits(found, decode(weight, bits, dtype), f"{shape} {dtype} bits={bits}")
@@ -77,14 +77,14 @@ def test_rounding_at_the_ends_of_the_range(isa, factor, seed):
     )
     codebook = replace(codebook, scales={b: Codebook(large(d.table)) for b, d in codebook.scales.items()})
     for weight in (affine, codebook):
-        packed = BlockedWeight.pack(weight)
+        packed = pack(weight, kernel=ISAS[0])
         for bits, dtype in product(ALL_BITS, DTYPES.values()):
             found = tile(isa, packed, bits, 0, N, dtype)
             assert_same_bits(found, decode(weight, bits, dtype), f"{dtype} bits={bits}")
 
 
 def test_what_cannot_be_decoded_is_refused():
-    packed = BlockedWeight.pack(random_weight(N, K))
+    packed = pack(random_weight(N, K), kernel=ISAS[0])
     out = torch.empty(N, K)
 
     def call(bits=2, first=0, last=N, kind=0):
@@ -104,8 +104,7 @@ def test_what_cannot_be_decoded_is_refused():
 @dtypes
 def test_many_rows_meet_few_shapes_of_matrix_products(dtype, monkeypatch):
     """In 16 bits every new number of rows costs memory that never comes back; in fp32 it does not."""
-    packed = BlockedWeight.pack(random_weight(N, K))
-    kernel = kernel_of(ISAS[0])
+    packed = pack(random_weight(N, K), kernel=ISAS[0])
     seen = set()
     linear = torch.nn.functional.linear
 
@@ -116,8 +115,8 @@ def test_many_rows_meet_few_shapes_of_matrix_products(dtype, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", watched)
     for rows in range(module.FEW_ROWS + 1, 101):
         x = torch.randn(rows, K).to(dtype)
-        y = kernel.linear(x, packed, 3)
+        y = packed.linear(x, 3)
         assert y.shape == (rows, N)
-        alone = kernel.linear(torch.cat([x[-1:], x]), packed, 3)[0]  # the last row in another place
+        alone = packed.linear(torch.cat([x[-1:], x]), 3)[0]  # the last row in another place
         torch.testing.assert_close(y[-1], alone, rtol=0.02, atol=0.02)
     assert seen == (set(range(17, 102)) if dtype == torch.float32 else {32, 64, 96, 128})

@@ -7,7 +7,7 @@ import torch
 from helpers import random_weight
 from instruction_sets import BEST, kernel_of
 
-from bitstrata.kernels.cpu import FEW_ROWS, BlockedWeight
+from bitstrata.kernels.cpu import FEW_ROWS
 
 ALL_BITS = tuple(range(1, 9))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,8 +32,8 @@ def native(request):
     return kernel_of(*request.param)
 
 
-def packed(scales, group_size, seed):
-    return BlockedWeight.pack(random_weight(N, K, ALL_BITS, group_size, scales, seed))
+def stored(scales, group_size, seed):
+    return random_weight(N, K, ALL_BITS, group_size, scales, seed)
 
 
 def activations(seed, dtype=torch.float32):
@@ -42,7 +42,7 @@ def activations(seed, dtype=torch.float32):
 
 @layouts
 def test_a_row_of_a_batch_equals_that_row_alone(native, scales, group_size, seed):
-    weight = packed(scales, group_size, seed)
+    weight = stored(scales, group_size, seed)
     for dtype in DTYPES.values():
         x = activations(seed, dtype)
         for bits in ALL_BITS:
@@ -54,20 +54,18 @@ def test_a_row_of_a_batch_equals_that_row_alone(native, scales, group_size, seed
 
 @layouts
 def test_rows_at_their_own_bits_equal_all_rows_at_these(native, scales, group_size, seed):
-    weight, x = packed(scales, group_size, seed), activations(seed)
+    weight, x = stored(scales, group_size, seed), activations(seed)
     uniform = {value: native.linear(x, weight, value) for value in ALL_BITS}
     for bits in ((2, 3, 4), (1, 5), ALL_BITS, (8,)):
         row_bits = torch.tensor(bits)[torch.randint(len(bits), (ROWS,), generator=torch.Generator().manual_seed(seed))]
-        y = native.linear_rows(x, weight, row_bits)
+        y = native.linear(x, weight, row_bits)
         for value in row_bits.unique().tolist():
             assert torch.equal(y[row_bits == value], uniform[value][row_bits == value]), f"bits={value} of {bits}"
 
 
 @layouts
 def test_weights_in_one_call_equal_weights_one_by_one(native, scales, group_size, seed):
-    weights = [
-        BlockedWeight.pack(random_weight(rows, K, ALL_BITS, group_size, scales, seed + rows)) for rows in (37, 1, 16)
-    ]
+    weights = [random_weight(rows, K, ALL_BITS, group_size, scales, seed + rows) for rows in (37, 1, 16)]
     x = activations(seed)[: FEW_ROWS + 1]
     row_bits = torch.tensor([2, 5, 3])[torch.arange(len(x)) % 3]
     for bits in (1, 3, 4, 8, row_bits):
@@ -78,11 +76,11 @@ def test_weights_in_one_call_equal_weights_one_by_one(native, scales, group_size
 
 @layouts
 def test_neither_threads_nor_repetition_change_anything(native, threads, scales, group_size, seed):
-    weight, x = packed(scales, group_size, seed), activations(seed)
+    weight, x = stored(scales, group_size, seed), activations(seed)
     row_bits = torch.arange(ROWS) % 8 + 1
     threads(1)
-    first = [native.linear(x, weight, bits) for bits in (1, 3, 8)] + [native.linear_rows(x, weight, row_bits)]
+    first = [native.linear(x, weight, bits) for bits in (1, 3, 8)] + [native.linear(x, weight, row_bits)]
     for count in (1, 2, 5, 2):
         threads(count)
-        again = [native.linear(x, weight, bits) for bits in (1, 3, 8)] + [native.linear_rows(x, weight, row_bits)]
+        again = [native.linear(x, weight, bits) for bits in (1, 3, 8)] + [native.linear(x, weight, row_bits)]
         assert all(map(torch.equal, again, first)), f"{count} threads"

@@ -9,23 +9,16 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_linear_close, random_weight
+from instruction_sets import BEST
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from bitstrata.errors import UsageError
-from bitstrata.kernels import (
-    plane_linear,
-    plane_linear_rows,
-    plane_lookup,
-    prepare,
-    prepared_linear,
-    prepared_lookup,
-    registry,
-    run,
-)
-from bitstrata.kernels.cpu import BlockedWeight, missing
-from bitstrata.kernels.triton import TiledWeight
+from bitstrata.kernels import linear_many, ops, pack, registry
+from bitstrata.kernels.cpu import missing
+from bitstrata.kernels.reference import StoredWeight
+from bitstrata.kernels.triton import KERNEL, TiledWeight
 from bitstrata.planes import PlaneWeight, decode
 
 N, K = 37, 70
@@ -43,16 +36,13 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
 class Layer:
     """A weight as one of the layouts holds it; called with x and bits, an int or one a row."""
 
-    def __init__(self, weight: PlaneWeight, layout: str) -> None:
-        self.weight, self.layout = weight, layout
-        self.prepared = {"stored": None, "blocked": BlockedWeight, "tiled": TiledWeight}[layout]
-        if self.prepared is not None:
-            self.prepared = self.prepared.pack(weight)
+    def __init__(self, weight: PlaneWeight, layout: str, kernel: str = "") -> None:
+        self.weight = weight
+        kernel = kernel or {"stored": "reference", "blocked": BEST, "tiled": KERNEL.name}[layout]
+        self.packed = TiledWeight.pack(weight, KERNEL) if layout == "tiled" else pack(weight, kernel=kernel)
 
     def __call__(self, x: Tensor, bits: int | Tensor) -> Tensor:
-        if self.prepared is not None:
-            return prepared_linear(x, [self.prepared], bits)[0]
-        return (plane_linear_rows if isinstance(bits, Tensor) else plane_linear)(x, self.weight, bits)
+        return self.packed.linear(x, bits)
 
     def dense(self, x: Tensor, bits: int | Tensor) -> Tensor:
         """What a dense layer makes of x, in float64: the function whose derivatives are the right ones."""
@@ -67,11 +57,20 @@ class Layer:
 @pytest.fixture(params=["stored", pytest.param("blocked", marks=native), "tiled"])
 def layout(request, monkeypatch):
     """Where no GPU is, only the interpreter could run the kernels of the tiled layout: the reference stands in."""
+    monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
     if request.param == "tiled":
-        monkeypatch.setenv(registry.ENVIRONMENT, "reference")
-    else:
-        monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
+        instead_of_triton(monkeypatch)
     return request.param
+
+
+def instead_of_triton(monkeypatch) -> None:
+    def multiply(x, weights, bits, kernel):
+        stored = [StoredWeight(weight.stored()) for weight in weights]
+        return StoredWeight.multiply(x, stored, bits, kernel)
+
+    monkeypatch.setattr(TiledWeight, "multiply", staticmethod(multiply))
+    monkeypatch.setattr(TiledWeight, "rows", lambda self, *given: StoredWeight(self.stored()).rows(*given))
+    monkeypatch.setattr(registry, "of_layout", lambda layout, name, device: registry._KERNELS[name])
 
 
 def some_bits(kind: str, rows: int) -> int | Tensor:
@@ -111,8 +110,8 @@ def test_every_bits_and_row_count(layout, scales, dtype, seed):
 @pytest.mark.parametrize("rows", [8, 40])
 def test_weights_of_several_tiles(kind, rows, seed, monkeypatch):
     """Tiles of the decoded weight are overwritten by the next ones: nothing that backward needs may be in them."""
-    monkeypatch.setattr(run, "TILE_WEIGHTS", 16 * K)
-    monkeypatch.setattr("bitstrata.kernels.cpu.kernel.TILE_WEIGHTS", 16 * K)
+    monkeypatch.setattr(ops, "TILE_WEIGHTS", 16 * K)
+    monkeypatch.setattr("bitstrata.kernels.cpu.blocked.TILE_WEIGHTS", 16 * K)
     layer = Layer(random_weight(N, K, BITS, 32, seed=seed), "blocked")
     x, g, bits = normal(seed, rows, K).requires_grad_(), normal(seed + 1, rows, N), some_bits(kind, rows)
     layer(x, bits).backward(g)
@@ -123,7 +122,7 @@ def test_weights_of_several_tiles(kind, rows, seed, monkeypatch):
 @pytest.mark.parametrize("rows", [8, 40])
 def test_a_weight_as_large_as_those_of_a_model(rows, seed):
     layer = Layer(random_weight(2050, 4096, (4,), 128, seed=seed), "blocked")
-    assert run.TILE_WEIGHTS < 2050 * 4096
+    assert ops.TILE_WEIGHTS < 2050 * 4096
     x, g = normal(seed, rows, 4096).requires_grad_(), normal(seed + 1, rows, 2050)
     layer(x, 4).backward(g)
     assert_gradient(x.grad, g, layer, 4, f"rows={rows}")
@@ -135,7 +134,7 @@ def test_weights_that_share_a_call(kind, seed):
     layers = [Layer(random_weight(n, K, BITS, 32, seed=seed + n), "blocked") for n in (5, 37, 16)]
     x, bits = normal(seed, 2, 3, K).requires_grad_(), some_bits(kind, 6)
     gs = [normal(seed + n, 2, 3, n) for n in (5, 37, 16)]
-    ys = prepared_linear(x, [layer.prepared for layer in layers], bits)
+    ys = linear_many(x, [layer.packed for layer in layers], bits)
     torch.autograd.backward(ys, gs)
     other = x.detach().double().requires_grad_()
     torch.autograd.backward([layer.dense(other, bits) for layer in layers], [g.double() for g in gs])
@@ -148,10 +147,9 @@ def loss(y: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def exact(layout, monkeypatch):
-    """Kernels that do not quantize activations, so that the derivatives of curved functions can be compared."""
-    monkeypatch.setenv(registry.ENVIRONMENT, "scalar-exact" if layout == "blocked" else "reference")
-    return layout
+def exact(layout):
+    """exact(weight) -> a Layer whose activations are not quantized: derivatives of curved functions can be compared."""
+    return lambda weight: Layer(weight, layout, "scalar-exact" if layout == "blocked" else "")
 
 
 TRANSFORMS = {
@@ -186,7 +184,7 @@ def _twice(f, x):
 @kinds
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(exact, transform, kind, seed):
-    layer, x, bits = Layer(random_weight(5, K, BITS, 32, seed=seed), exact), normal(seed, 3, K), some_bits(kind, 3)
+    layer, x, bits = exact(random_weight(5, K, BITS, 32, seed=seed)), normal(seed, 3, K), some_bits(kind, 3)
     found = TRANSFORMS[transform](lambda x: layer(x, bits), x)
     expected = TRANSFORMS[transform](lambda x: layer.dense(x, bits), x.double())
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
@@ -205,7 +203,7 @@ def test_derivatives_of_every_order_as_torch_checks_them(layout, kind, seed):
 @pytest.mark.filterwarnings("ignore:.*unpacked at every call")
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_vmap_over_any_dimension(exact, at, seed):
-    layer, x = Layer(random_weight(5, K, BITS, 32, seed=seed), exact), normal(seed, 4, 3, 2, K)
+    layer, x = exact(random_weight(5, K, BITS, 32, seed=seed)), normal(seed, 4, 3, 2, K)
     assert torch.equal(torch.vmap(lambda x: layer(x, 3), at)(x), layer(x.movedim(at, 0), 3))
     rows = x.movedim(at, 0)[0, ..., 0].numel()
     bits = torch.tensor([2, 5, 8])[torch.arange(rows) % 3]
@@ -222,14 +220,11 @@ def test_vmap_over_bits_and_over_rows_with_their_bits(seed):
     assert torch.equal(torch.vmap(lambda bits: layer(x[0], bits))(bits), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*unpacked at every call")
 def test_vmap_over_lookups(layout, seed):
     layer, index = Layer(random_weight(N, K, BITS, 32, seed=seed), layout), torch.tensor([[3, 36, 0], [1, 1, 20]])
 
     def rows(index):
-        if layer.prepared is None:
-            return plane_lookup(index, layer.weight, 3, torch.float32)
-        return prepared_lookup(index, layer.prepared, 3, torch.float32)
+        return layer.packed.lookup(index, 3, torch.float32)
 
     expected = decode(layer.weight, 3)[index]
     assert torch.equal(torch.vmap(rows)(index), expected)
@@ -240,7 +235,7 @@ def test_vmap_over_lookups(layout, seed):
 @kinds
 @pytest.mark.parametrize("again", ["eager", "compiled", "compiled, of torch.func.grad"])
 def test_compiled(exact, again, kind, seed):
-    layer, bits = Layer(random_weight(5, K, BITS, 32, seed=seed), exact), some_bits(kind, 3)
+    layer, bits = exact(random_weight(5, K, BITS, 32, seed=seed)), some_bits(kind, 3)
     torch._dynamo.reset()
 
     def wrap(f):
@@ -312,18 +307,20 @@ def test_no_weight_is_held_for_the_backward_pass(seed):
 
 def test_derivatives_of_scales_are_refused(seed):
     weight, x = random_weight(N, K, BITS, 32, seed=seed), normal(seed, 3, K)
+    stored = pack(weight, kernel="reference")
     weight.scales[3].scale.requires_grad_()
     for call in (
-        lambda: plane_linear(x, weight, 3),
-        lambda: plane_linear_rows(x, weight, torch.tensor([2, 3, 4])),
-        lambda: plane_lookup(torch.tensor([1]), weight, 3, torch.float32),
-        lambda: prepare(weight, torch.float32),
+        lambda: stored.linear(x, 3),
+        lambda: stored.linear(x.requires_grad_(), 3),
+        lambda: stored.linear(x, torch.tensor([2, 3, 4])),
+        lambda: stored.lookup(torch.tensor([1]), 3, torch.float32),
+        lambda: pack(weight),
     ):
         with pytest.raises(UsageError, match="derivatives with respect to the scales"):
             call()
         with torch.no_grad():
             call()
-    torch.testing.assert_close(plane_linear(x, weight, 2), Layer(weight, "stored")(x, 2))
+    torch.testing.assert_close(stored.linear(x, 2), x @ decode(weight, 2).T)
 
 
 @native
@@ -335,8 +332,8 @@ def test_what_cannot_be_mapped_is_refused_in_words(seed):
     assert "torch.func" in caught.value.hint
 
     def with_scale(scale):
-        arguments = ([*layer.weight.planes[:3]], [scale, layer.weight.scales[3].offset], "affine", [3], 32)
-        return torch.ops.bitstrata.plane_linear(x.detach(), *arguments, 3)
+        planes, (_, offset), *rest = layer.packed.arguments(3)
+        return torch.ops.bitstrata.linear(x.detach(), planes, [scale, offset], *rest, 3, None)
 
     with pytest.raises(UsageError, match="vmap cannot map over a quantized weight"):
         torch.vmap(with_scale)(torch.stack([scale, scale]))

@@ -11,9 +11,8 @@ from helpers import assert_linear_close, random_weight
 from instruction_sets import ISAS, kernel_of
 from kernel_errors import chunks_of, fewest_levels, int8_errors, promise_of
 
-from bitstrata.kernels import plane_linear, plane_linear_rows, registry
-from bitstrata.kernels.cpu import BlockedWeight
-from bitstrata.kernels.cpu import kernel as module
+from bitstrata.kernels import pack, registry
+from bitstrata.kernels.cpu import blocked as module
 from bitstrata.planes import AffineScales, Codebook, PlaneWeight, decode, group_count, pack_bits
 
 ALL_BITS = tuple(range(1, 9))
@@ -44,11 +43,10 @@ def test_int8_results_equal_the_scalar_ones(isa, seed):
     kernel, scalar = kernel_of(isa, "int8"), kernel_of("scalar", "int8")
     for case in range(seed, seed + 12):
         weight, rows = random_problem(case)
-        packed = BlockedWeight.pack(weight)
         row_bits = torch.randint(1, 9, (rows,), generator=torch.Generator().manual_seed(case))
         for bits in ALL_BITS:
             x = on_the_grid(rows, weight, bits, torch.Generator().manual_seed(case))
-            expected = scalar.linear(x, packed, bits)
+            expected = scalar.linear(x, weight, bits)
             if isa == "avx512":  # its reciprocal has 14 bits, so that a level may fall the other way
                 limit = int8_errors(x, weight, bits, 255)[0]
             elif fewest_levels(kernel) != fewest_levels(scalar):
@@ -56,8 +54,8 @@ def test_int8_results_equal_the_scalar_ones(isa, seed):
             else:  # the same numbers, added up in another order
                 limit = 1e-5 * expected.abs().max()
             message = f"case={case} bits={bits} of {weight.out_features} x {weight.in_features}"
-            assert ((kernel.linear(x, packed, bits) - expected).abs() <= limit).all(), message
-            mixed = (kernel.linear_rows(x, packed, row_bits) - expected).abs() <= limit
+            assert ((kernel.linear(x, weight, bits) - expected).abs() <= limit).all(), message
+            mixed = (kernel.linear(x, weight, row_bits) - expected).abs() <= limit
             assert mixed[row_bits == bits].all(), f"mixed, {message}"
 
 
@@ -66,7 +64,7 @@ def test_exact_results_are_those_of_the_decoded_weight(isa, seed):
     """Of each instruction set, on random shapes; test_accuracy.py puts the best one through all of its cases."""
     for case in range(seed, seed + 6):
         weight, rows = random_problem(case)
-        packed, generator = BlockedWeight.pack(weight), torch.Generator().manual_seed(case)
+        generator = torch.Generator().manual_seed(case)
         row_bits = torch.randint(1, 9, (rows,), generator=generator)
         for bits, dtype in zip(ALL_BITS, (torch.float32, torch.bfloat16, torch.float16) * 3, strict=False):
             x, W = (
@@ -74,8 +72,8 @@ def test_exact_results_are_those_of_the_decoded_weight(isa, seed):
                 decode(weight, bits, torch.float64),
             )
             message = f"case={case} bits={bits} of {weight.out_features} x {weight.in_features}"
-            assert_linear_close(kernel_of(isa, "exact").linear(x, packed, bits), x, W, message)
-            mixed = kernel_of(isa, "exact").linear_rows(x, packed, row_bits)[row_bits == bits]
+            assert_linear_close(kernel_of(isa, "exact").linear(x, weight, bits), x, W, message)
+            mixed = kernel_of(isa, "exact").linear(x, weight, row_bits)[row_bits == bits]
             assert_linear_close(mixed, x[row_bits == bits], W, f"mixed, {message}")
 
 
@@ -83,14 +81,14 @@ def test_exact_results_are_those_of_the_decoded_weight(isa, seed):
 def test_the_plain_kernel_is_the_int8_one_for_few_rows_and_the_decoded_weight_for_more(isa, seed):
     for case in range(seed, seed + 4):
         weight, _ = random_problem(case)
-        packed, generator = BlockedWeight.pack(weight), torch.Generator().manual_seed(case)
+        generator = torch.Generator().manual_seed(case)
         for rows, bits in ((1, 2), (module.FEW_ROWS, 5), (module.FEW_ROWS + 1, 3), (40, 8)):
             x = torch.randn(rows, weight.in_features, generator=generator)
             row_bits = torch.randint(1, 9, (rows,), generator=generator)
-            y, mixed = kernel_of(isa).linear(x, packed, bits), kernel_of(isa).linear_rows(x, packed, row_bits)
+            y, mixed = kernel_of(isa).linear(x, weight, bits), kernel_of(isa).linear(x, weight, row_bits)
             if rows <= module.FEW_ROWS:
-                assert torch.equal(y, kernel_of(isa, "int8").linear(x, packed, bits))
-                assert torch.equal(mixed, kernel_of(isa, "int8").linear_rows(x, packed, row_bits))
+                assert torch.equal(y, kernel_of(isa, "int8").linear(x, weight, bits))
+                assert torch.equal(mixed, kernel_of(isa, "int8").linear(x, weight, row_bits))
                 continue
             assert_linear_close(y, x, decode(weight, bits, torch.float64), f"case={case} rows={rows}")
             for value in row_bits.unique().tolist():
@@ -137,16 +135,16 @@ def test_what_int8_and_levels_can_hold_is_computed_exactly(isa, group_size, seed
         K,
         size,
     )
-    kernel, packed = kernel_of(isa, "int8"), BlockedWeight.pack(weight)
+    kernel = kernel_of(isa, "int8")
     for rows in (1, 7, 18):
         row_bits = torch.randint(1, 9, (rows,), generator=generator)
         x = on_the_grid(rows, weight, 8, generator)
-        together = kernel.linear_rows(x, packed, row_bits)
+        together = kernel.linear(x, weight, row_bits)
         for bits in ALL_BITS:
             W = decode(weight, bits, torch.float64)
             exact = x.double() @ W.T
             limit = 2e-6 * (x.double().abs() @ W.abs().T)  # float32 sums of a few dozen terms
-            error = (kernel.linear(x, packed, bits) - exact).abs()
+            error = (kernel.linear(x, weight, bits) - exact).abs()
             assert (error <= limit).all(), f"rows={rows} bits={bits}: {(error / limit).max():.1f} times the limit"
             assert ((together - exact).abs() <= limit)[row_bits == bits].all(), f"mixed, rows={rows} bits={bits}"
 
@@ -164,26 +162,27 @@ def test_a_forced_kernel_really_runs(isa, name, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(module, "native", SimpleNamespace(linear=spy(module.native.linear)))
     monkeypatch.setenv(registry.ENVIRONMENT, kernel_of(isa, name).name)
-    weight = random_weight(5, 70)
-    plane_linear(torch.randn(3, 70), weight, 2)
-    plane_linear_rows(torch.randn(3, 70), weight, torch.tensor([2, 3, 4]))
+    packed = pack(random_weight(5, 70))
+    monkeypatch.delenv(registry.ENVIRONMENT)
+    monkeypatch.setattr(module, "native", SimpleNamespace(linear=spy(module.native.linear)))
+    packed.linear(torch.randn(3, 70), 2)
+    packed.linear(torch.randn(3, 70), torch.tensor([2, 3, 4]))
     assert called == [(isa, name == "exact")] * 2
 
 
 @isas
 def test_many_rows_are_decoded_by_the_forced_instruction_set(isa):
-    packed = BlockedWeight.pack(random_weight(5, 70))
+    packed = pack(random_weight(5, 70), kernel=isa)
     handle, called = packed.handle, []
     spy = SimpleNamespace(decode=lambda *arguments: (called.append(arguments[0]), handle.decode(*arguments)))
-    object.__setattr__(packed, "handle", spy)
-    kernel_of(isa, "").linear(torch.randn(17, 70), packed, 2)
+    packed.handle = spy
+    packed.linear(torch.randn(17, 70), 2)
     assert called == [isa]
 
 
 def test_an_instruction_set_that_is_not_built_is_refused():
-    packed = BlockedWeight.pack(random_weight(5, 70))
+    packed = pack(random_weight(5, 70), kernel="scalar")
     out = torch.empty(5, 70)
     with pytest.raises(ValueError, match="no kernels for sse9 in this build"):
         packed.handle.decode("sse9", 2, 0, 5, out.data_ptr(), 0, 1)
@@ -191,7 +190,7 @@ def test_an_instruction_set_that_is_not_built_is_refused():
 
 def test_the_best_instruction_set_has_the_highest_priority(monkeypatch):
     monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
-    chosen = registry.select(registry.Problem("cpu", torch.float32, 1, "affine"))
+    chosen = registry.select("cpu", torch.float32)
     assert chosen.name == ISAS[0]
     priorities = [kernel_of(isa, "").priority for isa in ISAS]
     assert priorities == sorted(priorities, reverse=True)

@@ -41,7 +41,7 @@ def test_the_error_is_that_of_rounding(int8, group_size, seed):
     bits_values = ALL_BITS[1:] if codebook else ALL_BITS
     kind = ("codebook", K) if codebook else ("affine", group_size)
     weight = random_weight(N, K, bits_values, kind[1], kind[0], seed)
-    x, packed = gaussian(16, K, seed), int8.prepare(weight)
+    x, packed = gaussian(16, K, seed), int8.pack(weight)
     for bits in bits_values:
         y = int8.linear(x, packed, bits)
         assert_int8_typical(y, x, weight, bits, fewest_levels(int8), f"bits={bits}")

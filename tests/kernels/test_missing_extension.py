@@ -21,11 +21,11 @@ weight = random_weight(19, 70, (2, 3), 32, torch.Generator().manual_seed(0))
 layer = PlaneLinear.from_weight(weight)
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    layer.prepare()
+    layer.pack()
 (warning,) = [w for w in seen if "CPU kernels cannot be used" in str(w.message)]
 assert "the native extension is not there" in str(warning.message)
 assert "C++17 compiler" in str(warning.message)
-assert layer.prepared is None
+assert layer.packed.layout == "stored"
 x = torch.randn(3, 70)
 torch.testing.assert_close(layer(x), x @ decode(weight, 3, torch.float32).T)
 

@@ -15,8 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitstrata.kernels import is_plain, prepared_linear, prepared_lookup, registry
-from bitstrata.kernels.cpu import BlockedWeight, missing
+from bitstrata.kernels import Weight, is_plain, pack, registry
+from bitstrata.kernels.cpu import missing
 from bitstrata.planes import decode
 
 pytestmark = [
@@ -35,20 +35,20 @@ def normal(seed: int, *shape: int) -> Tensor:
 @pytest.fixture
 def packed(seed, monkeypatch):
     monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
-    return BlockedWeight.pack(random_weight(N, K, BITS, 32, seed=seed))
+    return pack(random_weight(N, K, BITS, 32, seed=seed))
 
 
 class Model(torch.nn.Module):
     """A lookup, a product at 4 bits, and one with bits for each row."""
 
-    def __init__(self, packed: BlockedWeight, rows: int) -> None:
+    def __init__(self, packed: Weight, rows: int) -> None:
         super().__init__()
         self.packed, self.bits = packed, torch.tensor(BITS)[torch.arange(rows) % 3]
 
     def forward(self, x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        (uniform,) = prepared_linear(x, [self.packed], 4)
-        (mixed,) = prepared_linear(x, [self.packed], self.bits)
-        return prepared_lookup(index, self.packed, 2, torch.float32), uniform, mixed
+        uniform = self.packed.linear(x, 4)
+        mixed = self.packed.linear(x, self.bits)
+        return self.packed.lookup(index, 2, torch.float32), uniform, mixed
 
 
 def inputs(seed: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -115,32 +115,32 @@ class Marked(Tensor):
 
 def test_modes_and_subclasses_see_the_op(packed, seed):
     x, index = inputs(seed, 3)
-    expected, rows = prepared_linear(x, [packed], 4)[0], decode(packed.unpack(), 2)[index]
+    expected, rows = packed.linear(x, 4), decode(packed.stored(), 2)[index]
     with Counting() as mode:
-        assert torch.equal(prepared_linear(x, [packed], 4)[0], expected)
-        assert torch.equal(prepared_lookup(index, packed, 2, torch.float32), rows)
-    assert mode.seen.count("bitstrata.prepared_linear.default") == 1
-    assert mode.seen.count("bitstrata.prepared_lookup.default") == 1
+        assert torch.equal(packed.linear(x, 4), expected)
+        assert torch.equal(packed.lookup(index, 2, torch.float32), rows)
+    assert mode.seen.count("bitstrata.linear.default") == 1
+    assert mode.seen.count("bitstrata.lookup.default") == 1
     with Negating():
-        assert torch.equal(prepared_linear(x, [packed], 4)[0], -expected)
-        assert torch.equal(prepared_lookup(index, packed, 2, torch.float32), -rows)
-    marked = prepared_linear(x.as_subclass(Marked), [packed], 4)[0]
+        assert torch.equal(packed.linear(x, 4), -expected)
+        assert torch.equal(packed.lookup(index, 2, torch.float32), -rows)
+    marked = packed.linear(x.as_subclass(Marked), 4)
     assert type(marked) is Marked
     assert torch.equal(marked.as_subclass(Tensor), expected)
     parameter = torch.nn.Parameter(x, requires_grad=False)
-    assert torch.equal(prepared_linear(parameter, [packed], 4)[0], expected)
+    assert torch.equal(packed.linear(parameter, 4), expected)
 
 
 def test_values_that_torch_has_not_written_yet(packed, seed):
     x = normal(seed, 3, K)
     negative = torch.complex(x, x).conj().imag
     assert negative.is_neg()
-    assert torch.equal(prepared_linear(negative, [packed], 4)[0], prepared_linear(-x, [packed], 4)[0])
-    zeros = prepared_linear(torch._efficientzerotensor((3, K)), [packed], 4)[0]
+    assert torch.equal(packed.linear(negative, 4), packed.linear(-x, 4))
+    zeros = packed.linear(torch._efficientzerotensor((3, K)), 4)
     assert torch.equal(zeros, torch.zeros(3, N))
     bits = torch._neg_view(torch.tensor([-2, -4, -6], dtype=torch.int8))
-    expected = prepared_linear(x, [packed], torch.tensor([2, 4, 6]))[0]
-    assert torch.equal(prepared_linear(x, [packed], bits)[0], expected)
+    expected = packed.linear(x, torch.tensor([2, 4, 6]))
+    assert torch.equal(packed.linear(x, bits), expected)
 
 
 def test_ordinary_calls_go_straight_to_the_kernel(packed, seed, monkeypatch):
@@ -191,6 +191,7 @@ def test_no_other_state_is_plain(seed):
     look("parameter")(torch.nn.Parameter(x))
     look("lazily negated")(torch._neg_view(x))
     look("lazily zero")(torch._efficientzerotensor((3, K)))
-    assert len(seen) == 14
+    look("meta")(x.to("meta"))
+    assert len(seen) == 15
     assert not any(seen.values()), seen
     assert is_plain(x)

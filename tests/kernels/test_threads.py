@@ -14,8 +14,7 @@ import pytest
 import torch
 from helpers import random_weight
 
-from bitstrata.kernels import registry
-from bitstrata.kernels.cpu import BlockedWeight
+from bitstrata.kernels import pack
 from bitstrata.kernels.cpu.extension import native
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native kernels are not built")
@@ -27,38 +26,37 @@ PATIENCE = 20  # seconds that a child may take for what takes milliseconds
 
 @pytest.fixture
 def problem(seed):
-    """A kernel, weights, activations, and the results of one thread."""
-    kernel = registry._KERNELS[f"{BEST}-int8"]
-    weights = [BlockedWeight.pack(random_weight(N + i, K, seed=seed + i)) for i in range(4)]
+    """Weights, activations, and the results of one thread."""
+    weights = [pack(random_weight(N + i, K, seed=seed + i), kernel=f"{BEST}-int8") for i in range(4)]
     xs = [torch.randn(i + 3, K, generator=torch.Generator().manual_seed(seed + i)) for i in range(4)]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    expected = [kernel.linear(x, weight, 3) for x, weight in zip(xs, weights, strict=True)]
-    yield kernel, weights, xs, expected
+    expected = [weight.linear(x, 3) for x, weight in zip(xs, weights, strict=True)]
+    yield weights, xs, expected
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("callers", [2, 4])
 def test_calls_from_several_threads(problem, count, callers):
-    kernel, weights, xs, expected = problem
+    weights, xs, expected = problem
     torch.set_num_threads(count)
 
     def work(caller):
         torch.set_num_threads(count)  # OpenMP keeps it for each thread
-        return all(torch.equal(kernel.linear(xs[caller], weights[caller], 3), expected[caller]) for _ in range(25))
+        return all(torch.equal(weights[caller].linear(xs[caller], 3), expected[caller]) for _ in range(25))
 
     with ThreadPoolExecutor(callers) as pool:
         assert all(pool.map(work, range(callers)))
 
 
 def test_packing_and_decoding_from_several_threads(problem):
-    _, weights, _, _ = problem
-    expected = [weight.unpack() for weight in weights]
+    weights, _, _ = problem
+    expected = [weight.stored() for weight in weights]
 
     def work(caller):
         torch.set_num_threads(2)
-        packed = BlockedWeight.pack(expected[caller])
+        packed = pack(expected[caller], kernel=f"{BEST}-int8")
         return all(map(torch.equal, packed.planes, weights[caller].planes))
 
     with ThreadPoolExecutor(4) as pool:
@@ -94,7 +92,7 @@ def ended(child):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_out_of_memory_in_a_thread_of_the_pool_reaches_the_caller(problem):
     """In a process of its own: an exception that leaves a thread ends the process."""
-    kernel, weights, xs, expected = problem
+    weights, xs, expected = problem
 
     def out_of_memory():
         for _ in range(20):
@@ -102,7 +100,7 @@ def test_out_of_memory_in_a_thread_of_the_pool_reaches_the_caller(problem):
                 native.meet(3, True)
             assert native.meet(3, False) == 3, "the pool goes on with all its threads"
         torch.set_num_threads(3)
-        assert torch.equal(kernel.linear(xs[0], weights[0], 3), expected[0])
+        assert torch.equal(weights[0].linear(xs[0], 3), expected[0])
 
     assert ended(fork(out_of_memory)) == "well"
 
@@ -114,17 +112,17 @@ def test_children_forked_while_the_threads_fall_asleep(problem, seed):
 
     Eight threads fall asleep some 50 us after a call; a child that inherited their pool hung in 2 of 100 forks then.
     """
-    kernel, weights, xs, expected = problem
+    weights, xs, expected = problem
     torch.set_num_threads(8)
     moment = random.Random(seed)
 
     def child():
-        assert all(torch.equal(kernel.linear(xs[1], weights[1], 3), expected[1]) for _ in range(3))
+        assert all(torch.equal(weights[1].linear(xs[1], 3), expected[1]) for _ in range(3))
 
     children = []
     for _ in range(FORKS):
         for _ in range(3):
-            assert torch.equal(kernel.linear(xs[0], weights[0], 3), expected[0])
+            assert torch.equal(weights[0].linear(xs[0], 3), expected[0])
         until = time.perf_counter() + moment.uniform(0, 150e-6)
         while time.perf_counter() < until:
             pass
@@ -132,23 +130,23 @@ def test_children_forked_while_the_threads_fall_asleep(problem, seed):
         if len(children) == 10:  # those that hang do so side by side
             assert {ended(child) for child in children} == {"well"}
             children = []
-    assert torch.equal(kernel.linear(xs[0], weights[0], 3), expected[0]), "the parent goes on"
+    assert torch.equal(weights[0].linear(xs[0], 3), expected[0]), "the parent goes on"
 
 
 @forks
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_children_forked_while_another_thread_computes(problem):
-    kernel, weights, xs, expected = problem
+    weights, xs, expected = problem
     torch.set_num_threads(3)
     stop = threading.Event()
 
     def compute():
         torch.set_num_threads(3)
         while not stop.is_set():
-            kernel.linear(xs[0], weights[0], 3)
+            weights[0].linear(xs[0], 3)
 
     def child():
-        assert all(torch.equal(kernel.linear(xs[1], weights[1], 3), expected[1]) for _ in range(3))
+        assert all(torch.equal(weights[1].linear(xs[1], 3), expected[1]) for _ in range(3))
 
     with ThreadPoolExecutor(1) as other:
         computing = other.submit(compute)
@@ -163,17 +161,17 @@ def test_children_forked_while_another_thread_computes(problem):
 @forks
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_child_has_threads_of_its_own_and_so_has_its_child(problem):
-    kernel, weights, xs, expected = problem
+    weights, xs, expected = problem
     torch.set_num_threads(3)
     assert native.meet(3, False) == 3
 
     def grandchild():
         assert native.meet(4, False) == 4
-        assert torch.equal(kernel.linear(xs[2], weights[2], 3), expected[2])
+        assert torch.equal(weights[2].linear(xs[2], 3), expected[2])
 
     def child():
         assert native.meet(3, False) == 3
-        assert torch.equal(kernel.linear(xs[1], weights[1], 3), expected[1])
+        assert torch.equal(weights[1].linear(xs[1], 3), expected[1])
         assert ended(fork(grandchild)) == "well"
 
     assert ended(fork(child)) == "well"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from helpers import assert_same_weight, random_weight
 
 from bitstrata.errors import KernelError
-from bitstrata.kernels import Problem, describe, select
+from bitstrata.kernels import describe, pack, select
 from bitstrata.kernels.triton import KERNEL, TiledWeight, config
 from bitstrata.planes import PlaneWeight
 
@@ -21,20 +23,22 @@ layouts = pytest.mark.parametrize(("scales", "group_size"), LAYOUTS, ids=str)
 
 
 @layouts
-@pytest.mark.parametrize("step", [None, 1], ids=["at-once", "16-rows-at-a-time"])
-def test_unpack_gives_the_weight_back(scales, group_size, step, seed, monkeypatch):
-    if step is not None:
-        monkeypatch.setattr("bitstrata.kernels.triton.tiled.STEP", step)
-    for shape in ((1, 1), (16, 256), (37, 301), (17, 33), (3, 1100)):
-        weight = random_weight(*shape, ALL_BITS, group_size, scales, seed)
-        assert_same_weight(TiledWeight.pack(weight).unpack(), weight)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 256), (37, 301), (17, 33), (3, 1100)], ids=str)
+def test_unpack_gives_the_weight_back(scales, group_size, shape, seed, monkeypatch):
+    weight = random_weight(*shape, ALL_BITS, group_size, scales, seed)
+    assert_same_weight(TiledWeight.pack(weight, KERNEL).stored(), weight)
+    monkeypatch.setattr("bitstrata.kernels.triton.tiled.STEP", 1)  # a block of 16 rows at a time
+    assert_same_weight(TiledWeight.pack(weight, KERNEL).stored(), weight)
 
 
-def test_copies_and_pickles_hold_the_same_weight(seed):
+def test_copies_and_pickles_hold_the_same_weight(seed, monkeypatch):
     weight = random_weight(37, 301, (2, 3), 43, "affine8", seed)
-    tiled = TiledWeight.pack(weight)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    tiled = pack(weight, kernel="triton")
     for other in (copy.deepcopy(tiled), pickle.loads(pickle.dumps(tiled))):
-        assert_same_weight(other.unpack(), weight)
+        assert other.layout == "tiled"
+        assert_same_weight(other.stored(), weight)
         assert other.planes[0].data_ptr() != tiled.planes[0].data_ptr()
 
 
@@ -46,7 +50,7 @@ def test_a_tile_is_what_the_head_of_the_file_says(seed):
     plane = torch.zeros(48, 24, dtype=torch.int64)
     plane[row, column // 32] = 1 << column % 32
     plane = torch.where(plane >= 2**31, plane - 2**32, plane).int()
-    words = TiledWeight.pack(replace(weight, planes=(plane,))).planes[0].view(3, 3, 8, 4, 2, 2)
+    words = TiledWeight.pack(replace(weight, planes=(plane,)), KERNEL).planes[0].view(3, 3, 8, 4, 2, 2)
     h, g, v, c, t, e = row % 16 // 8, row % 8, column % 256 // 128, column % 128 // 32, column % 32 // 8, column % 8
     found = words[row // 16, column // 256, g, t, h, v].item()
     assert found & 0xFFFFFFFF == 1 << (4 * c + e // 2 + 16 * (e % 2))
@@ -55,28 +59,31 @@ def test_a_tile_is_what_the_head_of_the_file_says(seed):
 
 def test_common_groups_need_no_padding():
     weight = random_weight(64, 1024, (2, 4), 128)
-    assert TiledWeight.pack(weight).bytes_read(2) == weight.bytes_read(2)
+    assert TiledWeight.pack(weight, KERNEL).bytes_read(2) == weight.bytes_read(2)
 
 
 def test_tensors_that_do_not_fit_are_refused():
-    tiled = TiledWeight.pack(random_weight(37, 301, (2,)))
+    tiled = TiledWeight.pack(random_weight(37, 301, (2,)), KERNEL)
+    rest = 37, 301, tiled.group_size, tiled.kind, KERNEL
     with pytest.raises(ValueError, match=r"plane 1: expected \d+ contiguous entries of torch\.int32"):
-        replace(tiled, planes=(tiled.planes[0], tiled.planes[1][:-1]))
+        TiledWeight((tiled.planes[0], tiled.planes[1][:-1]), tiled.scales, *rest)
     with pytest.raises(ValueError, match="scales for 2 bits: expected"):
-        replace(tiled, scales={2: tiled.scales[2].float()})
+        TiledWeight(tiled.planes, {2: tiled.scales[2].float()}, *rest)
     with pytest.raises(ValueError, match="scales for 3 bits needs as many planes"):
-        replace(tiled, scales={3: tiled.scales[2]})
+        TiledWeight(tiled.planes, {3: tiled.scales[2]}, *rest)
 
 
-def test_mixed_kinds_are_refused():
+def test_mixed_kinds_are_refused(monkeypatch):
     affine, codebook = random_weight(5, 33, (2,)), random_weight(5, 33, (3,), kind="codebook")
     mixed = PlaneWeight(codebook.planes, {**affine.scales, **codebook.scales}, 33, 32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(ValueError, match="affine and codebook"):
-        TiledWeight.pack(mixed)
+        pack(mixed, kernel="triton")
 
 
 def problem(device="cuda", dtype=torch.float16):
-    return Problem(device, dtype, 1, "affine")
+    return device, dtype
 
 
 @pytest.fixture
@@ -88,30 +95,35 @@ def installed(monkeypatch):
 
 @pytest.mark.usefixtures("installed")
 def test_gpus_get_it_and_nothing_else_does(monkeypatch):
-    assert select(problem()) is KERNEL
-    assert KERNEL.can_run(problem("cpu")) == "tensors are on cpu"
-    assert KERNEL.can_run(problem("mps")) == "tensors are on mps"
+    assert select(*problem()) is KERNEL
+    assert KERNEL.can_run(*problem("cpu")) == "tensors are on cpu"
+    assert KERNEL.can_run(*problem("mps")) == "tensors are on mps"
     reason = "activations are torch.float64; float16, bfloat16 and float32 can be used"
-    assert KERNEL.can_run(problem(dtype=torch.float64)) == reason
+    assert KERNEL.can_run(*problem(dtype=torch.float64)) == reason
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert KERNEL.can_run(problem()) == "triton is not installed (pip install 'bitstrata[triton]')"
+    assert KERNEL.can_run(*problem()) == "triton is not installed (pip install 'bitstrata[triton]')"
 
 
 @pytest.mark.usefixtures("installed")
 def test_the_interpreter_only_runs_if_it_is_forced(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    reasons = {report.name: report.reason for report in describe(problem("cpu"))}
+    reasons = {report.name: report.reason for report in describe(*problem("cpu"))}
     assert reasons["triton"] == "the interpreter is for tests: it only runs if it is forced"
-    assert select(problem("cpu")) is not KERNEL
+    assert select(*problem("cpu")) is not KERNEL
     monkeypatch.setenv("BITSTRATA_KERNEL", "triton")
-    assert KERNEL.can_run(problem("cpu")) is None
+    assert select(*problem("cpu")).name == "triton"
 
 
 @pytest.mark.usefixtures("installed")
 def test_forcing_it_on_the_cpu_is_an_error(monkeypatch):
     monkeypatch.setenv("BITSTRATA_KERNEL", "triton")
     with pytest.raises(KernelError, match="BITSTRATA_KERNEL=triton cannot run here: tensors are on cpu"):
-        select(problem("cpu", torch.bfloat16))
+        select(*problem("cpu", torch.bfloat16))
+
+
+def test_the_package_does_not_import_triton():
+    script = "import sys, bitstrata.kernels.triton; sys.exit('bitstrata.kernels.triton.launch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.fixture
@@ -123,8 +135,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_measured_shapes_of_programs_are_kept_and_used(folder):
-    tiled = TiledWeight.pack(random_weight(40, 600, (2, 3, 4), 64))
-    other = TiledWeight.pack(random_weight(24, 600, (2,), 64))
+    tiled = TiledWeight.pack(random_weight(40, 600, (2, 3, 4), 64), KERNEL)
+    other = TiledWeight.pack(random_weight(24, 600, (2,), 64), KERNEL)
     by_rule, cpu = config.few_rows(tiled, 2, 1, False), torch.device("cpu")
     few = {bits: config.FewRows(4, 16, 96) for bits in (2, 3)}
     many = config.ManyRows(1, 4, 32, 3)
@@ -166,5 +178,5 @@ def test_a_file_that_was_damaged_is_named(folder, content):
     path.parent.mkdir(parents=True)
     path.write_text(content)
     with pytest.raises(KernelError, match=r"default\.json is not a file of measured configurations") as caught:
-        config.few_rows(TiledWeight.pack(random_weight(16, 32, (2,), 32)), 2, 1, False)
+        config.few_rows(TiledWeight.pack(random_weight(16, 32, (2,), 32), KERNEL), 2, 1, False)
     assert "delete it" in caught.value.hint

@@ -12,10 +12,9 @@ import pytest
 import torch
 from helpers import assert_linear_close, random_weight
 
-from bitstrata.kernels import plane_linear, plane_linear_rows, prepared_linear, prepared_lookup
+from bitstrata.kernels import pack
 from bitstrata.kernels.triton import KERNEL, TiledWeight
-from bitstrata.planes import PlaneWeight, decode
-from bitstrata.planes.weights import map_scales
+from bitstrata.planes import decode
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -58,10 +57,10 @@ def forced(monkeypatch):
 def make(kind, group_size, seed, bits=ALL_BITS, n=N, k=K):
     """A weight as stored, on the CPU, and tiled, on the device."""
     weight = random_weight(n, k, bits, group_size, kind, seed)
-    tiled = TiledWeight.pack(weight)
+    tiled = TiledWeight.pack(weight, KERNEL)
     planes = tuple(plane.to(DEVICE) for plane in tiled.planes)
     scales = {value: tensor.to(DEVICE) for value, tensor in tiled.scales.items()}
-    return weight, TiledWeight(planes, scales, n, k, group_size, tiled.kind)
+    return weight, TiledWeight(planes, scales, n, k, group_size, tiled.kind, KERNEL)
 
 
 def activations(rows, dtype, seed, k=K):
@@ -71,7 +70,7 @@ def activations(rows, dtype, seed, k=K):
 def linear(x, tiled, bits):
     """On the device, and back."""
     bits = bits.to(DEVICE) if isinstance(bits, torch.Tensor) else bits
-    return prepared_linear(x.to(DEVICE), [tiled], bits)[0].cpu()
+    return tiled.linear(x.to(DEVICE), bits).cpu()
 
 
 def check(y, x, weight, bits, label):
@@ -137,7 +136,7 @@ def test_decoding_is_exact(scales, group_size, seed):
         dtype = list(DTYPES.values())[(at + seed) % 3]
         expected = decode(weight, bits, dtype)
         assert torch.equal(launch.decode(tiled, bits, dtype).cpu(), expected), f"{bits} {dtype}"
-        assert torch.equal(prepared_lookup(index.to(DEVICE), tiled, bits, dtype).cpu(), expected[index])
+        assert torch.equal(tiled.lookup(index.to(DEVICE), bits, dtype).cpu(), expected[index])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 32), (3, 31), (8, 33), (16, 256), (17, 600)], ids=str)
@@ -195,7 +194,7 @@ def test_non_contiguous_activations(kind, seed):
     x = non_contiguous(kind, seed)
     there = x if DEVICE == "cpu" else x.to(DEVICE)
     assert not x.is_contiguous()
-    check(prepared_linear(there, [tiled], 3)[0].cpu(), x, weight, 3, kind)
+    check(tiled.linear(there, 3).cpu(), x, weight, 3, kind)
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,), (4, 0)], ids=str)
@@ -222,24 +221,17 @@ def test_bits_may_be_one_number_on_the_device_that_changes(seed):
 def test_bits_that_the_host_did_not_see_and_nothing_has_become_nan(scales, seed):
     weight, tiled = make(scales, 64, seed, (2, 4))
     x = activations(3, torch.float16, seed)
-    (y,) = KERNEL.linear_many(x.to(DEVICE), [tiled], torch.tensor([2, 3, 4], device=DEVICE))
+    (y,) = tiled.multiply(x.to(DEVICE), [tiled], torch.tensor([2, 3, 4], dtype=torch.int8, device=DEVICE), KERNEL)
     assert y[1].isnan().all()
     check(y[::2][:1].cpu(), x[:1], weight, 2, "beside unknown bits")
     check(y[2:].cpu(), x[2:], weight, 4, "beside unknown bits")
 
 
-def test_the_stored_weight_can_be_used_too(seed):
+def test_a_weight_is_packed_where_it_will_run(seed):
     weight = random_weight(N, K, (2, 3), 64, "affine", seed)
-    there = PlaneWeight(
-        tuple(plane.to(DEVICE) for plane in weight.planes),
-        {bits: map_scales(scales, lambda tensor, _: tensor.to(DEVICE)) for bits, scales in weight.scales.items()},
-        weight.in_features,
-        weight.group_size,
-    )
-    x = activations(2, torch.float16, seed)
-    check(plane_linear(x.to(DEVICE), there, 3).cpu(), x, weight, 3, "stored")
-    y = plane_linear_rows(x.to(DEVICE), there, torch.tensor([2, 3], device=DEVICE)).cpu()
-    check(y[:1], x[:1], weight, 2, "stored rows")
+    packed, x = pack(weight, DEVICE, torch.float16), activations(2, torch.float16, seed)
+    assert (packed.layout, packed.kernel.name) == ("tiled", "triton")
+    check(packed.linear(x.to(DEVICE), 3).cpu(), x, weight, 3, "packed")
 
 
 def test_a_compiler_sees_one_op(seed):
@@ -248,7 +240,7 @@ def test_a_compiler_sees_one_op(seed):
     row_bits = torch.tensor([2, 4, 2], device=DEVICE)
 
     def both(x):
-        return prepared_linear(x, [tiled], 4)[0] + prepared_linear(x, [tiled], row_bits)[0]
+        return tiled.linear(x, 4) + tiled.linear(x, row_bits)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), both(x))
@@ -259,10 +251,10 @@ def test_a_captured_graph_follows_new_bits(seed):
     weight, tiled = make("affine", 64, seed, (2, 4))
     x, row_bits = activations(4, torch.float16, seed), torch.full((4,), 2, dtype=torch.int32, device=DEVICE)
     there = x.to(DEVICE)
-    prepared_linear(there, [tiled], row_bits)  # compiles
+    tiled.linear(there, row_bits)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        (y,) = prepared_linear(there, [tiled], row_bits)
+        y = tiled.linear(there, row_bits)
     for value in (2, 4):
         row_bits.fill_(value)
         graph.replay()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import random_weight
 
-from bitstrata.kernels import plane_linear, plane_linear_rows
+from bitstrata.kernels import pack
 from bitstrata.planes import AffineScales, Codebook
 
 N, K = 19, 301
@@ -39,9 +39,9 @@ def activations(rows, seed):
 def check_both(promise, weight, x, label):
     """At each bits, and with rows at different bits."""
     for bits in BITS:
-        promise(weight, bits)(plane_linear(x, weight, bits), x, label)
+        promise(weight, bits)(pack(weight).linear(x, bits), x, label)
     row_bits = torch.tensor(BITS)[torch.arange(len(x)) % len(BITS)]
-    y = plane_linear_rows(x, weight, row_bits)
+    y = pack(weight).linear(x, row_bits)
     for bits in row_bits.unique().tolist():
         promise(weight, bits)(y[row_bits == bits], x[row_bits == bits], f"{label}, mixed")
 
@@ -62,8 +62,8 @@ def test_an_outlier_spoils_its_own_chunk_only(scales, group_size, seed):
     rest[:, :256] = 0
     spike[:, 0] = 1e3
     for bits in BITS:
-        together = plane_linear(rest + spike, weight, bits)
-        apart = plane_linear(rest, weight, bits) + plane_linear(spike, weight, bits)
+        together = pack(weight).linear(rest + spike, bits)
+        apart = pack(weight).linear(rest, bits) + pack(weight).linear(spike, bits)
         # float32 leaves 1e-3 of results of about 1e3; one scale for both would be off by 1
         torch.testing.assert_close(together, apart, rtol=0, atol=0.01)
 
@@ -78,7 +78,7 @@ def test_denormals_and_the_edge_of_zero(promise, scales, group_size, seed):
         x[1, ::2] *= tiny
         x[2, 200:] = tiny
         for bits in BITS:
-            y = plane_linear(x, weight, bits)
+            y = pack(weight).linear(x, bits)
             promise(weight, bits)(y[1:], x[1:], f"tiny={tiny}")
             exact = x[0].double().abs().sum() * 10
             assert y[0].abs().max() <= exact, f"tiny={tiny} bits={bits}"  # also false for NaN
@@ -98,7 +98,7 @@ def test_a_row_of_zeros_gives_zeros(scales, group_size, seed):
         x[3] = 0
         for rows in (slice(3, 4), slice(0, 9), slice(0, 17)):
             for bits in BITS:
-                y = plane_linear(x[rows], weight, bits)
+                y = pack(weight).linear(x[rows], bits)
                 assert torch.equal(y[x[rows].abs().sum(1) == 0], torch.zeros(1, N, dtype=dtype))
 
 
@@ -113,13 +113,13 @@ def test_a_row_that_is_not_finite_stays_alone(promise, scales, group_size, seed)
         x = activations(7, seed).to(dtype)
         x[4, column] = value
         for bits in BITS:
-            y = plane_linear(x, weight, bits)
+            y = pack(weight).linear(x, bits)
             assert not y[4].isfinite().any()
             promise(weight, bits)(y[finite], x[finite], "beside a row that is not finite")
-        y = plane_linear_rows(x, weight, row_bits)
+        y = pack(weight).linear(x, row_bits)
         assert not y[4].isfinite().any()
         assert y[finite].isfinite().all()
-        assert not plane_linear(x[4:5], weight, 3).isfinite().any()
+        assert not pack(weight).linear(x[4:5], 3).isfinite().any()
 
 
 def negative(scale):

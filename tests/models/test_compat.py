@@ -22,7 +22,7 @@ OF_TORCH = {"_C", "_buffers", "_current_level", "_modules", "_parameters", "_set
 DOCUMENTED = {  # submodules of transformers that its documentation imports from
     "transformers.generation.streamers",
     "transformers.pytorch_utils",
-    "transformers.quantizers",
+    "transformers.quantizers.base",
     "transformers.quantizers.auto",
     "transformers.utils",
     "transformers.utils.quantization_config",
@@ -121,6 +121,13 @@ def test_control_tokens_are_read_where_a_tokenizer_lists_them():
     assert compat.text_control_tokens(tokenizer) is None
     tokenizer.chat_control_tokens = ["<tool>"]
     assert compat.text_control_tokens(tokenizer) == ["<tool>"]
+
+
+def test_every_byte_has_a_character_in_byte_level_vocabularies():
+    """Else streamed text breaks where a character's bytes come in several tokens."""
+    characters = compat.byte_level_characters()
+    assert sorted(characters.values()) == list(range(256))
+    assert characters["Ġ"] == ord(" ")
 
 
 def test_a_file_of_a_model_is_found_in_a_folder_and_missing_without_an_error(tmp_path, monkeypatch):

@@ -148,8 +148,9 @@ def test_layers_of_a_placed_model_are_prepared_and_hooks_know_their_tensors(out,
     model = placed(out, tmp_path)
     layers = [module for module in model.modules() if isinstance(module, PlaneLinear)]
     unprepared = bitstrata.load(out)
-    expected = [(module.prepared is not None) for module in unprepared.modules() if isinstance(module, PlaneLinear)]
-    assert [layer.prepared is not None for layer in layers] == expected
+    unhooked = [module for module in unprepared.modules() if isinstance(module, PlaneLinear)]
+    expected = [module.packed.layout != "stored" for module in unhooked]
+    assert [layer.packed.layout != "stored" for layer in layers] == expected
     remove_hook_from_module(model, recurse=True)
     for layer in layers:
         assert not hasattr(layer, "_hf_hook")

@@ -36,13 +36,13 @@ def pair(quantized):
 def calls(monkeypatch):
     """How many weights each shared call had."""
     counts = []
-    real = fused.prepared_linear
+    real = fused.linear_many
 
     def counting(x, weights, bits):
         counts.append(len(weights))
         return real(x, weights, bits)
 
-    monkeypatch.setattr(fused, "prepared_linear", counting)
+    monkeypatch.setattr(fused, "linear_many", counting)
     return counts
 
 

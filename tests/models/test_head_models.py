@@ -151,12 +151,12 @@ def test_copies_pickles_and_moves_keep_the_tie(name, quantized):
 def test_a_tied_model_holds_the_planes_once(quantized):
     model = bitstrata.load(quantized("llama-tied")[1], device="cpu")
     embedding = model.model.embed_tokens
-    assert embedding.prepared is not None
+    assert embedding.packed.layout != "stored"
     owners = [
         name for name, value in model.named_buffers() if value.numel() and ("embed_tokens" in name or "lm_head" in name)
     ]
     assert owners
-    assert all(name.startswith("model.embed_tokens.prepared_") for name in owners)
+    assert all(name.startswith("model.embed_tokens.packed_") for name in owners)
     stored = CheckpointReader(quantized("llama-tied")[1]).spec
     assert "lm_head" not in stored.layers
     assert stored.layers["model.embed_tokens"].tied == "lm_head"

@@ -41,7 +41,7 @@ def test_every_layer_is_prepared_and_holds_nothing_twice(name, load, quantized):
     layers = layers_of(load(quantized(name)[2]))
     assert layers
     for layer in layers:
-        assert layer.prepared is not None
+        assert layer.packed.layout != "stored"
         assert {key.partition("_")[0] for key, _ in layer.named_buffers()} == {"prepared", "weight"}
 
 
@@ -57,7 +57,7 @@ def test_what_a_prepared_model_saves_is_what_was_stored(name, quantized, tmp_pat
     for key, tensor in before.items():
         assert after[key].dtype == tensor.dtype, key
         assert torch.equal(after[key], tensor), key
-    assert all(layer.prepared is not None for layer in layers_of(model)), "saving leaves the model as it was"
+    assert all(layer.packed.layout != "stored" for layer in layers_of(model)), "saving leaves the model as it was"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -68,7 +68,7 @@ def test_changing_dtype_after_loading_equals_loading_in_that_dtype(dtype, quanti
     with torch.no_grad():
         for bits in (2, 8):
             assert torch.equal(moved(ids, bits=bits).logits, loaded(ids, bits=bits).logits)
-    assert all(layer.prepared is not None for layer in layers_of(moved))
+    assert all(layer.packed.layout != "stored" for layer in layers_of(moved))
 
 
 def test_the_reference_can_be_forced_on_a_loaded_model(quantized, monkeypatch):
@@ -77,7 +77,7 @@ def test_the_reference_can_be_forced_on_a_loaded_model(quantized, monkeypatch):
     prepared = bitstrata.load(out)
     monkeypatch.setenv(registry.ENVIRONMENT, "reference")
     plain = bitstrata.load(out)
-    assert all(layer.prepared is None for layer in layers_of(plain))
+    assert all(layer.packed.layout == "stored" for layer in layers_of(plain))
     with torch.no_grad():
         for bits in (2, 8):
             assert torch.equal(prepared(ids, bits=bits).logits, plain(ids, bits=bits).logits)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from bitstrata import load
 from bitstrata.calibration import read_text
 from bitstrata.demonstration.run import MODEL
-from bitstrata.kernels import Problem, registry, select
+from bitstrata.kernels import registry, select
 from bitstrata.kernels.cpu import missing
 from bitstrata.models import load_tokenizer
 
@@ -38,7 +38,7 @@ def divergence(p, q):
 
 
 def test_int8_activations_on_a_trained_model(trained, windows, monkeypatch):
-    isa = select(Problem("cpu", torch.float32, 1, "affine")).name
+    isa = select("cpu", torch.float32).name
     original, model = AutoModelForCausalLM.from_pretrained(MODEL), load(trained, dtype=torch.float32)
     monkeypatch.setenv(registry.ENVIRONMENT, f"{isa}-exact")
     with torch.no_grad():

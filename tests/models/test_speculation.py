@@ -14,11 +14,11 @@ from transformers.generation.streamers import BaseStreamer
 import bitstrata
 from bitstrata.demonstration.run import MODEL
 from bitstrata.errors import UnsupportedBitsError, UsageError
-from bitstrata.kernels.registry import Problem, describe
+from bitstrata.kernels.registry import describe
 from bitstrata.models import speculation
 from bitstrata.models.speculation import DraftLength, Speculation, _accept
 
-PROBLEM = Problem("cpu", torch.float32, 1, "affine8")
+PROBLEM = "cpu", torch.float32
 PROMPTS = ("def read_lines(path):\n", "import os\n\n\nclass Reader:\n    def")
 
 

@@ -37,7 +37,7 @@ class Attention(nn.Module):
             weight = random_weight(5 + 16 * index, K, seed=seed + index, **options)
             bias = torch.ones(weight.out_features) if name == "k_proj" else None
             layer = PlaneLinear.from_weight(weight, bias, name=name, state=state)
-            layer.prepare()
+            layer.pack()
             setattr(self, name, layer)
 
     def forward(self, x):
@@ -61,13 +61,13 @@ def pair(seed):
 def calls(monkeypatch):
     """How many weights each shared call had."""
     counts = []
-    real = fused.prepared_linear
+    real = fused.linear_many
 
     def counting(x, weights, bits):
         counts.append(len(weights))
         return real(x, weights, bits)
 
-    monkeypatch.setattr(fused, "prepared_linear", counting)
+    monkeypatch.setattr(fused, "linear_many", counting)
     return counts
 
 
@@ -178,7 +178,7 @@ def test_bits_of_each_row(pair, calls, seed):
     x, bits = activations(seed), torch.tensor([2, 4, 3])
     with use_bits(alone, bits), use_bits(together, bits):
         assert_equal(together(x), alone(x))
-    assert calls == [], "rows of different bits do not share calls"
+    assert calls == [3], "these rows have the same bits in all layers"
 
 
 def test_from_a_number_to_rows_between_calls(pair, seed):
@@ -313,13 +313,13 @@ def test_a_copy_shares_among_its_own_layers(pair, calls, copied, seed):
     assert torch.equal(together.k_proj(x), alone.k_proj(x)), "the original goes on"
 
 
-def test_layers_that_are_not_prepared_do_not_share(pair, calls, seed):
+def test_a_layer_that_is_not_packed_does_not_share(pair, calls, seed):
     alone, together = pair
-    together.v_proj.restore()
-    alone.v_proj.restore()
+    together.v_proj.unpack()
+    alone.v_proj.unpack()
     x = activations(seed)
     assert_equal(together(x), alone(x))
-    assert calls == []
+    assert calls == [2]
 
 
 def test_new_weights_between_calls(pair, seed):

@@ -19,7 +19,7 @@ def embedding(N, K, *, bits=6, scales="affine", tied=True, dtype=torch.float32, 
     weight = random_weight(N, K, (bits,), 32, scales, seed)
     made = PlaneEmbedding.from_weight(weight, dtype=dtype)
     head = TiedHead(made) if tied else None
-    made.prepare()
+    made.pack()
     return weight, made, head
 
 
@@ -39,9 +39,9 @@ def test_rows_are_exactly_those_of_the_decoded_weight(N, K, tied, scales, dtype,
 
 
 def test_many_rows_are_decoded_a_tile_at_a_time(monkeypatch, seed):
-    from bitstrata.kernels.cpu import kernel
+    from bitstrata.kernels.cpu import blocked
 
-    monkeypatch.setattr(kernel, "TILE_WEIGHTS", 2 * 16 * 96)
+    monkeypatch.setattr(blocked, "TILE_WEIGHTS", 2 * 16 * 96)
     weight, module, _ = embedding(300, 96, seed=seed)
     ids = torch.randint(0, 300, (500,), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(module(ids), decode(weight, 6)[ids])
@@ -100,8 +100,8 @@ def test_only_the_embedding_stores_moves_and_counts_the_planes():
 
 def test_an_embedding_alone_stays_in_the_stored_order():
     _, module, _ = embedding(33, 64, tied=False)
-    module.prepare()
-    assert module.prepared is None
+    module.pack()
+    assert module.packed.layout == "stored"
     assert multiplied_layers(module) == []
 
 
@@ -121,28 +121,7 @@ def test_the_lookup_is_one_node_for_a_compiler(tied):
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     assert torch.equal(compiled(ids), decode(weight, 6)[ids])
-    arguments = module.plane_weight()
-    torch.library.opcheck(
-        torch.ops.bitstrata.plane_lookup.default,
-        (
-            ids, list(arguments.planes), [arguments.scales[6].scale, arguments.scales[6].offset], "affine", [6], 32,
-            6, 64, torch.bfloat16,
-        ),
-    )  # fmt: skip
-
-
-def test_the_lookup_of_a_prepared_weight_passes_the_checks_of_torch():
-    _, module, _ = embedding(40, 64)
-    if module.prepared is None:
-        pytest.skip("the native kernels are not built")
-    packed = module.prepared
-    torch.library.opcheck(
-        torch.ops.bitstrata.prepared_lookup.default,
-        (
-            torch.tensor([[1, 39], [0, 7]]), list(packed.planes), [packed.scales[6]], [6], packed.layout,
-            packed.out_features, packed.group_size, packed.kind, 6, 64, torch.float16,
-        ),
-    )  # fmt: skip
+    torch.library.opcheck(torch.ops.bitstrata.lookup.default, (ids, *module.packed.arguments(6), 6, torch.bfloat16))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -151,7 +130,7 @@ def test_gradients_through_a_tied_head(rows, bias, seed):
     weight, _, _ = embedding(65, 70, seed=seed)
     made = PlaneEmbedding.from_weight(weight)
     head = TiedHead(made, bias)
-    made.prepare()
+    made.pack()
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, rows, 70, generator=generator).requires_grad_()
     g = torch.randn(2, rows, 65, generator=generator)

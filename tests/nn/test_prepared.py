@@ -38,8 +38,8 @@ def layer_of(scales="affine", seed=0, dtype=torch.float32, bias=True):
 
 def prepared_layer(*arguments, **options):
     layer = layer_of(*arguments, **options)
-    layer.prepare()
-    assert layer.prepared is not None
+    layer.pack()
+    assert layer.packed.layout != "stored"
     return layer
 
 
@@ -50,7 +50,7 @@ def activations(seed, dtype=torch.float32, rows=5):
 def assert_right(layer, seed, dtype=torch.float32):
     """At each bits, and row by row, within what the kernel that runs promises."""
     x = activations(seed, dtype)
-    kernel = registry.select(registry.Problem("cpu", dtype, len(x), layer.kind))
+    kernel = layer.packed.kernel_for(len(x), dtype)
     weight, bias = stored(layer.kind, seed), layer.bias
     layer.bias = None
     row_bits = torch.tensor([2, 4, 3, 3, 2])
@@ -76,13 +76,13 @@ def test_a_prepared_layer_computes_the_same_thing(scales, dtype, seed):
 def test_the_state_dict_is_that_of_the_stored_layer(scales, seed):
     layer = layer_of(scales, seed)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    layer.prepare()
+    layer.pack()
     after = layer.state_dict()
     assert sorted(after) == sorted(before)
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype, name
         assert torch.equal(after[name], tensor), name
-    layer.restore()
+    layer.unpack()
     assert sorted(layer.state_dict()) == sorted(before)
     assert_same_weight(layer.plane_weight(), stored(scales, seed))
 
@@ -115,25 +115,25 @@ def test_nothing_is_held_twice(seed):
     """Prepared, the layer has the kernel's tensors and the placeholder; restored, the stored ones."""
     layer = PlaneLinear.from_weight(random_weight(64, 512, BITS, 128, seed=seed))
     size = sum(tensor.nbytes for tensor in layer.buffers())
-    layer.prepare()
-    assert {name.rpartition("_")[0] or name for name, _ in layer.named_buffers()} == {"prepared", "weight"}
+    layer.pack()
+    assert {name.rpartition("_")[0] or name for name, _ in layer.named_buffers()} == {"packed", "weight"}
     assert sum(tensor.nbytes for tensor in layer.buffers()) == size, "nothing is padded at this shape"
     held = {tensor.data_ptr() for tensor in layer.buffers() if tensor.numel()}
-    assert held == {t.data_ptr() for t in [*layer.prepared.planes, *layer.prepared.scales.values()]}
+    assert held == {t.data_ptr() for t in [*layer.packed.planes, *layer.packed.scales.values()]}
     assert not any(hasattr(layer, name) for name in ("plane_0", "scale_2", "offset_4"))
-    layer.restore()
-    assert not any(name.startswith("prepared") for name, _ in layer.named_buffers())
+    layer.unpack()
+    assert not any(name.startswith("packed") for name, _ in layer.named_buffers())
     assert sum(tensor.nbytes for tensor in layer.buffers()) == size
 
 
 def test_preparing_and_restoring_twice_is_as_once(seed):
     layer = prepared_layer(seed=seed)
-    packed = layer.prepared
-    layer.prepare()
-    assert layer.prepared is packed
-    layer.restore()
-    layer.restore()
-    assert layer.prepared is None
+    packed = layer.packed
+    layer.pack()
+    assert layer.packed is packed
+    layer.unpack()
+    layer.unpack()
+    assert layer.packed.layout == "stored"
     assert_same_weight(layer.plane_weight(), stored(seed=seed))
 
 
@@ -143,13 +143,7 @@ def test_bytes_read_are_those_of_the_stored_tensors(scales, seed):
     for _ in range(2):  # not prepared, then prepared
         for bits in BITS:
             assert layer.bytes_read(bits) == stored(scales, seed).bytes_read(bits)
-        layer.prepare()
-
-
-def test_plane_weight_of_some_bits(seed):
-    layer = prepared_layer(seed=seed)
-    assert_same_weight(layer.plane_weight((2,)), stored(seed=seed).prefix(2))
-    assert_same_weight(layer.plane_weight((3, 2)), stored(seed=seed).prefix(3))
+        layer.pack()
 
 
 def through_torch(module):
@@ -187,15 +181,15 @@ def test_copies_compute_the_same_and_share_nothing(scales, copied, seed):
 def test_a_copy_holds_nothing_twice_either(copied, seed):
     twin = copied(prepared_layer(seed=seed))
     buffers = {tensor.data_ptr() for tensor in twin.buffers() if tensor.numel()}
-    assert twin.prepared is None or buffers == {
-        tensor.data_ptr() for tensor in [*twin.prepared.planes, *twin.prepared.scales.values()]
+    assert twin.packed.layout == "stored" or buffers == {
+        tensor.data_ptr() for tensor in [*twin.packed.planes, *twin.packed.scales.values()]
     }
 
 
 def test_a_pickle_is_about_as_large_as_the_layer(seed):
     layer = PlaneLinear.from_weight(random_weight(64, 512, BITS, 128, seed=seed))
     plain = len(pickle.dumps(layer))
-    layer.prepare()
+    layer.pack()
     assert len(pickle.dumps(layer)) < 1.2 * plain
 
 
@@ -223,24 +217,26 @@ def test_changing_dtype_leaves_the_weight_alone(scales, change, seed):
 
 def test_a_layer_stays_prepared_where_the_kernels_run(seed):
     layer = prepared_layer(seed=seed)
-    assert layer.half().prepared is not None
-    assert layer.double().prepared is None
+    assert layer.half().packed.layout != "stored"
+    assert layer.double().packed.layout == "stored"
 
 
 def test_a_prepared_layer_can_go_to_the_meta_device(seed):
     layer = prepared_layer(seed=seed).to("meta")
-    assert layer.prepared is None
+    assert layer.packed.layout == "stored"
     assert all(tensor.is_meta for tensor in layer.state_dict().values())
     assert layer(torch.empty(2, K, device="meta")).shape == (2, N)
-    layer.prepare()
-    assert layer.prepared is None, "there is nothing to prepare"
+    layer.pack()
+    assert layer.packed.layout == "stored", "there is nothing to prepare"
 
 
 @both_kinds_of_scales
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_the_reference_can_be_forced_after_preparation(scales, dtype, seed, monkeypatch):
-    layer, x = prepared_layer(scales, seed, bias=False), activations(seed, dtype)
-    monkeypatch.setenv(registry.ENVIRONMENT, "reference")
+def test_the_reference_can_be_forced(scales, dtype, seed, monkeypatch):
+    """Where the weight is packed; what the environment says later changes nothing."""
+    layer, x = layer_of(scales, seed, dtype, bias=False), activations(seed, dtype)
+    layer.pack("reference")
+    monkeypatch.setenv(registry.ENVIRONMENT, "scalar")
     for bits in BITS:
         with use_bits(layer, bits):
             assert torch.equal(layer(x), torch.nn.functional.linear(x, decode(stored(scales, seed), bits, dtype)))
@@ -248,21 +244,20 @@ def test_the_reference_can_be_forced_after_preparation(scales, dtype, seed, monk
         assert torch.equal(
             layer(x)[:1], torch.nn.functional.linear(x[[0, 4]], decode(stored(scales, seed), 2, dtype))[:1]
         )
-    assert layer.prepared is not None
 
 
 def test_a_forced_reference_prepares_nothing(seed, monkeypatch):
     monkeypatch.setenv(registry.ENVIRONMENT, "reference")
     layer = layer_of(seed=seed)
-    layer.prepare()
-    assert layer.prepared is None
+    layer.pack()
+    assert layer.packed.layout == "stored"
     assert_right(layer, seed)
 
 
 def test_a_layer_of_float64_stays_as_it_is(seed):
     layer = layer_of(seed=seed, dtype=torch.float64)
-    layer.prepare()
-    assert layer.prepared is None
+    layer.pack()
+    assert layer.packed.layout == "stored"
     assert_right(layer, seed, torch.float64)
 
 
@@ -277,7 +272,7 @@ def test_compiled_without_a_graph_break_at_several_bits(backend, seed):
     torch._dynamo.reset()
     model = plane_model(seed, bias=True)
     for layer in model:
-        layer.prepare()
+        layer.pack()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     x = torch.randn(4, 70)
     for bits in (2, 4, torch.tensor([2, 4, 3, 3]), 2, {"0": 2, "1": 4}):
@@ -300,13 +295,13 @@ def test_inference_mode_and_autocast(seed):
 def packs(monkeypatch):
     """The weights that were packed since."""
     packed = []
-    real = BlockedWeight.pack
+    real = BlockedWeight.pack.__func__
 
-    def counting(weight):
+    def counting(cls, weight, kernel, **options):
         packed.append(weight)
-        return real(weight)
+        return real(cls, weight, kernel, **options)
 
-    monkeypatch.setattr(BlockedWeight, "pack", counting)
+    monkeypatch.setattr(BlockedWeight, "pack", classmethod(counting))
     return packed
 
 
@@ -331,7 +326,7 @@ LOADS = {
 def test_loading_leaves_a_layer_prepared_and_no_call_packs(scales, load, packs, seed):
     source, target = prepared_layer(scales, seed), prepared_layer(scales, seed + 1)
     load(target, source.state_dict())
-    assert target.prepared is not None
+    assert target.packed.layout != "stored"
     assert target.fused is None
     packs.clear()
     assert_right(target, seed)
@@ -350,9 +345,9 @@ def test_no_call_on_a_copy_packs(copied, packs, seed):
 def test_a_layer_that_nobody_prepared_stays_as_it_is(seed):
     layer = layer_of(seed=seed)
     layer.load_state_dict(layer_of(seed=seed + 1).state_dict())
-    assert layer.prepared is None
-    layer.prepare()
-    layer.restore()
+    assert layer.packed.layout == "stored"
+    layer.pack()
+    layer.unpack()
     layer.load_state_dict(layer_of(seed=seed + 1).state_dict())
-    assert layer.prepared is None
-    assert copy.deepcopy(layer).prepared is None
+    assert layer.packed.layout == "stored"
+    assert copy.deepcopy(layer).packed.layout == "stored"

@@ -135,7 +135,7 @@ def test_layers_are_solved_with_the_gradients_on_the_calibration_windows(
         weight = stored[f"{linear.name}.weight"]
         weight = weight.T.contiguous() if linear.transposed else weight
         expected = AnyPrecision().solve_layer(weight, (2, 3, 4), 32, fisher[linear.name])
-        assert reader.spec.layers[linear.name].scales == "codebook"
+        assert reader.spec.layers[linear.name].decoder == "codebook"
         for bits in (2, 3, 4):
             assert torch.equal(decode(reader.layer(linear.name), bits), decode(expected, bits)), linear.name
 

@@ -151,7 +151,7 @@ def test_an_interrupted_job_ends_with_the_same_bytes(
 
 def test_another_precision_does_not_continue_the_job(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_error", lambda *_: 1 / 0)
+        patch.setattr(stages.Head, "_error", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(sources["tied"], tmp_path / "out", None, head_bits=6, **RTN)
     for other in (5, None):
@@ -164,7 +164,7 @@ def test_another_precision_does_not_continue_the_job(sources: dict[str, Path], t
 
 def test_a_damaged_part_is_named(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_error", lambda *_: 1 / 0)
+        patch.setattr(stages.Head, "_error", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(sources["tied"], tmp_path / "out", None, head_bits=6, **RTN)
     (tmp_path / "out" / ".job" / "embedding.safetensors").write_bytes(b"not a file")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bitstrata
-from bitstrata.nn import Assignment
+from bitstrata.nn import Assignment, bits_state
 from bitstrata.runtime.batching.attention import Span
 from bitstrata.runtime.batching.forward import Forward
 from bitstrata.runtime.batching.memory import BLOCK, TokenPool
@@ -130,16 +130,16 @@ def test_gathered_attention_equals_one_request_after_the_other(bundled, code, wi
     model = bitstrata.load(bundled, dtype=torch.float32)
     for layer in model.model.layers:
         attach_window(layer.self_attn, window)
-    pool = TokenPool(512)
+    pool, state = TokenPool(512), bits_state(model)
     one, together = Forward(model, pool, gather=False), Forward(model, pool, gather=True)
     with torch.no_grad():
         one.attach()
         prompts = [code[:7], code[50:70], code[90:91]]
         starts = [pool.reserve(64).start for _ in prompts]
         for prompt, start in zip(prompts, starts, strict=True):
-            one.run([prompt], [Span(start, 0, len(prompt))], [4])
+            one.run([prompt], [Span(start, 0, len(prompt))], [state.resolve(4)])
         spans = [Span(start, len(prompt), 1) for prompt, start in zip(prompts, starts, strict=True)]
-        step = ([[5], [6], [7]], spans, [2, 3, 4])
+        step = ([[5], [6], [7]], spans, [state.resolve(bits) for bits in (2, 3, 4)])
         torch.testing.assert_close(together.run(*step), one.run(*step), rtol=1e-3, atol=2e-2)
 
 

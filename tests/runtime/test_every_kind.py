@@ -17,7 +17,7 @@ from bitstrata.calibration import evaluation_windows, read_text
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import UnsupportedBitsError, UsageError
 from bitstrata.kernels import registry
-from bitstrata.kernels.registry import Problem, describe
+from bitstrata.kernels.registry import describe
 from bitstrata.nn import bits_state
 from bitstrata.planes import decode
 from bitstrata.runtime import Conversation, Engine, Request
@@ -32,7 +32,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 @pytest.fixture(autouse=True, scope="module")
 def exact():
     """No activations in int8, so that what is computed is what the decoded weights say."""
-    problem = Problem("cpu", torch.float32, 1, "affine8")
+    problem = "cpu", torch.float32
     names = [report.name for report in describe(problem) if report.name.endswith("-exact") and report.reason is None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(registry.ENVIRONMENT, names[0] if names else "reference")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitstrata.solvers import bcq
 from bitstrata.solvers.bcq import Solution, alternate, assign, combine, expand, fit_scales, greedy, objective, sgn
 
 seeds = st.integers(0, 2**31 - 1)
@@ -35,10 +36,24 @@ def draw_signs(seed: int, *shape: int) -> Tensor:
     return sgn(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
 
 
-def alternating(w: Tensor, d: Tensor, count: int, rounds: int, *, asymmetric: bool = True, **options: Any) -> Solution:
+def alternating(w: Tensor, d: Tensor, count: int, rounds: int, *, asymmetric: bool = True) -> Solution:
     """The alternation from a greedy start."""
     start = greedy(w, d, count, asymmetric=asymmetric)
-    return alternate(w, d, start, rounds, asymmetric=asymmetric, **options)
+    return alternate(w, d, start, rounds, asymmetric=asymmetric)
+
+
+def half_steps(solve: Callable[[], Solution]) -> tuple[list[Tensor], Solution]:
+    """The objective before and after every fit inside `solve`, which is after every half-step, and what it returns."""
+    seen, fit = [], bcq.fit_scales
+
+    def watched(w: Tensor, d: Tensor, planes: Tensor, *current: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+        found = fit(w, d, planes, *current, **options)
+        seen.extend([objective(w, d, planes, *current), objective(w, d, planes, *found)])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bcq, "fit_scales", watched)
+        return seen, solve()
 
 
 def energy(w: Tensor, d: Tensor) -> Tensor:
@@ -57,14 +72,13 @@ def test_no_half_step_of_the_alternation_increases_the_objective(
     seed: int, count: int, size: int, asymmetric: bool, kind: str
 ) -> None:
     w, d = draw_groups(seed, 12, size, kind)
-    start = objective(w, d, *greedy(w, d, count, asymmetric=asymmetric))
-    seen = [("greedy", start)]
-    final = alternating(w, d, count, 6, asymmetric=asymmetric, watch=lambda step, value: seen.append((step, value)))
-    seen.append(("final fit", objective(w, d, *final)))
+    seen, final = half_steps(lambda: alternating(w, d, count, 6, asymmetric=asymmetric))
+    torch.testing.assert_close(seen[0], objective(w, d, *greedy(w, d, count, asymmetric=asymmetric)))
+    torch.testing.assert_close(seen[-1], objective(w, d, *final))
     assert len(seen) == 2 + 2 * 6
-    for (_, before), (step, after) in itertools.pairwise(seen):
+    for before, after in itertools.pairwise(seen):
         excess = (after - before - ROUNDING * energy(w, d)).max()
-        assert excess <= 0, f"{step} increased the objective by {excess} (seed {seed})"
+        assert excess <= 0, f"a half-step increased the objective by {excess} (seed {seed})"
 
 
 @given(seeds, st.integers(1, 4), st.integers(1, 24), st.booleans(), st.sampled_from(["normal", "heavy", "ties"]))
@@ -73,13 +87,12 @@ def test_no_half_step_of_the_expansion_increases_the_objective(
 ) -> None:
     w, d = draw_groups(seed, 12, size, kind)
     lower = alternating(w, d, count, 2, asymmetric=asymmetric)
-    seen = [("start", objective(w, d, *lower))]
-    upper = expand(w, d, lower, 6, asymmetric=asymmetric, watch=lambda step, value: seen.append((step, value)))
-    assert len(seen) == 1 + 2 * 6
-    for (_, before), (step, after) in itertools.pairwise(seen):
+    seen, upper = half_steps(lambda: expand(w, d, lower, 6, asymmetric=asymmetric))
+    assert len(seen) == 2 * 6
+    for before, after in itertools.pairwise([objective(w, d, *lower), *seen]):
         excess = (after - before - ROUNDING * energy(w, d)).max()
-        assert excess <= 0, f"{step} increased the objective by {excess} (seed {seed})"
-    torch.testing.assert_close(seen[-1][1], objective(w, d, *upper))
+        assert excess <= 0, f"a half-step increased the objective by {excess} (seed {seed})"
+    torch.testing.assert_close(seen[-1], objective(w, d, *upper))
 
 
 @given(seeds, st.integers(1, 5), st.integers(1, 24))

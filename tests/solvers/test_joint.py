@@ -13,7 +13,7 @@ from bitstrata.planes import decode
 from bitstrata.solvers import joint
 from bitstrata.solvers.bpdq import highest_bits
 from bitstrata.solvers.grouping import code_signs
-from bitstrata.solvers.joint import Chooser, column_order, first_grid, levels, refitted, rounded, upper_factor
+from bitstrata.solvers.joint import column_codes, column_order, first_grid, levels, refitted, rounded, upper_factor
 
 N, K, G = 13, 72, 16
 GROUPS = [16, 16, 16, 16, 8]
@@ -170,28 +170,6 @@ def test_the_lowest_bits_do_not_depend_on_what_is_not_asked_of_them(problem):
     torch.testing.assert_close(one, two, rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("bits", [(3,), (2, 3, 4)], ids=str)
-def test_chooser_tries_every_code(bits, seed):
-    generator = torch.Generator().manual_seed(seed)
-    tables = [torch.randn(b + 1, 9, generator=generator) for b in bits]
-    wanted = [torch.randn(9, generator=generator) for _ in bits]
-    weights = [0.5 + index for index in range(len(bits))]
-    for scale in (None, [1.0] * len(bits)):
-        code, values = Chooser(bits[-1], tables, weights)(wanted, scale)
-        used = weights if scale is None else scale
-        for row in range(9):
-            costs = [
-                sum(
-                    w * (z[row] - levels(t)[c >> (bits[-1] - b), row]) ** 2
-                    for w, z, t, b in zip(used, wanted, tables, bits, strict=True)
-                )
-                for c in range(2 ** bits[-1])
-            ]
-            assert costs[int(code[row])] <= min(costs) + 1e-5
-            for t, b, v in zip(tables, bits, values, strict=True):
-                assert v[row] == levels(t)[code[row] >> (bits[-1] - b), row]
-
-
 def test_small_systems(seed):
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(20, 6, 30, generator=generator).double()
@@ -243,11 +221,18 @@ def test_first_grid_of_uniform_weights_is_exact():
     torch.testing.assert_close(table, y)
 
 
-@pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
+NATIVE = pytest.param(True, marks=pytest.mark.skipif(bool(missing), reason="the native kernels are not built"))
+
+
+def without_native_code(patch):
+    patch.setattr(joint, "choose_codes", lambda *arguments, **options: False)
+
+
+@pytest.mark.parametrize("native", [NATIVE, False], ids=["native", "torch"])
 @pytest.mark.parametrize("given", [False, True], ids=["compensated", "polish"])
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 70])
 @pytest.mark.parametrize("bits", [(1,), (3,), (2, 3, 4), (2, 5, 8)], ids=str)
-def test_the_native_column_loop_takes_the_best_code_of_every_column(bits, rows, given, seed):
+def test_the_column_loop_takes_the_best_code_of_every_column(bits, rows, given, native, seed, monkeypatch):
     """Replayed in float64 with the codes it chose: none is worse than the best one but for rounding."""
     generator = torch.Generator().manual_seed(seed)
     columns, top = 19, max(bits)
@@ -257,7 +242,11 @@ def test_the_native_column_loop_takes_the_best_code_of_every_column(bits, rows, 
     scales = [torch.rand(columns, generator=generator) + 0.1 for _ in bits]
     before = torch.randint(2**top, (columns, rows), generator=generator)
     codes = before.clone() if given else torch.full((columns, rows), -(2**62))
-    assert choose_codes(list(bits), tables, left, factors, scales, codes, given=given)
+    if native:
+        assert choose_codes(list(bits), tables, left, factors, scales, codes, given=given)
+    else:
+        without_native_code(monkeypatch)
+        column_codes(bits, tables, left, factors, scales, codes, given=given)
     assert codes.min() >= 0
     assert codes.max() < 2**top
     remaining = [y.double() for y in left]
@@ -289,7 +278,7 @@ def test_both_column_loops_find_solutions_of_the_same_loss(bits, seed, monkeypat
     found = {}
     for native in (True, False):
         if not native:
-            monkeypatch.setattr(joint, "choose_codes", lambda *arguments, **options: False)
+            without_native_code(monkeypatch)
         solver = solver_of(weight, hessian, bits, GROUPS)
         solver.compensate(1)
         solver.polish(1)

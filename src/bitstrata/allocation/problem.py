@@ -121,7 +121,7 @@ class Problem:
     @cached_property
     def single(self) -> Array:
         """What each choice costs while all other layers are at the base; never less for fewer bits. float64 [M]."""
-        cost = np.maximum(self.linear + np.diag(self.products), 0)
+        cost: Array = np.maximum(self.linear + np.diag(self.products), 0)
         for first, last in zip(self.lowest, self.highest, strict=True):
             cost[first : last + 1] = np.maximum.accumulate(cost[first : last + 1][::-1])[::-1]
         return cost

@@ -27,7 +27,7 @@ from .order import page_order
 from .plot import check_picture, draw
 from .problem import Array, Bounds, Problem, find_choices, random_allocation
 from .report import PlanReport, PlanRow
-from .sensitivity import SENSITIVITY_FILE, Measure, Sensitivity, Settings, measure_sensitivity
+from .sensitivity import SENSITIVITY_FILE, Measure, MeasurementSettings, Sensitivity, measure_sensitivity
 
 SOLVERS: dict[str, Callable[[Problem], Array]] = {
     "paired": paired.solve,
@@ -141,7 +141,7 @@ def _check_writable(path: Path) -> None:
 class _MeasuredOn:
     """What measures true losses: on the windows that layers are measured on, and on others."""
 
-    settings: Settings
+    settings: MeasurementSettings
     calibration: Objective
     heldout: Objective
     windows: Tensor
@@ -164,7 +164,7 @@ class _MeasuredOn:
             note(f"the text has {len(cut.calibration)} windows to measure on, not {count}")
         original = load_reference(reference, model, where)
         digests = None if reference is None else SourceModel(resolve(reference, kind="reference model")).digests()
-        settings = Settings(
+        settings = MeasurementSettings(
             measure=cast("Measure", options.measure or "kld"),
             text=Path(text).name,
             text_sha256=text_digest(documents),

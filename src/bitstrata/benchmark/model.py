@@ -51,7 +51,8 @@ class Decoder:
         extra = {} if self.bits is None else {"bits": self.bits}
         with torch.no_grad():
             out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **extra)
-        return out.logits[:, -1:].argmax(-1)
+        logits: Tensor = out.logits
+        return logits[:, -1:].argmax(-1)
 
     def step(self) -> None:
         self.token = self._run(self.token)

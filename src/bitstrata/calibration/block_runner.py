@@ -63,8 +63,8 @@ class _StandIn(nn.Module):
         return self._visit(hidden_states, args, kwargs)
 
 
-class _Reached(Exception):  # noqa: N818  (not an error: the part of the model that was wanted has run)
-    pass
+class Reached(Exception):  # noqa: N818
+    """Not an error: the part of a model that was wanted has run."""
 
 
 class BlockRunner:
@@ -79,12 +79,7 @@ class BlockRunner:
     """
 
     def __init__(
-        self,
-        source: SourceModel,
-        model: PreTrainedModel,
-        discovery: Discovery,
-        seq_len: int,
-        device: torch.device,
+        self, source: SourceModel, model: PreTrainedModel, discovery: Discovery, seq_len: int, device: torch.device
     ) -> None:
         self.source, self.model, self.discovery, self.device = source, model, discovery, device
         self._list_name = find_blocks(model)
@@ -152,13 +147,13 @@ class BlockRunner:
 
         def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             first.append(hidden.float().cpu())
-            raise _Reached
+            raise Reached
 
         self._record(tokens[:1])
         weights = self._here(replaced)
         with self._outside([note] * len(self._blocks)):
             for part in tokens.split(self._batch):
-                with contextlib.suppress(_Reached):
+                with contextlib.suppress(Reached):
                     self._run_model(part, weights)
         return torch.cat(first)
 
@@ -202,10 +197,10 @@ class BlockRunner:
             if len(shapes) > 1:  # the model took the tensor apart: it expects a tuple
                 raise TypeError(f"hidden states changed their shape from block to block: {shapes}")
             if len(calls) == len(self._blocks):
-                raise _Reached
+                raise Reached
             return self._returned(hidden)
 
-        with self._outside([record] * len(self._blocks)), contextlib.suppress(_Reached):
+        with self._outside([record] * len(self._blocks)), contextlib.suppress(Reached):
             self._run_model(tokens, {})
         if len(calls) != len(self._blocks):
             raise TypeError(f"{len(calls)} of {len(self._blocks)} blocks were called")

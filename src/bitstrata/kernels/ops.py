@@ -32,7 +32,7 @@ from torch.autograd.function import _SingleLevelFunction
 from ..errors import UsageError
 from . import registry
 from .plain import check_constant
-from .weight import LAYOUTS, Weight, check_row_bits, run_linear
+from .weight import LAYOUTS, Weight, check_row_bits, rows_of, run_linear
 
 TILE_WEIGHTS = 1 << 22  # decoded at a time for exact products: 16 MB
 TILE_ROWS = 16  # of which a tile has a multiple: what the layouts keep together
@@ -61,11 +61,7 @@ def _weight(
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     *parts, bits, row_bits = arguments
     weight = _weight(x, *parts)
-    if row_bits is None:
-        return run_linear(x, [weight], weight.checked(bits))[0]
-    if row_bits.dim() != 1 or len(row_bits) != x.shape[:-1].numel():
-        raise UsageError(f"row_bits must have shape {[x.shape[:-1].numel()]}, got {list(row_bits.shape)}")
-    return run_linear(x, [weight], row_bits)[0]
+    return run_linear(x, [weight], weight.checked(bits) if row_bits is None else rows_of(row_bits, x))[0]
 
 
 def _lookup(index: Tensor, *arguments: Any) -> Tensor:
@@ -82,6 +78,7 @@ def _product(x: Tensor, *arguments: Any) -> Tensor:
     width = weight.in_features if transposed else weight.out_features
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = weight.readable(dtype)
+    row_bits = None if row_bits is None else rows_of(row_bits, x)
     with torch.autocast(x.device.type, enabled=False):
         if row_bits is None:
             y = _exact(flat.to(dtype), weight, bits, transposed)

@@ -24,7 +24,8 @@ def is_plain(x: Tensor, *more: Tensor) -> bool:
 
     False while a compiler, an exporter or a tracer looks on (torch.compile, torch.export, torch.jit.trace, make_fx),
     inside the transforms of torch.func, where a gradient or a tangent may be wanted, under a dispatch or function mode,
-    and for subclasses of Tensor and values that are not there (meta) or that torch has not written yet (lazy negation, lazy zeros).
+    and for subclasses of Tensor and values that
+    are not there (meta) or that torch has not written yet (lazy negation, lazy zeros).
     """
     return (
         not torch.compiler.is_compiling()  # before what a compiler could not follow

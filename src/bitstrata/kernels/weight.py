@@ -64,7 +64,7 @@ class Weight(ABC):
         for bits in self.bits:
             if not 1 <= bits <= len(planes):
                 raise ValueError(f"scales for {bits} bits needs as many planes, got {len(planes)}")
-        self.device = planes[0].device
+        self.device = planes[0].device if planes else torch.device("cpu")
 
     def __init_subclass__(cls) -> None:
         LAYOUTS[cls.layout] = cls
@@ -121,11 +121,11 @@ class Weight(ABC):
     @classmethod
     @abstractmethod
     def multiply(cls, x: Tensor, weights: Sequence[Any], bits: int | Tensor, kernel: Kernel) -> list[Tensor]:
-        """x [..., K] times each of `weights`, of this layout and K: [..., N_i] each. Inputs are checked; see `linear`."""
+        """x [..., K] times each of `weights`, of this layout and K: [..., N_i] each. Inputs were checked."""
 
     @abstractmethod
     def decode(self, bits: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows first..last-1 at `bits`: [last - first, K]. `first` is a multiple of 16, and `last` too unless it is N."""
+        """Rows first..last-1 at `bits`: [last - first, K]. `first` is a multiple of 16, `last` too unless it is N."""
 
     @abstractmethod
     def rows(self, index: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -228,7 +228,7 @@ def linear_many(
     if x.layout != torch.strided:
         raise UsageError(f"x must be dense, got a tensor in the layout {x.layout}", hint="x.to_dense()")
     if isinstance(bits, Tensor):
-        bits = _row_bits(bits, x)
+        bits = rows_of(bits, x)
         plain = is_plain(x, bits)
     else:
         for weight in weights:
@@ -257,7 +257,7 @@ def run_linear(x: Tensor, weights: Sequence[Weight], bits: int | Tensor, arithme
     return weights[0].multiply(x, weights, bits, kernel)
 
 
-def _row_bits(bits: Tensor, x: Tensor) -> Tensor:
+def rows_of(bits: Tensor, x: Tensor) -> Tensor:
     """Bits of rows as kernels take them, int8 on x's device; what they are is checked where they are used."""
     if bits.dtype not in INTEGERS:
         raise UsageError(f"row_bits must be an integer tensor, got {bits.dtype}")

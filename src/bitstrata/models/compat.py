@@ -108,6 +108,13 @@ def text_control_tokens(tokenizer: Any) -> list[str] | None:
     return listed
 
 
+def byte_level_characters() -> dict[str, int]:
+    """Character -> byte, in the vocabularies of byte-level tokenizers."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
 def stored_file(name: str | None, file: str) -> Path | None:
     """`file` of a model that is a folder or was fetched from the hub; None if it is not there."""
     if not name:

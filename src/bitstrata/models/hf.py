@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import QUANT_METHOD, CheckpointReader, QuantizationSpec

@@ -61,7 +61,9 @@ class SourceModel:
             )
         self._watch.check("config.json")
         try:
-            config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                str(self.folder), local_files_only=True, trust_remote_code=False
+            )
             if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
                 raise ValueError("its part for text is not the config of a model")
         except Exception as error:
@@ -133,7 +135,8 @@ class SourceModel:
             model = self._build()
             bound = bind(model, self.files)
         self._stored = share(bound, ties)
-        return model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
+        return model
 
     def _build(self) -> PreTrainedModel:
         whole = causal_class(self.config)[1]

@@ -312,7 +312,7 @@ def _as_text(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> list[
 
     Raises InputError if there are no others.
     """
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
 
     def encode(text: str) -> list[int]:  # encode_special_tokens would do it too, but is a state that threads share
         if backend.normalizer is not None:

@@ -2,8 +2,7 @@
 
 from .bits import Assignment, Bits, BitsOrPlan, BitsState, bits_state, together, use_bits
 from .embedding import PlaneEmbedding, TiedHead
-from .fused import fuse
-from .layers import multiplied_layers, steady_rows
+from .layers import fuse, multiplied_layers, steady_rows
 from .linear import PlaneLinear
 from .stored import PlaneModule
 

@@ -1,16 +1,10 @@
 """How bits travel from a model's caller to its layers.
 
-What a caller gives,
-
-    an int           uniform bits,
-    a plan           a mapping from layer name to bits,
-    a list           one of these for each sequence of the batch,
-    a tensor         integers, one for each sequence or token; for graphs, whose tensors may change between runs,
-
-is checked and resolved once into an `Assignment`, and each layer takes its entry from that. All quantized layers of one
-model share one `BitsState`, which holds the assignment that runs now. Without bits each layer runs at the
-highest that it holds, so a model with all planes, one with the pages of one plan, and an output head with one
-precision are the same case.
+A caller gives an int (uniform bits), a plan (layer name -> bits), a list with one of these a sequence, or a tensor of
+integers, one a sequence or token. It is checked and resolved once into an `Assignment`, from which each layer takes its
+entry. All quantized layers of one model share one `BitsState`, which holds the assignment that runs now. Without bits
+each layer runs at the highest that it holds, so a model with all planes, one with the pages of one plan, and an output
+head with one precision are the same case.
 
 There is no module-level state: two models never affect each other. Switching copies no weights. Threads that run one
 model at the same time must agree (uses.py).
@@ -159,12 +153,9 @@ class BitsState:
     def value(self) -> Any:
         """What runs now, as it was asked for. Setting it lasts until the end of the block inside which that happens.
 
-        None is the default. Setting raises
-
-            UnsupportedBitsError    bits that are not there. Nothing is rounded to the nearest.
-            UsageError              a plan that does not name the model's layers, something that is no bits at all, or
-                                    another thread that is running the model at something else
-            PlanError               a plan that was made for another checkpoint than `made_from`
+        None is the default. Setting raises UnsupportedBitsError for bits that are not there (nothing is rounded),
+        PlanError for a plan of another checkpoint, UsageError for anything else that is no bits of this model, and
+        while another thread is running the model at something else.
         """
         return self._now.given
 
@@ -185,30 +176,27 @@ class BitsState:
 
         Raises as setting `value`.
         """
-        if not torch.compiler.is_compiling():
-            return self._use(value, arithmetic)
-        return nullcontext() if value is None else self._traced(self.resolve(value))
+        if torch.compiler.is_compiling():
+            return nullcontext() if value is None else self._traced(self.resolve(value))
+        return self._use(value, arithmetic, None, is_step=False)
 
     def step(self, value: Bits | None = None, tokens: Tensor | None = None) -> AbstractContextManager[None]:
         """`using` for one forward pass on `tokens` [batch, sequence, ...], during which no weight is exchanged."""
-        if not torch.compiler.is_compiling():
-            return self._use(value, None, tokens, is_step=True)
-        assignment = (self._now if value is None else self.resolve(value)).for_tokens(tokens)
-        return nullcontext() if assignment is self._now else self._traced(assignment)
+        if torch.compiler.is_compiling():
+            return self._traced((self._now if value is None else self.resolve(value)).for_tokens(tokens))
+        return self._use(value, None, tokens, is_step=True)
 
     @contextmanager
-    def _use(
-        self, value: Bits | None, arithmetic: str | None, tokens: Tensor | None = None, is_step: bool = False
-    ) -> Iterator[None]:
+    def _use(self, value: Bits | None, arithmetic: str | None, tokens: Tensor | None, is_step: bool) -> Iterator[None]:
         uses = self._uses
         with uses.lock:
             mine = uses.innermost()
             if is_step:
                 uses.wait_for_change()
             assignment = self._now if value is None else self.resolve(value)
-            if is_step and not (mine is not None and mine.is_step and value is None):  # else it is fitted already
+            if is_step and not (value is None and mine is not None and mine.is_step):  # else it is fitted already
                 assignment = assignment.for_tokens(tokens)
-            use = Use(assignment, arithmetic or (None if mine is None else mine.arithmetic), is_step)
+            use = Use(assignment, arithmetic or (mine.arithmetic if mine is not None else None), is_step)
             uses.enter(use)
             self._become(use)
         try:
@@ -256,12 +244,11 @@ class BitsState:
             return self._default if value is None else value
         if isinstance(value, Tensor) and (value.dim() or value.device.type != "cpu" or torch.compiler.is_compiling()):
             return self._resolve_rows(value)
-        if isinstance(value, Mapping):
-            return self._resolve_plan(value)
         if isinstance(value, (list, tuple)) and value:
-            rows = _of_rows([self._resolve_one(entry) for entry in value], [1] * len(value))
-            return rows if self.plan is None else self._default
-        return self._resolve_one(value)
+            found = _of_rows([self._resolve_one(entry) for entry in value], [1] * len(value))
+        else:
+            found = self._resolve_one(value)
+        return found if self.plan is None else self._default
 
     def _resolve_one(self, value: Any) -> Assignment:
         """An int or a plan."""
@@ -270,7 +257,7 @@ class BitsState:
         whole = value if isinstance(value, int) and not isinstance(value, bool) else whole_number(value)
         for known in self.supported if whole is not None else ():
             if whole == known:  # a compiler may hold `value` as a symbol
-                return self._uniform[known] if self.plan is None else self._default
+                return self._uniform[known]
         if whole is not None:
             raise self._unsupported(whole)
         if isinstance(value, Tensor):
@@ -317,8 +304,6 @@ class BitsState:
                     hint="model.resize(plan) reads and drops what differs; "
                     "without `bits` the model runs what is in memory",
                 )
-        if self.plan is not None:
-            return self._default
         return Assignment(plan, ((*choice, *self._fixed.values()),))
 
     def _unsupported(self, asked: int) -> UnsupportedBitsError:

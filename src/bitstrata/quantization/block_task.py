@@ -15,16 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..calibration.block_runner import Reached
 from ..errors import ModelError
 from ..solvers import Block, Moments
 
 WINDOWS_A_BATCH = 4
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
-
-
-class _Reached(Exception):  # noqa: N818  (not an error: the part of the block that was wanted has run)
-    pass
 
 
 @dataclass(kw_only=True)
@@ -133,9 +130,9 @@ class BlockTask(Block):
 
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             seen.append(arguments[0].reshape(-1, arguments[0].shape[-1]).float())
-            raise _Reached
+            raise Reached
 
-        with self._hooks({name: hook}), contextlib.suppress(_Reached):
+        with self._hooks({name: hook}), contextlib.suppress(Reached):
             self.call(self.block, hidden.to(self._device))
         return seen[0]
 

@@ -196,11 +196,7 @@ class Job:
         prepared = self.prepared
         self.settings, self.discovery = prepared.settings, prepared.discovery
         self.runner = BlockRunner(
-            prepared.source,
-            prepared.model,
-            prepared.discovery,
-            self.settings.seq_len,
-            self.settings.device,
+            prepared.source, prepared.model, prepared.discovery, self.settings.seq_len, self.settings.device
         )
         self.chains = Chains(self.runner)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -174,10 +174,7 @@ def _existing(output: Path) -> Path:
 
 
 def _windows(
-    settings: Settings,
-    source: SourceModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: list[str],
+    settings: Settings, source: SourceModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]
 ) -> Windows:
     wanted = settings.num_samples if settings.method.needs_calibration else 0
     windows = calibration_windows(
@@ -256,30 +253,22 @@ def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantiz
         raise ModelError(f"{stored} holds NaN or infinity", hint="the source model is damaged")
 
 
-def _check_resources(prepared: Prepared) -> list[BitstrataError]:
-    problems: list[BitstrataError] = []
+def _check_resources(prepared: Prepared) -> Iterator[ResourceError]:
     output = prepared.settings.output
     free = shutil.disk_usage(_existing(output)).free
-    started = os.path.isdir(output / JOB_FOLDER)
-    if free < prepared.disk_bytes and not started:
-        problems.append(
-            ResourceError(
-                f"{output} needs about {megabytes(prepared.disk_bytes)} of disk, {megabytes(free)} are free",
-                hint="free some space or choose another folder for -o",
-            )
+    if free < prepared.disk_bytes and not os.path.isdir(output / JOB_FOLDER):
+        yield ResourceError(
+            f"{output} needs about {megabytes(prepared.disk_bytes)} of disk, {megabytes(free)} are free",
+            hint="free some space or choose another folder for -o",
         )
     device, need = prepared.settings.device, prepared.memory
-    places = [("cpu", "memory", need.main)] + ([(str(device), "GPU memory", need.gpu)] if need.gpu else [])
-    for where, kind, needed in places:
-        available = free_memory(where)
+    gradients = any("whole model" in stage.needs for stage in prepared.stages)
+    for where, kind, needed in (("cpu", "memory", need.main), (device, "GPU memory", need.gpu)):
+        available = free_memory(where) if needed else 0
         if available < needed:
-            gradients = any("whole model" in stage.needs for stage in prepared.stages)
-            problems.append(
-                ResourceError(
-                    f"the job needs about {megabytes(needed)} of {kind}, {megabytes(available)} are free",
-                    hint="lower --num-samples or --seq-len"
-                    + (", or use --preset fast: no gradients" if gradients else "")
-                    + (", or --device cpu" if kind == "GPU memory" else ""),
-                )
+            yield ResourceError(
+                f"the job needs about {megabytes(needed)} of {kind}, {megabytes(available)} are free",
+                hint="lower --num-samples or --seq-len"
+                + (", or use --preset fast: no gradients" if gradients else "")
+                + (", or --device cpu" if kind == "GPU memory" else ""),
             )
-    return problems

@@ -60,9 +60,8 @@ class Settings:
                 return instead
 
         def number(name: str, least: int) -> int:
-            flag, hint = f"--{name.replace('_', '-')}", f"the default is {usual[name]}"
-            given = getattr(options, name)
-            return attempt(lambda: arguments.number(flag, given, least, hint=hint), usual[name])
+            flag, default, given = f"--{name.replace('_', '-')}", int(usual[name]), getattr(options, name)
+            return attempt(lambda: arguments.number(flag, given, least, hint=f"the default is {default}"), default)
 
         def path(name: str, value: object, hint: str) -> str | None:
             return attempt(lambda: arguments.path(name, value, hint=hint), None)

@@ -8,6 +8,8 @@ logits of the final check, without ever holding the model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -61,32 +63,28 @@ class Head(Stage):
                 log.info(f"resuming: {layer.name} is already done")
             else:
                 log.info(f"quantizing {layer.name} at {bits} bits")
-                job.state.save(layer.role, {layer.name: _solved(job, layer, bits)})
-            job.layer_error[layer.name] = {str(bits): _error(job, layer, bits)}
+                parts = [clipped_rows(rows, bits, job.settings.group_size) for _, rows in self._rows(job, layer)]
+                job.state.save(layer.role, {layer.name: join_rows(parts)})
+            job.layer_error[layer.name] = {str(bits): self._error(job, layer, bits)}
 
+    def _rows(self, job: Job, layer: HeadLayer) -> Iterator[tuple[slice, Tensor]]:
+        """W fp32, a stretch of rows at a time."""
+        source = job.prepared.source
+        stored = source.stored_name(f"{layer.name}.weight")
+        assert stored is not None
+        for rows in row_chunks(layer.out_features, layer.in_features, CHUNK):
+            yield rows, source.rows(stored, rows.start, rows.stop).to(job.settings.device).float()
 
-def _rows(job: Job, layer: HeadLayer, rows: slice) -> Tensor:
-    source = job.prepared.source
-    stored = source.stored_name(f"{layer.name}.weight")
-    assert stored is not None
-    return source.rows(stored, rows.start, rows.stop).to(job.settings.device).float()
-
-
-def _solved(job: Job, layer: HeadLayer, bits: int) -> PlaneWeight:
-    chunks = row_chunks(layer.out_features, layer.in_features, CHUNK)
-    return join_rows([clipped_rows(_rows(job, layer, rows), bits, job.settings.group_size) for rows in chunks])
-
-
-def _error(job: Job, layer: HeadLayer, bits: int) -> float:
-    """||W - W_bits||^2 / ||W||^2."""
-    (planes,) = job.state.load(layer.role, [layer.name]).values()
-    wrong = total = 0.0
-    for rows in row_chunks(layer.out_features, layer.in_features, CHUNK):
-        weight = _rows(job, layer, rows).cpu()
-        dense = decode(planes.rows(rows.start, rows.stop), bits)
-        wrong += float((dense - weight).square().sum(dtype=torch.float64))
-        total += float(weight.square().sum(dtype=torch.float64))
-    return wrong / max(total, 1e-30)
+    def _error(self, job: Job, layer: HeadLayer, bits: int) -> float:
+        """||W - W_bits||^2 / ||W||^2."""
+        (planes,) = job.state.load(layer.role, [layer.name]).values()
+        wrong = total = 0.0
+        for rows, part in self._rows(job, layer):
+            weight = part.cpu()
+            dense = decode(planes.outputs(rows.start, rows.stop), bits)
+            wrong += float((dense - weight).square().sum(dtype=torch.float64))
+            total += float(weight.square().sum(dtype=torch.float64))
+        return wrong / max(total, 1e-30)
 
 
 class Gradients(Stage):

@@ -69,7 +69,7 @@ def tune(
     heldout = max(1, min(16, len(windows) // 8))
     training, checking = windows[:-heldout], windows[-heldout:]
     chosen = batches(len(training), max(1, tuning.batch_tokens // windows.shape[1]), generator)
-    parameters = [parameter for student in students for parameter in student.parameters()]
+    parameters = [change for student in students for change in student.change.values()]
     optimizer = torch.optim.Adam(parameters, lr=tuning.learning_rate, betas=(0.9, 0.99))
     for student in students:
         student.look(checking)
@@ -107,7 +107,7 @@ class _Student:
         self.model, self.bits, self.planes = model, bits, planes
         self.transposed, self.constant = transposed, constant
         self.start: dict[str, Tensor] = {}  # [bits + 1, groups], the offset last
-        self.change: dict[str, tuple[Tensor, Tensor]] = {}
+        self.change: dict[str, Tensor] = {}
         self.unit: dict[str, Tensor] = {}
         self.bytes: dict[str, Tensor] = {}  # units of the coefficients that are stored as bytes, one a group
         for name, weight in layers.items():
@@ -115,24 +115,17 @@ class _Student:
             assert not isinstance(scales, Codebook)
             grouping, device = planes[name][0], planes[name][1].device
             fp16 = scales.affine()
-            scale, offset = (
-                part.to(device).float() for part in (fp16.scale.reshape(bits, -1), fp16.offset.reshape(-1))
-            )
+            start = torch.cat([fp16.scale.reshape(bits, -1), fp16.offset.reshape(1, -1)]).to(device).float()
             if isinstance(scales, ByteScales):
                 self.bytes[name] = scales.unit.to(device).repeat_interleave(grouping.groups)
-            self.start[name] = torch.cat([scale, offset.unsqueeze(0)])
-            self.unit[name] = scale[-1].square().mean().sqrt().clamp_min(1e-12)
-            self.change[name] = torch.zeros_like(scale).requires_grad_(), torch.zeros_like(offset).requires_grad_()
+            self.start[name], self.change[name] = start, torch.zeros_like(start, requires_grad=True)
+            self.unit[name] = start[-2].square().mean().sqrt().clamp_min(1e-12)
         self.best_loss = self.first_loss = math.inf
         self.best: dict[str, Tensor] = {}
 
-    def parameters(self) -> list[Tensor]:
-        return [part for parts in self.change.values() for part in parts]
-
     def coefficients(self, name: str) -> Tensor:
         """As they are stored, the offset last; gradients pass the rounding as if it were not there."""
-        scale, offset = self.change[name]
-        exact = self.start[name] + self.unit[name] * torch.cat([scale, offset.unsqueeze(0)])
+        exact = self.start[name] + self.unit[name] * self.change[name]
         with torch.no_grad():
             moved = rounded(exact, self.bytes.get(name)) - exact
         return exact + moved

@@ -1,9 +1,10 @@
 """Running a quantized model: text generation, many requests in one batch, and what can run here."""
 
+from ..options import GenerationSettings
 from .batching import Engine, EngineStats, Event, Finished, Handle, Request, Token
 from .conversation import Conversation
 from .environment import Environment, env
-from .generation import Generation, GenerationSettings, continue_tokens, generate
+from .generation import Generation, continue_tokens, generate
 from .inspection import Inspection, inspect
 from .policy import POLICIES, EntropyPolicy, LoadPolicy, Policy, PositionPolicy, parse_policy
 

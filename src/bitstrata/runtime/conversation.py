@@ -10,7 +10,8 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import InputError
 from ..models import check_text, encode_turns
 from ..nn import BitsOrPlan, bits_state
-from .generation import Generation, GenerationSettings, continue_tokens
+from ..options import GenerationSettings
+from .generation import Generation, continue_tokens
 
 
 class Conversation:

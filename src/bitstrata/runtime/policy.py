@@ -48,7 +48,7 @@ class RequestView:
         return tuple(bits for bits in reversed(self.supported) if low <= bits <= self.bits)
 
     def lowered(self, steps: int) -> int:
-        """The bits so many steps down the ladder, within its ends."""
+        """The bits `steps` down the ladder, within its ends."""
         return self.ladder[min(max(steps, 0), len(self.ladder) - 1)]
 
 
@@ -66,7 +66,7 @@ class LoadView:
     steps: int
 
 
-RequestPolicy = Callable[[RequestView], int]  # of one request, with what it remembers of it: steps down its ladder
+RequestPolicy = Callable[[RequestView], int]  # steps down the ladder of one request; may remember what it saw of it
 
 
 @dataclass

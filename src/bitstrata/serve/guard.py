@@ -3,8 +3,8 @@
 Plain ASGI, so that streams and disconnects pass through untouched.
 
 A web page can give its own name this machine's address (DNS rebinding); to the browser our answers are then that page's
-own, and no rule about origins holds. What gives it away is the Host that it must send: its name. An address is no name,
-so nobody else can own it, and `localhost` is never looked up elsewhere.
+own, and no rule about origins holds. What gives it away is its name in the Host header. Addresses and `localhost` are
+safe: no page can have them for a name.
 """
 
 from __future__ import annotations

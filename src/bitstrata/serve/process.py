@@ -138,7 +138,7 @@ class Connections:
         self.unfinished[connection] = 0
 
     def received(self, connection: Connection, size: int) -> None:
-        """So many more bytes of a body came."""
+        """`size` more bytes of a body came."""
         if connection not in self.unfinished:  # was dropped
             return
         known = self.unfinished[connection]
@@ -152,7 +152,7 @@ class Connections:
         self.bytes -= self.unfinished.pop(connection, 0)
 
     def _drop_oldest(self) -> None:
-        """Of those that owe something; the newest of all at least is one when this is called."""
+        """Of those that a request is expected of; at least the newest is one when this is called."""
         oldest = next(iter(self.unfinished))
         self.closed(oldest)
         oldest.abort()
@@ -283,7 +283,7 @@ def serve(app: FastAPI, bound: socket.socket, *, grace: float, say: Callable[[st
 
     Args:
         grace: seconds that requests under way have to finish.
-        say: shows a message to whoever started the server.
+        say: shows a message to the user.
         ready: said once requests are taken.
     """
     with limited_logs():

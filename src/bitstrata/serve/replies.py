@@ -205,7 +205,7 @@ class Formatter(ABC):
         }
 
     def first_chunks(self, count: int) -> list[BaseModel]:
-        """What a stream of so many choices begins with."""
+        """What a stream of `count` choices begins with."""
         return []
 
     def next_chunk(self, delta: Delta, bits: int | None) -> BaseModel:

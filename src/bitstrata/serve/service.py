@@ -43,7 +43,7 @@ class Service:
         self.closing = False
 
     def check_choices(self, prompts: int, count: int) -> None:
-        """Raises ApiError if `count` replies to each of so many prompts are too many for one request."""
+        """Raises ApiError if `count` replies to each of `prompts` prompts are too many for one request."""
         most = min(self.settings.max_choices, self.engine.max_waiting)
         if prompts * count > most:
             raise ApiError(400, f"prompts times n is {prompts * count}; at most {most} go into one request", param="n")

@@ -49,7 +49,7 @@ class Submission:
             raise
 
     def _leave(self, index: int, event: Event) -> None:
-        """In the engine's thread. Once the loop is closed nobody listens, and the engine drops the request."""
+        """In the engine's thread. Raises once the loop is closed, and the engine then drops the request."""
         self._loop.call_soon_threadsafe(self._arrivals.put_nowait, Arrival(index, event, time.perf_counter()))
 
     async def arrivals(self) -> AsyncIterator[Arrival]:

@@ -19,10 +19,10 @@ from functools import lru_cache
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InputError
 from ..models import Stops, encode_prompt, encode_turns
+from ..models.compat import byte_level_characters
 from .errors import ApiError
 from .requests import Message
 
@@ -33,7 +33,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 8  # tokens before the new ones that are decoded with them: some decoders drop the first token's space
 WINDOW = 32  # tokens decoded at once
 PENDING = 3  # a character of four bytes lacks at most three tokens
-_BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
+_BYTE_LEVEL = byte_level_characters()
 T = TypeVar("T")
 
 
@@ -43,7 +43,7 @@ class PromptEncoder:
     Tokenizing takes about a hundred times the text's own memory, and seconds where it is megabytes. So a text is
     refused unread if it is longer than `room` of the longest tokens, and of long ones only LONG_AT_ONCE are tokenized
     at a time. No text that would have fitted is refused unless its tokenizer drops much of it: runs of spaces, say.
-    Where texts are normalised first, which may join up to JOINED characters in one, so many count as one.
+    Where texts are normalised first, which may join up to JOINED characters in one, JOINED count as one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, room: int) -> None:
@@ -97,7 +97,7 @@ class PromptEncoder:
             raise ApiError(400, error.sentence, param="messages") from error
 
     def check(self, characters: int, param: str) -> None:
-        """Raises ApiError 400 if no text of so many characters can fit."""
+        """Raises ApiError 400 if no text of this length can fit."""
         if characters > self.most:
             raise ApiError(
                 400,
@@ -108,7 +108,7 @@ class PromptEncoder:
             )
 
     async def _run(self, characters: int, work: Callable[[], T]) -> T:
-        """The result of `work` on so many characters, in another thread."""
+        """The result of `work`, in another thread; a few at a time where texts are long."""
         if characters <= LONG:
             return await asyncio.to_thread(work)
         return await asyncio.get_running_loop().run_in_executor(self._long, work)

@@ -23,7 +23,7 @@ Shapes: groups R = N J; w, d fp32 [R, g]; planes float +-1 [P, R, g]; scales [P,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,29 +104,18 @@ def greedy(w: Tensor, d: Tensor, count: int, *, asymmetric: bool = True) -> Solu
     return torch.stack(planes), torch.stack(scales), offset
 
 
-Watch = Callable[[str, Tensor], None]  # sees the objective [R] after each half-step
-
-
-def alternate(
-    w: Tensor, d: Tensor, start: Solution, rounds: int, *, asymmetric: bool = True, watch: Watch | None = None
-) -> Solution:
+def alternate(w: Tensor, d: Tensor, start: Solution, rounds: int, *, asymmetric: bool = True) -> Solution:
     """`rounds` alternations from `start`, and a last fit."""
     planes, scale, offset = start
     for _ in range(rounds):
         scale, offset = fit_scales(w, d, planes, scale, offset, asymmetric=asymmetric)
-        if watch:
-            watch("fit", objective(w, d, planes, scale, offset))
         scale = scale.abs().sort(dim=0, descending=True).values
         planes = assign(w, scale, offset)
-        if watch:
-            watch("assign", objective(w, d, planes, scale, offset))
     scale, offset = fit_scales(w, d, planes, scale, offset, asymmetric=asymmetric)
     return planes, scale, offset
 
 
-def expand(
-    w: Tensor, d: Tensor, start: Solution, rounds: int, *, asymmetric: bool = True, watch: Watch | None = None
-) -> Solution:
+def expand(w: Tensor, d: Tensor, start: Solution, rounds: int, *, asymmetric: bool = True) -> Solution:
     """One more plane, the given ones frozen (AnyBCQ, section 3.2; algorithm 3.2).
 
     Starts at the given scales with 0 for the new plane, that is, at the lower bits' own weight, and
@@ -142,22 +131,11 @@ def expand(
         planes[-1] = sgn(rest)
         # the plane just changed: put its scale where the objective cannot exceed that of scale 0
         scale[-1] = (d * rest.abs()).sum(1) / d.sum(1).clamp_min(1e-30)
-        if watch:
-            watch("plane", objective(w, d, planes, scale, offset))
         scale, offset = fit_scales(w, d, planes, scale, offset, asymmetric=asymmetric)
         negative = scale[-1] < 0
         planes[-1] = torch.where(negative.unsqueeze(1), -planes[-1], planes[-1])
         scale[-1] = scale[-1].abs()
-        if watch:
-            watch("fit", objective(w, d, planes, scale, offset))
     return planes, scale, offset
-
-
-def solve_in_chunks(w: Tensor, d: Tensor, count: int, solve: Callable[[slice], Solution]) -> Solution:
-    """Run `solve` on slices of the groups and join the results; bounds memory at large layers."""
-    parts = [solve(rows) for rows in row_chunks(len(w), w.shape[1] * (count + 1) * 4)]
-    planes, scales, offsets = zip(*parts, strict=True)
-    return torch.cat(planes, 1), torch.cat(scales, 1), torch.cat(offsets)
 
 
 def with_fallback(w: Tensor, d: Tensor, planes: Tensor, coefficients: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -215,20 +193,23 @@ class BCQ(Method):
 
 def base(w: Tensor, d: Tensor, count: int, rounds: int, *, asymmetric: bool = True) -> Solution:
     """`count` planes for each group by `rounds` alternations after a greedy start, in chunks of groups."""
-
-    def one(rows: slice) -> Solution:
+    parts = []
+    for rows in row_chunks(len(w), w.shape[1] * (count + 1) * 4):
         start = greedy(w[rows], d[rows], count, asymmetric=asymmetric)
-        return alternate(w[rows], d[rows], start, rounds, asymmetric=asymmetric)
-
-    return solve_in_chunks(w, d, count, one)
+        parts.append(alternate(w[rows], d[rows], start, rounds, asymmetric=asymmetric))
+    return _joined(parts)
 
 
 def grow(w: Tensor, d: Tensor, start: Solution, rounds: int, *, asymmetric: bool = True) -> Solution:
     """`expand` in chunks of groups."""
     planes, scale, offset = start
-
-    def one(rows: slice) -> Solution:
+    parts = []
+    for rows in row_chunks(len(w), w.shape[1] * (len(scale) + 2) * 4):
         part = planes[:, rows], scale[:, rows], offset[rows]
-        return expand(w[rows], d[rows], part, rounds, asymmetric=asymmetric)
+        parts.append(expand(w[rows], d[rows], part, rounds, asymmetric=asymmetric))
+    return _joined(parts)
 
-    return solve_in_chunks(w, d, len(scale) + 1, one)
+
+def _joined(parts: Sequence[Solution]) -> Solution:
+    planes, scales, offsets = zip(*parts, strict=True)
+    return torch.cat(planes, 1), torch.cat(scales, 1), torch.cat(offsets)

@@ -23,7 +23,8 @@ from torch import Tensor
 from ..planes import PlaneWeight
 from .grouping import even_scales, join_rows, row_chunks
 from .joint import JointSolver, Track, column_order, refitted
-from .moments import ROWS_AT_ONCE, Moments, MomentsMethod
+from .method import ROWS_AT_ONCE, MomentsMethod
+from .moments import Moments
 
 GRID_BITS = 8
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..planes import PlaneWeight
 from .grouping import Grouping, affine_weight, code_planes, even_scales, to_scale
 from .joint import upper_factor
-from .moments import Moments, MomentsMethod
+from .method import MomentsMethod
+from .moments import Moments
 
 COLUMNS_AT_ONCE = 128
 

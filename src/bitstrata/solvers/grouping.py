@@ -144,10 +144,7 @@ def check_weight(name: str, weight: Tensor, *, hint: str = "leave the layer out 
         raise ModelError(f"{name} holds NaN or infinity", hint="the source model is damaged")
     limit = torch.finfo(SCALE_DTYPE).max
     if any(float(bound.abs()) > limit for bound in weight.aminmax()):
-        raise ModelError(
-            f"{name} has weights above {limit:.0f}, the largest scale the format can store",
-            hint=hint,
-        )
+        raise ModelError(f"{name} has weights above {limit:.0f}, the largest scale the format can store", hint=hint)
 
 
 def row_chunks(rows: int, per_row: int, budget: int = 1 << 24) -> Sequence[slice]:

@@ -93,7 +93,8 @@ def upper_factor(hessian: Tensor) -> Tensor:
     """
     reversed_factor = torch.linalg.cholesky(hessian.double().flip(0, 1))
     eye = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-    return torch.linalg.solve_triangular(reversed_factor, eye, upper=False).flip(0, 1).float()
+    factor: Tensor = torch.linalg.solve_triangular(reversed_factor, eye, upper=False)
+    return factor.flip(0, 1).float()
 
 
 def column_order(diagonal: Tensor, group_size: int) -> list[Tensor]:
@@ -135,11 +136,10 @@ class JointSolver:
         """The bits of a code that a track reads."""
         return code >> (self.top - track.bits)
 
-    def values(self, group: int, track: Track, code: Tensor | None = None) -> Tensor:
+    def values(self, group: int, track: Track) -> Tensor:
         """Decoded weights of a group: [g, N]."""
         start, end = self.spans[group]
-        code = self.code[start:end] if code is None else code
-        return levels(track.coefficients[group]).gather(0, self.part(code, track))
+        return levels(track.coefficients[group]).gather(0, self.part(self.code[start:end], track))
 
     def compensate(self, iterations: int) -> list[Tensor]:
         """Solve all groups from left to right; returns L_p of every row by the errors passed on, [N] a track."""
@@ -202,21 +202,13 @@ class JointSolver:
         """One code a column, from left to right, errors passed on inside the group."""
         code = torch.empty(targets[0].shape, dtype=torch.int64, device=self.device)
         fixed = [torch.full((len(code),), weight, device=self.device) for weight in weights]
-        if choose_codes(self._bits, [levels(t) for t in tables], targets, spread, fixed, code, given=False):
-            return code
-        choose = Chooser(self.top, tables, weights)
-        left = [y.clone() for y in targets]
-        for column in range(len(code)):
-            code[column], values = choose([y[column] for y in left])
-            for y, factor, value in zip(left, spread, values, strict=True):
-                y[column + 1 :].addr_(factor[column, column + 1 :], y[column] - value, alpha=-1)
+        column_codes(self._bits, [levels(table) for table in tables], targets, spread, fixed, code, given=False)
         return code
 
     def polish(self, sweeps: int) -> None:
         """Coordinate descent in the full metric."""
-        residual = []  # (W* - Q) H, as [K, N]
-        for track in self.tracks:
-            residual.append(track.hessian @ (track.target - self.decoded(track)))
+        # (W* - Q) H, as [K, N]
+        residual = [track.hessian @ (track.target - self.decoded(track)) for track in self.tracks]
         for _ in range(sweeps):
             for group, (start, end) in enumerate(self.spans):
                 before = [self.values(group, track) for track in self.tracks]
@@ -230,23 +222,11 @@ class JointSolver:
 
     def _polish_codes(self, group: int, residual: list[Tensor]) -> None:
         start, end = self.spans[group]
-        tables = [track.coefficients[group] for track in self.tracks]
+        tables = [levels(track.coefficients[group]) for track in self.tracks]
         metrics = [track.hessian[start:end, start:end] for track in self.tracks]
-        code = self.code[start:end]
         left = [r[start:end] for r in residual]
         scales = [track.weight * metric.diagonal() for track, metric in zip(self.tracks, metrics, strict=True)]
-        if choose_codes(self._bits, [levels(t) for t in tables], left, metrics, scales, code, given=True):
-            return
-        local = [r.clone() for r in left]
-        values = [self.values(group, track) for track in self.tracks]
-        diagonals = [metric.diagonal().tolist() for metric in metrics]
-        choose = Chooser(self.top, tables, [1.0] * len(tables))
-        for column in range(end - start):
-            scale = [track.weight * d[column] for track, d in zip(self.tracks, diagonals, strict=True)]
-            wanted = [v[column] + r[column] / d[column] for v, r, d in zip(values, local, diagonals, strict=True)]
-            code[column], chosen = choose(wanted, scale)
-            for r, metric, value, new in zip(local, metrics, values, chosen, strict=True):
-                r.addr_(metric[column], new - value[column], alpha=-1)
+        column_codes(self._bits, tables, left, metrics, scales, self.code[start:end], given=True)
 
     def _polish_coefficients(self, group: int, track: Track, residual: Tensor, metric: Tensor) -> Tensor:
         """Refit a group's coefficients of one track where that lowers the loss; returns how its weights moved."""
@@ -295,37 +275,50 @@ class JointSolver:
         return affine_weight(grouping, code_planes(grouping.split(code), self.top), coefficients, units)
 
 
-class Chooser:
-    """Picks the code of one column for all rows: argmin over codes of sum_p s_p (z_p - v_p(code))^2."""
+def column_codes(
+    bits: Sequence[int],
+    tables: Sequence[Tensor],
+    left: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    codes: Tensor,
+    *,
+    given: bool,
+) -> None:
+    """Find the best code of one column after the other, in place; in native code where that can run.
 
-    def __init__(self, top: int, tables: Sequence[Tensor], weights: Sequence[float]) -> None:
-        self.weights = list(weights)
-        self.values = [levels(table) for table in tables]
-        self.shifts = [top - (len(table) - 1) for table in tables]
-        self.wide = [v.repeat_interleave(1 << shift, 0) for v, shift in zip(self.values, self.shifts, strict=True)]
-        self.squares = [v.square() for v in self.wide]
-        self.constant = torch.stack([w * s for w, s in zip(self.weights, self.squares, strict=True)]).sum(0)
+    A column's code has the least sum_p s_p (z_p - v_p(code))^2. What it leaves is passed on to further columns:
 
-    def __call__(self, wanted: Sequence[Tensor], scale: Sequence[float] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """wanted: z_p [N] each -> code int64 [N], and v_p(code) [N] each."""
-        if scale is None:
-            weights, cost = (
-                self.weights,
-                torch.addcmul(self.constant, self.wide[0], wanted[0], value=-2 * self.weights[0]),
-            )
-        else:
-            weights = list(scale)
-            cost = self.squares[0] * weights[0]
-            for squares, weight in zip(self.squares[1:], weights[1:], strict=True):
-                cost.add_(squares, alpha=weight)
-            cost.addcmul_(self.wide[0], wanted[0], value=-2 * weights[0])
-        for wide, z, weight in zip(self.wide[1:], wanted[1:], weights[1:], strict=True):
-            cost.addcmul_(wide, z, value=-2 * weight)
-        code = cost.argmin(0)
-        chosen = [
-            v.gather(0, (code >> shift).unsqueeze(0))[0] for v, shift in zip(self.values, self.shifts, strict=True)
-        ]
-        return code, chosen
+        given=False   z = y[k]                             y[k+1:] -= factor[k, k+1:] (z - v)
+        given=True    z = v(old code) + y[k] / factor[k, k]   y[k+1:] -= factor[k, k+1:] (v - v(old code))
+
+    Args:
+        bits: of each track, ascending.
+        tables: the values v of codes, fp32 [2^p, N] each; codes: int64 [g, N].
+        left: y, fp32 [g, N]; factors: fp32 [g, g]; scales: s, fp32 [g].
+    """
+    if choose_codes(bits, tables, left, factors, scales, codes, given=given):
+        return
+    shifts = [bits[-1] - value for value in bits]
+    wide = [table.repeat_interleave(1 << shift, 0) for table, shift in zip(tables, shifts, strict=True)]
+    squares = [table.square() for table in wide]
+    weights = list(zip(*(scale.tolist() for scale in scales), strict=True))
+    left = [y.clone() for y in left]
+
+    def values(code: Tensor) -> list[Tensor]:
+        return [t.gather(0, (code >> shift).unsqueeze(0))[0] for t, shift in zip(tables, shifts, strict=True)]
+
+    for column, mine in enumerate(weights):
+        wanted = before = [y[column] for y in left]
+        if given:
+            before = values(codes[column])
+            wanted = [v + z / f[column, column] for v, z, f in zip(before, wanted, factors, strict=True)]
+        cost = torch.zeros_like(wide[0])
+        for weight, square, table, z in zip(mine, squares, wide, wanted, strict=True):
+            cost.add_(square, alpha=weight).addcmul_(table, z, value=-2 * weight)
+        codes[column] = cost.argmin(0)
+        for y, factor, old, new in zip(left, factors, before, values(codes[column]), strict=True):
+            y[column + 1 :].addr_(factor[column, column + 1 :], new - old if given else old - new, alpha=-1)
 
 
 def first_grid(y: Tensor, bits: int, metric: Tensor) -> Tensor:

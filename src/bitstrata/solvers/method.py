@@ -1,7 +1,8 @@
 """What a method is: a frozen dataclass whose fields are its options, and a way from weights to planes.
 
 A method that looks at rows implements `solve_rows`, one that looks at a layer `solve_layer`, one that needs more of a
-block than its weights `solve_block`. The job asks for what `needs` names, and knows nothing else about a method.
+block than its weights `solve_block`; `MomentsMethod` solves layer by layer with the moments of their inputs (`solve`).
+The job asks for what `needs` names, and knows nothing else about a method.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..planes import decode
 from ..planes.weights import Kind, PlaneWeight
 from .grouping import check_weight, join_rows, row_chunks
-
-if TYPE_CHECKING:
-    from .moments import Moments
+from .moments import Moments
 
 ROW_BUDGET = 1 << 21  # weights solved at a time by methods that look at rows
+ROWS_AT_ONCE = 4096  # rows that a solver with moments holds
 
 # inputs: `inputs`, `targets` and `chains` of a block; gradients: its `sensitivity`, which takes the whole model once
 Need = Literal["inputs", "gradients"]
@@ -130,3 +131,46 @@ class Method(ABC):
     def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
         """A PlaneWeight for every linear of the block, on the CPU."""
         return {name: self.solve_layer(weight, block.bits, block.group_size) for name, weight in block.weights.items()}
+
+
+@dataclass(frozen=True)
+class MomentsMethod(Method):
+    """Solves the linears of a block in the order in which they run, each on the inputs that the solved ones give it."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"inputs"})
+
+    def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
+        """Hessian, cross moments, the damped one and its factor a precision, two in float64; the solver's tensors."""
+        if not self.needs:
+            return 0
+        return max(
+            4 * columns * (columns * (4 * len(bits) + 4) + min(rows, ROWS_AT_ONCE) * (4 * len(bits) + 6))
+            for rows, columns in shapes
+        )
+
+    @abstractmethod
+    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
+        """W fp32 [N, K], checked, and the moments of its inputs at each bits -> planes and scales."""
+
+    def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
+        if not self.needs:
+            return super().solve_block(block)
+        solved: dict[int, dict[str, Tensor]] = {bits: {} for bits in block.bits}
+        result = {}
+        for names in block.input_groups():
+            found = block.moments(names, solved)
+            tokens = found[max(found)].tokens
+            for name in names:
+                weight = block.weights[name].float()
+                check_weight(name, weight)
+                if tokens < weight.shape[1]:
+                    block.say(
+                        f"{name}: {tokens} calibration tokens for {weight.shape[1]} inputs; "
+                        "damping fills in, more tokens would be better"
+                    )
+                result[name] = self.solve(weight, found, block.group_size)
+                for bits in block.bits:
+                    solved[bits][name] = decode(result[name], bits).to(weight.device)
+        return {name: result[name] for name in block.weights}

@@ -1,4 +1,4 @@
-"""Second moments of what linears read, and the methods that solve one linear at a time with them.
+"""Second moments of what a linear reads.
 
 A linear sees at p bits the inputs X_p that the model quantized so far produces, and should give
 there what the original gives on its own inputs X. With n tokens as rows,
@@ -12,18 +12,10 @@ H is damped; with damping d, C is damped alike, so that W* = W where the two cha
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from ..planes import PlaneWeight, decode
-from .grouping import check_weight
-from .method import Block, Method, Need
-
-ROWS_AT_ONCE = 4096  # rows that a solver holds
 
 
 @dataclass(frozen=True)
@@ -54,46 +46,3 @@ class Moments:
     def alive(self, weight: Tensor) -> Tensor:
         """`weight` [N, K] with 0 in columns whose inputs were always 0."""
         return weight.masked_fill((self.hessian.diagonal() <= 0).to(weight.device), 0)
-
-
-@dataclass(frozen=True)
-class MomentsMethod(Method):
-    """Solves the linears of a block in the order in which they run, each on the inputs that the solved ones give it."""
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"inputs"})
-
-    def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
-        """Hessian, cross moments, the damped one and its factor a precision, two in float64; the solver's tensors."""
-        if not self.needs:
-            return 0
-        return max(
-            4 * columns * (columns * (4 * len(bits) + 4) + min(rows, ROWS_AT_ONCE) * (4 * len(bits) + 6))
-            for rows, columns in shapes
-        )
-
-    @abstractmethod
-    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
-        """W fp32 [N, K], checked, and the moments of its inputs at each bits -> planes and scales."""
-
-    def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
-        if not self.needs:
-            return super().solve_block(block)
-        solved: dict[int, dict[str, Tensor]] = {bits: {} for bits in block.bits}
-        result = {}
-        for names in block.input_groups():
-            found = block.moments(names, solved)
-            tokens = found[max(found)].tokens
-            for name in names:
-                weight = block.weights[name].float()
-                check_weight(name, weight)
-                if tokens < weight.shape[1]:
-                    block.say(
-                        f"{name}: {tokens} calibration tokens for {weight.shape[1]} inputs; "
-                        "damping fills in, more tokens would be better"
-                    )
-                result[name] = self.solve(weight, found, block.group_size)
-                for bits in block.bits:
-                    solved[bits][name] = decode(result[name], bits).to(weight.device)
-        return {name: result[name] for name in block.weights}

@@ -22,8 +22,8 @@ from ..planes import PlaneWeight
 from ..planes.weights import BYTE_BITS, Kind
 from .grouping import Grouping, affine_weight, code_planes, join_rows, row_chunks
 from .joint import JointSolver, Track, column_order, common_unit, upper_factor
-from .method import Need, Tuning
-from .moments import ROWS_AT_ONCE, Moments, MomentsMethod
+from .method import ROWS_AT_ONCE, MomentsMethod, Need, Tuning
+from .moments import Moments
 
 
 def _growths(bits: int) -> float:

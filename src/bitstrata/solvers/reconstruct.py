@@ -44,7 +44,7 @@ class _Affine(torch.autograd.Function):
 
 def dense(grouping: Grouping, planes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """[N, K], differentiable in scale [P, R] and offset [R]; planes int8 +-1 [P, R, g]."""
-    weight: Tensor = _Affine.apply(scale, offset, planes)
+    weight: Tensor = _Affine.apply(scale, offset, planes)  # type: ignore[no-untyped-call]
     return grouping.join(weight)
 
 

@@ -54,7 +54,7 @@ def admit(waiting: Mapping[int, Running], pool: TokenPool, places: int) -> Itera
     """Reserve room for up to `places` of those that wait, in their order; each is to be taken from `waiting`."""
     passed: list[Running] = []
     for item in list(waiting.values()):
-        if not places or (passed and passed[0].overtaken >= OVERTAKEN):  # nobody was overtaken more often
+        if not places or (passed and passed[0].overtaken >= OVERTAKEN):  # the first was overtaken most often
             return
         item.place = pool.reserve(item.room)
         if item.place is None:

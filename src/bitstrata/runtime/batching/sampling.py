@@ -55,7 +55,8 @@ def normalised_entropy(logits: Tensor) -> Tensor:
 
     logits: float32 [rows, V]; returns float32 [rows].
     """
-    return torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1) / math.log(max(2, logits.shape[-1]))
+    entropy: Tensor = torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
+    return entropy / math.log(max(2, logits.shape[-1]))
 
 
 def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:

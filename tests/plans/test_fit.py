@@ -15,9 +15,8 @@ import bitstrata
 from bitstrata import memory
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import PlanError, ResourceError, UsageError
-from bitstrata.models import fit
 from bitstrata.nn import bits_state
-from bitstrata.plans import PAGES_FILE, ModelSizes
+from bitstrata.plans import PAGES_FILE, ModelSizes, fit
 from bitstrata.plans.fit import RESERVE, cache_bytes, fit_budget
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from page_orders import write_order
 from transformers import LlamaConfig
 
-from bitstrata.benchmark.random_model import random_checkpoint
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+random_checkpoint = runpy.run_path(str(SCRIPTS / "common.py"))["random_checkpoint"]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
