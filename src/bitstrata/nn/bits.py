@@ -229,7 +229,8 @@ class BitsState:
         """
         with self._uses.changing():
             yield
-            self._hold({name: (plan[name],) for name in self.layers}, plan)
+            with self._uses.lock:
+                self._hold({name: (plan[name],) for name in self.layers}, plan)
 
     def __getstate__(self) -> dict[str, object]:
         """A copy is set to what runs now: nobody is inside a use of it."""
