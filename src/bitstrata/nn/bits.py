@@ -39,6 +39,9 @@ class Assignment:
 
     def __init__(self, given: Any, choices: tuple[Choice, ...], rows: Tensor | None = None) -> None:
         self.given, self.choices, self.rows = given, choices, rows
+        self._columns = (
+            tuple(zip(*choices, strict=True)) if rows is not None else ()
+        )  # layer -> its bits in each choice
         # (bits of a layer in each choice, rows of its input, device) -> bits a row. A graph's tensor may change between
         # two passes, so there results are kept for one pass only, see `for_tokens`.
         changes = rows is not None and not choices and rows.device.type != "cpu"
@@ -68,8 +71,8 @@ class Assignment:
 
     def at(self, place: int, shape: torch.Size, device: torch.device | None) -> int | Tensor:
         """Layer `place` on an input of `shape` rows: an int where all choices agree, else int8 [rows]."""
-        bits = tuple(choice[place] for choice in self.choices)
-        if bits and all(value == bits[0] for value in bits):
+        bits = self._columns[place] if self._columns else ()
+        if bits and bits.count(bits[0]) == len(bits):
             return bits[0]
         if self._expanded is None or torch.compiler.is_compiling():
             return self._expand(bits, shape, device)
