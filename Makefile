@@ -11,16 +11,34 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 # A user's `pip install` goes on without the kernels when they cannot be built; here that is an error, unless there is no compiler at all.
 export BITSTRATA_REQUIRE_NATIVE ?= $(if $(shell command -v $(CXX)),1,0)
 
-.PHONY: demo test check lint types format wheel sanitize cross clean
+.PHONY: demo test test-slow test-browser fuzz speed check lint types format docs wheel sanitize cross clean
 
 demo: $(READY)  ## the main job on the bundled model, offline
 	$(BIN)/bitstrata demo
 
 # A process for each core; a file's tests stay together because they share what they set up.
-test: $(READY)  ## the whole test suite
-	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile
+PYTEST := $(BIN)/python -m pytest -q
+PARALLEL := --numprocesses=logical --dist=loadfile
 
-check: lint types  ## what must be clean before a commit
+test: $(READY)  ## the test suite: every kind of case, the same ones at every run
+	$(PYTEST) $(PARALLEL)
+
+test-slow: $(READY)  ## what takes long: the README's commands, more architectures, kills at every moment
+	$(PYTEST) $(PARALLEL) -m slow
+
+test-browser: $(READY)  ## the playground in Chromium
+	$(PYTEST) -m browser
+
+speed: $(READY)  ## one shape against the bandwidth of memory; nothing else should run meanwhile
+	$(PYTEST) -m speed
+
+fuzz: SEED := $(or $(TEST_SEED),$(shell date +%s))
+fuzz: $(READY)  ## other random cases and more of them, of a new seed or of TEST_SEED
+	@echo "TEST_SEED=$(SEED)"
+	TEST_SEED=$(SEED) $(PYTEST) $(PARALLEL) -m "(random or fuzz) and not speed" --hypothesis-seed=$(SEED)
+
+check: $(READY)  ## what must be clean before a commit: .pre-commit-config.yaml, on all files
+	VENV="$(VENV)" PRE_COMMIT_HOME="$(abspath $(VENV))/pre-commit" $(BIN)/pre-commit run --all-files
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -32,6 +50,9 @@ types: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)  ## the site in build/site; a page, link or anchor that is not there is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 wheel: $(READY)  ## build dist/bitstrata-*.whl
 	rm -rf dist

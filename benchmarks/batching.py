@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 import bitstrata
 from bitstrata.benchmark.machine import describe
 from bitstrata.benchmark.random_model import SHAPES, random_model, shape_config
-from bitstrata.nn import bits_state, parse_bits
+from bitstrata.nn import bits_state
+from bitstrata.plans import parse_bits
 from bitstrata.runtime import Engine, Request
 
 HEAD_BITS = 8  # of random models: one row times a dense bf16 head takes torch seconds here, which would be all we see

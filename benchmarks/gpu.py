@@ -39,7 +39,7 @@ from bitstrata.benchmark.tune import tune
 from bitstrata.errors import BitstrataError, UsageError
 from bitstrata.kernels import select
 from bitstrata.models.load import pick_device
-from bitstrata.nn import parse_bits
+from bitstrata.plans import parse_bits
 
 LAYERS = "4096x14336,14336x4096,8192x28672,4096x4096"  # out_features x in_features
 GROUP_SIZE = 128

@@ -1,7 +1,7 @@
 """What planes for the output head and the embedding cost: nll and divergence by solver and bits, and the size.
 
 Only the head and the embedding are quantized, everything else stays as it is. Solvers: round-to-nearest, BCQ from a
-greedy start, the clipped grid, and the clipped grid refined (what `--head-bits` does, quantization/head.py).
+greedy start, the clipped grid, and the clipped grid refined (what `--head-bits` does, solvers/clipped.py).
 
     python benchmarks/head_bits.py MODEL --text FILE [--bits 4,6,8] [--group-size N] [--max-tokens N] [--json FILE]
 """
@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from bitstrata.benchmark.machine import describe
 from bitstrata.calibration import evaluation_windows, read_text
-from bitstrata.evaluation import Tally
+from bitstrata.metrics import Tally
 from bitstrata.models import context_limit, find_head, load_tokenizer
-from bitstrata.nn import parse_bits
 from bitstrata.planes import PlaneWeight, decode
-from bitstrata.quantization.bcq import BCQ
-from bitstrata.quantization.grouping import Grouping, affine_weight, join_rows, row_chunks
-from bitstrata.quantization.head import CHUNK, clipped_grid, solve_rows
-from bitstrata.quantization.rtn import RTN
+from bitstrata.plans import parse_bits
+from bitstrata.quantization.stages import CHUNK
+from bitstrata.solvers import BCQ, RTN
+from bitstrata.solvers.clipped import clipped_grid, clipped_rows
+from bitstrata.solvers.grouping import Grouping, affine_weight, join_rows, row_chunks
 
 
 def clipped(weight: Tensor, bits: int, group_size: int) -> PlaneWeight:
@@ -36,10 +36,10 @@ def clipped(weight: Tensor, bits: int, group_size: int) -> PlaneWeight:
 
 
 SOLVERS: dict[str, Callable[[Tensor, int, int], PlaneWeight]] = {
-    "rtn": lambda weight, bits, group: RTN().quantize_rows(weight, (bits,), group),
-    "bcq from greedy": lambda weight, bits, group: BCQ().quantize_rows(weight, (bits,), group),
+    "rtn": lambda weight, bits, group: RTN().solve_rows(weight, (bits,), group),
+    "bcq from greedy": lambda weight, bits, group: BCQ().solve_rows(weight, (bits,), group),
     "clipped grid": clipped,
-    "clipped grid, refined": solve_rows,
+    "clipped grid, refined": clipped_rows,
 }
 
 

@@ -36,8 +36,8 @@ from bitstrata.benchmark.machine import Bandwidth, describe
 from bitstrata.benchmark.model import Decoder
 from bitstrata.benchmark.random_model import SHAPES, dense_model, random_model, shape_config
 from bitstrata.errors import BitstrataError, CheckError, ResourceError, UsageError
-from bitstrata.evaluation.report import optional, render
 from bitstrata.models import bytes_per_token
+from bitstrata.tables import optional, render
 
 PEERS = ("ours", "torch", "llama.cpp")
 BITS = (2, 3, 4)

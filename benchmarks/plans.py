@@ -33,18 +33,19 @@ import bitstrata
 from bitstrata.allocation import (
     SENSITIVITY_FILE,
     SOLVERS,
+    MeasurementSettings,
     Objective,
     Problem,
-    Settings,
     measure_sensitivity,
     page_order,
     random_allocation,
 )
 from bitstrata.benchmark.machine import describe
 from bitstrata.calibration import calibration_windows, read_text, text_digest
-from bitstrata.checkpoint import CheckpointReader, ModelSizes, Plan
-from bitstrata.evaluation.report import render
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.models import load_tokenizer
+from bitstrata.plans import ModelSizes, Plan
+from bitstrata.tables import render
 
 RANDOM = 5
 SOLVER_ORDER = ("waterfill", "milp", "greedy", "pages", "paired*", "paired")
@@ -66,7 +67,7 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict[str, object]:
     calibration = windows(arguments.text, arguments.windows, seed)
     objective = Objective(model, calibration, reference)
     heldout = Objective(model, windows(arguments.heldout, arguments.heldout_windows, 0), reference)
-    settings = Settings(
+    settings = MeasurementSettings(
         measure=arguments.measure,
         text=Path(arguments.text).name,
         text_sha256=text_digest(read_text(arguments.text)),

@@ -46,11 +46,11 @@ import bitstrata
 from bitstrata.benchmark.machine import describe
 from bitstrata.benchmark.random_model import SHAPES, random_model, shape_config
 from bitstrata.calibration import read_text
-from bitstrata.evaluation.divergence import Tally
-from bitstrata.evaluation.report import render
+from bitstrata.metrics import Tally
 from bitstrata.models import load_tokenizer
-from bitstrata.nn import parse_bits
+from bitstrata.plans import parse_bits
 from bitstrata.runtime import Engine, Policy, Request, Token, parse_policy
+from bitstrata.tables import render
 
 HEAD_BITS = 8  # of random models: one row times a dense bf16 head takes torch seconds here, which would be all we see
 PERCENTILES = (50, 95, 99)

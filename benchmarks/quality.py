@@ -10,8 +10,8 @@ machine, versions and settings.
 Recipes are in NAMED: methods by name, `-dedicated` for a file of its own at each bits, `planes` for AnyBCQ's planes
 without training; with options of the method, for example `anybcq:steps=500:share_chain=true`. As their papers publish
 them: gptq, bpdq, anybcq, anyprecision. Each recipe runs in a process of its own, so its peak memory is its own.
-Compare at equal bytes: bits a weight read are in the table, and `--plot` draws the loss against them (extra `plots`).
-`--include` adds what earlier runs with the same settings have found.
+Compare at equal bytes: bits a weight read are in the table, and `--plot` draws the loss against bytes (extra `plots`).
+`--include` adds what earlier runs with the same settings have found; `--recipes ""` draws those alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import bitstrata
-from bitstrata.evaluation.report import render
+from bitstrata.tables import render
 
 BITS = (2, 3, 4)
 # name -> (method, preset, one file for all bits, options)
@@ -117,18 +117,33 @@ def included(file: str, arguments: argparse.Namespace) -> list[dict[str, object]
     return runs
 
 
-def plot(cells: list[list[str]], title: str, path: str) -> None:
-    """Loss against bits read, a line a recipe."""
+def plot(runs: list[dict[str, object]], title: str, path: str) -> None:
+    """Loss against bytes read, a line a recipe: solid where one file holds all precisions, else dashed."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for recipe in dict.fromkeys(row[0] for row in cells):
-        mine = [row for row in cells if row[0] == recipe]
-        axes.plot([float(row[2]) for row in mine], [max(float(row[3]), 1e-4) for row in mine], "o-", label=recipe)
-    axes.set(xlabel="bits a weight read", ylabel="increase of nll over fp32", yscale="log", title=title)
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, bbox_inches="tight")
+    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "bitstrata", "font.size": 10}
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    for text in dict.fromkeys(run["recipe"] for run in runs):
+        mine = [run for run in runs if run["recipe"] == text]
+        one_file = recipe(text)[2]
+        axes.plot(
+            [row["bytes"] / 1e3 for row in mine[0]["rows"]],
+            [max(statistics.median(increases(mine, index)), 1e-4) for index in range(len(BITS))],
+            "o-" if one_file else "s--",
+            markerfacecolor=None if one_file else "white",
+            linewidth=2 if one_file else 1.2,
+            label=f"{text.removesuffix('-dedicated')}, {'one file' if one_file else 'three files'}",
+        )
+    axes.set(xlabel="kB of weights read for a token", ylabel="loss above the original (nats a token)", yscale="log")
+    axes.set_title(title, fontsize=10)
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.endswith(".svg") else None)
+
+
+def increases(runs: list[dict[str, object]], index: int) -> list[float]:
+    """Of each run: nll over the reference's at BITS[index]."""
+    return [run["rows"][index]["nll"] - run["reference"]["nll"] for run in runs]
 
 
 def main() -> None:
@@ -160,7 +175,7 @@ def main() -> None:
         mine = [run for run in runs if run["recipe"] == text]
         for index, bits in enumerate(BITS):
             rows = [run["rows"][index] for run in mine]
-            added = [row["nll"] - run["reference"]["nll"] for row, run in zip(rows, mine, strict=True)]
+            added = increases(mine, index)
             cells.append(
                 [
                     text,
@@ -177,7 +192,7 @@ def main() -> None:
     title = f"{Path(arguments.model).name}, group size {arguments.group_size}, medians over seeds"
     print(render(title, columns, cells))
     if arguments.plot:
-        plot(cells, title, arguments.plot)
+        plot(runs, title, arguments.plot)
     if arguments.output:
         settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "plot", "include")}
         settings |= named_files(arguments)

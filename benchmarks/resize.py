@@ -32,20 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import random_checkpoint
 from transformers import LlamaConfig, PreTrainedModel
 
 import bitstrata
 from bitstrata.benchmark.machine import describe
-from bitstrata.benchmark.random_model import SHAPES, random_checkpoint
-from bitstrata.checkpoint import (
-    PAGES_FILE,
-    CheckpointReader,
-    Fingerprint,
-    ModelSizes,
-    Page,
-    PageOrder,
-    Plan,
-)
+from bitstrata.benchmark.random_model import SHAPES
+from bitstrata.checkpoint import CheckpointReader, Fingerprint
+from bitstrata.plans import PAGES_FILE, ModelSizes, Page, PageOrder, Plan
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 SHAPE = {**SHAPES["llama-3.2-1b"], "vocab_size": 32000, "tie_word_embeddings": False}

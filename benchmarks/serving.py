@@ -35,7 +35,7 @@ import psutil
 import torch
 
 from bitstrata.benchmark.machine import describe
-from bitstrata.nn import parse_bits
+from bitstrata.plans import parse_bits
 
 SOAK_TOKENS = 2
 

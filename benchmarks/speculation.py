@@ -22,8 +22,8 @@ import torch
 
 import bitstrata
 from bitstrata.calibration import read_text
-from bitstrata.evaluation.report import render
 from bitstrata.models import load_tokenizer
+from bitstrata.tables import render
 
 
 def prompts_of(tokenizer: object, text: str, count: int, length: int) -> list[torch.Tensor]:

@@ -144,7 +144,7 @@ def plane_model(seed: int = 0, *, bits: Sequence[int] = (2, 3, 4), bias: bool = 
         random_weight(33, 70, bits, 32, "affine", seed),
         random_weight(5, 33, bits, 32, "codebook", seed + 1),
     ]
-    state = BitsState(tuple(bits), {str(index): weight.bits for index, weight in enumerate(weights)})
+    state = BitsState({str(index): weight.bits for index, weight in enumerate(weights)})
     generator = torch.Generator().manual_seed(seed)
     return torch.nn.Sequential(
         *(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import bitstrata
 from bitstrata.calibration import calibration_windows, read_text
-from bitstrata.evaluation import Tally
+from bitstrata.metrics import Tally
 from bitstrata.quantization import Report, quantize
 from bitstrata.quantization.preflight import HELDOUT_WINDOWS
 

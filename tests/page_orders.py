@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from bitstrata.checkpoint import PAGES_FILE, CheckpointReader, Fingerprint, ModelSizes, Page, PageOrder
+from bitstrata.checkpoint import CheckpointReader, Fingerprint
+from bitstrata.plans import PAGES_FILE, ModelSizes, Page, PageOrder
 
 
 def write_order(folder: Path, seed: int = 0) -> PageOrder:

@@ -24,6 +24,11 @@ from bitstrata.kernels.triton import KERNEL, TiledWeight
 from bitstrata.planes import PlaneWeight, decode
 
 CUDA = torch.device("cuda", 0)
+REAL = pytest.param(
+    "real", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
+# For tests that say nothing more about devices than the others do: a pretended one takes seconds for each.
+on_a_real_one = pytest.mark.parametrize("gpu", [REAL], indirect=True)
 aten = torch.ops.aten
 # operations that copy, or that a device takes an index in host memory for
 MIXING = (aten.copy_, aten._to_copy, aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)

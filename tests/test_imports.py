@@ -11,20 +11,27 @@ from pathlib import Path
 import pytest
 
 import bitstrata
+from bitstrata.cli.commands import VERBS
 
 SOURCE = Path(bitstrata.__file__).parent
+# imports go to rooms further up in this list only; those that are not there yet are left out
 ROOMS = [
     "errors",
     "version",
-    "progress",
     "memory",
     "torch_state",
+    "options",
+    "progress",
+    "tables",
+    "metrics",
     "planes",
     "arguments",
     "checkpoint",
     "kernels",
+    "solvers",
     "nn",
     "models",
+    "plans",
     "calibration",
     "evaluation",
     "quantization",
@@ -35,9 +42,31 @@ ROOMS = [
     "demonstration",
     "cli",
 ]
+GROUND = ("errors", "version", "memory", "torch_state", "options", "progress", "tables", "metrics")  # one floor
+MOST_FLOORS = 8
+LATE = "kernels.triton"  # one of its files imports triton, and is itself imported where a product is first asked for
 MODULES = sorted(SOURCE.rglob("*.py"))
+HEAVY = ("fastapi", "matplotlib", "rich", "scipy", "typer", "uvicorn")
 PUBLIC = {
+    "Bench",
+    "BenchOptions",
     "BitstrataError",
+    "Conversation",
+    "Demo",
+    "Engine",
+    "Environment",
+    "EvaluateOptions",
+    "Evaluation",
+    "Generation",
+    "GenerationSettings",
+    "Inspection",
+    "Plan",
+    "PlanOptions",
+    "PlanReport",
+    "QuantizeOptions",
+    "Report",
+    "Request",
+    "Resized",
     "__version__",
     "bench",
     "demo",
@@ -46,6 +75,7 @@ PUBLIC = {
     "evaluate",
     "generate",
     "inspect",
+    "layers",
     "load",
     "plan",
     "quantize",
@@ -54,12 +84,20 @@ PUBLIC = {
 }
 
 
-def imported_modules(source: str, package: list[str]):
+def imported_modules(source: str, package: list[str], *, run: bool = False):
     """(line, dotted module below bitstrata) for every import of the package in `source`, at any depth.
 
     `package` is the path of the package that holds the module, e.g. ["bitstrata", "nn"].
+    run: without what only a type checker imports.
     """
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    unseen: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if run and isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            unseen.update(inner for statement in node.body for inner in ast.walk(statement))
+    for node in ast.walk(tree):
+        if node in unseen:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -95,14 +133,66 @@ def names_of(path: Path) -> tuple[list[str], list[str]]:
     return parts, parts[:-1]
 
 
+def longest_chain(graph: dict[str, set[str]], start: str, above: tuple[str, ...] = ()) -> list[str]:
+    """The longest way down from `start`; one that comes to the same name twice ends there."""
+    if start in above:
+        return [start]
+    chains = (longest_chain(graph, target, (*above, start)) for target in sorted(graph.get(start, ())))
+    return [start, *max(chains, key=len, default=[])]
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Every group of names each of which can be reached from all the others."""
+    reached: dict[str, set[str]] = {}
+    for name in graph:
+        found, ahead = set(), [name]
+        while ahead:
+            new = graph.get(ahead.pop(), set()) - found
+            found |= new
+            ahead += new
+        reached[name] = found
+    groups = {frozenset(other for other in reached[name] if name in reached.get(other, ())) for name in graph}
+    return sorted(sorted(group) for group in groups if group)
+
+
 def test_every_room_has_its_place_in_the_list():
     found = {path.stem if path.is_file() else path.name for path in SOURCE.iterdir()} - {"__init__", "__pycache__"}
-    assert {name for name in found if not name.startswith((".", "py"))} == set(ROOMS)
+    assert {name for name in found if not name.startswith((".", "py"))} - set(ROOMS) == set()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_go_down_only(path):
-    assert upward_imports(path.read_text(encoding="utf-8"), *names_of(path)) == []
+def test_imports_go_down_only_on_few_floors_and_in_no_circle():
+    problems: list[str] = []
+    rooms: dict[str, set[str]] = {}
+    files: dict[str, set[str]] = {}
+    known = {".".join(names_of(path)[0][1:]) for path in MODULES}
+    for path in MODULES:
+        source = path.read_text(encoding="utf-8")
+        module, package = names_of(path)
+        problems += upward_imports(source, module, package)
+        if len(module) == 1:
+            continue
+        own = ".".join(module[1:])
+        for _, target in imported_modules(source, package):
+            here, there = ("ground" if name in GROUND else name for name in (module[1], target[0] if target else ""))
+            rooms.setdefault(here, set()).update({there} - {here, ""})
+        for _, target in imported_modules(source, package, run=True):
+            file = next(name for end in range(len(target), -1, -1) if (name := ".".join(target[:end])) in known)
+            if target[-1:] != ["_native"]:  # the extension, in no source file
+                files.setdefault(own, set()).update({file} - {own})
+    found = [circle for circle in circles(files) if not circle[0].startswith(LATE)]
+    problems += [f"files import each other: {', '.join(circle)}" for circle in found]
+    chain = max((longest_chain(rooms, room) for room in rooms), key=len)
+    if len(chain) > MOST_FLOORS:
+        problems.append(f"{len(chain)} floors, {MOST_FLOORS} are allowed: {' -> '.join(chain)}")
+    assert not problems, "\n".join(problems)
+
+
+def test_planted_circles_and_chains_are_found():
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}}
+    assert circles(graph) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}}) == []
+    assert longest_chain(graph, "b") == ["b", "c", "a", "b"]
+    assert longest_chain({"a": {"b", "c"}, "b": {"c"}}, "a") == ["a", "b", "c"]
 
 
 def test_the_walk_sees_imports_at_all():
@@ -146,6 +236,49 @@ def test_the_public_names_are_listed_here():
     assert set(bitstrata.__all__) == PUBLIC
     assert bitstrata.__all__ == sorted(bitstrata.__all__)
     assert all(getattr(bitstrata, name) is not None for name in PUBLIC)
+
+
+def test_type_checkers_see_the_names_where_they_come_from():
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    shown = {
+        alias.asname: (node.module, alias.name)
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert shown == bitstrata._HOMES
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        bitstrata.quantise  # noqa: B018
+    assert set(bitstrata.__all__) <= set(dir(bitstrata))
+
+
+def test_importing_is_light_and_registers_with_transformers():
+    script = (
+        "import sys, torch, transformers.modeling_utils, transformers.quantizers.auto as auto, time\n"
+        "assert 'bitstrata' not in auto.AUTO_QUANTIZER_MAPPING\n"
+        "before, start = set(sys.modules), time.perf_counter()\n"
+        "import bitstrata\n"
+        "print(f'{time.perf_counter() - start:.3f} s')\n"
+        f"print(sorted(set({HEAVY!r}) & (set(sys.modules) - before)))\n"
+        "assert 'bitstrata' in auto.AUTO_QUANTIZER_MAPPING and 'bitstrata' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[1] == "[]", done.stdout
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_imports_no_torch(verb):
+    command = [sys.executable, "-X", "importtime", "-m", "bitstrata.cli.main", *([verb] if verb else []), "--help"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "Usage: bitstrata" in done.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "scipy", "numpy"}
 
 
 def test_no_public_name_is_left_out_of_all():

@@ -52,7 +52,3 @@ def _check_what_the_demo_left(folder: Path) -> None:
         ids = torch.randint(0, 4096, (2, 16), generator=torch.Generator().manual_seed(0))
         mixed = model(ids, bits=torch.tensor([2, 4])).logits
         torch.testing.assert_close(mixed[1], model(ids, bits=4).logits[1], rtol=0.05, atol=0.5)
-
-
-def test_the_readme_has_no_holes():
-    assert not re.search(r"\b(RESULTS|MEMORY|TODO|XXX)\b", README.read_text(encoding="utf-8"))

@@ -61,4 +61,4 @@ def _result(x: Tensor, weights: list[Weight], bits: int) -> Callable[[int], Tens
 
 
 def _decoded(stored: PlaneWeight, bits: int) -> Callable[[int, int], Tensor]:
-    return lambda first, last: decode(stored.rows(first, last), bits, torch.float64)
+    return lambda first, last: decode(stored.outputs(first, last), bits, torch.float64)

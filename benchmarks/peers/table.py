@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bitstrata.evaluation.report import optional, render
+from bitstrata.tables import optional, render
 
 from .contender import Contender
 from .measure import Timing

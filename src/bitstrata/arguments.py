@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
 import os
-from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
 
 from .errors import UsageError
 from .planes import whole_number
 
-P = ParamSpec("P")
-R = TypeVar("R")
-REMOVED = {
-    "reporter": "messages go to logging: nothing is shown without logging.basicConfig(level=logging.INFO) or the like"
-}
 SHOWN = 60  # characters of a value in a message
 
 
@@ -42,26 +32,3 @@ def path(name: str, value: object, *, hint: str) -> str:
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise UsageError(f"{name} must be a path, got {shown(value)}", hint=hint)
     return os.fspath(value)
-
-
-def check_name(function: str, name: str, known: Iterable[str]) -> None:
-    """Raise UsageError for an argument that `function` does not have; the nearest that it has is named."""
-    known = tuple(known)
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, known, 1)
-    hint = REMOVED.get(name) or (f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}")
-    raise UsageError(f"{function} has no argument {name}", hint=hint)
-
-
-def named(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which says in words which argument it does not have. A decorator of public functions."""
-    known = inspect.signature(function).parameters
-
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs:
-            check_name(function.__name__, name, known)
-        return function(*args, **kwargs)
-
-    return checked

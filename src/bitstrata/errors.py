@@ -37,6 +37,11 @@ class BitstrataError(Exception):
         self.message = message
         self.hint = hint
 
+    @property
+    def sentence(self) -> str:
+        """Message and hint on one line."""
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
 
 class UsageError(BitstrataError, ValueError):
     """An argument or a flag is wrong."""
@@ -118,6 +123,11 @@ class PreflightError(BitstrataError):
         super().__init__("\n".join(lines))
         self.problems = tuple(problems)
         self.exit_code = max(problem.exit_code for problem in problems)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

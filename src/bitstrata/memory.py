@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,12 +78,27 @@ def _anonymous(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size)
 
 
+def return_free_memory() -> None:
+    """Ask the C library to give freed pages back; without it a long job's heap keeps its high-water mark."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it, and only glibc needs it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_memory() -> int:
+    """The process's highest resident memory so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def free_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that this process may still take on `device`, the limits of its control groups respected."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return max(0, min([psutil.virtual_memory().available, *_cgroup_headroom()]))
+    return max(0, min([int(psutil.virtual_memory().available), *_cgroup_headroom()]))
 
 
 def _cgroup_headroom() -> Iterator[int]:

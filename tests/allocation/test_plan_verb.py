@@ -14,9 +14,10 @@ from tiny_models import tiny_llama
 import bitstrata
 from bitstrata.allocation import SENSITIVITY_FILE, SOLVERS
 from bitstrata.allocation.report import pattern
-from bitstrata.checkpoint import PAGES_FILE, CheckpointReader, ModelSizes, PageOrder, Plan
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import PlanError, UsageError
 from bitstrata.nn import use_bits
+from bitstrata.plans import PAGES_FILE, ModelSizes, PageOrder, Plan
 
 SMALL = {"windows": 4, "seq_len": 32, "device": "cpu"}
 

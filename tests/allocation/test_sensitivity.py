@@ -14,21 +14,22 @@ from transformers import AutoModelForCausalLM
 import bitstrata
 from bitstrata.allocation import (
     SENSITIVITY_FILE,
+    MeasurementSettings,
     Objective,
     Sensitivity,
-    Settings,
     measure_sensitivity,
     page_order,
 )
 from bitstrata.allocation.layer_loss import layer_losses
 from bitstrata.calibration import calibration_windows, read_text
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import CheckError, PlanError
-from bitstrata.evaluation import Tally
+from bitstrata.metrics import Tally
 from bitstrata.nn import PlaneLinear, use_bits
 from bitstrata.planes import decode
+from bitstrata.plans import ModelSizes
 
-SETTINGS = Settings(measure="kld", text="text.txt", text_sha256="0", windows=4, seq_len=32, seed=0)
+SETTINGS = MeasurementSettings(measure="kld", text="text.txt", text_sha256="0", windows=4, seq_len=32, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,9 @@ from bitstrata.allocation import (
     waterfill,
 )
 from bitstrata.allocation.problem import fused_units
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import UsageError
+from bitstrata.plans import ModelSizes
 
 SEEDS = range(12)
 SHARES = (0.0, 0.1, 0.37, 0.8, 1.0)

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from bitstrata.calibration import fisher_bytes, fisher_diagonal
+from bitstrata.calibration import BlockRunner, fisher_bytes, fisher_diagonal
 from bitstrata.errors import ModelError
-from bitstrata.models import Discovery, SourceModel, discover
+from bitstrata.models import SourceModel, discover
 
 VARIANTS: dict[str, Callable[[Path], Path]] = {
     "llama": tiny_llama,
@@ -23,28 +23,25 @@ VARIANTS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def opened(folder: Path, skip: tuple[str, ...] = ()) -> tuple[SourceModel, PreTrainedModel, Discovery]:
+def opened(folder: Path, skip: tuple[str, ...] = ()) -> BlockRunner:
     source = SourceModel(folder)
     skeleton = source.skeleton()
-    return source, skeleton, discover(skeleton, skip)
+    return BlockRunner(source, skeleton, discover(skeleton, skip), 20, torch.device("cpu"))
 
 
 def tokens(windows: int, length: int) -> Tensor:
     return torch.randint(3, 64, (windows, length), generator=torch.Generator().manual_seed(0))
 
 
-CPU = torch.device("cpu")
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_sum_over_windows_of_squared_gradients(variant: str, tmp_path: Path) -> None:
     folder = VARIANTS[variant](tmp_path / "model")
-    source, skeleton, discovery = opened(folder)
+    runner = opened(folder)
     windows, counted = tokens(4, 20), []
-    found = fisher_diagonal(source, skeleton, discovery, windows, CPU, lambda: counted.append(1))
+    found = fisher_diagonal(runner, windows, lambda: counted.append(1))
     assert len(counted) == 4
-    assert all(parameter.is_meta and not parameter.requires_grad for parameter in skeleton.parameters())
-    assert set(found) == {linear.name for linear in discovery.linears}
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in runner.model.parameters())
+    assert set(found) == {linear.name for linear in runner.discovery.linears}
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = dict.fromkeys(found, torch.zeros(()))
@@ -53,7 +50,7 @@ def test_the_sum_over_windows_of_squared_gradients(variant: str, tmp_path: Path)
         model(input_ids=window.unsqueeze(0), labels=window.unsqueeze(0)).loss.backward()
         for name in found:
             expected[name] = expected[name] + model.get_parameter(f"{name}.weight").grad.square()
-    for linear in discovery.linears:
+    for linear in runner.discovery.linears:
         wanted, mine = expected[linear.name], found[linear.name]
         assert mine.dtype == torch.float32
         assert mine.shape == (linear.out_features, linear.in_features)
@@ -61,18 +58,18 @@ def test_the_sum_over_windows_of_squared_gradients(variant: str, tmp_path: Path)
 
 
 def test_windows_add_up_and_the_same_call_gives_the_same_numbers(model: Path) -> None:
-    source, skeleton, discovery = opened(model)
+    runner = opened(model)
     windows = tokens(3, 16)
-    whole, again = (fisher_diagonal(source, skeleton, discovery, windows, CPU) for _ in range(2))
-    parts = [fisher_diagonal(source, skeleton, discovery, window.unsqueeze(0), CPU) for window in windows]
+    whole, again = (fisher_diagonal(runner, windows) for _ in range(2))
+    parts = [fisher_diagonal(runner, window.unsqueeze(0)) for window in windows]
     for name in whole:
         assert torch.equal(whole[name], again[name])
         torch.testing.assert_close(whole[name], sum(part[name] for part in parts), rtol=1e-6, atol=0)
 
 
 def test_skipped_layers_have_none(model: Path) -> None:
-    source, skeleton, discovery = opened(model, ("*.q_proj",))
-    found = fisher_diagonal(source, skeleton, discovery, tokens(1, 8), CPU)
+    runner = opened(model, ("*.q_proj",))
+    found = fisher_diagonal(runner, tokens(1, 8))
     assert not any(name.endswith("q_proj") for name in found)
     assert any(name.endswith("k_proj") for name in found)
 
@@ -82,16 +79,16 @@ def test_gradients_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> No
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"].fill_(3e38)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    source, skeleton, discovery = opened(folder)
+    runner = opened(folder)
     with pytest.raises(ModelError, match=r"model\.layers\.\d.*gradients") as caught:
-        fisher_diagonal(source, skeleton, discovery, tokens(1, 8), CPU)
+        fisher_diagonal(runner, tokens(1, 8))
     assert "--preset fast" in (caught.value.hint or "")
-    assert all(parameter.is_meta for parameter in skeleton.parameters()), "weights are still in memory"
+    assert all(parameter.is_meta for parameter in runner.model.parameters()), "weights are still in memory"
 
 
 def test_the_estimate_counts_the_model_the_sums_and_the_window(model: Path) -> None:
-    _, skeleton, discovery = opened(model)
-    weights = sum(parameter.numel() for parameter in skeleton.parameters())
-    short, long = (fisher_bytes(skeleton, discovery, seq_len) for seq_len in (8, 64))
-    assert short > 4 * (weights + discovery.weight_count)
-    assert long - short == 56 * 4 * (2 * sum(x.in_features + x.out_features for x in discovery.linears) + 3 * 64)
+    runner = opened(model)
+    weights = sum(parameter.numel() for parameter in runner.model.parameters())
+    short, long = (fisher_bytes(runner.model, runner.discovery, seq_len) for seq_len in (8, 64))
+    assert short > 4 * (weights + runner.discovery.weight_count)
+    assert long - short == 56 * 4 * (2 * sum(x.in_features + x.out_features for x in runner.discovery.linears) + 3 * 64)

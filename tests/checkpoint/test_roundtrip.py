@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same_weight, random_weight, save_checkpoint, spec_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from randomness import examples
 
 from bitstrata.checkpoint import CheckpointReader, TensorEntry, entries_of, is_checkpoint, validate, write_json
 from bitstrata.checkpoint.writer import write_safetensors
@@ -36,7 +37,7 @@ def models(draw):
     return layers, bits
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(models())
 def test_any_layer_reads_back_equal_at_every_bits(model):
     layers, bits = model

@@ -11,9 +11,10 @@ from cli_outcome import Command
 from transformers import AutoTokenizer
 
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, Plan
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import InputError, UnsupportedBitsError, UsageError
 from bitstrata.models import load_tokenizer
+from bitstrata.plans import Plan
 from bitstrata.runtime import Conversation, generate
 
 TEMPLATE = (

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from bitstrata.checkpoint import CheckpointReader, Fingerprint, Plan
+from bitstrata.checkpoint import CheckpointReader, Fingerprint
+from bitstrata.plans import Plan
 
 
 @pytest.fixture(scope="module")

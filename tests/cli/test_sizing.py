@@ -10,8 +10,9 @@ import pytest
 from cli_outcome import Command
 from page_orders import write_order
 
-from bitstrata.checkpoint import CheckpointReader, ModelSizes, Plan
-from bitstrata.models import fit, load
+from bitstrata.checkpoint import CheckpointReader
+from bitstrata.models import fit
+from bitstrata.plans import ModelSizes, Plan, load
 
 
 @pytest.fixture(scope="module")

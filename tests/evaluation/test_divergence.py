@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitstrata.evaluation import Measured, Tally
+from bitstrata.metrics import Metrics, Tally
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 30), st.integers(2, 50), st.sampled_from([0.1, 1.0, 10.0, 300.0]))
@@ -25,7 +25,7 @@ def test_measures_are_those_of_the_formulas(seed: int, tokens: int, vocabulary: 
     assert found.top1_agreement == float((p.argmax(1) == q.argmax(1)).double().mean())
 
 
-def measure(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None = None) -> Measured:
+def measure(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None = None) -> Metrics:
     tally = Tally()
     tally.add(logits, targets, reference)
     return tally.result()
@@ -78,4 +78,4 @@ def test_nan_is_not_taken_for_a_distance_of_zero(spoiled: str) -> None:
 
 
 def test_a_perplexity_beyond_float_is_infinite() -> None:
-    assert Measured(1, 1e4, None, None).perplexity == math.inf
+    assert Metrics(1, 1e4, None, None).perplexity == math.inf

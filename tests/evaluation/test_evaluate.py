@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitstrata
 from bitstrata.calibration import evaluation_windows, read_text
-from bitstrata.checkpoint import CheckpointReader, Plan
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import InputError, ModelError, TextError, UnsupportedBitsError, UsageError
 from bitstrata.evaluation import evaluate, perplexity
 from bitstrata.kernels import registry
 from bitstrata.planes import decode
+from bitstrata.plans import Plan
 
 
 def dense_model(model: Path, quantized: Path, bits: int | None) -> PreTrainedModel:

@@ -1,4 +1,8 @@
-"""`gpu`: a device to run on. Every test here runs on a pretended one; with `-m gpu`, where there is a GPU, on that."""
+"""`gpu`: a device to run on, pretended or real.
+
+On the pretended one runs what can show that tensors of two devices meet or that the host waits; the rest needs a real
+one, as `-m gpu` has it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from job_helpers import RTN, run
-from pretended_gpu import CUDA, pretended_gpu
+from pretended_gpu import CUDA, REAL, pretended_gpu
 from tiny_models import tiny_llama, tiny_text
 
-REAL = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-DEVICES = ["pretended", pytest.param("real", marks=REAL)]
 
-
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["pretended", REAL])
 def gpu(request, monkeypatch):
     """The device's name."""
     if request.param == "real":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretended_gpu import DeviceTensor
+from pretended_gpu import DeviceTensor, on_a_real_one
 
 import bitstrata
 from bitstrata.benchmark import bench, clock, linear, model, random_model, run, tune
@@ -106,6 +106,7 @@ def test_a_wrong_kernel_is_not_timed(small, monkeypatch):
         bench(shapes="48x128", rows="1", device=small, **QUICK)
 
 
+@on_a_real_one
 def test_a_whole_model_and_a_checkpoint(small, checkpoint):
     result = bench(shapes="tiny", whole=True, head_bits=6, rows="1", regimes=["cache"], device=small, **QUICK)
     names = ["tiny 2 bits", "tiny 3 bits", "tiny bf16", "tiny 2 bits, graph for any", "tiny 3 bits, graph for any"]
@@ -117,6 +118,7 @@ def test_a_whole_model_and_a_checkpoint(small, checkpoint):
     assert len(result.models) == 3
 
 
+@on_a_real_one
 def test_a_decoder_in_place_makes_the_tokens_of_generate(gpu, checkpoint):
     """At bits of its own, and at those in a tensor that changes while the addresses stay."""
     loaded = bitstrata.load(checkpoint, device=gpu, dtype=torch.float32)
@@ -254,9 +256,8 @@ def script():
     return module
 
 
+@on_a_real_one
 def test_the_benchmark_script(small, launched, script, tmp_path, capfd, monkeypatch):
-    if is_pretended(small):
-        monkeypatch.setattr(script, "bench_model", partial(model.bench_model, context=8, tokens=2, rounds=1))
     monkeypatch.setattr(script, "parse_shapes", lambda text: [(48, 128), (1024, 8)])
     output = tmp_path / "gpu.json"
     arguments = ["--bits", "2,3", "--rows", "1,17", "--rounds", "1", "--device", small, "--model", "tiny", "--tune"]

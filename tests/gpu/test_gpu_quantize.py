@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from job_helpers import ANYBCQ, ANYPRECISION, BCQ, RTN, run
+from pretended_gpu import REAL
 
 # CPUs choose codes in native code, in another order of sums: a code may fall on the other side of a tie
 JOBS = {
@@ -24,7 +25,15 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("job", JOBS)
+# on a pretended device: one job of each way to the codes, those that tune or train among them
+PRETENDED = ("anyprecision", "nested-tuned", "rtn-with-head")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "job"),
+    [*(("pretended", job) for job in PRETENDED), *(pytest.param(*REAL.values, job, marks=REAL.marks) for job in JOBS)],
+    indirect=["gpu"],
+)
 def test_a_job_on_the_gpu_is_the_job_on_the_cpu(gpu, job, source, text, tmp_path):
     settings, tolerance = JOBS[job]
     there = run(source, tmp_path / "gpu", text, **settings, device=gpu)

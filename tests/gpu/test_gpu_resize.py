@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from page_orders import write_order
+from pretended_gpu import on_a_real_one
 
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import ResourceError
 from bitstrata.kernels.triton import TiledWeight
 from bitstrata.nn import PlaneLinear, bits_state
+from bitstrata.plans import ModelSizes
 from bitstrata.runtime import Engine, Request
 
 IDS = torch.arange(3, 9).view(2, 3)
@@ -55,6 +57,7 @@ def test_a_budget_and_another_device(gpu, checkpoint, sizes):
     assert torch.equal(logits(model), logits(bitstrata.load(checkpoint, plan=3, device="cpu", dtype=torch.float32)))
 
 
+@on_a_real_one
 def test_requests_go_on_while_it_is_resized(gpu, checkpoint, plans):
     model = bitstrata.load(checkpoint, plan=3, device=gpu, dtype=torch.float32)
     with Engine(model, None) as engine:

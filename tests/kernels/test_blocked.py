@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_same_weight, random_weight
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from randomness import examples
 
 from bitstrata.kernels import pack, registry
 from bitstrata.kernels.cpu import BlockedWeight, missing
@@ -58,7 +59,7 @@ def as_integers(weight):
     return {name: tensor.view(torch.int8) for name, tensor in weight.tensors().items() if "plane" not in name}
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(weight=weights(), threads=st.sampled_from([1, 3]))
 def test_unpack_gives_back_what_was_packed_bit_for_bit(weight, threads):
     before = torch.get_num_threads()
@@ -97,7 +98,7 @@ def test_packing_leaves_the_weight_alone_and_shares_nothing_with_it(scales, seed
 def test_packing_takes_views(scales, seed):
     """Rows of a larger weight, and tensors that are not contiguous."""
     whole = random_weight(40, 70, kind=scales, seed=seed)
-    part = whole.rows(3, 22)
+    part = whole.outputs(3, 22)
     assert_same_weight(pack(part).stored(), part)
     strided = replace(
         part,

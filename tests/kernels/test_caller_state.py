@@ -111,9 +111,9 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "pack_bits": lambda i: planes.pack_bits(i.bits),
     "unpack_bits": lambda i: planes.unpack_bits(i.weight.planes[0], K),
     "join_scales": lambda i: list(
-        scales_tensors(join_scales([i.weight.rows(0, 9).scales[6], i.weight.rows(9, N).scales[6]]), 6).values()
+        scales_tensors(join_scales([i.weight.outputs(0, 9).scales[6], i.weight.outputs(9, N).scales[6]]), 6).values()
     ),
-    "PlaneWeight": lambda i: [i.weight.prefix(4), i.weight.rows(3, 20), i.weight.take(i.index.flatten())],
+    "PlaneWeight": lambda i: [i.weight.prefix(4), i.weight.outputs(3, 20), i.weight.take(i.index.flatten())],
 }
 # what a forward pass may contain; the rest is done when weights are loaded, where nothing is recorded
 RECORDED = ("Weight", "lookup", "linear_many")

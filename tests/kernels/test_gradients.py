@@ -23,7 +23,7 @@ from bitstrata.planes import PlaneWeight, decode
 
 N, K = 37, 70
 BITS = tuple(range(1, 9))
-ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64)
+ROWS = (1, 9, 16, 17, 40)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 scales = pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 native = pytest.mark.skipif(bool(missing), reason="the native kernels are not built")

@@ -54,8 +54,10 @@ FEW = {  # out_features, in_features, bits, group_size, kind, rows, dtype, regis
 }
 
 
-@capabilities
-@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize(
+    ("capability", "case"),
+    [*((90, case) for case in FEW), *((80, case) for case in ("2-bits", "4-bits", "small-groups"))],
+)
 def test_few_rows(compiled, capability, case):
     n, k, bits, group_size, kind, rows, dtype, registers = FEW[case]
     weight, x = meta_weight(n, k, (bits,), group_size, kind), x_of(rows, k, dtype)
@@ -77,9 +79,10 @@ def test_rows_at_their_own_bits(compiled, capability, kind):
     assert "local_alloc" not in result.ttgir
 
 
-@capabilities
 @pytest.mark.parametrize(
-    ("rows", "kind"), [(32, "affine"), (64, "affine8"), (256, "affine"), (64, "codebook")], ids=str
+    ("capability", "rows", "kind"),
+    [(90, 32, "affine"), (90, 64, "affine8"), (90, 256, "affine"), (90, 64, "codebook"), (80, 64, "affine")],
+    ids=str,
 )
 def test_many_rows(compiled, capability, rows, kind):
     weight, x = meta_weight(4096, 4096, (4,), 128, kind), x_of(rows, 4096, BF16)
@@ -88,8 +91,7 @@ def test_many_rows(compiled, capability, rows, kind):
     assert result.shared <= 99 * 1024  # two programs on a multiprocessor
 
 
-@capabilities
-@pytest.mark.parametrize("kind", ["affine", "affine8", "codebook"])
+@pytest.mark.parametrize(("capability", "kind"), [(90, "affine"), (90, "affine8"), (80, "codebook")])
 def test_decoding(compiled, capability, kind):
     weight = meta_weight(4096, 4096, (4,), 128, kind)
     result = compiled(capability, "decode_rows", lambda: launch.decode(weight, 4, BF16))

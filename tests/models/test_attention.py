@@ -30,7 +30,7 @@ def tensors(length, context, seed):
 def test_one_token_attends_as_with_sdpa(context, scaling, seed, monkeypatch):
     query, key, value = tensors(1, context, seed)
     expected, _ = sdpa_attention_forward(Module(), query, key, value, None, scaling=scaling)
-    monkeypatch.setattr("bitstrata.models.attention.sdpa_attention_forward", None)  # it must not come to this
+    monkeypatch.setattr("bitstrata.models.attention.sdpa", None)  # it must not come to this
     found, weights = grouped_sdpa(Module(), query, key, value, None, scaling=scaling)
     assert weights is None
     assert found.shape == expected.shape == (3, 1, HEADS, WIDTH)

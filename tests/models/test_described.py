@@ -76,7 +76,7 @@ def test_another_quantization_config_is_refused(folder, load):
 @pytest.mark.parametrize("count", [1001, 2**31 - 1, 10**30])
 def test_blocks_without_weights_are_counted_before_they_are_made(folder, count, monkeypatch):
     edit(folder / "config.json", num_hidden_layers=count, text_config={"n_layer": 3})
-    monkeypatch.setattr("bitstrata.models.described.AutoConfig.from_pretrained", None)  # would make a list of them
+    monkeypatch.setattr("bitstrata.models.config.AutoConfig.from_pretrained", None)  # would make a list of them
     with pytest.raises(CheckpointError, match=rf"{count} blocks \(num_hidden_layers\), the files have weights for 2"):
         bitstrata.load(folder)
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import bitstrata
-from bitstrata.checkpoint import Plan
 from bitstrata.errors import UnsupportedBitsError, UsageError
-from bitstrata.nn import PlaneLinear, RowBits, bits_state
+from bitstrata.nn import PlaneLinear, bits_state
+from bitstrata.plans import Plan
 
 PLACES = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
 
@@ -110,7 +110,7 @@ def test_bits_of_a_call(model, out, ids):
     layers = list(bits_state(whole).layers)
     plan = Plan({name: (2, 3, 8)[index % 3] for index, name in enumerate(layers)})
     rows = torch.tensor([2, 8])
-    for bits in (2, 3, 8, plan, rows, RowBits((plan, 3), torch.tensor([1, 0]))):
+    for bits in (2, 3, 8, plan, rows, [3, plan]):
         assert torch.equal(model(ids, bits=bits).logits, whole(ids, bits=bits).logits)
     assert torch.equal(model(ids).logits, whole(ids, bits=8).logits)
     assert not torch.equal(whole(ids, bits=2).logits, whole(ids, bits=8).logits)
@@ -121,7 +121,7 @@ def test_bits_that_cannot_be_run_are_refused(model, ids):
     with pytest.raises(UnsupportedBitsError) as caught:
         model(ids, bits=7)
     assert caught.value.hint == "supported bits: 2, 3, 8"
-    for wrong in ("nonsense", 2.0, True, [2, 3]):
+    for wrong in ("nonsense", 2.0, True, [2, "3"]):
         with pytest.raises(UsageError, match="bits must be an int"):
             model(ids, bits=wrong)
     with pytest.raises(UnsupportedBitsError):

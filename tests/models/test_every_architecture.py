@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import every_architecture
 import pytest
@@ -26,9 +28,13 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def known(names: dict[str, object]) -> list[str]:
-    """Those that this version of transformers has."""
-    return [name for name in names if name in KNOWN]
+def known(names: Iterable[str]) -> list[Any]:
+    """Those that this version of transformers has; the ordinary run has the representative ones."""
+    return [
+        pytest.param(name, marks=[] if name in every_architecture.REPRESENTATIVE else [pytest.mark.slow])
+        for name in names
+        if name in KNOWN
+    ]
 
 
 @pytest.mark.parametrize("name", known(every_architecture.RIGHT))

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import bitstrata
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import CheckpointError, ModelError, UnsupportedBitsError, UsageError
-from bitstrata.models import BitstrataConfig, BitstrataQuantizer, parse_target
+from bitstrata.models import BitstrataConfig, BitstrataQuantizer
 from bitstrata.nn import PlaneLinear, bits_state
+from bitstrata.plans import parse_target
 
 
 @pytest.fixture

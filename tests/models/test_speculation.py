@@ -59,7 +59,7 @@ def test_greedy_tokens_are_those_of_the_full_bits(trained, bits, draft_bits, dra
 
 def test_bits_are_what_they_were_afterwards(trained):
     model, tokenizer = trained
-    bitstrata.nn.bits_state(model).set(4)
+    model.bits = 4
     model.generate(ids_of(tokenizer, PROMPTS[0]), bits=8, draft_bits=2, max_new_tokens=5, do_sample=False)
     assert bitstrata.nn.bits_state(model).value == 4
     model.generate(ids_of(tokenizer, PROMPTS[0]), draft_bits=2, max_new_tokens=5, do_sample=False)

@@ -59,7 +59,7 @@ CALLS = {
     "call": lambda model, bits: model(IDS, bits=bits).logits,
     "forward": lambda model, bits: model.forward(IDS, bits=bits).logits,
     "use_bits": lambda model, bits: with_bits(model, bits),
-    "set": lambda model, bits: bits_state(model).set(bits),
+    "set": lambda model, bits: setattr(model, "bits", bits),
     "generate": lambda model, bits: model.generate(IDS, bits=bits, max_new_tokens=2, pad_token_id=0),
     "decoder": lambda model, bits: model.model(IDS, bits=bits),
     "rows": lambda model, bits: model(IDS, bits=torch.tensor([bits])).logits,

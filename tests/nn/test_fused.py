@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
     def __init__(self, seed: int, **changes) -> None:
         super().__init__()
-        state = BitsState(BITS, dict.fromkeys(NAMES, BITS))
+        state = BitsState(dict.fromkeys(NAMES, BITS))
         for index, name in enumerate(NAMES):
             options = {"bits": BITS, "group_size": 32, **changes.get(name, {})}
             weight = random_weight(5 + 16 * index, K, seed=seed + index, **options)

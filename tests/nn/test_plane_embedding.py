@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_linear_close, assert_same_weight, random_weight
 
-from bitstrata.nn import FixedBits, PlaneEmbedding, PlaneLinear, TiedHead, multiplied_layers
+from bitstrata.nn import BitsState, PlaneEmbedding, PlaneLinear, TiedHead, multiplied_layers
 from bitstrata.planes import decode
 
 SHAPES = [(1, 5), (7, 33), (15, 70), (16, 64), (17, 128), (65, 31), (300, 96)]
@@ -108,7 +108,7 @@ def test_an_embedding_alone_stays_in_the_stored_order():
 def test_a_fixed_layer_runs_and_counts_at_its_own_bits(monkeypatch):
     monkeypatch.setenv("BITSTRATA_KERNEL", "reference")
     weight = random_weight(33, 64, (6,))
-    layer = PlaneLinear.from_weight(weight, name="lm_head", state=FixedBits(6))
+    layer = PlaneLinear.from_weight(weight, name="lm_head", state=BitsState({"other": (2, 3)}, fixed={"lm_head": 6}))
     assert layer.bytes_read(2) == layer.bytes_read(6) == weight.bytes_read(6)
     x = torch.randn(2, 64)
     torch.testing.assert_close(layer(x), x @ decode(weight, 6).T, rtol=1e-4, atol=1e-4)

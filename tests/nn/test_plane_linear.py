@@ -28,7 +28,7 @@ def test_names_of_the_state_dict_are_those_of_the_checkpoint():
 
 
 def test_an_empty_layer_has_the_shapes_of_the_checkpoint():
-    state = BitsState((2, 3), {"a": (2, 3)})
+    state = BitsState({"a": (2, 3)})
     layer = PlaneLinear(70, 5, name="a", state=state, bits=(2, 3), group_size=32, bias=True, dtype=torch.bfloat16)
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in layer.state_dict().items()}
     assert shapes == {
@@ -53,7 +53,7 @@ def test_from_weight_holds_exactly_that_weight(scales, seed):
 @pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 def test_a_state_dict_loads_into_an_empty_layer(scales, seed):
     source = layer_of(scales, torch.arange(5.0), seed=seed)
-    state = BitsState((2, 4), {"": (2, 4)})
+    state = BitsState({"": (2, 4)})
     target = PlaneLinear(70, 5, name="", state=state, bits=(2, 4), group_size=32, kind=scales, bias=True)
     target.load_state_dict(source.state_dict())
     x = torch.randn(3, 70)

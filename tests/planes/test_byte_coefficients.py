@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bitstrata.planes import ByteScales, PlaneWeight
 from bitstrata.planes.weights import BYTE_BITS, byte_unit, is_byte_unit
-from bitstrata.quantization.grouping import make_affine, to_bytes
+from bitstrata.solvers.grouping import make_affine, to_bytes
 
 LARGEST = 61440.0
 

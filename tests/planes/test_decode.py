@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_weight
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from randomness import examples
 
 from bitstrata.planes import AffineScales, ByteScales, PlaneWeight, codes, decode, pack_bits, signs, unpack_bits
 
@@ -59,7 +60,7 @@ def naive_decode(weight, bits, number):
     return rows
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(WEIGHTS)
 def test_decode_equals_the_naive_loop_bit_for_bit(weight):
     for bits in weight.bits:
@@ -70,7 +71,7 @@ def test_decode_equals_the_naive_loop_bit_for_bit(weight):
             assert torch.equal(decoded, expected), (bits, dtype)
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(WEIGHTS)
 def test_float64_decode_is_exact(weight):
     for bits in weight.bits:
@@ -93,7 +94,7 @@ def test_low_precision_is_the_float32_result_rounded_once(scales, dtype, seed):
         assert torch.equal(decode(weight, bits, dtype), decode(weight, bits, torch.float32).to(dtype))
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(WEIGHTS)
 def test_lower_bits_do_not_depend_on_higher_planes_and_scales(weight):
     for bits in weight.bits:
@@ -147,7 +148,7 @@ def test_decode_without_that_scales_is_a_key_error():
         decode(random_weight(2, 33, bits=(2, 4)), 3)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(WEIGHTS)
 def test_codes_of_fewer_bits_are_the_high_bits(weight):
     most = len(weight.planes)

@@ -113,7 +113,7 @@ def test_bytes_read_counts_padding_words_and_only_that_scales():
 @pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 def test_rows_are_those_rows_and_no_copy(scales, seed):
     weight = random_weight(9, 70, (2, 4), 43, scales, seed)
-    part = weight.rows(2, 7)
+    part = weight.outputs(2, 7)
     assert (part.out_features, part.bits, part.group_size) == (5, (2, 4), 43)
     assert part.planes[1].data_ptr() == weight.planes[1][2].data_ptr()
     for bits in (2, 4):

@@ -18,7 +18,8 @@ from bitstrata.checkpoint import is_checkpoint
 from bitstrata.errors import JobError
 from bitstrata.models import SourceModel
 from bitstrata.quantization import job
-from bitstrata.quantization.blocks import BlockLoop
+from bitstrata.quantization.context import Job
+from bitstrata.quantization.stages import Blocks
 from bitstrata.quantization.state import JobState
 
 
@@ -51,14 +52,14 @@ CHANGES = [replace_weights, overwrite_weights, overwrite_config]
 
 def before_block(number: int) -> Callable[[pytest.MonkeyPatch, Callable[[], None]], None]:
     def install(patch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
-        run_block = BlockLoop._run_block
+        run_block = Blocks._run_block
 
-        def changed(self: BlockLoop, index: int) -> None:
+        def changed(self: Blocks, job: Job, index: int) -> None:
             if index == number:
                 change()
-            run_block(self, index)
+            run_block(self, job, index)
 
-        patch.setattr(BlockLoop, "_run_block", changed)
+        patch.setattr(Blocks, "_run_block", changed)
 
     return install
 

@@ -12,7 +12,8 @@ from job_helpers import ANYPRECISION, digests, run
 
 from bitstrata.checkpoint import is_checkpoint
 from bitstrata.errors import JobError
-from bitstrata.quantization.blocks import BlockLoop
+from bitstrata.quantization.context import Job
+from bitstrata.quantization.stages import Measure
 
 # jobs that leave every kind of part: blocks, tuned scales, head and embedding, sensitivities
 TUNED = {
@@ -26,10 +27,10 @@ class StoppedError(Exception):
 
 
 def stop_before_measuring(patch: pytest.MonkeyPatch) -> None:
-    def stop(self: BlockLoop) -> None:
+    def stop(self: Measure, job: Job) -> None:
         raise StoppedError
 
-    patch.setattr(BlockLoop, "measure", stop)
+    patch.setattr(Measure, "run", stop)
 
 
 def flip(path: Path, draw: random.Random) -> None:
@@ -71,15 +72,14 @@ def test_one_flipped_bit_in_any_part_is_found(job: str, model: Path, text: Path,
 def test_a_part_that_is_damaged_after_it_was_used_is_found_before_it_is_published(
     model: Path, text: Path, tmp_path: Path, seed: int
 ) -> None:
-    measure, output = BlockLoop.measure, tmp_path / "out"
+    measure, output = Measure.run, tmp_path / "out"
 
-    def damage(self: BlockLoop) -> Any:
-        result = measure(self)
+    def damage(self: Measure, job: Job) -> None:
+        measure(self, job)
         flip(output / ".job" / "block-0001.safetensors", random.Random(seed))
-        return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BlockLoop, "measure", damage)
+        patch.setattr(Measure, "run", damage)
         with pytest.raises(JobError, match=r"block-0001\.safetensors is damaged"):
             run(model, output, text)
     assert not is_checkpoint(output)

@@ -15,14 +15,15 @@ from job_process import finish
 from safetensors.torch import load_file
 from tiny_models import tiny_gpt2
 
-from bitstrata.calibration import calibration_windows, fisher_diagonal, read_text
+from bitstrata.calibration import BlockRunner, calibration_windows, fisher_diagonal, read_text
 from bitstrata.checkpoint import CheckpointReader, is_checkpoint
 from bitstrata.errors import JobError, PreflightError
 from bitstrata.models import SourceModel, discover, load_tokenizer
 from bitstrata.planes import decode
-from bitstrata.quantization import AnyPrecision, blocks
+from bitstrata.quantization import stages
 from bitstrata.quantization.preflight import HELDOUT_WINDOWS
 from bitstrata.quantization.state import JobState
+from bitstrata.solvers import AnyPrecision
 
 Count = Callable[[], int]
 
@@ -48,7 +49,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Count:
         calls.append(arguments)
         return fisher_diagonal(*arguments)
 
-    monkeypatch.setattr(blocks, "fisher_diagonal", counting)
+    monkeypatch.setattr(stages, "fisher_diagonal", counting)
     return lambda: len(calls)
 
 
@@ -126,14 +127,15 @@ def test_layers_are_solved_with_the_gradients_on_the_calibration_windows(
     source = SourceModel(folder)
     skeleton = source.skeleton()
     discovery = discover(skeleton)
-    fisher = fisher_diagonal(source, skeleton, discovery, windows.calibration, torch.device("cpu"))
+    runner = BlockRunner(source, skeleton, discovery, 32, torch.device("cpu"))
+    fisher = fisher_diagonal(runner, windows.calibration)
     stored = load_file(folder / "model.safetensors")
     reader = CheckpointReader(tmp_path / "out")
     for linear in discovery.linears:
         weight = stored[f"{linear.name}.weight"]
         weight = weight.T.contiguous() if linear.transposed else weight
-        expected = AnyPrecision().quantize_layer(weight, (2, 3, 4), 32, fisher[linear.name])
-        assert reader.spec.layers[linear.name].scales == "codebook"
+        expected = AnyPrecision().solve_layer(weight, (2, 3, 4), 32, fisher[linear.name])
+        assert reader.spec.layers[linear.name].decoder == "codebook"
         for bits in (2, 3, 4):
             assert torch.equal(decode(reader.layer(linear.name), bits), decode(expected, bits)), linear.name
 

@@ -16,8 +16,10 @@ import bitstrata
 from bitstrata.checkpoint import CheckpointReader, validate
 from bitstrata.errors import JobError, PreflightError
 from bitstrata.planes import decode
-from bitstrata.quantization import head, rtn
+from bitstrata.quantization import stages
 from bitstrata.quantization.state import JobState
+from bitstrata.solvers import make_method
+from bitstrata.solvers.clipped import clipped_rows
 
 TUNED = {"method": "nested", "preset": "best", "options": {"iterations": 1, "tune_steps": 3}}
 NAMES = {"tied": ["model.embed_tokens"], "untied": ["model.embed_tokens", "lm_head"]}
@@ -37,8 +39,8 @@ def error(weight: torch.Tensor, planes: Any, bits: int) -> torch.Tensor:
 @pytest.mark.parametrize(("columns", "group_size"), [(64, 32), (70, 32), (33, 128), (5, 1)])
 def test_no_group_is_worse_than_round_to_nearest(bits: int, columns: int, group_size: int, seed: int) -> None:
     w = torch.randn(17, columns, generator=torch.Generator().manual_seed(seed))
-    mine = error(w, head.solve_rows(w, bits, group_size), bits)
-    plain = error(w, rtn.RTN().quantize_rows(w, (bits,), group_size), bits)
+    mine = error(w, clipped_rows(w, bits, group_size), bits)
+    plain = error(w, make_method("rtn", "default", {}).solve_rows(w, (bits,), group_size), bits)
     for start in range(0, columns, group_size):
         group = slice(start, start + group_size)
         assert bool((mine[:, group].sum(1) <= plain[:, group].sum(1) * (1 + 1e-5) + 1e-12).all())
@@ -51,7 +53,7 @@ def test_constant_zero_and_tiny_rows_come_out_finite() -> None:
     w[1], w[2] = 0.25, torch.randn(64) * 1e-6
     w[3, 0] = 3e4
     for bits in (1, 4, 8):
-        dense = decode(head.solve_rows(w, bits, 32), bits)
+        dense = decode(clipped_rows(w, bits, 32), bits)
         assert bool(dense.isfinite().all())
         assert torch.equal(dense[:2], w[:2])
         assert float((dense[2] - w[2]).abs().max()) < 5e-6
@@ -111,7 +113,7 @@ def test_how_rows_are_cut_leaves_no_trace(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(sources["tied"], tmp_path / "whole", None, head_bits=5, **RTN)
-    monkeypatch.setattr(head, "CHUNK", 64 * 7)
+    monkeypatch.setattr(stages, "CHUNK", 64 * 7)
     run(sources["tied"], tmp_path / "cut", None, head_bits=5, **RTN)
     assert digests(tmp_path / "whole") == digests(tmp_path / "cut")
 
@@ -149,7 +151,7 @@ def test_an_interrupted_job_ends_with_the_same_bytes(
 
 def test_another_precision_does_not_continue_the_job(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head.HeadPlanes, "_error", lambda *_: 1 / 0)
+        patch.setattr(stages.Head, "_error", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(sources["tied"], tmp_path / "out", None, head_bits=6, **RTN)
     for other in (5, None):
@@ -162,7 +164,7 @@ def test_another_precision_does_not_continue_the_job(sources: dict[str, Path], t
 
 def test_a_damaged_part_is_named(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head.HeadPlanes, "_error", lambda *_: 1 / 0)
+        patch.setattr(stages.Head, "_error", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(sources["tied"], tmp_path / "out", None, head_bits=6, **RTN)
     (tmp_path / "out" / ".job" / "embedding.safetensors").write_bytes(b"not a file")

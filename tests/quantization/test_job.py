@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import bitstrata
 from bitstrata.checkpoint import CheckpointReader, validate
 from bitstrata.demonstration.run import MODEL
+from bitstrata.errors import PreflightError
 from bitstrata.planes import decode
 
 # of the tiny Llama's quantized layers: query and output, key and value, gate and up, down
@@ -210,3 +211,27 @@ def test_text_of_another_kind_is_said_in_the_report(tmp_path: Path) -> None:
         )
         assert (report.text_warning is not None) == warned
         assert ("it is not the kind of text this model was made for" in str(report)) == warned
+
+
+@pytest.mark.parametrize("name", ["bpdq", "gptq"])
+def test_methods_of_one_precision_refuse_several(name, model, text, tmp_path):
+    with pytest.raises(PreflightError, match="makes one precision a file"):
+        run(model, tmp_path / "out", text, method=name, options={})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["nested", "bpdq", "gptq"])
+def test_calibration_is_asked_for(name, model, tmp_path):
+    with pytest.raises(PreflightError, match=f"{name} needs calibration text"):
+        run(model, tmp_path / "out", None, method=name, options={}, bits="3")
+
+
+def test_nested_on_a_trained_model(tmp_path):
+    """One nested file is nearer to the original than a dedicated GPTQ file."""
+    settings = {"group_size": 128, "num_samples": 16, "seq_len": 128}
+    quick = {"iterations": 2, "sweeps": 1}
+    nested = run(MODEL, tmp_path / "nested", "stdlib", method="nested", options=quick, **settings)
+    kld = {row["bits"]: row["kld"] for row in nested.results}
+    assert kld[4] < kld[3] < kld[2]
+    dedicated = run(MODEL, tmp_path / "gptq", "stdlib", method="gptq", options={}, bits=3, **settings)
+    assert kld[3] < dedicated.results[0]["kld"]

@@ -30,14 +30,22 @@ def unbroken(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     return digests(folder / "out"), time.monotonic() - began
 
 
-def test_killed_at_every_file_in_turn(
-    model: Path, text: Path, tmp_path: Path, unbroken: tuple[dict[str, str], float]
+# fingerprint, blocks, tuned blocks, copies of tokenizer files, shards, and index, report, config
+GROUPS = (1, 3, 3, 3, 6, 3)
+FIRSTS = [sum(GROUPS[:at]) for at in range(len(GROUPS))]
+MOMENTS = [
+    pytest.param([*FIRSTS, sum(GROUPS) - 1, sum(GROUPS)], id="each-kind-of-file"),
+    pytest.param(sorted(set(range(sum(GROUPS))) - {*FIRSTS, sum(GROUPS) - 1}), id="the-others", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_killed_at_files_in_turn(
+    moments: list[int], model: Path, text: Path, tmp_path: Path, unbroken: tuple[dict[str, str], float]
 ) -> None:
-    """Killed when the n-th file is written but not yet in its place, for every n; and right after the last."""
-    log = tmp_path / "log"
-    # fingerprint, blocks, tuned blocks, copies of tokenizer files, shards, and index, report, config
-    files = 1 + 3 + 3 + 3 + 6 + 3
-    for file in range(files + 1):
+    """Killed when the n-th file is written but not yet in its place; and right after the last."""
+    log, files = tmp_path / "log", sum(GROUPS)
+    for file in moments:
         last = file == files
         output = tmp_path / f"out-{file}"
         command = arguments(model, output, text)

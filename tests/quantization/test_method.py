@@ -8,24 +8,24 @@ import pytest
 import torch
 
 from bitstrata.errors import ModelError, PreflightError, UsageError
-from bitstrata.quantization import AnyBCQ, AnyBCQOptions, BCQOptions, methods
-from bitstrata.quantization.grouping import check_weight
-from bitstrata.quantization.method import PRESETS, make_method
+from bitstrata.options import QuantizeOptions
 from bitstrata.quantization.settings import Settings
 from bitstrata.quantization.state import differences
+from bitstrata.solvers import BCQ, METHODS, PRESETS, AnyBCQ, make_method
+from bitstrata.solvers.grouping import check_weight
 
 
 def test_every_method_can_be_made_at_every_preset() -> None:
-    assert set(methods()) == {"rtn", "bcq", "anybcq", "anyprecision", "nested", "bpdq", "gptq"}
-    for name in methods():
+    assert set(METHODS) == {"rtn", "bcq", "anybcq", "anyprecision", "nested", "bpdq", "gptq"}
+    for name in METHODS:
         for preset in PRESETS:
             assert make_method(name, preset, {}).name == name
 
 
 def test_presets_and_overrides_in_that_order() -> None:
-    assert make_method("anybcq", "default", {}).options == AnyBCQOptions()
-    assert make_method("anybcq", "fast", {}).options.steps == 0
-    assert make_method("anybcq", "best", {"steps": 7}).options.steps == 7
+    assert make_method("anybcq", "default", {}) == AnyBCQ()
+    assert make_method("anybcq", "fast", {}).steps == 0
+    assert make_method("anybcq", "best", {"steps": 7}).steps == 7
     assert not make_method("anybcq", "fast", {}).needs_calibration
     assert make_method("anybcq", "default", {}).needs_calibration
     assert not make_method("bcq", "best", {}).needs_calibration
@@ -34,9 +34,9 @@ def test_presets_and_overrides_in_that_order() -> None:
 def test_options_from_a_command_line_are_converted() -> None:
     options = make_method(
         "anybcq", "default", {"steps": "12", "learning_rate": "1e-2", "share_chain": "True", "train_offset": "false"}
-    ).options
-    assert options == AnyBCQOptions(steps=12, learning_rate=0.01, share_chain=True, train_offset=False)
-    assert make_method("anybcq", "default", {"learning_rate": 1}).options.learning_rate == 1.0
+    )
+    assert options == AnyBCQ(steps=12, learning_rate=0.01, share_chain=True, train_offset=False)
+    assert make_method("anybcq", "default", {"learning_rate": 1}).learning_rate == 1.0
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_wrong_choices_are_named(name: str, preset: str, overrides: dict[str, An
 
 def test_options_cannot_be_changed_later() -> None:
     with pytest.raises(AttributeError):
-        BCQOptions().rounds = 3  # type: ignore[misc]
+        BCQ().rounds = 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 65520.0, -1e30])
@@ -84,7 +84,7 @@ def test_a_weight_that_cannot_be_stored_is_refused_by_name(value: float) -> None
         check_weight("layer seven", weight)
     for method in ("rtn", "bcq", "anyprecision"):
         with pytest.raises(ModelError):
-            make_method(method, "default", {}).quantize_layer(weight, (2,), 2)
+            make_method(method, "default", {}).solve_layer(weight, (2,), 2)
 
 
 def test_the_largest_fp16_number_can_be_stored() -> None:
@@ -92,11 +92,7 @@ def test_the_largest_fp16_number_can_be_stored() -> None:
 
 
 def parse(**changes: Any) -> Settings:
-    arguments: dict[str, Any] = {
-        "bits": "2-4", "method": "bcq", "preset": "default", "options": {}, "group_size": 128, "calibration": None,
-        "num_samples": 128, "seq_len": 2048, "skip": (), "seed": 0, "device": "cpu",
-    }  # fmt: skip
-    return Settings.parse("model", "out", **{**arguments, **changes})
+    return Settings.parse(QuantizeOptions("model", "out", **{"method": "bcq", "device": "cpu", **changes}))
 
 
 @pytest.mark.parametrize(

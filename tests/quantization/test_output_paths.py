@@ -16,13 +16,13 @@ import bitstrata
 from bitstrata.checkpoint import is_checkpoint
 from bitstrata.errors import PreflightError, ResourceError, UsageError
 from bitstrata.models import SourceModel
-from bitstrata.quantization.blocks import BlockLoop
+from bitstrata.quantization.stages import Blocks
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_computed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "refused" in request.node.name:
-        monkeypatch.setattr(BlockLoop, "run_blocks", lambda self: pytest.fail("the job began"))
+        monkeypatch.setattr(Blocks, "run", lambda self, job: pytest.fail("the job began"))
 
 
 def refused(model: Path, output: Path, said: str) -> str:

@@ -21,17 +21,18 @@ from bitstrata.checkpoint import writer
 from bitstrata.errors import PreflightError, ResourceError
 from bitstrata.models import SourceModel
 from bitstrata.quantization import preflight
+from bitstrata.quantization.context import Prepared
 
 MB = 10**6
 TUNED = {"method": "nested", "preset": "best", "options": {"iterations": 1, "tune_steps": 2}}
 
 
-def needed(model: Path, output: Path, text: Path | None, **settings: Any) -> preflight.Prepared:
+def needed(model: Path, output: Path, text: Path | None, **settings: Any) -> Prepared:
     """What preflight found out."""
-    found: list[preflight.Prepared] = []
+    found: list[Prepared] = []
     check = preflight._check_resources
 
-    def noted(prepared: preflight.Prepared) -> Any:
+    def noted(prepared: Prepared) -> Any:
         found.append(prepared)
         return check(prepared)
 

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from bitstrata.runtime.batching.stats import Pace
-from bitstrata.runtime.policy import LoadView, Policy, RequestView, Steps, choose_bits
+from bitstrata.runtime.policy import LoadView, Policy, RequestPolicy, RequestView
 
 SUPPORTED = (2, 3, 4)
 BASE = 0.005
@@ -46,7 +46,7 @@ def simulate(
 ) -> list[Round]:
     """Run `requests`, in order of arrival, to their ends; fills in `used` and `times` and returns the rounds."""
     coming, waiting = deque(requests), deque[Simulated]()
-    running: list[tuple[Simulated, Steps]] = []
+    running: list[tuple[Simulated, RequestPolicy]] = []
     rounds, pace, now = [], Pace(), 0.0
     while coming or waiting or running:
         if not (waiting or running):
@@ -60,7 +60,7 @@ def simulate(
         most = max(len(view.ladder) - 1 for view in views)
         policy.observe(LoadView(now, len(waiting), pace.mean, most))
         rounds.append(Round(now, getattr(policy, "steps", 0), bool(waiting)))
-        bits = [choose_bits(steps, view) for (_, steps), view in zip(running, views, strict=True)]
+        bits = [view.lowered(steps(view)) for (_, steps), view in zip(running, views, strict=True)]
         decoding = any(item.used for item, _ in running)
         seconds = BASE + sum(
             ROW[value] if item.used else PROMPT for (item, _), value in zip(running, bits, strict=True)

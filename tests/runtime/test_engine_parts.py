@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import bitstrata
+from bitstrata.nn import Assignment, bits_state
 from bitstrata.runtime.batching.attention import Span
 from bitstrata.runtime.batching.forward import Forward
 from bitstrata.runtime.batching.memory import BLOCK, TokenPool
-from bitstrata.runtime.batching.packing import Waiting, pack
+from bitstrata.runtime.batching.packing import Segment, pack
 
 
 def test_packing_keeps_arithmetics_apart_and_feeds_everything_in_the_end(seed):
@@ -28,7 +29,7 @@ def test_packing_keeps_arithmetics_apart_and_feeds_everything_in_the_end(seed):
                 rounds += 1
                 assert rounds < 1000, "no progress"
                 waiting = [
-                    Waiting(owner, fed[owner], length, 2 + owner % 3) for owner, length in left.items() if length
+                    Segment(owner, fed[owner], length, at(2 + owner % 3)) for owner, length in left.items() if length
                 ]
                 for batch in pack(waiting, max_tokens, steady):
                     check_batch(batch, max_tokens, steady, total)
@@ -38,6 +39,11 @@ def test_packing_keeps_arithmetics_apart_and_feeds_everything_in_the_end(seed):
                         left[segment.owner] -= segment.length
                         assert segment.is_last == (left[segment.owner] == 0)
             assert fed == total
+
+
+def at(bits):
+    """What a model of one layer makes of `bits`."""
+    return Assignment(bits, ((bits,),))
 
 
 def check_batch(batch, max_tokens, steady, total):
@@ -58,8 +64,8 @@ def check_batch(batch, max_tokens, steady, total):
 
 
 def test_short_requests_of_equal_bits_come_together():
-    waiting = [Waiting(owner, 9, 1, bits) for owner, bits in enumerate([2, 4, 2, 4, 2, 4])]
-    assert [{part.bits for part in batch} for batch in pack(waiting, 10, 3)] == [{2}, {4}]
+    waiting = [Segment(owner, 9, 1, at(bits)) for owner, bits in enumerate([2, 4, 2, 4, 2, 4])]
+    assert [{part.bits.given for part in batch} for batch in pack(waiting, 10, 3)] == [{2}, {4}]
 
 
 def test_ranges_never_overlap_and_come_back(seed):
@@ -124,16 +130,16 @@ def test_gathered_attention_equals_one_request_after_the_other(bundled, code, wi
     model = bitstrata.load(bundled, dtype=torch.float32)
     for layer in model.model.layers:
         attach_window(layer.self_attn, window)
-    pool = TokenPool(512)
+    pool, state = TokenPool(512), bits_state(model)
     one, together = Forward(model, pool, gather=False), Forward(model, pool, gather=True)
     with torch.no_grad():
-        one.take()
+        one.attach()
         prompts = [code[:7], code[50:70], code[90:91]]
         starts = [pool.reserve(64).start for _ in prompts]
         for prompt, start in zip(prompts, starts, strict=True):
-            one.run([prompt], [Span(start, 0, len(prompt))], [4])
+            one.run([prompt], [Span(start, 0, len(prompt))], [state.resolve(4)])
         spans = [Span(start, len(prompt), 1) for prompt, start in zip(prompts, starts, strict=True)]
-        step = ([[5], [6], [7]], spans, [2, 3, 4])
+        step = ([[5], [6], [7]], spans, [state.resolve(bits) for bits in (2, 3, 4)])
         torch.testing.assert_close(together.run(*step), one.run(*step), rtol=1e-3, atol=2e-2)
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from bitstrata.errors import UnsupportedBitsError, UsageError
-from bitstrata.nn import RowBits, bits_state, steady_rows
+from bitstrata.nn import BitsState, bits_state, steady_rows
 from bitstrata.runtime import Engine, LoadPolicy, Request, Token
-from bitstrata.runtime.batching.packing import Waiting, pack
+from bitstrata.runtime.batching.packing import Segment, pack
 
 WAIT = 120
 
@@ -55,7 +55,7 @@ def test_requests_at_plans_and_bits_in_one_batch_get_the_tokens_they_get_alone(m
         finally:
             del engine._forward.model.forward
         counted = engine.stats().tokens_by_bits
-    assert RowBits in shared, "plans never shared a batch"
+    assert list in shared, "plans never shared a batch"
     on_plans = sum(len(tokens) for tokens, (_, bits, _) in zip(expected, requests, strict=True) if bits in plans)
     assert counted["plan"] == on_plans
     assert sum(counted.values()) == sum(map(len, expected))
@@ -105,7 +105,7 @@ def test_policies_leave_requests_with_a_plan_alone(model, code, alone, plans):
 def test_a_models_own_forward_takes_a_plan_for_each_sequence(model, code, plans):
     ids = torch.tensor([code[:12], code[50:62], code[90:102]])
     with torch.no_grad():
-        together = model(ids, bits=RowBits((plans[0], 3), torch.tensor([0, 1, 0]))).logits
+        together = model(ids, bits=[plans[0], 3, plans[0]]).logits
         for row, bits in enumerate((plans[0], 3, plans[0])):
             torch.testing.assert_close(together[row], model(ids[row : row + 1], bits=bits).logits[0], rtol=0, atol=0.3)
             other = model(ids[row : row + 1], bits=2).logits[0]
@@ -132,6 +132,8 @@ def test_wrong_plans_are_refused(model, code, plans, change, min_bits, error, me
 
 def test_short_requests_of_equal_plans_come_together():
     plans = [{"a": 2, "b": 4}, {"a": 4, "b": 2}]
-    waiting = [Waiting(owner, 9, 1, dict(plans[owner % 2])) for owner in range(6)] + [Waiting(9, 9, 1, 2)]
-    batches = [[part.bits for part in batch] for batch in pack(waiting, 10, 3)]
+    state = BitsState({"a": (2, 4), "b": (2, 4)}, fixed={"head": 8})
+    asked = [dict(plans[owner % 2]) for owner in range(6)] + [2]
+    waiting = [Segment(owner, 9, 1, state.resolve(bits)) for owner, bits in enumerate(asked)]
+    batches = [[part.bits.given for part in batch] for batch in pack(waiting, 10, 3)]
     assert batches == [[2, plans[0], plans[0]], [plans[0], plans[1], plans[1]], [plans[1]]]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from transformers import set_seed
 
+import bitstrata
 from bitstrata.errors import CheckError
 from bitstrata.runtime import Engine, Request
 from bitstrata.runtime.batching.sampling import Sampler, choose
@@ -41,7 +44,7 @@ def test_frequencies_are_those_of_each_rows_own_distribution(seed):
     counts = [Counter() for _ in settings]
     for _ in range(DRAWS):
         for count, choice in zip(counts, choose(logits, samplers), strict=True):
-            count[choice.token] += 1
+            count[choice.id] += 1
     for row, pair in enumerate(settings):
         expected = nucleus(logits[row], *pair)
         assert set(counts[row]) <= set(expected), "a token outside top_p was taken"
@@ -53,18 +56,18 @@ def test_greedy_rows_and_extreme_settings():
     logits = torch.tensor([[0.0, 3.0, 2.9, -1.0]]).repeat(4, 1)
     samplers = [sampler(0.0), sampler(1e-30), sampler(1.0, 1e-9), sampler(1e30, 1.0, seed=3)]
     for _ in range(20):
-        taken = [choice.token for choice in choose(logits, samplers)]
+        taken = [choice.id for choice in choose(logits, samplers)]
         assert taken[:3] == [1, 1, 1]
-    assert len({choose(logits, samplers)[3].token for _ in range(60)}) == 4  # almost uniform
+    assert len({choose(logits, samplers)[3].id for _ in range(60)}) == 4  # almost uniform
 
 
 def test_a_forbidden_token_is_never_taken_and_unusable_logits_are_an_error():
     logits = torch.tensor([[float("-inf"), 1.0, float("-inf")], [float("nan"), 1.0, 0.0], [0.0, 5.0, 0.0]])
     for _ in range(50):
         first, second, third = choose(logits, [sampler(5.0), sampler(), sampler(0.0)])
-        assert first.token == 1
+        assert first.id == 1
         assert isinstance(second, CheckError)
-        assert third.token == 1
+        assert third.id == 1
 
 
 def test_a_seeded_request_draws_the_same_tokens_in_any_company(model, code, seed):
@@ -89,7 +92,7 @@ def test_a_seeded_request_draws_the_same_tokens_in_any_company(model, code, seed
 def test_the_smallest_temperatures_are_greedy(temperature):
     """In float32 they would be 0, and the likeliest token's own logit 0 / 0."""
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert [choice.token for choice in choose(logits, [sampler(temperature)])] == [1]
+    assert [choice.id for choice in choose(logits, [sampler(temperature)])] == [1]
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -97,5 +100,34 @@ def test_log_probabilities_do_not_depend_on_temperature_and_top_p(count):
     logits = torch.tensor([[1.0, 2.0, 0.5]])
     (choice,) = choose(logits, [sampler(7.0, 0.9, logprobs=count)])
     expected = logits[0].log_softmax(-1)
-    assert choice.logprob == pytest.approx(float(expected[choice.token]))
+    assert choice.logprob == pytest.approx(float(expected[choice.id]))
     assert [token for token, _ in choice.top] == [1, 0][:count]
+
+
+@pytest.mark.parametrize("draft_bits", [None, 2])
+def test_generate_samples_by_its_seed_and_leaves_the_programs_generators_alone(model, tokenizer, draft_bits):
+    prompt, settings = "def area(width, height):", {"temperature": 1.2, "top_p": 0.9, "draft_bits": draft_bits}
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    texts = [
+        bitstrata.generate(model, prompt, 4, 24, seed=seed, tokenizer=tokenizer, **settings).text for seed in (7, 8, 7)
+    ]
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+    assert texts[0] == texts[2] != texts[1]
+    set_seed(7)  # the same numbers as a caller of transformers gets
+    drafts = {} if draft_bits is None else {"draft_bits": draft_bits}
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        own = model.generate(
+            ids,
+            bits=4,
+            max_new_tokens=24,
+            do_sample=True,
+            temperature=1.2,
+            top_p=0.9,
+            top_k=0,
+            pad_token_id=0,
+            **drafts,
+        )
+    assert tokenizer.decode(own[0, ids.shape[1] :], skip_special_tokens=True) == texts[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitstrata.runtime import Engine, Finished, Request
-from bitstrata.runtime.generation import continue_tokens
+from bitstrata.runtime.generation import GenerationSettings, continue_tokens
 
 WAIT = 120  # seconds for one event before a test gives up; no test measures time
 NEW = 40
@@ -67,7 +67,8 @@ def test_the_tokenizers_end_of_text_ends_what_the_config_does_not_know(model, sp
         assert ended.finished == Finished("stop")
         assert engine.submit(Request(prompt, **settings, ignore_eos=True)).result(WAIT) == plain
     for draft in (None, 2):
-        text = continue_tokens(model, tokenizer, prompt, "", draft_bits=draft, **settings)
+        asked = GenerationSettings(NEW, draft_bits=draft)
+        text = continue_tokens(model, tokenizer, prompt, "", bits=4, settings=asked)
         assert text.tokens == last + 1
         assert text.text == tokenizer.decode(plain[:last], skip_special_tokens=True)
 

@@ -9,7 +9,6 @@ import torch
 
 import bitstrata
 from bitstrata.errors import UsageError
-from bitstrata.nn import bits_state
 from bitstrata.runtime import Engine, Request
 
 WAIT = 60
@@ -47,5 +46,8 @@ def test_calls_while_a_request_runs_are_refused(model, code, alone):
 def attempts(model):
     """What becomes of two tries, in a thread of their own, to run or set the model at 2 bits."""
     with ThreadPoolExecutor(1) as pool:
-        tries = [pool.submit(lambda: model(torch.tensor([[3]]), bits=2)), pool.submit(lambda: bits_state(model).set(2))]
+        tries = [
+            pool.submit(lambda: model(torch.tensor([[3]]), bits=2)),
+            pool.submit(lambda: setattr(model, "bits", 2)),
+        ]
     return [error for attempt in tries if (error := attempt.exception()) is not None]

@@ -18,7 +18,7 @@ from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import UnsupportedBitsError, UsageError
 from bitstrata.kernels import registry
 from bitstrata.kernels.registry import describe
-from bitstrata.nn import ResidentState, bits_state
+from bitstrata.nn import bits_state
 from bitstrata.planes import decode
 from bitstrata.runtime import Conversation, Engine, Request
 
@@ -103,7 +103,7 @@ class Case:
 
     @property
     def resident(self):
-        return isinstance(self.state, ResidentState)
+        return self.state.plan is not None
 
     @property
     def precisions(self):

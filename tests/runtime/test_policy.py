@@ -16,7 +16,7 @@ from simulation import BASE, PROMPT, ROW, Simulated, simulate
 from bitstrata.errors import UsageError
 from bitstrata.runtime import EntropyPolicy, LoadPolicy, Policy, PositionPolicy, parse_policy
 from bitstrata.runtime.batching.stats import WINDOW, Pace
-from bitstrata.runtime.policy import LoadView, RequestView, choose_bits
+from bitstrata.runtime.policy import LoadView, RequestView
 
 TRACES = Path(__file__).parent / "traces"
 TARGET_MS = 40.0  # 7 requests at 4 bits take 40 ms a token in the simulation, 8 at 3 bits 37
@@ -41,7 +41,7 @@ def follow(policy: Policy, entropies: list[float], ladder=(8, 6, 4, 2)) -> list[
         RequestView(max(ladder), min(ladder), supported, made, entropies[made - 1] if made else None)
         for made in range(len(entropies))
     ]
-    return [choose_bits(steps, view) for view in views]
+    return [view.lowered(steps(view)) for view in views]
 
 
 def runs(values: list[int]) -> list[tuple[int, int]]:
@@ -61,7 +61,7 @@ def test_no_policy_leaves_what_the_request_allows(data, text):
         view = RequestView(bits, min_bits, supported, made, data.draw(st.floats(0, 1)) if made else None)
         pace = data.draw(st.none() | st.floats(0, 1))
         policy.observe(LoadView(now, data.draw(st.integers(0, 9)), pace, len(view.ladder) - 1))
-        chosen = choose_bits(steps, view)
+        chosen = view.lowered(steps(view))
         assert chosen in supported
         assert min(bits, bits if min_bits is None else min_bits) <= chosen <= bits
         if made == 0 and text != TEXTS[-1]:
@@ -251,7 +251,7 @@ def test_requests_do_not_share_what_is_remembered_of_them(entropies):
     for made in range(len(entropies[0])):
         for index, steps in enumerate(together):
             view = RequestView(8, 2, (2, 4, 6, 8), made, entropies[index][made - 1] if made else None)
-            assert choose_bits(steps, view) == alone[index][made]
+            assert view.lowered(steps(view)) == alone[index][made]
 
 
 # texts, and the pace

@@ -11,11 +11,12 @@ from page_orders import write_order
 from tiny_models import tiny_llama
 
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, ModelSizes
+from bitstrata.checkpoint import CheckpointReader
 from bitstrata.demonstration.run import MODEL
 from bitstrata.errors import CheckpointError, UnsupportedBitsError, UsageError
 from bitstrata.models import load_tokenizer
 from bitstrata.nn import PlaneLinear, bits_state
+from bitstrata.plans import ModelSizes
 from bitstrata.runtime import Conversation, Engine, Request
 
 WAIT = 120
@@ -180,7 +181,7 @@ def test_a_resize_that_fails_disturbs_no_request(model, folder, monkeypatch):
     with Engine(model, None) as engine:
         handle = engine.submit(Request([1, 2, 3], max_new_tokens=30, ignore_eos=True))
         monkeypatch.setattr(
-            "bitstrata.checkpoint.fetch._File.read", lambda *_: (_ for _ in ()).throw(CheckpointError("broken"))
+            "bitstrata.plans.page_reader._File.read", lambda *_: (_ for _ in ()).throw(CheckpointError("broken"))
         )
         with pytest.raises(CheckpointError, match="broken"):
             model.resize(6)
@@ -242,7 +243,7 @@ def test_a_resize_from_inside_a_step_does_not_wait_for_one_that_waits_for_the_st
     def inside(*_):
         other = threading.Thread(target=lambda: model.resize(3), daemon=True)
         other.start()
-        while not state.steps._changing:
+        while not state._uses._is_changing:
             pass
         try:
             model.resize(2)

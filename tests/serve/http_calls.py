@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitstrata.runtime import Engine
-from bitstrata.serve.process import Listening, bind, server_config
+from bitstrata.serve.process import Server, bind
 
 WAIT = 60  # seconds before a test gives up; no test measures time
 COMPLETIONS = "/v1/completions"
@@ -125,7 +125,7 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 def served(app: Any, engine: Engine) -> Iterator[Served]:
     """`app` on a free port of this machine, in a thread."""
     bound = bind("127.0.0.1", 0)
-    server = Listening(server_config(app))
+    server = Server(app)
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     eventually(lambda: server.started, "the server's start")

@@ -10,13 +10,17 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from bitstrata.checkpoint import Plan
 from bitstrata.nn import bits_state
+from bitstrata.plans import Plan
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="Chromium and ChromeDriver are not installed (Debian: chromium, chromium-driver)"
-)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER),
+        reason="Chromium and ChromeDriver are not installed (Debian: chromium, chromium-driver)",
+    ),
+]
 
 FLAGS = [
     *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 import pytest
 from http_calls import COMPLETIONS, WAIT, Served, eventually, head, read_all, send
 
-from bitstrata.serve import connections, guard
-from bitstrata.serve.connections import Door, most_requests
-from bitstrata.serve.logs import limited_logs
+from bitstrata.serve import guard, process
+from bitstrata.serve.process import Connections, limited_logs, most_requests
 
 SHORT = {"prompt": "x", "max_tokens": 1}
 HALF = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-"
@@ -47,7 +46,7 @@ def many(server: Served, count: int, sent: bytes = b"") -> Iterator[list[socket.
 
 @pytest.mark.parametrize("sent", [b"", HALF, head(COMPLETIONS, 90) + b"{"])
 def test_connections_without_a_whole_request_are_bounded_and_the_oldest_goes(serving, sent):
-    most = 2 * 4 + connections.SPARE_CONNECTIONS
+    most = 2 * 4 + process.SPARE_CONNECTIONS
     with serving(max_connections=4) as server, many(server, 3 * most, sent) as opened:
         assert all(is_closed(connection) for connection in opened[: 2 * most])
         assert server.get("/health").status == 200
@@ -83,7 +82,7 @@ def read_response(connection: socket.socket) -> int:
 @pytest.mark.parametrize("answered", [False, True])
 def test_a_header_that_does_not_come_is_not_waited_for(serving, monkeypatch, sent, answered):
     """Neither from the beginning nor after a request, however many bytes drip in."""
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(process, "HEADER_SECONDS", 0.3)
     with serving() as server:
         connection = connect(server)
         if answered:
@@ -138,7 +137,7 @@ def send_without_end(connection: socket.socket, data: bytes) -> None:
 
 
 def test_a_client_that_reads_nothing_is_cut_off(serving, monkeypatch):
-    monkeypatch.setattr(connections, "SEND_SECONDS", 0.3)
+    monkeypatch.setattr(process, "SEND_SECONDS", 0.3)
     with serving() as server:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -155,22 +154,22 @@ def test_half_bodies_hold_so_much_memory_and_not_more():
     class Held:
         cut_off = False
 
-        def cut(self):
+        def abort(self):
             self.cut_off = True
 
-    door = Door(most=100, most_body=50, most_bytes=100)
+    connections = Connections(most=100, most_body=50, most_bytes=100)
     _, second, third = held = [Held(), Held(), Held()]
     for connection in held:
-        door.enter(connection)
-        door.take(connection, 40)
+        connections.opened(connection)
+        connections.received(connection, 40)
     assert [connection.cut_off for connection in held] == [True, False, False]
-    door.take(second, 1000)  # of a body that is too large no more than this is kept
+    connections.received(second, 1000)  # of a body that is too large no more than this is kept
     assert [connection.cut_off for connection in held] == [True, False, False]
-    assert door.bytes == 90
-    door.is_whole(second)
-    assert door.bytes == 40
-    door.leave(third)
-    assert (door.bytes, door.open, door.unfinished) == (0, {second}, {})
+    assert connections.bytes == 90
+    connections.complete(second)
+    assert connections.bytes == 40
+    connections.closed(third)
+    assert (connections.bytes, connections.open, connections.unfinished) == (0, {second}, {})
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
@@ -183,7 +182,7 @@ def test_there_are_never_more_connections_than_files(monkeypatch):
     gc.collect()
     possible = most_requests(512)
     assert possible >= 1
-    assert 2 * possible + connections.SPARE_CONNECTIONS + connections.SPARE_FILES < 256
+    assert 2 * possible + process.SPARE_CONNECTIONS + process.SPARE_FILES < 256
     limits.append((256, 100_000))  # may be raised
     assert most_requests(512) == 512
     assert 1024 < limits[-1][0] < 2048
@@ -204,7 +203,7 @@ def test_what_bad_clients_send_is_logged_once(server, caplog):
 
 def test_errors_of_each_kind_are_logged_and_counted(caplog, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("bitstrata.serve.logs.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("bitstrata.serve.process.time.monotonic", lambda: clock[0])
     log = logging.getLogger("uvicorn.error")
     with limited_logs():
         for number in range(10):

@@ -8,8 +8,9 @@ import pytest
 from http_calls import CHAT, COMPLETIONS, WAIT, read_all
 
 from bitstrata.errors import UsageError
-from bitstrata.serve.hosts import is_loopback, is_name, is_served
-from bitstrata.serve.settings import Settings
+from bitstrata.serve.guard import is_served
+from bitstrata.serve.process import is_loopback
+from bitstrata.serve.settings import Settings, is_name
 
 OURS = ["localhost", "LOCALHOST:80", "localhost.", "a.localhost:8000", "127.0.0.1", "127.0.0.1:1", "192.168.1.7:8000"]
 OURS += ["[::1]", "[::1]:8000", "[fe80::1]:1"]

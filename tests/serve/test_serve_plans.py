@@ -7,8 +7,9 @@ import torch
 from http_calls import COMPLETIONS, served
 
 import bitstrata
-from bitstrata.checkpoint import Fingerprint, Plan
+from bitstrata.checkpoint import Fingerprint
 from bitstrata.errors import PlanError, UnsupportedBitsError, UsageError
+from bitstrata.plans import Plan
 from bitstrata.runtime import Engine, PositionPolicy, Request
 from bitstrata.serve.app import create_app
 from bitstrata.serve.settings import Settings

@@ -22,8 +22,9 @@ import pytest
 from http_calls import CHAT, COMPLETIONS, JSON, WAIT, events, eventually, read_all, send
 
 import bitstrata
-from bitstrata.checkpoint import CheckpointReader, Fingerprint, Plan
+from bitstrata.checkpoint import CheckpointReader, Fingerprint
 from bitstrata.cli.main import run
+from bitstrata.plans import Plan
 
 LONG = {"prompt": "import os\n", "max_tokens": 900, "ignore_eos": True}
 
@@ -241,7 +242,7 @@ def test_names_are_asked_for_where_only_this_machine_is_served(checkpoint, capfd
     monkeypatch.setattr(
         "bitstrata.serve.process.serve", lambda app, *_, **__: served.append(app.state.service.settings)
     )
-    monkeypatch.setattr("bitstrata.serve.connections.most_requests", lambda wanted: min(wanted, 300))
+    monkeypatch.setattr("bitstrata.serve.process.most_requests", lambda wanted: min(wanted, 300))
     assert run(["serve", str(checkpoint), "--port", "0", *arguments]) == 0
     assert [(settings.allowed_hosts, settings.max_connections) for settings in served] == [(hosts, 300)]
     assert "max-connections lowered from 512 to 300" in capfd.readouterr().err

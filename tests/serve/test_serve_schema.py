@@ -13,7 +13,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-EXAMPLES = 40
+EXAMPLES = 200
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 READ = ["/v1/models", "/v1/models/{model}", "/health", "/metrics"]
 WORK = ["/v1/chat/completions", "/v1/completions"]
@@ -39,11 +39,13 @@ def statuses(operation, mode, change=lambda body: None) -> set[int]:
     return seen
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("path", READ)
 def test_reading_is_never_a_server_error(described, path):
     assert 200 in statuses(described[path]["GET"], GenerationMode.POSITIVE) or path == "/v1/models/{model}"
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("path", WORK)
 def test_right_requests_are_answered_or_refused_as_described(described, path):
     def change(body):
@@ -56,6 +58,7 @@ def test_right_requests_are_answered_or_refused_as_described(described, path):
     assert {200, 400} >= statuses(described[path]["POST"], GenerationMode.POSITIVE, change) >= {200}
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("path", WORK)
 def test_wrong_requests_are_refused_as_described(described, path):
     def change(body):

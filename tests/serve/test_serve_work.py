@@ -10,12 +10,11 @@ import pytest
 from http_calls import CHAT, COMPLETIONS, served
 from pydantic_core import ValidationError
 
-from bitstrata.serve import prompts, requests
+from bitstrata.serve import requests, text
 from bitstrata.serve.app import create_app
-from bitstrata.serve.aside import JOINED, LONG, LONG_AT_ONCE, Aside
-from bitstrata.serve.failures import ApiError
-from bitstrata.serve.fields import MOST_FIELDS
+from bitstrata.serve.errors import ApiError
 from bitstrata.serve.settings import Settings
+from bitstrata.serve.text import JOINED, LONG, LONG_AT_ONCE, PromptEncoder
 
 
 class Watch:
@@ -43,11 +42,11 @@ class Watch:
 
 @pytest.fixture
 def encoding(monkeypatch):
-    """encoding(name) -> a Watch of prompts.NAME"""
+    """encoding(name) -> a Watch of text.NAME"""
 
     def watch(name):
-        watched = Watch(getattr(prompts, name))
-        monkeypatch.setattr(prompts, name, watched)
+        watched = Watch(getattr(text, name))
+        monkeypatch.setattr(text, name, watched)
         return watched
 
     return watch
@@ -55,7 +54,7 @@ def encoding(monkeypatch):
 
 def test_texts_that_cannot_fit_are_refused_before_the_tokenizer_sees_them(server, chat_server, encoding):
     texts, turns = encoding("encode_prompt"), encoding("encode_turns")
-    most = server.app.state.service.aside.most
+    most = server.app.state.service.prompts.most
     huge = "a" * 4_100_000
     bodies = [(COMPLETIONS, {"prompt": huge, "max_tokens": 1})] * 6
     bodies += [(COMPLETIONS, {"prompt": ["x", "a" * (most + 1)]})]
@@ -70,36 +69,35 @@ def test_texts_that_cannot_fit_are_refused_before_the_tokenizer_sees_them(server
 
 def test_the_bound_lets_through_what_fits_of_the_longest_tokens(server, tokenizer):
     room = server.engine.limits.longest - 2  # of a prompt without its BOS; one new token is left
-    token = ("\n" + " " * 36, "\N{POLICE CARS REVOLVING LIGHT}" * 32)
-    for text in token:
-        assert len(tokenizer.encode(text * room, add_special_tokens=False)) == room
-        assert server.post(COMPLETIONS, {"prompt": text * room, "max_tokens": 1}).status == 200
+    for token in ("\n" + " " * 36, "\N{POLICE CARS REVOLVING LIGHT}" * 32):
+        assert len(tokenizer.encode(token * room, add_special_tokens=False)) == room
+        assert server.post(COMPLETIONS, {"prompt": token * room, "max_tokens": 1}).status == 200
 
 
 def test_the_bound_counts_the_longest_token_and_what_normalisation_joins(tokenizer):
     longest = max(map(len, tokenizer.get_vocab()))
-    assert Aside(tokenizer, 10).most == 10 * longest
+    assert PromptEncoder(tokenizer, 10).most == 10 * longest
 
     class Normalising:
         backend_tokenizer = type("Backend", (), {"normalizer": object()})
         get_vocab = staticmethod(lambda: {"a": 0, "abcde": 1})
 
-    aside = Aside(Normalising(), 10)
-    assert aside.most == 10 * 5 * JOINED
-    aside.check(aside.most, "prompt")
+    encoder = PromptEncoder(Normalising(), 10)
+    assert encoder.most == 10 * 5 * JOINED
+    encoder.check(encoder.most, "prompt")
     with pytest.raises(ApiError, match="201 characters; this server reads at most 200"):
-        aside.check(aside.most + 1, "prompt")
+        encoder.check(encoder.most + 1, "prompt")
 
 
 def test_of_long_texts_a_few_are_encoded_at_a_time_and_short_ones_go_past_them(server, encoding, monkeypatch):
-    plain = prompts.encode_prompt
+    plain = text.encode_prompt
     watched = encoding("encode_prompt")
     gate = threading.Event()
 
-    def slow(tokenizer, text, **settings):
-        if len(text) > LONG:
+    def slow(tokenizer, prompt, **settings):
+        if len(prompt) > LONG:
             gate.wait(60)
-        return plain(tokenizer, text, **settings)
+        return plain(tokenizer, prompt, **settings)
 
     watched._function = slow
     body = {"prompt": "import os\n" * 300, "max_tokens": 1}
@@ -154,7 +152,7 @@ def test_a_template_that_takes_long_keeps_nobody_waiting(engine, templated, enco
         (COMPLETIONS, {"prompt": ["a"] * (requests.MOST_PROMPTS + 1)}, "prompts are too many"),
         (COMPLETIONS, {"prompt": [[1]] * 200_000}, "200000 prompts are too many"),
         (COMPLETIONS, {"prompt": "x", **{f"k{index}": 1 for index in range(200_000)}}, "200001 fields"),
-        (COMPLETIONS, {"prompt": "x", **dict.fromkeys(map(str, range(MOST_FIELDS)))}, "fields"),
+        (COMPLETIONS, {"prompt": "x", **dict.fromkeys(map(str, range(requests.MOST_FIELDS)))}, "fields"),
         (CHAT, {"messages": [{"role": "user", **{f"k{i}": 1 for i in range(200_000)}}]}, "messages.0: 200001 fields"),
     ],
     ids=["messages", "85000 messages", "prompts", "token prompts", "fields", "nulls", "fields of a message"],
@@ -166,7 +164,7 @@ def test_bodies_of_too_many_parts_are_refused(server, path, body, said):
 def test_what_is_wrong_many_times_is_one_error():
     """pydantic's errors are made on the event loop, one by one."""
     wrong = [
-        (requests.CompletionBody, {"prompt": "x", **{f"k{index}": 1 for index in range(MOST_FIELDS - 1)}}),
+        (requests.CompletionBody, {"prompt": "x", **{f"k{index}": 1 for index in range(requests.MOST_FIELDS - 1)}}),
         (requests.ChatBody, {"messages": [{"role": "user", "x": 1}] * 1000}),
         (requests.ChatBody, {"messages": [{}] * 5000}),
         (requests.CompletionBody, {"prompt": [True] * 5000}),

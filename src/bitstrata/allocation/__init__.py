@@ -2,22 +2,22 @@
 
 from .objective import Objective
 from .order import page_order
-from .plan import SOLVERS, plan
 from .problem import Bounds, Problem, random_allocation
 from .report import PlanReport, PlanRow
-from .sensitivity import SENSITIVITY_FILE, Measure, Sensitivity, Settings, measure_sensitivity
+from .run import SOLVERS, plan
+from .sensitivity import SENSITIVITY_FILE, Measure, MeasurementSettings, Sensitivity, measure_sensitivity
 
 __all__ = [
     "SENSITIVITY_FILE",
     "SOLVERS",
     "Bounds",
     "Measure",
+    "MeasurementSettings",
     "Objective",
     "PlanReport",
     "PlanRow",
     "Problem",
     "Sensitivity",
-    "Settings",
     "measure_sensitivity",
     "page_order",
     "plan",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..nn import BitsState, PlaneLinear, bits_state, use_bits
+from ..nn import PlaneLinear, bits_state, use_bits
 from ..planes import decode
 
 TOKENS_PER_BATCH = 8192  # every batch decodes every weight once
@@ -24,11 +24,12 @@ TOKENS_PER_BATCH = 8192  # every batch decodes every weight once
 @torch.no_grad()
 def layer_losses(model: PreTrainedModel, windows: Tensor) -> dict[str, dict[int, float]]:
     """Layer -> bits -> E(l, b) on `windows`, int64 [n, S]; 0 at the highest bits of the model."""
-    base = max(bits_state(model).supported)
+    state = bits_state(model)
+    base = max(state.supported)
     layers = {
         module.name: module
         for module in model.modules()
-        if isinstance(module, PlaneLinear) and isinstance(module.bits_state, BitsState)
+        if isinstance(module, PlaneLinear) and module.name in state.layers
     }
     sums = {name: dict.fromkeys(layer.bits, 0.0) for name, layer in layers.items()}
     whole = dict.fromkeys(layers, 0.0)

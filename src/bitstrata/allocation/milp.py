@@ -52,7 +52,8 @@ def _knapsack(problem: Problem, limit: int) -> Array:
         )
     if result.x is None:
         raise CheckError(f"HiGHS found no allocation: {result.message}")
-    return problem.lowest + np.array([part.argmax() for part in np.split(result.x, problem.lowest[1:])])
+    chosen: Array = problem.lowest + np.array([part.argmax() for part in np.split(result.x, problem.lowest[1:])])
+    return chosen
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CheckError
-from ..evaluation import Tally
+from ..metrics import Tally
 from ..nn import Bits, bits_state, use_bits
 
 TOKENS_PER_BATCH = 2048

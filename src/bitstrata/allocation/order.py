@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..checkpoint import CheckpointReader, Fingerprint, ModelSizes, Page, PageOrder
+from ..checkpoint import CheckpointReader, Fingerprint
+from ..plans import ModelSizes, Page, PageOrder
 from . import paired
 from .problem import Array, Problem
 from .sensitivity import Sensitivity

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import CheckpointReader, ModelSizes, PageOrder, Plan
+from ..checkpoint import CheckpointReader
 from ..errors import UsageError, disk_errors
+from ..plans import ModelSizes, PageOrder, Plan
 from .objective import Objective
 from .report import PlanRow
 from .sensitivity import Sensitivity

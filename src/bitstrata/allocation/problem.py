@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from ..checkpoint import ModelSizes
 from ..errors import UsageError
 from ..nn.fused import TOGETHER
+from ..plans import ModelSizes
 from .sensitivity import Sensitivity
 
 Array = np.ndarray[Any, Any]
@@ -121,7 +121,7 @@ class Problem:
     @cached_property
     def single(self) -> Array:
         """What each choice costs while all other layers are at the base; never less for fewer bits. float64 [M]."""
-        cost = np.maximum(self.linear + np.diag(self.products), 0)
+        cost: Array = np.maximum(self.linear + np.diag(self.products), 0)
         for first, last in zip(self.lowest, self.highest, strict=True):
             cost[first : last + 1] = np.maximum.accumulate(cost[first : last + 1][::-1])[::-1]
         return cost

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..checkpoint import Plan, PlanBytes
-from ..evaluation.report import optional, render
+from ..plans import Plan, PlanBytes
+from ..tables import optional, render
 
 _BLOCK = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 

@@ -30,13 +30,13 @@ import numpy as np
 import torch
 
 from ..checkpoint import CheckpointReader, Fingerprint, write_json
-from ..checkpoint.plan import read_file
 from ..checkpoint.schema import Strict
 from ..errors import PlanError
+from ..plans.plan import read_file
 from ..progress import Steps
 from .layer_loss import layer_losses
 from .objective import SKETCH, Objective
-from .unfinished import Unfinished, pack, part_of, unpack
+from .unfinished import Unfinished, decode_floats, encode_floats, part_of
 
 SENSITIVITY_FILE = "bitstrata_sensitivity.json"
 SENSITIVITY_VERSION = 1
@@ -44,7 +44,7 @@ Measure = Literal["kld", "hessian"]
 Array = np.ndarray[Any, Any]
 
 
-class Settings(Strict):
+class MeasurementSettings(Strict):
     """What a measurement depends on besides the model.
 
     text, text_sha256: name and digest of the text; reference, reference_sha256: of the model to stay close to, None for
@@ -66,7 +66,7 @@ class _SensitivityFile(Strict):
     kind: Literal["bitstrata sensitivity"] = "bitstrata sensitivity"
     version: int
     model: Fingerprint
-    settings: Settings
+    settings: MeasurementSettings
     base_bits: int
     base_loss: float
     uniform: dict[str, float]
@@ -85,7 +85,7 @@ class Sensitivity:
     """
 
     model: Fingerprint
-    settings: Settings
+    settings: MeasurementSettings
     base_bits: int
     base_loss: float
     uniform: Mapping[int, float]
@@ -149,7 +149,7 @@ class Sensitivity:
         """Write it as JSON; the file appears whole or not at all."""
         packed = None
         if self.products is not None:
-            packed = pack(self.products[np.tril_indices(len(self.products))])
+            packed = encode_floats(self.products[np.tril_indices(len(self.products))])
         file = _SensitivityFile(
             version=SENSITIVITY_VERSION,
             model=self.model,
@@ -163,7 +163,7 @@ class Sensitivity:
         write_json(path, file.model_dump(exclude_none=True))
 
     @classmethod
-    def load(cls, path: Path, reader: CheckpointReader, settings: Settings | None = None) -> Sensitivity:
+    def load(cls, path: Path, reader: CheckpointReader, settings: MeasurementSettings | None = None) -> Sensitivity:
         """A measurement of the checkpoint of `reader`, and with `settings` made under those.
 
         Raises PlanError naming what is malformed or does not match.
@@ -186,9 +186,9 @@ class Sensitivity:
         return cls(file.model, file.settings, file.base_bits, file.base_loss, uniform, losses, products)
 
 
-def check_settings(path: Path, found: Settings, wanted: Settings) -> None:
+def check_settings(path: Path, found: MeasurementSettings, wanted: MeasurementSettings) -> None:
     """Raise PlanError naming the first setting that differs. Names of texts and models may; their content may not."""
-    for name in Settings.model_fields:
+    for name in MeasurementSettings.model_fields:
         before, now = getattr(found, name), getattr(wanted, name)
         if before != now and name not in ("text", "reference"):
             if name == "windows_sha256":  # after text, windows, seq_len and seed were found equal
@@ -206,7 +206,7 @@ def check_settings(path: Path, found: Settings, wanted: Settings) -> None:
 def measure_sensitivity(
     objective: Objective,
     reader: CheckpointReader,
-    settings: Settings,
+    settings: MeasurementSettings,
     path: Path,
     windows: torch.Tensor,
 ) -> Sensitivity:
@@ -236,7 +236,7 @@ def measure_sensitivity(
 def _measure_kld(
     objective: Objective,
     reader: CheckpointReader,
-    settings: Settings,
+    settings: MeasurementSettings,
     path: Path,
     model: Fingerprint,
 ) -> Sensitivity:
@@ -274,7 +274,7 @@ def _measure_kld(
 def _square(path: Path, packed: str, size: int) -> Array:
     """The symmetric matrix whose lower triangle is packed. Raises PlanError unless it has `size` rows."""
     try:
-        triangle = unpack(packed)
+        triangle = decode_floats(packed)
     except ValueError as error:
         raise PlanError(f"{path}: products: {error}", hint="measure again") from error
     if len(triangle) != size * (size + 1) // 2 or not np.isfinite(triangle).all():

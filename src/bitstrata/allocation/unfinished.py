@@ -49,7 +49,7 @@ class Unfinished:
                 try:
                     value = json.loads(line)
                     if number:
-                        sketch = torch.from_numpy(unpack(value["sketch"]))
+                        sketch = torch.from_numpy(decode_floats(value["sketch"]))
                         if len(sketch) != SKETCH:
                             break
                         found[value["layer"], int(value["bits"])] = float(value["loss"]), sketch
@@ -91,7 +91,7 @@ class Unfinished:
 
     def add(self, layer: str | None, bits: int, loss: float, sketch: Tensor) -> None:
         """Note one measurement; it is on disk when this returns."""
-        self._write({"layer": layer, "bits": bits, "loss": loss, "sketch": pack(sketch.numpy())})
+        self._write({"layer": layer, "bits": bits, "loss": loss, "sketch": encode_floats(sketch.numpy())})
 
     def _write(self, value: object) -> None:
         with disk_errors(self.path):
@@ -99,11 +99,11 @@ class Unfinished:
             self._file.flush()
 
 
-def pack(values: np.ndarray[Any, Any]) -> str:
+def encode_floats(values: np.ndarray[Any, Any]) -> str:
     """Numbers as base64 of little-endian float32."""
     return base64.b64encode(values.astype("<f4").tobytes()).decode()
 
 
-def unpack(text: str) -> np.ndarray[Any, Any]:
-    """The opposite of `pack`: float32 [n]. Raises ValueError for what is not base64 of float32."""
+def decode_floats(text: str) -> np.ndarray[Any, Any]:
+    """The opposite of `encode_floats`: float32 [n]. Raises ValueError for what is not base64 of float32."""
     return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32)

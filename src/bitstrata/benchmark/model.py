@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
 
 from ..models import bytes_per_token
+from ..models.compat import set_cached_length
 from ..nn import bits_state
 from .clock import captured, wait
 
@@ -51,7 +51,8 @@ class Decoder:
         extra = {} if self.bits is None else {"bits": self.bits}
         with torch.no_grad():
             out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **extra)
-        return out.logits[:, -1:].argmax(-1)
+        logits: Tensor = out.logits
+        return logits[:, -1:].argmax(-1)
 
     def step(self) -> None:
         self.token = self._run(self.token)
@@ -80,9 +81,7 @@ class StaticDecoder(Decoder):
     def rewind(self) -> None:
         """Back to the end of the prompt; the addresses that a graph knows stay."""
         self.token.copy_(self.first)
-        for layer in self.cache.layers:
-            assert isinstance(layer, StaticLayer)
-            layer.cumulative_length.fill_(self.context)  # on the device, so that a step moves on without the host
+        set_cached_length(self.cache, self.context)
 
 
 @dataclass(frozen=True)
@@ -185,11 +184,11 @@ def switch_time(model: nn.Module, bits: int, repeats: int = 1000) -> float:
     other = next((value for value in state.supported if value != bits), bits)
     before, samples = state.value, []
     for _ in range(repeats):
-        state.set(other)
+        state.value = other
         started = time.perf_counter()
-        state.set(bits)
+        state.value = bits
         samples.append(time.perf_counter() - started)
-    state.set(before)
+    state.value = before
     return statistics.median(samples)
 
 

@@ -6,7 +6,6 @@ Layers are made one at a time in the kernels' own layout, so memory is the model
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from ..checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, write_checkpoint
 from ..models import attach, discover, find_head
-from ..models.modules import set_submodule
-from ..nn import BitsState, FixedBits, PlaneEmbedding, PlaneLinear, TiedHead
+from ..models.discover import set_submodule
+from ..nn import BitsState, PlaneEmbedding, PlaneLinear, TiedHead
 from ..planes import AffineScales, PlaneWeight, group_count, words_per_row
 
 # name -> config of a well-known model's shape
@@ -106,34 +104,40 @@ def random_model(
         head_bits: planes for the output head and the embedding as well, at this precision; else they stay in `dtype`.
         blocks: build only as many decoder blocks.
     """
-    model = _skeleton(config, blocks, dtype, device)
+    model = skeleton(config, blocks, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
     linears = discover(model).linears
-    state = BitsState(bits, {linear.name: bits for linear in linears})
+    head = find_head(model) if head_bits is not None else ()
+    state = BitsState({linear.name: bits for linear in linears}, fixed={layer.name: head_bits or 0 for layer in head})
     for linear in linears:
         weight = random_weight(linear.out_features, linear.in_features, bits, group_size, generator)
         layer = PlaneLinear.from_weight(weight, name=linear.name, state=state, dtype=dtype)
         layer.pack()
         set_submodule(model, linear.name, layer)
     if head_bits is not None:
-        _put_head(model, head_bits, group_size, dtype, generator)
+        _put_head(model, head_bits, group_size, dtype, generator, state)
     _fill(model, dtype, generator)
     return attach(model.eval())
 
 
 def _put_head(
-    model: PreTrainedModel, bits: int, group_size: int, dtype: torch.dtype, generator: torch.Generator
+    model: PreTrainedModel,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    state: BitsState,
 ) -> None:
     """Random planes for the embedding, and for the head unless it is tied and shares them."""
     for layer in find_head(model):
         weight = random_weight(layer.out_features, layer.in_features, (bits,), group_size, generator)
         if layer.role == "embedding":
-            embedding = PlaneEmbedding.from_weight(weight, dtype=dtype)
+            embedding = PlaneEmbedding.from_weight(weight, state=state, dtype=dtype)
             set_submodule(model, layer.name, embedding)
             if layer.tied is not None:
                 set_submodule(model, layer.tied, TiedHead(embedding))
         else:
-            linear = PlaneLinear.from_weight(weight, name=layer.name, state=FixedBits(bits), dtype=dtype)
+            linear = PlaneLinear.from_weight(weight, name=layer.name, state=state, dtype=dtype)
             set_submodule(model, layer.name, linear)
 
 
@@ -146,43 +150,13 @@ def dense_model(
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """The same model with ordinary random weights."""
-    model = _skeleton(config, blocks, dtype, device)
+    model = skeleton(config, blocks, dtype, device)
     _fill(model, dtype, torch.Generator(device).manual_seed(seed))
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
-def random_checkpoint(
-    folder: Path,
-    config: PreTrainedConfig,
-    bits: tuple[int, ...],
-    *,
-    group_size: int = 128,
-    dtype: torch.dtype = torch.bfloat16,
-    blocks: int | None = None,
-    seed: int = 0,
-) -> None:
-    """Write what `random_model` makes as a checkpoint; all of it is in memory meanwhile. The head stays in `dtype`."""
-    model, generator = _skeleton(config, blocks, dtype, "cpu"), torch.Generator().manual_seed(seed)
-    layers, entries = {}, []
-    for linear in discover(model).linears:
-        layers[linear.name] = LayerSpec(
-            in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias
-        )
-    spec = QuantizationSpec(method="random", bits=list(bits), group_size=group_size, layers=layers)
-    for name, layer in layers.items():
-        weight = random_weight(layer.out_features, layer.in_features, bits, group_size, generator)
-        entries += entries_of(name, weight)
-    for name, parameter in model.named_parameters():
-        if name.removesuffix(".weight") in layers:
-            entries.append(TensorEntry.of(name, torch.empty(0, dtype=dtype)))
-        else:
-            entries.append(TensorEntry.of(name, _random_parameter(parameter.shape, dtype, generator)))
-    model.config.architectures = [type(model).__name__]
-    described = model.config.to_dict() | {"quantization_config": spec.model_dump(exclude_none=True)}
-    write_checkpoint(folder, described, entries)
-
-
-def _skeleton(
+def skeleton(
     config: PreTrainedConfig, blocks: int | None, dtype: torch.dtype, device: torch.device | str
 ) -> PreTrainedModel:
     """The model of `config`, of only `blocks` decoder blocks if given.
@@ -207,11 +181,12 @@ def _fill(model: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> N
             if parameter is None or not parameter.is_meta:
                 continue
             if id(parameter) not in made:
-                value = _random_parameter(parameter.shape, dtype, generator)
+                value = random_parameter(parameter.shape, dtype, generator)
                 made[id(parameter)] = nn.Parameter(value, requires_grad=False)
             module._parameters[key] = made[id(parameter)]
 
 
-def _random_parameter(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def random_parameter(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """What a parameter of this shape starts as: ones for a vector (a norm), else small random numbers."""
     value = torch.empty(shape, dtype=dtype, device=generator.device)
     return value.fill_(1) if len(shape) == 1 else value.normal_(0, 0.02, generator=generator)

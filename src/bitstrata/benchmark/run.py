@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..arguments import named
 from ..errors import ResourceError, UnsupportedBitsError, UsageError
-from ..evaluation.report import render
 from ..kernels import select
 from ..memory import free_memory
-from ..models import choose_bits, load
 from ..models.load import pick_device
-from ..nn import BitsState, PlaneLinear, bits_state, parse_bits
+from ..nn import PlaneLinear, bits_state
+from ..options import BenchOptions, verb
 from ..planes.weights import MAX_BITS
+from ..plans import choose_bits, load, parse_bits
 from ..progress import log
+from ..tables import render
 from ..torch_state import ordinary_torch
 from .clock import current
 from .linear import REGIMES, LinearResult, bench_linear
@@ -108,104 +108,67 @@ class Bench:
         return render("decoding one sequence: ceiling = bandwidth / MB", columns, rows)
 
 
-@named
+@verb(BenchOptions)
 @ordinary_torch()
-def bench(
-    model: str | Path | None = None,
-    *,
-    shapes: str | None = None,
-    bits: str | int | Iterable[int] | None = None,
-    rows: str | int | Iterable[int] = "1,8",
-    threads: int | None = None,
-    whole: bool = False,
-    head_bits: int | None = None,
-    blocks: int | None = None,
-    regimes: Sequence[str] = REGIMES,
-    rounds: int = 7,
-    group_size: int = 128,
-    device: str = "auto",
-    tune: bool = False,
-) -> Bench:
+def bench(options: BenchOptions) -> Bench:
     """Check the kernels against float64, then time them.
 
-    Args:
-        model: a checkpoint, OUT or OUT:BITS; its layers' shapes and the whole model are measured.
-        shapes: instead, a known model's name (its layers' shapes) or shapes NxK: `4096x4096,14336x4096`.
-        bits: precisions; all of the model's, or 2,3,4.
-        rows: row counts of x for single layers.
-        threads: as torch.set_num_threads; what is set now by default.
-        whole: with a known model's name, decode a whole model of this shape with random weights too.
-        head_bits: there, planes for the output head and the embedding as well; bf16 otherwise.
-        blocks: there, only as many decoder blocks, for machines with less memory.
-        device: auto, cpu, cuda, cuda:1. On a GPU calls are timed in CUDA graphs, and whole models over a static cache.
-        tune: on a GPU, first search the fastest shapes of programs for these layers, and keep them for this device.
+    Of a checkpoint its layers' shapes and the whole model are measured, else layers of the shapes NxK that `shapes`
+    lists or that a known model has. On a GPU calls are timed in CUDA graphs, and whole models over a static cache.
 
     Raises:
         UsageError: arguments that cannot be used; KernelError, one of them, if there is nothing to tune.
         CheckError: a kernel is wrong; nothing is reported then.
         ResourceError: a whole model that does not fit into free memory.
     """
-    if model is not None and shapes is not None:
+    _check(options)
+    rows, regimes, where = _counts(options.rows), _regimes(options.regimes), pick_device(options.device)
+    if where.type == "cuda" and options.threads is not None:
+        raise UsageError("threads are the CPU's", hint="leave --threads out, or add --device cpu")
+    if options.tune:
+        check_tunable(where)
+    before = torch.get_num_threads()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        with current(where):
+            return _bench(options, rows, regimes, where)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check(options: BenchOptions) -> None:
+    """Raise UsageError for options that exclude each other or are out of bounds."""
+    threads, head_bits, blocks, rounds = options.threads, options.head_bits, options.blocks, options.rounds
+    if options.model is not None and options.shapes is not None:
         raise UsageError("give either a model or --shapes", hint="`bitstrata bench OUT`, or `bench --shapes 4096x4096`")
     if threads is not None and threads < 1:
         raise UsageError(
             f"threads must be at least 1, got {threads}", hint="leave --threads out for torch's own choice"
         )
-    if whole and shapes not in SHAPES:
+    if options.whole and options.shapes not in SHAPES:
         raise UsageError("--whole needs a known model's name in --shapes", hint=f"known: {', '.join(SHAPES)}")
-    if not whole and (head_bits is not None or blocks is not None):
+    if not options.whole and (head_bits is not None or blocks is not None):
         raise UsageError("--head-bits and --blocks describe a whole model", hint="add --whole")
     if head_bits is not None and not 1 <= head_bits <= MAX_BITS:
         raise UsageError(f"head bits must be in 1..{MAX_BITS}, got {head_bits}", hint="leave --head-bits out for bf16")
     if blocks is not None and blocks < 1:
         raise UsageError(f"blocks must be at least 1, got {blocks}", hint="leave --blocks out for the whole depth")
-    if unknown := set(regimes) - set(REGIMES):
-        raise UsageError(f"unknown regime {', '.join(unknown)}", hint=f"give {', '.join(REGIMES)} or both")
     if rounds < 1:
         raise UsageError(f"rounds must be at least 1, got {rounds}", hint="give an odd number, such as 7")
-    counts = _counts(rows)
-    where = pick_device(device)
-    if where.type == "cuda" and threads is not None:
-        raise UsageError("threads are the CPU's", hint="leave --threads out, or add --device cpu")
-    if tune:
-        check_tunable(where)
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        with current(where):
-            return _bench(
-                model,
-                shapes,
-                bits,
-                counts,
-                whole,
-                head_bits,
-                blocks,
-                regimes,
-                rounds,
-                group_size,
-                where,
-                tune,
-            )
-    finally:
-        torch.set_num_threads(before)
 
 
-def _bench(
-    model: str | Path | None,
-    shapes: str | None,
-    bits: str | int | Iterable[int] | None,
-    rows: Sequence[int],
-    whole: bool,
-    head_bits: int | None,
-    blocks: int | None,
-    regimes: Sequence[str],
-    rounds: int,
-    group_size: int,
-    device: torch.device,
-    tuning: bool,
-) -> Bench:
+def _regimes(given: str | Sequence[str]) -> Sequence[str]:
+    found = REGIMES if given == "both" else (given,) if isinstance(given, str) else given
+    if unknown := set(found) - set(REGIMES):
+        raise UsageError(f"unknown regime {', '.join(unknown)}", hint=f"give {', '.join(REGIMES)} or both")
+    return found
+
+
+def _bench(options: BenchOptions, rows: Sequence[int], regimes: Sequence[str], device: torch.device) -> Bench:
+    """The measuring: one list of steps, longer than others because each needs what those before it made."""
+    model, shapes, bits, whole, blocks = options.model, options.shapes, options.bits, options.whole, options.blocks
+    group_size, rounds, head_bits = options.group_size, options.rounds, options.head_bits
     loaded: PreTrainedModel | None = None
     notes: list[str] = []
     if model is not None:
@@ -215,11 +178,8 @@ def _bench(
         for value in chosen:
             if value not in bits_state(loaded).supported:
                 raise UnsupportedBitsError(value, bits_state(loaded).supported)
-        layers = [
-            module
-            for module in loaded.modules()
-            if isinstance(module, PlaneLinear) and isinstance(module.bits_state, BitsState)
-        ]
+        planned = bits_state(loaded).layers
+        layers = [module for module in loaded.modules() if isinstance(module, PlaneLinear) and module.name in planned]
         sizes = sorted({(layer.out_features, layer.in_features) for layer in layers})
         group_size = layers[0].group_size
     else:
@@ -228,7 +188,7 @@ def _bench(
         if whole:
             _check_memory(shape_config(str(shapes)), max(chosen), blocks, device)
     tuned: list[Tuned] = []
-    if tuning:
+    if options.tune:
         tuned, path = tune(sizes, chosen, rows, device=device, group_size=group_size, rounds=rounds)
         notes.append(f"the fastest shapes of programs are in {path}")
     bandwidth = Bandwidth(torch.get_num_threads(), device)

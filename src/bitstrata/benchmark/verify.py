@@ -26,7 +26,7 @@ def verify(x: Tensor, stored: PlaneWeight, weight: Weight, bits: int | Tensor) -
     columns = torch.cat([torch.arange(*span, device=x.device) for span in spans])
     expected = y.new_empty(len(x), len(columns))
     for value in bits.unique().tolist() if isinstance(bits, Tensor) else [bits]:
-        exact = torch.cat([decode(stored.rows(*span), value, torch.float64) for span in spans])
+        exact = torch.cat([decode(stored.outputs(*span), value, torch.float64) for span in spans])
         chosen = bits == value if isinstance(bits, Tensor) else slice(None)
         expected[chosen] = x[chosen].double() @ exact.T
     error = float((y[:, columns] - expected).norm() / expected.norm())

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..models.discover import Discovery
-from ..models.source import SourceModel, all_finite, release
+from ..planes.weights import all_finite
+from .block_runner import BlockRunner
 
 
 def fisher_bytes(model: PreTrainedModel, discovery: Discovery, seq_len: int) -> int:
@@ -36,41 +37,29 @@ def fisher_bytes(model: PreTrainedModel, discovery: Discovery, seq_len: int) -> 
     return int(4 * (weights + discovery.weight_count + largest + seq_len * (2 * widths + 3 * vocabulary)))
 
 
-def fisher_diagonal(
-    source: SourceModel,
-    model: PreTrainedModel,
-    discovery: Discovery,
-    windows: Tensor,
-    device: torch.device,
-    step: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
+def fisher_diagonal(runner: BlockRunner, windows: Tensor, step: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
     """Quantized linear's name -> F fp32 [N, K] on the CPU; like W it is turned over where the source stores W^T.
 
     Args:
-        source: the model's files; model: its skeleton on meta, which is on meta again afterwards.
         windows: tokens int64 [n, S], a window at a time.
         step: called after each window.
 
     Raises ModelError naming a layer whose gradients are not finite.
     """
-    try:
-        source.materialise(model, "")
-        model.tie_weights()
-        nn.Module.to(model, device)
-        sums = {}
-        for linear in discovery.linears:
+    linears = runner.discovery.linears
+    sums = {}
+    with runner.whole() as model:
+        for linear in linears:
             weight = model.get_submodule(linear.name).weight
             assert isinstance(weight, nn.Parameter)
             weight.requires_grad_(True)
             sums[linear.name] = torch.zeros_like(weight, requires_grad=False)
             # squared and dropped as soon as it is there, so that one layer's gradient exists at a time
             weight.register_post_accumulate_grad_hook(partial(_add_square, sums[linear.name]))
-        for window in windows.to(device):
+        for window in windows.to(runner.device):
             logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits
             nn.functional.cross_entropy(logits[0, :-1].float(), window[1:]).backward()
             step()
-    finally:
-        release(model)
     for name, total in sums.items():
         if not all_finite(total):
             raise ModelError(
@@ -79,7 +68,7 @@ def fisher_diagonal(
             )
     return {
         linear.name: (sums[linear.name].T if linear.transposed else sums[linear.name]).cpu().contiguous()
-        for linear in discovery.linears
+        for linear in linears
     }
 
 

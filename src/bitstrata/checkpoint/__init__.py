@@ -1,9 +1,6 @@
 """Planes and scales on disk: schema, writer, reader, validator. FORMAT.md is the one-page contract."""
 
-from .budget import Budget, ModelSizes, PlanBytes, bytes_text, parse_budget
-from .fetch import PageReader
-from .pages import PAGES_FILE, Page, PageOrder
-from .plan import Fingerprint, Plan
+from .fingerprint import Fingerprint
 from .reader import CheckpointReader, is_checkpoint
 from .schema import FORMAT_VERSION, QUANT_METHOD, LayerSpec, QuantizationSpec, format_version
 from .validate import validate
@@ -20,27 +17,17 @@ from .writer import (
 
 __all__ = [
     "FORMAT_VERSION",
-    "PAGES_FILE",
     "QUANT_METHOD",
-    "Budget",
     "CheckpointReader",
     "Fingerprint",
     "LayerSpec",
-    "ModelSizes",
-    "Page",
-    "PageOrder",
-    "PageReader",
-    "Plan",
-    "PlanBytes",
     "QuantizationSpec",
     "TensorEntry",
-    "bytes_text",
     "copy_file",
     "entries_of",
     "format_version",
     "has_right_seal",
     "is_checkpoint",
-    "parse_budget",
     "remove_leftovers",
     "validate",
     "write_checkpoint",

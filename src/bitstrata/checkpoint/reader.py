@@ -105,7 +105,7 @@ class Shard:
         regular_file(path)
         try:
             self._file = safe_open(str(path), framework="pt")
-            self.names: frozenset[str] = frozenset(self._file.keys())  # type: ignore[no-untyped-call]
+            self.names: frozenset[str] = frozenset(self._file.keys())
         except FileNotFoundError:
             raise CheckpointError(
                 f"shard {path.name} is missing from {path.parent}",
@@ -119,14 +119,14 @@ class Shard:
     def spec(self, name: str) -> TensorSpec:
         """(dtype, shape) of tensor `name` from the header."""
         self._require(name)
-        part = self._file.get_slice(name)  # type: ignore[no-untyped-call]
+        part = self._file.get_slice(name)
         return part.get_dtype(), tuple(part.get_shape())
 
     def read(self, name: str) -> Tensor:
         """Tensor `name`, memory-mapped."""
         self._require(name)
         try:
-            tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
+            tensor: Tensor = self._file.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{name} in {self.path} cannot be read: {error}") from error
         return tensor

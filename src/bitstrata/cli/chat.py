@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Annotated
+from dataclasses import fields
 
 import typer
 from transformers import TextStreamer
 
-from ..checkpoint import bytes_text
 from ..errors import BitstrataError, UsageError
-from ..models import choose_bits, load_tokenizer, resize, resolve
-from ..nn import Precision
+from ..models import load_tokenizer, resolve
+from ..nn import BitsOrPlan
+from ..options import ChatCommand, GenerationSettings
+from ..plans import bytes_text, choose_bits, resize
 from ..runtime import Conversation
-from .output import DEVICE_OPTION
-from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
+from .sizing import load_sized
 
 COMMANDS = """/bits N       answer at N bits from now on; /bits alone says what there is
 /resize SIZE  with --budget or --fit: hold this much from now on, say 400MB, 3.2bpw or plan.json
@@ -25,36 +25,13 @@ COMMANDS = """/bits N       answer at N bits from now on; /bits alone says what 
 Ctrl-C        ends a reply"""
 
 
-def command(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, OUT or OUT:BITS.")],
-    bits: Annotated[int | None, typer.Option(help="Precision to start with; the highest by default.")] = None,
-    system: Annotated[str | None, typer.Option(help="Instruction before the first turn.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest reply, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    draft_bits: Annotated[int | None, typer.Option(help="Draft tokens at this precision where it is lower.")] = None,
-    budget: str | None = BUDGET_OPTION,
-    fit: bool = FIT_OPTION,
-    device: str = DEVICE_OPTION,
-) -> None:
-    """Talk to a model; its bits can change in the middle of the conversation. /help lists the commands."""
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max-new-tokens be at least 1")
-    target, chosen = choose_bits(model, bits)
-    loaded = load_sized(target, chosen, budget=budget, fit=fit, context=None, device=device)
+def run(options: ChatCommand) -> None:
+    target, chosen = choose_bits(options.model, options.bits)
+    loaded = load_sized(target, chosen, options, context=None)
     tokenizer = load_tokenizer(resolve(target, weights=False))
-    talk = Conversation(
-        loaded,
-        tokenizer,
-        bits=chosen,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        draft_bits=draft_bits,
-    )
+    settings = {one.name: getattr(options, one.name) for one in fields(GenerationSettings)}
+    talk = Conversation(loaded, tokenizer, bits=chosen, system=options.system, **settings)
+    draft_bits = options.draft_bits
     if draft_bits is not None and draft_bits not in talk.supported:
         raise UsageError(f"draft-bits {draft_bits} is not among {_choice(talk)}")
     if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not text is refused like any other wrong input
@@ -71,7 +48,7 @@ def command(
         try:
             result = talk.reply(line, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
         except BitstrataError as error:
-            _say("; ".join(filter(None, (error.message, error.hint, "/reset forgets the conversation"))))
+            _say(f"{error.sentence}; /reset forgets the conversation")
             continue
         except KeyboardInterrupt:
             _say("stopped; this turn is forgotten")
@@ -103,7 +80,7 @@ def _obey(talk: Conversation, words: list[str]) -> bool:
                 talk.bits = int(value)
                 _say(_precision(talk.bits))
             except BitstrataError as error:  # before ValueError: unsupported bits are one
-                _say(f"{error.message}; {error.hint}" if error.hint else error.message)
+                _say(error.sentence)
             except ValueError:
                 _say(f"/bits takes a number, not {value!r}")
         case ["/resize", size]:
@@ -111,13 +88,13 @@ def _obey(talk: Conversation, words: list[str]) -> bool:
                 done = resize(talk.model, size)
                 _say(f"{bytes_text(done.before)} -> {bytes_text(done.after)} in {1000 * done.seconds:.0f} ms")
             except BitstrataError as error:
-                _say(f"{error.message}; {error.hint}" if error.hint else error.message)
+                _say(error.sentence)
         case _:
             _say(COMMANDS)
     return True
 
 
-def _precision(bits: Precision) -> str:
+def _precision(bits: BitsOrPlan) -> str:
     return f"{bits} bits" if isinstance(bits, int) else f"plan {bits}"
 
 

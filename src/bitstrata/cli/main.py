@@ -7,16 +7,15 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 
 import typer
-from transformers.utils import logging as transformers_logging
 
 from ..errors import BitstrataError
-from ..memory import is_out_of_memory
 from ..version import __version__
-from . import bench, chat, demo, env, eval, generate, inspect, plan, quantize, serve
+from .commands import VERBS, command
 from .output import open_streams
 from .terminal import printable, shown_on_stderr
 
@@ -45,8 +44,8 @@ def _options(
         raise typer.Exit
 
 
-for _verb in (demo, quantize, plan, eval, generate, chat, serve, inspect, bench, env):
-    app.command(_verb.__name__.rpartition(".")[2])(_verb.command)
+for _name, (_options_of, _target) in VERBS.items():
+    app.command(_name)(command(_options_of, _target))
 
 
 def main() -> None:
@@ -55,8 +54,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]  # accepted before and after the verb
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # ours is the only bar
     sys.exit(run(arguments, debug=debug))
 
 
@@ -88,6 +86,8 @@ def _explain(error: BaseException, arguments: list[str]) -> int:
         if error.hint:
             _say(f"hint: {error.hint}")
         return error.exit_code
+    from ..memory import is_out_of_memory  # torch, which --help does without
+
     if is_out_of_memory(error):
         _say("error: out of memory")
         _say("hint: lower --num-samples or --seq-len, or use a machine with more memory")

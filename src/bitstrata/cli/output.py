@@ -16,9 +16,6 @@ import typer
 from ..errors import ResourceError
 from .terminal import printable
 
-JSON_OPTION = typer.Option(False, "--json", help="Print one JSON object on stdout.")
-DEVICE_OPTION = typer.Option("auto", help="auto, cpu, cuda or cuda:N.")
-
 
 class Result(Protocol):
     """A result that prints well and converts to JSON."""

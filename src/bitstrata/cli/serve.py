@@ -3,139 +3,55 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from ..checkpoint import CheckpointReader, Plan
+from ..checkpoint import CheckpointReader
 from ..errors import UsageError
-from ..models import bits_name, choose_bits, end_tokens, load_tokenizer, parse_bits_or_plan, resolve
+from ..models import end_tokens, load_tokenizer, resolve
+from ..options import ServeOptions, ServerSettings
+from ..plans import Plan, bits_name, choose_bits, parse_bits_or_plan
 from ..progress import log, note
 from ..runtime import Engine, parse_policy
-from .output import DEVICE_OPTION
-from .sizing import BUDGET_OPTION, FIT_OPTION, load_sized
+from .sizing import load_sized
+
+if TYPE_CHECKING:
+    from ..serve.settings import Settings
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 FIT_CACHE_TOKENS = 512  # for each request
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-def command(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, OUT or OUT:BITS.")],
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="BITSTRATA_API_KEY", help="Key that clients must send; none by default.")
-    ] = None,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="The model's name; by default the folder's or hub id.")
-    ] = None,
-    bits: Annotated[
-        str | None,
-        typer.Option(help="For requests that name none: bits, a plan's NAME or file; the highest by default."),
-    ] = None,
-    plan: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE: a plan that requests choose as MODEL:NAME; repeatable.")
-    ] = None,
-    policy: Annotated[
-        str, typer.Option(help="What lowers bits: fixed, load:target_ms=50, position:tokens=32 or entropy.")
-    ] = "fixed",
-    min_bits: Annotated[
-        int | None, typer.Option(help="How low the policy may go with requests that do not say; not at all by default.")
-    ] = None,
-    budget: str | None = BUDGET_OPTION,
-    fit: bool = FIT_OPTION,
-    max_requests: Annotated[int, typer.Option(help="Requests served at a time; others wait.", min=1)] = 16,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused.", min=1)] = 256,
-    max_connections: Annotated[int, typer.Option(help="HTTP requests under way; more are refused.", min=1)] = 512,
-    max_body: Annotated[int, typer.Option(help="The largest request, in bytes.", min=1)] = 4 * 1024 * 1024,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="The longest prompt; by default what context and cache take.", min=1)
-    ] = None,
-    default_max_tokens: Annotated[
-        int, typer.Option(help="New tokens of a chat request that gives no number.", min=1)
-    ] = 512,
-    cache_tokens: Annotated[
-        int | None, typer.Option(help="Room for the prompts and new tokens of all running requests.", min=1)
-    ] = None,
-    allowed_origin: Annotated[
-        list[str] | None, typer.Option(help="A web page's origin that may call the server (CORS); repeatable.")
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A name that clients reach the server by, where they use neither localhost nor its address; "
-            "* is any. Repeatable."
-        ),
-    ] = None,
-    grace: Annotated[float, typer.Option(help="Seconds for requests under way when the server closes.", min=0)] = 30.0,
-    device: str = DEVICE_OPTION,
-) -> None:
-    """Serve a model over HTTP as OpenAI does, each request at its own bits. Ctrl-C ends it."""
+def run(options: ServeOptions) -> None:
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise UsageError(
             f"the server needs {', '.join(missing)}, not installed here", hint="pip install 'bitstrata[serve]'"
         )
     from ..serve.app import create_app
-    from ..serve.connections import most_requests
-    from ..serve.hosts import ANY, is_loopback
     from ..serve.process import address, bind, serve
-    from ..serve.settings import Settings
 
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+    key = options.api_key
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
         raise UsageError("the API key must be printable ASCII and not empty", hint="check --api-key, BITSTRATA_API_KEY")
-    if api_key is None and host not in LOCAL:
-        note(f"anyone who reaches {host} can use this server: it has no --api-key")
-    plans = _plans(plan or [])
-    default = bits if bits in plans else None  # a plan's name
-    target, chosen = choose_bits(model, None if bits is None or default else parse_bits_or_plan(bits))
-    if default and chosen is not None:
-        raise UsageError(f"bits are given twice: {model} and --bits {bits}", hint="give one of them")
-    if isinstance(chosen, Plan):
-        default, chosen = _add(plans, chosen.name, chosen, "--bits"), None
-    rule = parse_policy(policy)
-    has_choice = bits is not None or chosen is not None or plans or min_bits is not None or policy != "fixed"
-    if (budget is not None or fit) and has_choice:
-        raise UsageError(
-            "with --budget or --fit the model holds one plan's pages and runs nothing else",
-            hint="leave --bits, --plan, --policy and --min-bits out",
-        )
-    with bind(host, port) as bound:
-        folder = resolve(target, kind="bitstrata checkpoint")
-        name = served_model_name or (folder.resolve().name if Path(target).is_dir() else target)
-        if plans:
+    if key is None and options.host not in LOCAL:
+        note(f"anyone who reaches {options.host} can use this server: it has no --api-key")
+    model = _Model.of(options)
+    rule = parse_policy(options.policy)
+    with bind(options.host, options.port) as bound:
+        folder = resolve(model.target, kind="bitstrata checkpoint")
+        if model.plans:
             checkpoint = CheckpointReader(folder)
-            for made in plans.values():
+            for made in model.plans.values():
                 made.check(checkpoint)
-        hosts = tuple(given.lower() for given in allowed_host or ())
-        if not hosts and not is_loopback(bound.getsockname()[0]):
-            hosts = (ANY,)  # by which names others reach this machine is not known here
-        possible = most_requests(max_connections)
-        if possible < max_connections:
-            note(
-                f"max-connections lowered from {max_connections} to {possible}: what the open files of this process "
-                "leave (ulimit -n)"
-            )
-        settings = Settings(
-            name=name,
-            bits=default or chosen,
-            min_bits=min_bits,
-            plans=plans,
-            api_key=api_key,
-            default_max_tokens=default_max_tokens,
-            max_prompt_tokens=max_prompt_tokens,
-            max_body=max_body,
-            max_connections=possible,
-            allowed_hosts=hosts,
-            allowed_origins=tuple(allowed_origin or ()),
-        )
-        if fit and cache_tokens is None:  # the cache must be the one that room was left for
-            cache_tokens = max_requests * FIT_CACHE_TOKENS
-        loaded = load_sized(
-            target, chosen, budget=budget, fit=fit, context=cache_tokens if fit else None, device=device
-        )
+        settings = _settings(options, model, folder, bound.getsockname()[0])
+        cache_tokens = options.cache_tokens
+        if options.fit and cache_tokens is None:  # the cache must be the one that room was left for
+            cache_tokens = options.max_requests * FIT_CACHE_TOKENS
+        loaded = load_sized(model.target, model.bits, options, context=cache_tokens)
         tokenizer = load_tokenizer(folder)
         if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in end_tokens(loaded):
             note(
@@ -145,22 +61,76 @@ def command(
         engine = Engine(
             loaded,
             tokenizer,
-            max_requests=max_requests,
+            max_requests=options.max_requests,
             cache_tokens=cache_tokens,
-            max_waiting=max_waiting,
+            max_waiting=options.max_waiting,
             policy=rule,
         )
         with engine:
             app = create_app(engine, tokenizer, settings)
             catalog = app.state.service.catalog
-            chosen_name = bits_name(catalog.default)
+            chosen_name = bits_name(catalog.default.given)
             choice = ", ".join(map(str, catalog.precisions))
             what = f"bits {choice} ({chosen_name} by default)" if choice else f"plan {chosen_name}"
-            ready = f"serving {name} at {address(bound)}/v1 with {what}"
-            serve(app, bound, grace=grace, say=log.info, ready=ready)
+            ready = f"serving {settings.name} at {address(bound)}/v1 with {what}"
+            serve(app, bound, grace=options.grace, say=log.info, ready=ready)
 
 
-def _plans(given: list[str]) -> dict[str, Plan]:
+@dataclass(frozen=True)
+class _Model:
+    """Which model, at which bits or plan by default, and the plans that requests may choose."""
+
+    target: str
+    bits: int | None
+    default: str | None
+    plans: dict[str, Plan]
+
+    @classmethod
+    def of(cls, options: ServeOptions) -> _Model:
+        """Raises UsageError for choices that exclude each other."""
+        plans, bits = _plans(options.plan), options.bits
+        default = bits if bits in plans else None  # a plan's name
+        target, chosen = choose_bits(options.model, None if bits is None or default else parse_bits_or_plan(bits))
+        if default and chosen is not None:
+            raise UsageError(f"bits are given twice: {options.model} and --bits {bits}", hint="give one of them")
+        if isinstance(chosen, Plan):
+            default, chosen = _add(plans, chosen.name, chosen, "--bits"), None
+        is_sized = options.budget is not None or options.fit
+        given = (bits, chosen, plans or None, options.min_bits, None if options.policy == "fixed" else options.policy)
+        if is_sized and any(value is not None for value in given):
+            raise UsageError(
+                "with --budget or --fit the model holds one plan's pages and runs nothing else",
+                hint="leave --bits, --plan, --policy and --min-bits out",
+            )
+        return cls(target, chosen, default, plans)
+
+
+def _settings(options: ServeOptions, model: _Model, folder: Path, host: str) -> Settings:
+    """What the server is told; `host` is the address that it listens at."""
+    from ..serve.process import is_loopback, most_requests
+    from ..serve.settings import ANY, Settings
+
+    hosts = tuple(given.lower() for given in options.allowed_host)
+    if not hosts and not is_loopback(host):
+        hosts = (ANY,)  # by which names others reach this machine is not known here
+    possible = most_requests(options.max_connections)
+    if possible < options.max_connections:
+        note(
+            f"max-connections lowered from {options.max_connections} to {possible}: "
+            "what the open files of this process leave (ulimit -n)"
+        )
+    shared = {one.name: getattr(options, one.name) for one in fields(ServerSettings)}
+    return Settings(
+        options.served_model_name or (folder.resolve().name if Path(model.target).is_dir() else model.target),
+        bits=model.default or model.bits,
+        plans=model.plans,
+        allowed_hosts=hosts,
+        allowed_origins=tuple(options.allowed_origin),
+        **shared | {"max_connections": possible},
+    )
+
+
+def _plans(given: Sequence[str]) -> dict[str, Plan]:
     """NAME=FILE, by name. Raises UsageError for a name that requests could not say, PlanError for a file."""
     plans: dict[str, Plan] = {}
     for text in given:

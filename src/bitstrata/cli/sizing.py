@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import typer
 from transformers import PreTrainedModel
 
-from ..checkpoint import Plan
 from ..errors import UsageError
-from ..models import load
-
-BUDGET_OPTION = typer.Option(
-    None, help="Load no more than this: 600MB for the whole model, 3.2bpw. Needs OUT's page order (bitstrata plan)."
-)
-FIT_OPTION = typer.Option(
-    False, "--fit", help="Load as much as the free memory holds beside the cache of keys and values."
-)
+from ..options import Size
+from ..plans import Plan, load
 
 
 def load_sized(
-    target: str,
-    bits: int | Plan | None,
-    *,
-    budget: str | None,
-    fit: bool,
-    context: int | None,
-    device: str,
-    max_bits: int | None = None,
+    target: str, bits: int | Plan | None, size: Size, *, context: int | None, max_bits: int | None = None
 ) -> PreTrainedModel:
     """`load` at the bits or the size that a command line asks for. Of a plan only its pages are read.
 
@@ -35,12 +20,13 @@ def load_sized(
 
     Raises UsageError for bits and a budget or `fit`, or for both of these.
     """
-    flags = {"bits": bits is not None, "--budget": budget is not None, "--fit": fit}
+    flags = {"bits": bits is not None, "--budget": size.budget is not None, "--fit": size.fit}
     given = [flag for flag, is_given in flags.items() if is_given]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} each say how much of the model to run", hint="give one of them")
     if isinstance(bits, Plan):
-        return load(target, plan=bits, device=device)
-    if budget is None and not fit:
-        return load(target, bits=bits, device=device, max_bits=max_bits)
-    return load(target, budget=budget, fit=fit, context=context if fit else None, device=device)
+        return load(target, plan=bits, device=size.device)
+    if size.budget is None and not size.fit:
+        return load(target, bits=bits, device=size.device, max_bits=max_bits)
+    context = context if size.fit else None
+    return load(target, budget=size.budget, fit=size.fit, context=context, device=size.device)

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..arguments import named
 from ..evaluation import evaluate
-from ..evaluation.report import render
-from ..models import load, load_tokenizer
+from ..models import encode_prompt, load_tokenizer
+from ..options import DemoOptions, verb
+from ..plans import load
 from ..progress import log
 from ..quantization import quantize
-from ..runtime import Generation, continue_prompt
+from ..runtime import Generation, GenerationSettings, continue_tokens
+from ..tables import render
 from ..torch_state import ordinary_torch
 
 MODEL = Path(__file__).parent / "model"
@@ -63,14 +64,11 @@ class Demo:
         return "\n\n".join(parts)
 
 
-@named
+@verb(DemoOptions)
 @ordinary_torch()
-def demo(output: str | Path | None = None) -> Demo:
-    """Run the main job on the bundled model.
-
-    Args:
-        output: keep the quantized model in this folder; otherwise it is made in a temporary one.
-    """
+def demo(options: DemoOptions) -> Demo:
+    """Run the main job on the bundled model."""
+    output = options.output
     started = time.monotonic()
     workspace = Path(tempfile.mkdtemp(prefix="bitstrata-demo-"))
     try:
@@ -102,8 +100,11 @@ def _measure(folder: Path) -> tuple[tuple[dict[str, Any], ...], dict[str, str]]:
     count = evaluation.results[0].bytes * 8 / evaluation.results[0].bpw_read
     assert evaluation.reference is not None
 
+    prompt = encode_prompt(tokenizer, PROMPT)
+
     def speak(model: PreTrainedModel, bits: int | None) -> Generation:
-        return continue_prompt(model, tokenizer, PROMPT, bits=bits, max_new_tokens=NEW_TOKENS)
+        settings = GenerationSettings(NEW_TOKENS)
+        return continue_tokens(model, tokenizer, prompt, PROMPT, bits=bits, settings=settings)
 
     log.info("continuing the same prompt at each precision")
     made = speak(original, None)

@@ -1,7 +1,6 @@
 """How far a quantized model is from the original: loss, divergence, agreement, per bits."""
 
-from .divergence import Measured, Tally
-from .perplexity import evaluate, load_reference
+from .perplexity import evaluate
 from .report import BitsResult, Evaluation
 
-__all__ = ["BitsResult", "Evaluation", "Measured", "Tally", "evaluate", "load_reference"]
+__all__ = ["BitsResult", "Evaluation", "evaluate"]

@@ -4,74 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .. import arguments
-from ..arguments import named
 from ..calibration import evaluation_windows, given_tokens, read_text
-from ..checkpoint import CheckpointReader, Plan, is_checkpoint
-from ..errors import ModelError, TextError, UsageError
+from ..checkpoint import CheckpointReader, is_checkpoint
+from ..errors import TextError, UsageError
+from ..metrics import Metrics, Tally
 from ..models import (
-    bits_name,
     check_vocabulary,
     context_limit,
-    highest_bits,
     input_device,
-    load,
+    load_reference,
     load_tokenizer,
-    parse_bits_or_plans,
     resolve,
 )
 from ..models.load import pick_device
-from ..nn import Precision, bits_state, multiplied_layers
+from ..nn import BitsOrPlan, bits_state, multiplied_layers
+from ..options import EvaluateOptions, verb
 from ..planes import whole_number
+from ..plans import Plan, bits_name, highest_bits, load, parse_bits_or_plans
 from ..progress import Steps, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from .arithmetic import ARITHMETICS, Ran
-from .divergence import Measured, Tally
 from .report import BitsResult, Evaluation
 
 TOKENS_PER_BATCH = 2048
 DEFAULT_SEQ_LEN = 2048
 
 
-@named
+@verb(EvaluateOptions)
 @ordinary_torch()
 @own_notes()
-def evaluate(
-    model: str | Path | PreTrainedModel,
-    text: str | Path,
-    bits: str | Sequence[int | Plan] | int | Plan | None = None,
-    reference: str | Path | PreTrainedModel | None = None,
-    seq_len: int | None = None,
-    max_tokens: int | None = None,
-    *,
-    arithmetic: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str = "auto",
-) -> Evaluation:
-    """Measure a quantized model on a text.
+def evaluate(options: EvaluateOptions) -> Evaluation:
+    """Measure a quantized model on a text. `model` and `reference` may be loaded models as well.
 
-    Args:
-        model: a checkpoint folder, hub id, or a loaded quantized model.
-        text: a UTF-8 file, documents separated by `<|endoftext|>`; or `stdlib`.
-        bits: which bits or plans to measure, `2,3,plan.json` or the like; all supported bits by default, and of a
-            model that holds one plan's pages that plan.
-        reference: the original model, for KL divergence and agreement.
-        seq_len: window length in tokens; lowered to the model's context with a message.
-        max_tokens: stop after so many predicted tokens.
-        arithmetic: of the quantized layers' products: "exact", or "int8" as in decoding on a CPU. By default
-            as the model itself computes calls of this length; the result says which that was.
-        tokenizer: needed only when `model` is a loaded model without a folder.
+    `bits` is a number, a plan, several of them, or their names in a text: `2,3,plan.json`. Without `arithmetic`, the
+    quantized layers compute as the model does for windows of this length; the result says which that was.
 
     Raises:
         UnsupportedBitsError, PlanError, TextError, ModelError, CheckpointError: the input named in the message.
         KernelError: nothing here computes in this arithmetic, or not the forced kernel.
     """
+    model, text, arithmetic, seq_len, max_tokens = (
+        options.model, options.text, options.arithmetic, options.seq_len, options.max_tokens
+    )  # fmt: skip
     if arithmetic not in (None, *ARITHMETICS):
         raise UsageError(f"arithmetic {arithmetic!r} is not known", hint=f"one of {', '.join(ARITHMETICS)}")
     if seq_len is not None:
@@ -79,8 +59,8 @@ def evaluate(
     if max_tokens is not None:
         max_tokens = arguments.number("max_tokens", max_tokens, 1, hint="leave it out to measure the whole text")
     documents = read_text(text, part="heldout")
-    where = input_device(model) if isinstance(model, PreTrainedModel) else pick_device(device)
-    asked = _asked(bits)
+    where = input_device(model) if isinstance(model, PreTrainedModel) else pick_device(options.device)
+    asked = _asked(options.bits)
     _check_plans(asked or (), model)
     highest = None if asked is None else max(map(highest_bits, asked))
     # float32 on a CPU: exact, and no slower there; elsewhere the dtype the model is stored in
@@ -90,11 +70,11 @@ def evaluate(
     )
     state = bits_state(quantized)
     # a plan in memory is neither of these numbers nor a name for one
-    chosen: tuple[Precision, ...] = asked if asked is not None else state.supported or (state.default,)
+    chosen: tuple[BitsOrPlan, ...] = asked if asked is not None else state.supported or (state.default,)
     for value in chosen:
-        state.check(value)
-    tokenizer = tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
-    original = load_reference(reference, quantized, where)
+        state.resolve(value)
+    tokenizer = options.tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
+    original = load_reference(options.reference, quantized, where)
     length = context_length(quantized, seq_len)
 
     batches = list(_batches(evaluation_windows(tokenizer, documents, length, max_tokens)))
@@ -173,7 +153,7 @@ def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedMode
             plan.check(CheckpointReader(folder))
 
 
-def _row(bits: Precision, measured: Measured, size: int, count: int) -> BitsResult:
+def _row(bits: BitsOrPlan, measured: Metrics, size: int, count: int) -> BitsResult:
     name, bpw = bits_name(bits), 8 * size / count
     return BitsResult(name, measured.perplexity, measured.nll, measured.kld, measured.top1_agreement, bpw, size)
 
@@ -187,44 +167,6 @@ def context_length(model: PreTrainedModel, seq_len: int | None) -> int:
     if seq_len is not None:
         note(f"seq-len lowered from {seq_len} to {limit}, the model's context")
     return int(limit)
-
-
-def load_reference(
-    reference: str | Path | PreTrainedModel | None, quantized: PreTrainedModel, device: torch.device
-) -> PreTrainedModel | None:
-    """The model to compare with, in the dtype of `quantized`. Raises ModelError if it has another vocabulary."""
-    if reference is None:
-        return None
-    original = reference if isinstance(reference, PreTrainedModel) else _read_reference(reference, quantized.dtype)
-    sizes = [model.config.get_text_config().vocab_size for model in (original, quantized)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"the reference has another vocabulary than the quantized model: {sizes[0]} tokens, not {sizes[1]}",
-            hint="give the model that was quantized",
-        )
-    nn.Module.to(original, device)
-    return original.eval()
-
-
-def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    folder = resolve(reference, kind="reference model")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the reference {folder} cannot be loaded: {reason}") from error
-    model: PreTrainedModel = loaded[0]
-    missing = sorted(loaded[1]["missing_keys"])
-    if missing:  # transformers has left them random
-        raise ModelError(f"the reference {folder} stores no tensor for {missing[0]}", hint="download it again")
-    return model
 
 
 def _batches(windows: Iterator[list[int]]) -> Iterator[list[list[int]]]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from ..tables import optional, percent, render
 
 
 @dataclass(frozen=True)
@@ -71,25 +67,3 @@ class Evaluation:
             f"{self.model} on {self.text}: {self.tokens} tokens, in {self.arithmetic} arithmetic (kernel {self.kernel})"
         )
         return render(title, ["bits", "bpw read", "perplexity", "nll", "kld", "top-1"], rows)
-
-
-def optional(value: float | None, digits: int = 4) -> str:
-    """A number, or a dash where there is none."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain-text table, numbers to the right."""
-    table = Table(box=SIMPLE)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    buffer = StringIO()
-    Console(file=buffer, width=200, color_system=None).print(table)
-    body = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
-    return f"{title}\n\n{body}"

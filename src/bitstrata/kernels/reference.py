@@ -89,7 +89,7 @@ class StoredWeight(Weight):
         return y
 
     def decode(self, bits: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        return decode(self._weight.rows(first, last), bits, dtype)
+        return decode(self._weight.outputs(first, last), bits, dtype)
 
     def rows(self, index: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
         check_constant(self.scales_of(bits))

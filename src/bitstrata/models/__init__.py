@@ -1,17 +1,12 @@
 """Joining to transformers: which linears, loading and saving, source models."""
 
-from .context import context_limit
-from .described import load_tokenizer
-from .discover import Discovery, LeftOut, LinearInfo, discover
-from .fit import fit_budget
+from .config import context_limit
+from .discover import Discovery, LeftOut, LinearInfo, bytes_per_token, discover, input_device
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .hub import resolve
-from .load import choose_bits, load, parse_target
-from .modules import bytes_per_token, input_device
-from .plans import bits_name, highest_bits, parse_bits_or_plan, parse_bits_or_plans
-from .resize import Resized, resize
-from .source import SourceModel, all_finite
+from .load import OpenCheckpoint, open_checkpoint, pick_device
+from .source import SourceModel, load_reference
 from .tokens import (
     Stops,
     check_text,
@@ -20,6 +15,7 @@ from .tokens import (
     encode_prompt,
     encode_turns,
     end_tokens,
+    load_tokenizer,
     text_prefix,
     vocabulary_size,
 )
@@ -31,16 +27,13 @@ __all__ = [
     "HeadLayer",
     "LeftOut",
     "LinearInfo",
-    "Resized",
+    "OpenCheckpoint",
     "SourceModel",
     "Stops",
-    "all_finite",
     "attach",
-    "bits_name",
     "bytes_per_token",
     "check_text",
     "check_vocabulary",
-    "choose_bits",
     "context_limit",
     "discover",
     "encode_body",
@@ -48,15 +41,11 @@ __all__ = [
     "encode_turns",
     "end_tokens",
     "find_head",
-    "fit_budget",
-    "highest_bits",
     "input_device",
-    "load",
+    "load_reference",
     "load_tokenizer",
-    "parse_bits_or_plan",
-    "parse_bits_or_plans",
-    "parse_target",
-    "resize",
+    "open_checkpoint",
+    "pick_device",
     "resolve",
     "text_prefix",
     "vocabulary_size",

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from .compat import attention_of, can_change_attention, register_mask_of_sdpa, sdpa
 
 NAME = "bitstrata_sdpa"
 
@@ -45,21 +45,19 @@ def grouped_sdpa(
         rows = query.reshape(batch, heads // groups, groups, width)
         out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
         return out.reshape(batch, 1, heads, out.shape[-1]), None
-    result: tuple[Tensor, Any] = sdpa_attention_forward(
+    result: tuple[Tensor, Any] = sdpa(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
     return result
 
 
 AttentionInterface.register(NAME, grouped_sdpa)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+register_mask_of_sdpa(NAME)
 
 
 def use_grouped_sdpa(model: PreTrainedModel) -> bool:
     """Let `model` use it if it runs transformers' `sdpa` on a CPU; returns whether it does now."""
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
-        return False
-    if not model._can_set_attn_implementation():
+    if model.device.type != "cpu" or attention_of(model) != "sdpa" or not can_change_attention(model):
         return False
     model.set_attn_implementation(NAME)
     return True

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are quantized, found without knowing the architecture.
+"""Which linear layers of a model are quantized, found without knowing the architecture, and replacing them.
 
 The decoder blocks are the `ModuleList` with one entry a hidden layer (`num_hidden_layers`) in the
 text model; what sees or hears is never touched. Every `nn.Linear` and every transformers `Conv1D`
@@ -12,15 +12,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ModelError, UsageError
-
-# subclasses of nn.Linear that compute what it computes; others multiply by something else, or return more
-PLAIN_LINEARS = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+from ..checkpoint import LayerSpec
+from ..errors import CheckpointError, ModelError, UsageError
+from ..nn import BitsOrPlan, PlaneLinear, TiedHead
+from .compat import is_plain_linear
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,9 @@ def linear_info(name: str, module: nn.Module, block: int) -> LinearInfo | None:
     if isinstance(module, Conv1D):
         columns, rows = module.weight.shape
         return LinearInfo(name, columns, rows, module.bias is not None, True, block)
-    if isinstance(module, nn.Linear) and _is_plain(type(module)):
+    if isinstance(module, nn.Linear) and is_plain_linear(type(module)):
         return LinearInfo(name, module.in_features, module.out_features, module.bias is not None, False, block)
     return None
-
-
-def _is_plain(kind: type[nn.Linear]) -> bool:
-    return kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in PLAIN_LINEARS
 
 
 def find_blocks(model: PreTrainedModel) -> str:
@@ -182,7 +180,7 @@ def _left_out(model: PreTrainedModel, quantized: set[str], skipped: dict[str, st
             elif isinstance(module, nn.Embedding):
                 reason = "embedding"
             elif isinstance(module, nn.Linear):
-                outside = _is_plain(type(module))
+                outside = is_plain_linear(type(module))
                 reason = "outside the decoder blocks" if outside else f"a {type(module).__name__}, no plain nn.Linear"
             else:
                 reason = f"unknown module {type(module).__name__}"
@@ -194,3 +192,68 @@ def _tied(model: PreTrainedModel) -> Iterator[tuple[str, ...]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return (tuple(group) for group in names.values() if len(group) > 1)
+
+
+def submodule(model: nn.Module, name: str) -> Any:
+    """The submodule called `name`. Raises CheckpointError if there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"the checkpoint quantizes {name}, which {type(model).__name__} lacks") from None
+
+
+def local_name(model: PreTrainedModel, name: str) -> str:
+    """What the layer that a checkpoint calls `name` is called in `model`.
+
+    As transformers has it for tensors: an encoder alone lacks the prefix that it has inside a model with a head, and
+    the other way round. A name that is not there either way stays as it is.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    return name
+
+
+def linear_of(model: nn.Module, name: str, layer: LayerSpec) -> Any:
+    """The linear called `name`. Raises CheckpointError unless it has the sizes of `layer`."""
+    module = submodule(model, name)
+    info = linear_info(name, module, 0)
+    expected = (layer.in_features, layer.out_features, layer.bias)
+    if info is None or (info.in_features, info.out_features, info.bias) != expected:
+        bias = "a" if layer.bias else "no"
+        raise CheckpointError(
+            f"{name}: the checkpoint has [{layer.out_features}, {layer.in_features}] and {bias} bias, "
+            f"the model has {module}"
+        )
+    return module
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule called `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the inputs of `model` go: its own device; the CPU if its weights lie elsewhere and come when they run."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def bytes_per_token(model: PreTrainedModel, bits: BitsOrPlan | None) -> int:
+    """Bytes of weights that one decoding step reads; of the input embedding only a row, which is left out.
+
+    bits may be None for a model that is not quantized.
+    """
+    total = 0
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, (PlaneLinear, TiedHead)):
+            assert bits is not None
+            total += module.bytes_read(bits)
+        elif module is not embedding:  # a tied head is a module of its own
+            total += sum(parameter.nbytes for parameter in module._parameters.values() if parameter is not None)
+    return total

@@ -9,17 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import LayerSpec
 from ..errors import CheckpointError, ModelError
 from ..nn import BitsState, PlaneEmbedding, TiedHead
-from .discover import linear_info
-from .modules import set_submodule, submodule
+from .compat import embedding_scale, is_scaled_embedding, tied_parameters, untie
+from .discover import linear_info, set_submodule, submodule
 
-SCALED = "ScaledWordEmbedding"  # how transformers names embeddings that multiply their rows by `embed_scale`
 HINT = "leave --head-bits out: the head and the embedding then stay as they are"
 
 
@@ -90,16 +88,11 @@ def embedding_problem(module: nn.Module) -> str | None:
     """Why `module` cannot become a PlaneEmbedding; None if it can."""
     if not isinstance(module, nn.Embedding):
         return f"it is a {type(module).__name__}, not an nn.Embedding"
-    if type(module) is not nn.Embedding and not _is_scaled(module):
+    if type(module) is not nn.Embedding and not is_scaled_embedding(module):
         return f"a {type(module).__name__} does more than look rows up"
     if module.max_norm is not None:
         return "it renormalizes its rows (max_norm)"
     return None
-
-
-def _is_scaled(module: nn.Module) -> bool:
-    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
-    return type(module).__name__.endswith(SCALED) and isinstance(scale, (int, float))
 
 
 def put_embedding(
@@ -121,23 +114,21 @@ def put_embedding(
             f"{name}: the checkpoint has an embedding [{layer.out_features}, {layer.in_features}], "
             f"the model has {module}"
         )
-    partners = [sink for sink, source in model.all_tied_weights_keys.items() if source == f"{name}.weight"]
+    partners = [sink for sink, source in tied_parameters(model).items() if source == f"{name}.weight"]
     if partners != ([] if layer.tied is None else [f"{layer.tied}.weight"]):
         raise CheckpointError(
             f"{name}: the checkpoint ties it to {layer.tied or 'no output head'}, "
             f"the model's config to {', '.join(partners) or 'none'}"
         )
-    given = getattr(module, "embed_scale", None)
-    # a scale in a buffer may be on meta; the number it was made from is beside it
-    scale = getattr(module, "scalar_embed_scale", given)
+    scale, is_rounded = embedding_scale(module)
     assert layer.bits is not None
     embedding = PlaneEmbedding(
         layer.out_features,
         layer.in_features,
         bits=layer.bits[0],
         state=state,
-        scale=None if scale is None else float(scale),
-        round_scale=isinstance(given, torch.Tensor),
+        scale=scale,
+        round_scale=is_rounded,
         padding_idx=module.padding_idx,
         **shared,
     )
@@ -148,23 +139,11 @@ def put_embedding(
         if info is None or (info.in_features, info.out_features) != (layer.in_features, layer.out_features):
             raise CheckpointError(f"{layer.tied} cannot share the planes of {name}: the model has {head}")
         set_submodule(model, layer.tied, TiedHead(embedding, bias=info.bias))
-        _untie(model, f"{layer.tied}.weight")
+        untie(model, f"{layer.tied}.weight")
 
 
 def check_untied(model: PreTrainedModel, name: str) -> None:
     """Raise CheckpointError if the model ties its output head `name`, which has planes of its own, to another layer."""
-    if f"{name}.weight" in model.all_tied_weights_keys:
-        raise CheckpointError(
-            f"{name} has planes of its own, but the model's config ties it to "
-            f"{model.all_tied_weights_keys[f'{name}.weight']}"
-        )
-
-
-def _untie(model: PreTrainedModel, parameter: str) -> None:
-    """Take `parameter` off transformers' list of tied weights: it no longer exists."""
-    model.all_tied_weights_keys = {
-        sink: source for sink, source in model.all_tied_weights_keys.items() if sink != parameter
-    }
-    listed = getattr(model, "_tied_weights_keys", None)
-    if isinstance(listed, dict):
-        model._tied_weights_keys = {sink: source for sink, source in listed.items() if sink != parameter}
+    source = tied_parameters(model).get(f"{name}.weight")
+    if source is not None:
+        raise CheckpointError(f"{name} has planes of its own, but the model's config ties it to {source}")

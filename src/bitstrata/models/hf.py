@@ -9,39 +9,33 @@ A loaded model's class is a subclass, with the same name, which takes `bits=` wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.utils.hub import cached_file
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import QUANT_METHOD, CheckpointReader, QuantizationSpec
 from ..checkpoint.schema import INDEX_FILE
 from ..errors import CheckpointError, UsageError
-from ..nn import (
-    Bits,
-    BitsState,
-    FixedBits,
-    PlaneEmbedding,
-    PlaneLinear,
-    PlaneModule,
-    ResidentState,
-    RowBits,
-    bits_state,
-    fuse,
-)
+from ..nn import Bits, BitsState, PlaneEmbedding, PlaneLinear, PlaneModule, bits_state, fuse
 from .attention import use_grouped_sdpa
+from .compat import stored_file, unhooked
+from .discover import linear_of, local_name, set_submodule, submodule
 from .head import check_untied, put_embedding
-from .modules import linear_of, local_name, set_submodule, submodule
-from .resize import Resized, Size, resize
 from .speculation import Speculation, speculate
+
+
+class PageSource(Protocol):
+    """Where a model that holds one plan's pages gets those of another (plans/resize.py)."""
+
+    def resize(self, model: Any, size: Any) -> Any: ...
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -80,7 +74,7 @@ class BitstrataQuantizer(HfQuantizer):
 
         transformers would take that of the first floating tensor, which is one of our scales.
         """
-        if config.dtype is None and (index := _stored_file(config.name_or_path, INDEX_FILE)) is not None:
+        if config.dtype is None and (index := stored_file(config.name_or_path, INDEX_FILE)) is not None:
             config.dtype = CheckpointReader(index.parent).dtype
         return config
 
@@ -121,33 +115,22 @@ def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def _stored_file(name: str | None, file: str) -> Path | None:
-    """`file` of a model that is a folder or was fetched from the hub."""
-    if not name:
-        return None
-    path = (
-        Path(name, file)
-        if Path(name).is_dir()
-        else cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    )
-    return Path(path) if path is not None and Path(path).is_file() else None
-
-
 def replace_layers(model: PreTrainedModel, spec: QuantizationSpec, *, paged: bool = False) -> QuantizationSpec:
     """Put planes in the place of every layer that `spec` names; those without a role share one BitsState.
 
     A model without an output head, such as a classifier, leaves the head's planes out.
 
     Args:
-        paged: those start without pages (models/resize.py).
+        paged: those start without pages (plans/resize.py).
 
     Returns:
         `spec` as the model holds it: without what it left out, and with its own names.
 
     Raises CheckpointError if a layer is not in the model or has another size there.
     """
-    layers = {name: spec.layer_bits(name) for name in spec.planned_layers}
-    state = ResidentState(layers) if paged else BitsState(tuple(spec.bits), layers)
+    layers = {name: () if paged else spec.layer_bits(name) for name in spec.planned_layers}
+    fixed = {name: max(spec.layer_bits(name)) for name in spec.whole_layers}
+    state = BitsState(layers, fixed=fixed, plan={} if paged else None)
     has_head = model.get_output_embeddings() is not None
     held = {}
     for known, stored in spec.layers.items():
@@ -170,13 +153,12 @@ def replace_layers(model: PreTrainedModel, spec: QuantizationSpec, *, paged: boo
             continue
         if layer.role == "head":
             check_untied(model, name)
-        bits = spec.layer_bits(known)
         linear = PlaneLinear(
             layer.in_features,
             layer.out_features,
             name=known,
-            state=state if layer.role is None else FixedBits(bits[0], state),
-            bits=bits,
+            state=state,
+            bits=spec.layer_bits(known),
             bias=layer.bias,
             paged=paged and layer.role is None,
             **shared,
@@ -190,27 +172,11 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     take_bits(model)
     for module in model.modules():
         if isinstance(module, PlaneModule):
-            with _unhooked(module):
+            with unhooked(module):
                 module.pack()
     fuse(model)
     use_grouped_sdpa(model)
     return model
-
-
-@contextmanager
-def _unhooked(module: PlaneModule) -> Iterator[None]:
-    """Without the hook that accelerate has put around `module`, if there is one: it remembers tensors by name."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        yield
-        return
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module  # there, as there is a hook
-
-    remove_hook_from_module(module)
-    try:
-        yield
-    finally:
-        add_hook_to_module(module, hook)
 
 
 def take_bits(model: PreTrainedModel) -> None:
@@ -223,138 +189,131 @@ def take_bits(model: PreTrainedModel) -> None:
             module.__class__ = _class_with_bits(type(module))  # type: ignore[arg-type]
 
 
-@cache
-def _class_with_bits(base: Any) -> Any:
-    """A subclass of `base` under the same name that takes `bits` where it is called.
+class TakesBits:
+    """What the class of a loaded model adds to the architecture's: `bits` where it is called, and `resize`.
 
-    `__call__` has them set before any hook or wrapper that somebody puts around `forward` runs, and does not pass
-    them on: such a wrapper may drop or copy what it does not know. `forward` is for those who call it themselves.
+    `__call__` sets bits before any hook or wrapper around `forward` runs, and does not pass them on: a wrapper may drop
+    or copy keywords that it does not know. `forward` is for those who call it themselves.
     """
 
-    def call(self: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> Any:
+    _architecture: type
+    bits_state: BitsState
+    pages: PageSource | None = None
+    speculation: Speculation | None = None
+
+    @property
+    def bits(self) -> Any:
+        """At what the model runs where a call does not say: an int or a plan. Setting it switches; None is the default.
+
+        Raises as setting `BitsState.value`.
+        """
+        return self.bits_state.value
+
+    @bits.setter
+    def bits(self, value: Bits | None) -> None:
+        self.bits_state.value = value
+
+    def __call__(self, *args: Any, bits: Bits | None = None, **kwargs: Any) -> Any:
         if bits is None:  # as they are set, which is for `forward` to see to
-            return base.__call__(self, *args, **kwargs)
-        with _running(self, bits, args, kwargs):
-            return base.__call__(self, *args, **kwargs)
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with _step(self, bits, args, kwargs):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
-    @wraps(base.forward)
-    def forward(self: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> Any:
-        with _running(self, bits, args, kwargs):
-            return base.forward(self, *args, **kwargs)
+    def forward(self, *args: Any, bits: Bits | None = None, **kwargs: Any) -> Any:
+        with _step(self, bits, args, kwargs):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-    @wraps(base.resize_token_embeddings)
-    def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (args or kwargs) and isinstance(self.get_input_embeddings(), PlaneEmbedding):
+    def resize(self, size: Any) -> Any:
+        """Hold another plan's pages: see `bitstrata.resize`. Raises UsageError for a model that holds all planes."""
+        if self.pages is None:
             raise UsageError(
-                f"the vocabulary of this {base.__name__} cannot be resized: its embedding is stored as planes",
+                f"this {type(self).__name__} holds all of its planes and cannot be resized",
+                hint="load it with bitstrata.load(OUT, plan=...) or budget=...",
+            )
+        return self.pages.resize(self, size)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        if (args or kwargs) and isinstance(self.get_input_embeddings(), PlaneEmbedding):  # type: ignore[attr-defined]
+            raise UsageError(
+                f"the vocabulary of this {type(self).__name__} cannot be resized: its embedding is stored as planes",
                 hint="resize the original model and quantize that, or quantize without --head-bits",
             )
-        return base.resize_token_embeddings(self, *args, **kwargs)
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
-    @wraps(base.save_pretrained)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.bits_state, ResidentState):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        if self.bits_state.plan is not None:
             raise UsageError(
-                f"this {base.__name__} holds only the pages of its plan, which is no checkpoint",
-                hint=f"copy {self.name_or_path}, or load it without a plan or budget and save that",
+                f"this {type(self).__name__} holds only the pages of its plan, which is no checkpoint",
+                hint=f"copy {self.name_or_path}, or load it without a plan or budget and save that",  # type: ignore[attr-defined]
             )
-        return base.save_pretrained(self, *args, **kwargs)
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
-    def resize_bits(self: Any, size: Size) -> Resized:
-        return resize(self, size)
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _blank, (base,), self.__dict__
-
-    signature = inspect.signature(base.forward)
-    bits_parameter = inspect.Parameter("bits", inspect.Parameter.KEYWORD_ONLY, default=None)
-    parameters = list(signature.parameters.values())
-    at = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    parameters.insert(at, bits_parameter)
-    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    members = {
-        "__call__": call,
-        "forward": forward,
-        "resize_token_embeddings": resize_token_embeddings,
-        "save_pretrained": save_pretrained,
-        "resize": resize_bits,
-        "__reduce_ex__": reduce,  # the class is made here, so pickle and copy cannot look it up by name
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    if hasattr(base, "generate"):  # classifiers and plain encoders have none
-        members["generate"] = _generate_with_bits(base)
-    return type(base.__name__, (base,), members)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made here, so pickle and copy cannot look it up by name
+        return _blank, (self._architecture,), self.__dict__
 
 
-def _generate_with_bits(base: Any) -> Callable[..., Any]:
-    @wraps(base.generate)
+class TakesDraftBits(TakesBits):
+    """That of a model that generates text; classifiers and plain encoders do not."""
+
     def generate(
-        self: Any,
-        *args: Any,
-        bits: Bits | None = None,
-        draft_bits: int | None = None,
-        draft_tokens: int = 4,
-        **kwargs: Any,
+        self, *args: Any, bits: Bits | None = None, draft_bits: int | None = None, draft_tokens: int = 4, **kwargs: Any
     ) -> Any:
         if draft_bits is not None:
             speculation = Speculation(draft_bits, draft_tokens, streamer=kwargs.get("streamer"))
-            kwargs = _with_draft(self, bits, speculation, kwargs)
-        if bits is None:
-            return base.generate(self, *args, **kwargs)
-        with self.bits_state.using(bits):
-            return base.generate(self, *args, **kwargs)
+            kwargs = self._with_draft(bits, speculation, kwargs)
+        with nullcontext() if bits is None else self.bits_state.using(bits):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
-    return generate
-
-
-@contextmanager
-def _running(model: Any, bits: Bits | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """One forward pass of `model` on these arguments at `bits`, or at what is set; nothing changes them meanwhile."""
-    state = model.bits_state
-    with state.still():
-        value = state.value if bits is None else bits
-        fitted = _fit_rows(value, kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds"))
-        if bits is not None and model.training and torch.is_grad_enabled():
-            _check_checkpointing(model, bits)
-        with state.using(bits if fitted is value else fitted):
-            yield
-
-
-def _check_checkpointing(model: Any, bits: Bits) -> None:
-    """Raise UsageError if blocks that are run again in the backward pass would then run at other bits than `bits`."""
-    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return
-    state = model.bits_state
-    if isinstance(bits, (torch.Tensor, RowBits)) or state.check(bits) != state.value:
-        raise UsageError(
-            "with gradient checkpointing, blocks run again in the backward pass, after the bits of this call",
-            hint="put the call and backward() inside `with bitstrata.use_bits(model, bits):`",
-        )
+    def _with_draft(self, bits: Bits | None, speculation: Speculation, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments for transformers' generate; what comes of the draft will be in `speculation`."""
+        state = self.bits_state
+        checked = state.value if bits is None else state.resolve(bits).given
+        if state.plan is not None:
+            raise UsageError(
+                "draft_bits needs a model with all of its planes; this one holds only the pages of its plan",
+                hint="leave draft_bits out, or load the model without a plan, a budget or fit",
+            )
+        if not isinstance(checked, int):
+            raise UsageError("draft_bits needs one bits value for the whole sequence, not a plan or one a row")
+        speculation.check(state, checked)
+        self.speculation = speculation
+        kwargs = {**kwargs, "custom_generate": speculate, "speculation": speculation}
+        strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+        if strings is not None:  # transformers takes the tokenizer away from decoding methods that are not its own
+            if tokenizer is None:
+                raise UsageError("stop_strings need the tokenizer", hint="pass tokenizer= to generate")
+            criteria = kwargs.get("stopping_criteria") or StoppingCriteriaList()
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+        return kwargs
 
 
-def _with_draft(model: Any, bits: Bits | None, speculation: Speculation, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for transformers' generate; what comes of the draft will be in `model.speculation`."""
-    state = model.bits_state
-    checked = state.value if bits is None else state.check(bits)
-    if isinstance(state, ResidentState):
-        raise UsageError(
-            "draft_bits needs a model with all of its planes; this one holds only the pages of its plan",
-            hint="leave draft_bits out, or load the model without a plan, a budget or fit",
-        )
-    if not isinstance(checked, int):
-        raise UsageError("draft_bits needs one bits value for the whole sequence, not a plan or one a row")
-    speculation.check(state, checked)
-    model.speculation = speculation
-    kwargs = {**kwargs, "custom_generate": speculate, "speculation": speculation}
-    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
-    if strings is not None:  # transformers takes the tokenizer away from decoding methods that are not its own
-        if tokenizer is None:
-            raise UsageError("stop_strings need the tokenizer", hint="pass tokenizer= to generate")
-        criteria = kwargs.get("stopping_criteria") or StoppingCriteriaList()
-        kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
-    return kwargs
+@cache
+def _class_with_bits(base: Any) -> Any:
+    """A subclass of `base` under the same name that takes bits."""
+    mixin = TakesDraftBits if hasattr(base, "generate") else TakesBits
+    members: dict[str, Any] = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
+    members["_architecture"] = base
+    for name in ("forward", "generate", "resize_token_embeddings", "save_pretrained"):
+        if hasattr(mixin, name):
+            members[name] = _described(getattr(mixin, name), getattr(base, name))
+    return type(base.__name__, (mixin, base), members)
+
+
+def _described(method: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` with the name, the docstring and the signature of `original`, and the arguments that it adds."""
+
+    @wraps(original)
+    def described(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    signature = inspect.signature(original)
+    added = inspect.signature(method).parameters.values()
+    parameters = list(signature.parameters.values())
+    at = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters[at:at] = [item for item in added if item.kind is inspect.Parameter.KEYWORD_ONLY]
+    described.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return described
 
 
 def _blank(base: Any) -> Any:
@@ -362,23 +321,24 @@ def _blank(base: Any) -> Any:
     return made.__new__(made)
 
 
-def _fit_rows(bits: Bits, ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> Bits:
-    """`bits` for an input of these tokens: those of rows one a token, anything else as it is."""
-    if isinstance(bits, torch.Tensor):
-        return _one_a_token(bits, ids, embeddings)
-    if isinstance(bits, RowBits):
-        rows = _one_a_token(bits.rows, ids, embeddings)
-        return bits if rows is bits.rows else RowBits(bits.choices, rows)
-    return bits
+def _step(model: Any, bits: Bits | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    """One forward pass of `model` on these arguments at `bits`, or at what is set; nothing changes them meanwhile."""
+    if bits is not None and model.training and torch.is_grad_enabled():
+        _check_checkpointing(model, bits)
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    step: AbstractContextManager[None] = model.bits_state.step(
+        bits, tokens if tokens is not None else kwargs.get("inputs_embeds")
+    )
+    return step
 
 
-def _one_a_token(bits: torch.Tensor, ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor:
-    """Per-sequence bits [batch] as [batch, sequence]: some models flatten tokens before a layer.
-
-    A batch that generation widened (beams, several returns) repeats each sequence in place.
-    Anything else is passed on as it is, and checked where it is used.
-    """
-    given = ids if ids is not None else embeddings
-    if given is None or bits.dim() != 1 or bits.numel() == given.shape[:2].numel() or given.shape[0] % bits.numel():
-        return bits
-    return bits.repeat_interleave(given.shape[0] // bits.numel()).unsqueeze(1).expand(given.shape[:2])
+def _check_checkpointing(model: Any, bits: Bits) -> None:
+    """Raise UsageError if blocks that are run again in the backward pass would then run at other bits than `bits`."""
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return
+    state = model.bits_state
+    if not state.resolve(bits).agrees(state.resolve(state.value)):
+        raise UsageError(
+            "with gradient checkpointing, blocks run again in the backward pass, after the bits of this call",
+            hint="put the call and backward() inside `with bitstrata.use_bits(model, bits):`",
+        )

@@ -15,9 +15,9 @@ from pathlib import Path
 from ..checkpoint import QuantizationSpec, is_checkpoint
 from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from ..errors import BitstrataError, ModelError, UsageError
+from ..errors import BitstrataError, ModelError, UsageError, first_line
 from ..planes.weights import MAX_BITS
-from .shards import promised
+from .source_files import indexed_files
 
 DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 
@@ -104,13 +104,13 @@ def _fetch_weights(repo: str, folder: Path, max_bits: int | None) -> None:
     if isinstance(named, str):
         fetch([named])
         if named.endswith(".json") and (folder / named).is_file():
-            fetch(sorted(set(promised(folder / named).values())))
+            fetch(sorted(set(indexed_files(folder / named).values())))
         return
     # with a file that is sure to exist: the hub's client warns where nothing matches
     fetch([CONFIG_FILE, SINGLE_FILE], needed=[CONFIG_FILE])
     if (folder / SINGLE_FILE).is_file() or not (folder / INDEX_FILE).is_file():
         return
-    shards = promised(folder / INDEX_FILE)
+    shards = indexed_files(folder / INDEX_FILE)
     fetch(sorted({shards[name] for name in _read(folder, shards, max_bits)}))
 
 
@@ -125,8 +125,3 @@ def _read(folder: Path, shards: Iterable[str], max_bits: int | None) -> set[str]
         for name in spec.layer_tensors(layer, MAX_BITS).keys() - spec.layer_tensors(layer, max_bits).keys()
     }
     return set(shards) - above
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

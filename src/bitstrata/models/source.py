@@ -1,6 +1,6 @@
 """A source model on disk: its config, a skeleton without weights, and its tensors, read when needed.
 
-Nothing here loads the whole model. Only safetensors files are read.
+`load_reference` alone loads a whole model. Only safetensors files are read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -19,13 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ..checkpoint import is_checkpoint
 from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import SAFETENSORS_DTYPES
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..memory import is_out_of_memory
-from . import names
-from .architecture import causal_class, check_causal
-from .hub import first_line
-from .shards import AGAIN, check_adapter, entry_file, promised
-from .watch import FileWatch
+from ..planes.weights import all_finite
+from .compat import tied_parameters
+from .config import causal_class, check_causal
+from .hub import resolve
+from .source_files import AGAIN, FileWatch, bind, check_adapter, entry_file, indexed_files, share
 
 READ_BYTES = 1 << 26
 
@@ -60,7 +61,9 @@ class SourceModel:
             )
         self._watch.check("config.json")
         try:
-            config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                str(self.folder), local_files_only=True, trust_remote_code=False
+            )
             if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
                 raise ValueError("its part for text is not the config of a model")
         except Exception as error:
@@ -76,7 +79,7 @@ class SourceModel:
     def _read_files(self) -> dict[str, str]:
         """Tensor name -> file name, files in order of their names, tensors as the file lists them."""
         entry = entry_file(self.folder, getattr(self.config, "transformers_weights", None))
-        listed = promised(self.folder / entry) if entry.endswith(".json") else {}
+        listed = indexed_files(self.folder / entry) if entry.endswith(".json") else {}
         files: dict[str, str] = {}
         for file in sorted(set(listed.values())) or [entry]:
             keys = self._keys(file)
@@ -122,17 +125,18 @@ class SourceModel:
         Raises ModelError if the config describes no model, or one with tensors that are merged when they are loaded.
         """
         model = self._build()
-        ties = list(model.all_tied_weights_keys.items())
-        bound = names.bind(model, self.files)
+        ties = list(tied_parameters(model).items())
+        bound = bind(model, self.files)
         self.untied = [(head, other) for head, other in ties if self._differ(bound.get(head), bound.get(other))]
         if self.untied:
             for config in (self.config, *_sub_configs(self.config)):
                 if getattr(config, "tie_word_embeddings", False):
                     config.tie_word_embeddings = False
             model = self._build()
-            bound = names.bind(model, self.files)
-        self._stored = names.share(bound, ties)
-        return model.eval().requires_grad_(False)
+            bound = bind(model, self.files)
+        self._stored = share(bound, ties)
+        model.eval().requires_grad_(False)
+        return model
 
     def _build(self) -> PreTrainedModel:
         whole = causal_class(self.config)[1]
@@ -251,11 +255,6 @@ def _sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return [part for part in parts if isinstance(part, PreTrainedConfig)]
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinity; makes no temporary of its size."""
-    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())
-
-
 def release(module: nn.Module) -> None:
     """Send parameters back to meta, so that their memory is free again; tied ones stay tied."""
     empty: dict[int, nn.Parameter] = {}
@@ -265,3 +264,41 @@ def release(module: nn.Module) -> None:
                 if id(parameter) not in empty:
                     empty[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
                 owner._parameters[key] = empty[id(parameter)]
+
+
+def load_reference(
+    reference: str | Path | PreTrainedModel | None, quantized: PreTrainedModel, device: torch.device
+) -> PreTrainedModel | None:
+    """The model to compare with, in the dtype of `quantized`. Raises ModelError if it has another vocabulary."""
+    if reference is None:
+        return None
+    original = reference if isinstance(reference, PreTrainedModel) else _read_reference(reference, quantized.dtype)
+    sizes = [model.config.get_text_config().vocab_size for model in (original, quantized)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"the reference has another vocabulary than the quantized model: {sizes[0]} tokens, not {sizes[1]}",
+            hint="give the model that was quantized",
+        )
+    nn.Module.to(original, device)
+    original.eval()
+    return original
+
+
+def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    folder = resolve(reference, kind="reference model")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ModelError(f"the reference {folder} cannot be loaded: {first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:  # transformers has left them random
+        raise ModelError(f"the reference {folder} stores no tensor for {missing[0]}", hint="download it again")
+    return model

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedBitsError, UsageError
 from ..nn import BitsState, PlaneLinear, bits_state
 from ..planes import whole_number
+from .compat import has_sliding_window, record_past, stop_recording, uncuttable_layers
 
 ROW_COST = {"cpu": 0.25}  # of a plain step, for each further row: kernels read the planes once but multiply every row
 OTHER_ROW_COST = 0.02
@@ -187,7 +188,7 @@ class _Runner:
         self.cache = kwargs["past_key_values"]
         mask = kwargs.get("attention_mask")
         self.padding = mask if mask is not None and not bool((mask == 1).all()) else None
-        self.sliding = any(type(layer).__name__ == "DynamicSlidingWindowLayer" for layer in self.cache.layers)
+        self.sliding = has_sliding_window(self.cache)
         self.limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def __call__(self, tokens: Tensor, bits: int, keep: int) -> Tensor:
@@ -204,14 +205,11 @@ class _Runner:
 
     def remember(self) -> None:
         """From now on keep what leaves a sliding window, until `drop` says that it will not come back."""
-        if self.sliding:
-            self.cache.activate_past_recording()
+        record_past(self.cache)
 
     def forget(self) -> None:
         """The opposite of `remember`: whoever goes on with the cache gets an ordinary one."""
-        for layer in self.cache.layers if self.sliding else ():
-            if hasattr(layer, "record_past"):
-                layer.record_past = False
+        stop_recording(self.cache)
 
     def drop(self, count: int) -> None:
         """Forget the last `count` tokens."""
@@ -233,18 +231,12 @@ def _refuse(input_ids: Tensor, config: Any, kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     if cache is None or not kwargs.get("use_cache", True):
         raise UsageError("drafts need the key-value cache", hint="leave use_cache on")
-    layers = getattr(cache, "layers", [])
-    stuck = sorted({type(layer).__name__ for layer in layers if not _can_be_cut(layer)})
+    stuck = uncuttable_layers(cache)
     if stuck or not hasattr(cache, "crop"):
         raise UsageError(
             f"drafts need a cache that can be cut: this one has {', '.join(stuck) or type(cache).__name__}",
             hint="models with recurrent states, and static caches, run without draft_bits",
         )
-
-
-def _can_be_cut(layer: Any) -> bool:
-    kind = type(layer).__name__
-    return kind == "DynamicLayer" or (kind == "DynamicSlidingWindowLayer" and hasattr(layer, "activate_past_recording"))
 
 
 def _pick(scores: Tensor, sampling: bool) -> tuple[Tensor, Tensor | None]:

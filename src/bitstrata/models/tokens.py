@@ -12,16 +12,43 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import BitstrataError, InputError, UsageError
+from ..checkpoint.reader import regular_file
+from ..errors import BitstrataError, InputError, UsageError, first_line
+from .compat import text_control_tokens
 
 PROBES = ("a", "0", " ", "\n", "\N{CJK UNIFIED IDEOGRAPH-4E00}")
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters without a meaning: marks in rendered conversations
 
 Range = tuple[int, int]
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Raises InputError if there is none, or if it cannot be read or used."""
+    try:
+        for path in Path(folder).iterdir():
+            regular_file(path, InputError)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        tokenizer.decode(tokenizer("a").input_ids)  # some values are looked at when they are used, and not before
+    except BitstrataError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{folder} has no usable tokenizer: {first_line(error)}",
+            hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
+        ) from error
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise InputError(
+            f"{folder}: chat_template is a {type(tokenizer.chat_template).__name__}, not a template",
+            hint="correct it in tokenizer_config.json",
+        )
+    return tokenizer
 
 
 def encode_body(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -211,7 +238,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int],
 
     Other added tokens are words like any other. A template writes spaces and line ends as text.
     """
-    listed = getattr(tokenizer, "chat_control_tokens", None)  # transformers 5.23 lets a tokenizer say it
+    listed = text_control_tokens(tokenizer)
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     special, others = set(), set()
     for number, token in _added_tokens(tokenizer).items():
@@ -285,7 +312,7 @@ def _as_text(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> list[
 
     Raises InputError if there are no others.
     """
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
 
     def encode(text: str) -> list[int]:  # encode_special_tokens would do it too, but is a state that threads share
         if backend.normalizer is not None:

@@ -1,199 +1,288 @@
-"""BitsState: how bits travel from a model's caller to its layers.
+"""How bits travel from a model's caller to its layers.
 
-All quantized layers of one model share one BitsState. It holds
+A caller gives an int (uniform bits), a plan (layer name -> bits), a list with one of these a sequence, or a tensor of
+integers, one a sequence or token. It is checked and resolved once into an `Assignment`, from which each layer takes its
+entry. All quantized layers of one model share one `BitsState`, which holds the assignment that runs now. Without bits
+each layer runs at the highest that it holds, so a model with all planes, one with the pages of one plan, and an output
+head with one precision are the same case.
 
-    an int           the uniform plan,
-    a plan           a mapping from layer name to bits,
-    a tensor         integers, one entry a row: [rows], or [batch] / [batch, sequence] of the input, or
-    a RowBits        rows at different plans, or some at plans and some at uniform bits.
-
-There is no module-level state: two models never affect each other. Setting it copies no weights. Threads that run one
+There is no module-level state: two models never affect each other. Switching copies no weights. Threads that run one
 model at the same time must agree (uses.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import Fingerprint, Plan
 from ..errors import UnsupportedBitsError, UsageError
-from ..planes.weights import MAX_BITS, whole_number
-from .uses import Use, Uses, here
+from ..planes.weights import whole_number
+from .uses import Use, Uses
 
-Precision = int | Mapping[str, int]  # of one sequence: uniform bits, or a plan
+BitsOrPlan = int | Mapping[str, int]  # of one sequence
+Choice = tuple[int, ...]  # the bits of every layer of one model, in the order of its state
 
 
-@dataclass(frozen=True, eq=False)
-class RowBits:
-    """For a batch whose rows run at different plans.
+class Assignment:
+    """What a model runs at: checked, and in the form that layers look up.
 
     Args:
-        choices: what the rows run at; each is that of at least one row.
-        rows: for every row the index of its choice; integers, shaped as a tensor of per-row bits would be.
-
-    Raises UsageError for a choice that is neither an int nor a plan, and for rows that are not indices of choices
-    (on a GPU, where looking would wait for it, only for those that are not integers).
+        given: what was asked for; the default where nothing was.
+        choices: the distinct choices of the rows.
+        rows: None where every row runs at choices[0]. Else the index of each row's choice, int64, or without choices
+            its bits, integers; [rows], [batch] or [batch, sequence].
     """
 
-    choices: tuple[Precision, ...]
-    rows: Tensor
-    _known: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+    def __init__(self, given: Any, choices: tuple[Choice, ...], rows: Tensor | None = None) -> None:
+        self.given, self.choices, self.rows = given, choices, rows
+        # (bits of a layer in each choice, rows of its input, device) -> bits a row. A graph's tensor may change between
+        # two passes, so there results are kept for one pass only, see `for_tokens`.
+        changes = rows is not None and not choices and rows.device.type != "cpu"
+        self._expanded: dict[tuple[Choice, torch.Size, torch.device | None], Tensor] | None = None if changes else {}
 
-    def __post_init__(self) -> None:
-        whole = tuple(choice if isinstance(choice, Mapping) else whole_number(choice) for choice in self.choices)
-        for choice, given in zip(whole, self.choices, strict=True):
-            if choice is None:
-                raise UsageError(f"the choices of RowBits are ints and plans, got {given!r}")
-        object.__setattr__(self, "choices", whole)
-        _check_integers(self.rows)
-        if self.rows.device.type == "cpu" and not set(self.rows.unique().tolist()) <= set(range(len(self.choices))):
-            raise UsageError(f"rows of RowBits are indices of its {len(self.choices)} choices")
+    def agrees(self, other: Assignment) -> bool:
+        """Whether both surely mean the same."""
+        return self is other or (self.rows is None and other.rows is None and self.choices == other.choices)
 
-    def of(self, layer: str) -> int | Tensor:
-        """The bits of `layer`: an int where all choices agree, else one entry a row, int8 in the shape of `rows`."""
-        bits = tuple(choice if isinstance(choice, int) else choice[layer] for choice in self.choices)
-        if len(set(bits)) == 1:
-            return int(bits[0])
-        if bits not in self._known:  # few combinations serve all layers: on a GPU each copies once, not once a layer
-            self._known[bits] = torch.tensor(bits, dtype=torch.int8, device=self.rows.device)[self.rows.long()]
-        return self._known[bits]
+    def for_tokens(self, tokens: Tensor | None) -> Assignment:
+        """For one pass over `tokens` [batch, sequence, ...]: one entry a token, on their device.
+
+        Some models flatten tokens before a layer, and generation repeats each sequence in place (beams, several
+        returns). Raises UsageError for a number of rows that does not fit.
+        """
+        if self.rows is None:
+            return self
+        rows = self.rows
+        if tokens is not None:
+            shape, count = tokens.shape[:2], rows.numel()
+            if rows.dim() == 1 and count not in (0, shape[0], shape.numel()) and shape[0] % count == 0:
+                rows = rows.repeat_interleave(shape[0] // count)
+            rows = expand_rows(rows.to(tokens.device), shape)
+        fitted = Assignment(self.given, self.choices, rows)
+        fitted._expanded = {}
+        return fitted
+
+    def at(self, place: int, shape: torch.Size, device: torch.device | None) -> int | Tensor:
+        """Layer `place` on an input of `shape` rows: an int where all choices agree, else int8 [rows]."""
+        bits = tuple(choice[place] for choice in self.choices)
+        if bits and all(value == bits[0] for value in bits):
+            return bits[0]
+        if self._expanded is None or torch.compiler.is_compiling():
+            return self._expand(bits, shape, device)
+        key = bits, shape, device
+        found = self._expanded.get(key)
+        if found is None:
+            found = self._expanded[key] = self._expand(bits, shape, device)
+        return found
+
+    def _expand(self, bits: Choice, shape: torch.Size, device: torch.device | None) -> Tensor:
+        assert self.rows is not None
+        rows = self.rows if device is None else self.rows.to(device)
+        if bits:
+            rows = torch.tensor(bits, dtype=torch.int8, device=rows.device)[rows]
+        return expand_rows(rows.to(torch.int8), shape)
 
 
-Bits = Precision | Tensor | RowBits
+Bits = BitsOrPlan | Sequence[BitsOrPlan] | Tensor | Assignment
 
 
 class BitsState:
-    """The bits that a model's quantized layers use now.
+    """The bits that the quantized layers of one model hold, and those that they run at now.
 
     Args:
-        supported: bits for which the model has scales.
-        layers: for each quantized layer its supported bits; a plan must name exactly these layers.
-        value: the bits to start with; the highest supported by default.
+        layers: for each layer that follows what is asked for, the bits that it holds; a plan names exactly these.
+        fixed: of layers that always run at one precision, such as an output head, that precision.
+        plan: of a model that holds one plan's pages only, that plan. It runs nothing else.
+
+    supported: bits at which every layer can run.
+    made_from: the checkpoint, if it is known; plans are checked against it.
+    arithmetic: that every layer computes in, "exact" or "int8"; None for what the kernel that runs does.
     """
 
-    made_from: Fingerprint | None = None  # the checkpoint, where whoever loaded the model knows it
-    arithmetic: str | None = None  # that every layer computes in; None for what the kernel that runs does
+    made_from: object | None = None
+    arithmetic: str | None = None
 
-    def __init__(self, supported: tuple[int, ...], layers: Mapping[str, tuple[int, ...]], value: Bits | None = None):
-        self.supported = supported
-        self.layers = dict(layers)
-        self.value: Bits = max(supported)
-        self._begin()
-        if value is not None:
-            self.set(value)
-
-    def _begin(self) -> None:
-        self._base = self.value  # what runs outside of every use
+    def __init__(
+        self,
+        layers: Mapping[str, tuple[int, ...]] | None = None,
+        *,
+        fixed: Mapping[str, int] | None = None,
+        plan: Mapping[str, int] | None = None,
+    ) -> None:
+        self._fixed = dict(fixed or {})
         self._uses = Uses()
+        self._default = Assignment(0, ())
+        self._base = self._now = self._default  # what runs outside of every use; and now
+        self._hold(layers or {}, plan)
+
+    def _hold(self, layers: Mapping[str, tuple[int, ...]], plan: Mapping[str, int] | None) -> None:
+        self.layers, self.plan = dict(layers), plan
+        self.supported = tuple(sorted(set.intersection(*map(set, layers.values())) if layers else ()))
+        self._places = {name: place for place, name in enumerate([*self.layers, *self._fixed])}
+        fixed = tuple(self._fixed.values())
+        cap = max(self.supported, default=0)
+        highest = (max((bits for bits in held if not cap or bits <= cap), default=0) for held in layers.values())
+        # changed in place: whoever runs at it goes along with a resize
+        self._default.given = cap if plan is None else plan
+        self._default.choices = ((*highest, *fixed),)
+        self._uniform = {bits: Assignment(bits, ((bits,) * len(layers) + fixed,)) for bits in self.supported}
+
+    def bits_for(self, layer: str, shape: torch.Size, device: torch.device | None = None) -> int | Tensor:
+        """At what `layer` runs now: an int, or for an input of `shape` rows on `device` one value a row, int8 [rows].
+
+        Within one forward pass the same rows are the same tensor.
+        """
+        now, place = self._now, self._places[layer]
+        if now.rows is None:
+            return now.choices[0][place]
+        if not now.choices and place >= len(self.layers):
+            return self._fixed[layer]
+        return now.at(place, shape, device)
 
     @property
-    def default(self) -> Precision:
-        """What runs where nobody names bits: the highest supported."""
-        return max(self.supported)
+    def default(self) -> BitsOrPlan:
+        """What runs where no bits are given: the highest supported, or the plan in memory."""
+        given: BitsOrPlan = self._default.given
+        return given
 
-    def keep(self, value: Precision | None) -> Precision:
-        """`value`, or the default, for somebody who will run at it for a while; raises as `set` does.
+    @property
+    def value(self) -> Any:
+        """What runs now, as it was asked for. Setting it lasts until the end of the block inside which that happens.
 
-        A plan becomes a copy of its own, in the order of the model's layers.
+        None is the default. Setting raises UnsupportedBitsError for bits that are not there (nothing is rounded),
+        PlanError for a plan of another checkpoint, UsageError for anything else that is no bits of this model, and
+        while another thread is running the model at something else.
         """
-        checked = self.default if value is None else self.check(value)
-        if isinstance(checked, Mapping):
-            return {layer: checked[layer] for layer in self.layers}
-        assert isinstance(checked, int)
-        return checked
+        return self._now.given
 
-    def still(self) -> AbstractContextManager[None]:
-        """Inside, the weights are not exchanged by another thread."""
-        return nullcontext()
-
-    def set(self, value: Bits) -> Bits:
-        """Switch to `value`, until the end of the block inside which that happens, and return the previous one.
-
-        Raises:
-            UnsupportedBitsError: bits without scales. Nothing is rounded to the nearest.
-            UsageError: a plan that does not name the model's layers, a tensor that is not of integers, or another
-                thread that is running the model at something else.
-            PlanError: a Plan that was made for another checkpoint than `made_from`.
-        """
-        checked, previous = self.check(value), self.value
-
-        def change(inside: bool) -> None:
-            self.value = checked
-            if not inside:
-                self._base = checked
-
-        self._uses.turn(here(checked, self._uses.arithmetic()), change)
-        return previous
+    @value.setter
+    def value(self, value: Bits | None) -> None:
+        with self._uses.lock:
+            mine = self._uses.innermost()
+            assignment = self.resolve(value)
+            self._uses.require_agreement(Use(assignment, None if mine is None else mine.arithmetic))
+            self._now = assignment
+            if mine is None:
+                self._base = assignment
+            else:
+                mine.assignment = assignment
 
     def using(self, value: Bits | None = None, arithmetic: str | None = None) -> AbstractContextManager[None]:
-        """Inside, the model runs at `value` and in `arithmetic`; where one is None, at what is set, and that stays.
+        """Inside, the model runs at `value` and in `arithmetic`; where one is None, at what is set.
 
-        Raises as `set` does.
+        Raises as setting `value`.
         """
-        if not torch.compiler.is_compiling():
-            return self._use(value, arithmetic)
-        return nullcontext() if value is None else self._traced(value)
+        if torch.compiler.is_compiling():
+            return nullcontext() if value is None else self._traced(self.resolve(value))
+        return self._use(value, arithmetic, None, is_step=False)
+
+    def step(self, value: Bits | None = None, tokens: Tensor | None = None) -> AbstractContextManager[None]:
+        """`using` for one forward pass on `tokens` [batch, sequence, ...], during which no weight is exchanged."""
+        if torch.compiler.is_compiling():
+            return self._traced((self._now if value is None else self.resolve(value)).for_tokens(tokens))
+        return self._use(value, None, tokens, is_step=True)
 
     @contextmanager
-    def _use(self, value: Bits | None, arithmetic: str | None) -> Iterator[None]:
-        use = here(self.value if value is None else self.check(value), arithmetic or self._uses.arithmetic())
-        self._uses.enter(use, partial(self._become, use))
+    def _use(self, value: Bits | None, arithmetic: str | None, tokens: Tensor | None, is_step: bool) -> Iterator[None]:
+        uses = self._uses
+        with uses.lock:
+            mine = uses.innermost()
+            if is_step:
+                uses.wait_for_change()
+            assignment = self._now if value is None else self.resolve(value)
+            if is_step and not (value is None and mine is not None and mine.is_step):  # else it is fitted already
+                assignment = assignment.for_tokens(tokens)
+            use = Use(assignment, arithmetic or (mine.arithmetic if mine is not None else None), is_step)
+            uses.enter(use)
+            self._become(use)
         try:
             yield
         finally:
-            self._uses.leave(use, self._become)
+            with uses.lock:
+                self._become(uses.leave(use))
+
+    def _become(self, use: Use | None) -> None:
+        self._now, self.arithmetic = (self._base, None) if use is None else (use.assignment, use.arithmetic)
 
     @contextmanager
-    def _traced(self, value: Bits) -> Iterator[None]:
-        """For a compiler: in its graph `value` is a constant, so no other thread can change it."""
-        previous, self.value = self.value, self.check(value)
+    def _traced(self, assignment: Assignment) -> Iterator[None]:
+        """For a compiler: in its graph `assignment` is a constant, so no other thread can change it."""
+        previous, self._now = self._now, assignment
         try:
             yield
         finally:
-            self.value = previous
+            self._now = previous
+
+    def check_outside(self) -> None:
+        """Raise UsageError where the caller is inside a step of this model, which a change of weights waits for."""
+        self._uses.check_outside()
+
+    @contextmanager
+    def changing(self, plan: Mapping[str, int]) -> Iterator[None]:
+        """Inside, no step is under way; afterwards the model holds the pages of `plan`, which names every layer.
+
+        Raises UsageError where the caller itself is inside a step.
+        """
+        with self._uses.changing():
+            yield
+            self._hold({name: (plan[name],) for name in self.layers}, plan)
 
     def __getstate__(self) -> dict[str, object]:
         """A copy is set to what runs now: nobody is inside a use of it."""
-        return self.__dict__ | {"_base": self.value, "arithmetic": None, "_expanded": None}
+        return self.__dict__ | {"_base": self._now, "arithmetic": None}
 
-    def _become(self, use: Use | None) -> None:
-        self.value, self.arithmetic = (self._base, None) if use is None else (use.bits, use.arithmetic)
+    def resolve(self, value: Bits | None) -> Assignment:
+        """`value`, checked; raises as setting `value` does. None is the default.
 
-    def check(self, value: Bits) -> Bits:
-        """`value`, if `set` would take it, a whole number of NumPy or torch as an int; raises as `set` does."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            for known in self.supported:
-                if value == known:
-                    return known  # a constant: a compiler may hold `value` as a symbol
-            raise UnsupportedBitsError(value, self.supported)
+        Of a model that holds one plan's pages everything that it can run is its default, and goes along with a resize.
+        """
+        if value is None or isinstance(value, Assignment):
+            return self._default if value is None else value
         if isinstance(value, Tensor) and (value.dim() or value.device.type != "cpu" or torch.compiler.is_compiling()):
-            _check_integers(value)
-            return value
-        if isinstance(value, RowBits):
-            for choice in value.choices:
-                self.check(choice)
-            return value
+            return self._resolve_rows(value)
+        if isinstance(value, (list, tuple)) and value:
+            found = _of_rows([self._resolve_one(entry) for entry in value], [1] * len(value))
+        else:
+            found = self._resolve_one(value)
+        return found if self.plan is None else self._default
+
+    def _resolve_one(self, value: Any) -> Assignment:
+        """An int or a plan."""
         if isinstance(value, Mapping):
-            return self._check_plan(value)
-        whole = whole_number(value)
+            return self._resolve_plan(value)
+        whole = value if isinstance(value, int) and not isinstance(value, bool) else whole_number(value)
+        for known in self.supported if whole is not None else ():
+            if whole == known:  # a compiler may hold `value` as a symbol
+                return self._uniform[known]
         if whole is not None:
-            return self.check(whole)
+            raise self._unsupported(whole)
         if isinstance(value, Tensor):
             _check_integers(value)
         raise UsageError(
-            f"bits must be an int, a plan (layer -> bits) or a tensor of integers, got {value!r}",
+            "bits must be an int, a plan (layer -> bits), a list with one of these a sequence, "
+            f"or a tensor of integers, got {value!r}",
             hint=f"supported bits: {', '.join(map(str, self.supported))}",
         )
 
-    def _check_plan(self, plan: Mapping[str, int]) -> Mapping[str, int]:
-        if isinstance(plan, Plan) and plan.model is not None and self.made_from is not None:
-            plan.model.check(self.made_from, f"the plan {plan.name}".strip())
+    def _resolve_rows(self, rows: Tensor) -> Assignment:
+        _check_integers(rows)
+        # elsewhere looking would wait for the device
+        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            rows = rows.clone()  # what was checked stays as it is
+            for bits in sorted(set(rows.flatten().tolist()) - set(self.supported)):
+                raise self._unsupported(bits)
+            if self.plan is not None:
+                return self._default
+        return Assignment(rows, (), rows)
+
+    def _resolve_plan(self, plan: Mapping[str, int]) -> Assignment:
+        check = getattr(plan, "check_made_for", None)
+        if check is not None and self.made_from is not None:
+            check(self.made_from)
         missing, unknown = self.layers.keys() - plan.keys(), plan.keys() - self.layers.keys()
         if missing or unknown:
             example = next(iter(sorted(missing or unknown)))
@@ -202,79 +291,48 @@ class BitsState:
                 f"(for example {example})",
                 hint="a plan gives bits for every quantized layer by name",
             )
-        whole = {name: whole_number(bits) for name, bits in plan.items()}
-        for name, bits in whole.items():
-            if bits is None or bits not in self.layers[name]:
-                raise UnsupportedBitsError(plan[name], self.layers[name], where=f"layer {name}")
-        return plan if all(type(bits) is int for bits in plan.values()) else whole  # type: ignore[return-value]
+        choice = []
+        for name, held in self.layers.items():
+            bits = whole_number(plan[name])
+            if bits is not None and bits in held:
+                choice.append(bits)
+            elif self.plan is None:
+                raise UnsupportedBitsError(plan[name], held, where=f"layer {name}")
+            else:
+                raise UsageError(
+                    f"the plan {getattr(plan, 'name', '')} is not the one in memory".replace("  ", " "),
+                    hint="model.resize(plan) reads and drops what differs; "
+                    "without `bits` the model runs what is in memory",
+                )
+        return Assignment(plan, ((*choice, *self._fixed.values()),))
 
-    def of(self, layer: str) -> int | Tensor:
-        """The bits of layer `layer`: an int, or the tensor of per-row bits."""
-        if isinstance(self.value, (int, Tensor)):
-            return self.value
-        return self.value.of(layer) if isinstance(self.value, RowBits) else self.value[layer]
-
-    def bits_for(self, layer: str, shape: torch.Size) -> int | Tensor:
-        """The bits of layer `layer` for an input [*shape, K]: an int, or int8 [rows], the same for equal choices."""
-        bits = self.of(layer)
-        if not isinstance(bits, Tensor):
-            return bits
-        compiling = torch.compiler.is_compiling()
-        known = None if compiling or bits.is_inference() else self.__dict__.get("_expanded")
-        if known is not None and known[0] is bits and known[1:3] == (bits._version, shape):
-            return known[3]
-        rows = expand_rows(bits, shape)
-        rows = rows if rows.dtype == torch.int8 else rows.long().clamp(-1, 127).to(torch.int8)
-        if not compiling and not bits.is_inference():
-            self._expanded = bits, bits._version, shape, rows
-        return rows
+    def _unsupported(self, asked: int) -> UnsupportedBitsError:
+        if self.plan is None:
+            return UnsupportedBitsError(asked, self.supported)
+        bits = sorted(set(self.plan.values()))
+        held = f"{bits[0]} bits a layer" if len(bits) == 1 else f"a plan of {bits[0]} to {bits[-1]} bits a layer"
+        error = UnsupportedBitsError(asked, bits, where=f"this model: in memory is {held} and nothing else")
+        error.hint = f"leave bits out to run what is in memory, or call model.resize({asked})"
+        return error
 
 
-class FixedBits:
-    """In the place of a BitsState: a layer that always runs at `bits`, whatever its model is asked for.
+def together(assignments: Sequence[Assignment], lengths: Sequence[int]) -> Assignment:
+    """One assignment for a batch in which lengths[i] rows run at assignments[i], each of them uniform over its rows.
 
-    Args:
-        model: the state of the model that the layer belongs to: its arithmetic holds for every layer.
+    One choice for all is no tensor, and kernels have less to do.
     """
-
-    def __init__(self, bits: int, model: BitsState | None = None) -> None:
-        self.bits, self._model = bits, model
-
-    @property
-    def arithmetic(self) -> str | None:
-        return None if self._model is None else self._model.arithmetic
-
-    def of(self, layer: str) -> int:
-        return self.bits
-
-    def bits_for(self, layer: str, shape: torch.Size) -> int:
-        return self.bits
+    first = assignments[0]
+    if all(assignment.choices == first.choices for assignment in assignments):
+        return first
+    return _of_rows(assignments, lengths)
 
 
-def parse_bits(text: str | int | Iterable[int | str]) -> tuple[int, ...]:
-    """Bits from what a user types: `3`, `2,4`, `2-4` or a mix; ascending, distinct, within 1..8.
-
-    Raises UsageError for anything else.
-    """
-    values: list[int] = []
-    whole = whole_number(text)
-    try:
-        parts = [whole] if whole is not None else text.split(",") if isinstance(text, str) else text
-        for given in parts:  # type: ignore[union-attr]  # TypeError for what is no number, text or several
-            whole = whole_number(given)
-            part = str(given if whole is None else whole)
-            low, dash, high = part.strip().partition("-")
-            first, last = int(low), int(high if dash else low)
-            if not 1 <= first <= last <= MAX_BITS:
-                raise ValueError(part)
-            values.extend(range(first, last + 1))
-    except (TypeError, ValueError):
-        values = []
-    if not values:
-        raise UsageError(
-            f"bits {text!r} cannot be used", hint=f"give whole numbers from 1 to {MAX_BITS}: 3, 2,4 or 2-4"
-        )
-    return tuple(sorted(set(values)))
+def _of_rows(assignments: Sequence[Assignment], lengths: Sequence[int]) -> Assignment:
+    places: dict[Choice, int] = {}
+    rows: list[int] = []
+    for assignment, length in zip(assignments, lengths, strict=True):
+        rows += [places.setdefault(assignment.choices[0], len(places))] * length
+    return Assignment([assignment.given for assignment in assignments], tuple(places), torch.tensor(rows))
 
 
 def expand_rows(row_bits: Tensor, shape: torch.Size) -> Tensor:
@@ -306,7 +364,7 @@ def bits_state(model: nn.Module) -> BitsState:
     found: dict[BitsState, str] = {}
     for name, module in model.named_modules():
         state = module.__dict__.get("bits_state")
-        if isinstance(state, BitsState):
+        if isinstance(state, BitsState) and state.layers:
             found.setdefault(state, name)
     kind = type(model).__name__
     if not found:
@@ -324,7 +382,9 @@ def bits_state(model: nn.Module) -> BitsState:
 def use_bits(model: nn.Module, bits: Bits) -> Iterator[None]:
     """Run `model` at `bits` inside the block; what was set before comes back, exceptions included.
 
-    Raises as `BitsState.set` and `bits_state` do.
+    bits: an int, a plan, a list with one of these a sequence, or a tensor of integers, one a sequence or token.
+
+    Raises as setting `BitsState.value` and `bits_state` do.
     """
     with bits_state(model).using(bits):
         yield

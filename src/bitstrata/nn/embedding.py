@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.reference import StoredWeight
 from ..planes.weights import PlaneWeight
-from .bits import BitsState, Precision
+from .bits import BitsOrPlan, BitsState
 from .stored import PlaneModule
 
 
@@ -43,12 +43,14 @@ class PlaneEmbedding(PlaneModule):
     ) -> None:
         super().__init__(columns, rows, bits=() if bits is None else (bits,), **shape)
         self.scale, self.round_scale = scale, round_scale
-        self.bits_state = state
+        self.bits_state = state or BitsState()
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, columns, padding_idx
         self.is_tied = False
 
     @classmethod
-    def from_weight(cls, weight: PlaneWeight, *, dtype: torch.dtype | None = None) -> PlaneEmbedding:
+    def from_weight(
+        cls, weight: PlaneWeight, *, state: BitsState | None = None, dtype: torch.dtype | None = None
+    ) -> PlaneEmbedding:
         """An embedding that holds `weight`, which has one bits value."""
         made = cls(
             weight.out_features,
@@ -56,6 +58,7 @@ class PlaneEmbedding(PlaneModule):
             bits=None,
             group_size=weight.group_size,
             kind=weight.kind,
+            state=state,
             device=weight.planes[0].device,
             dtype=dtype,
         )
@@ -106,7 +109,7 @@ class TiedHead(nn.Module):
         """The embedding's placeholder, for code that asks a layer's dtype."""
         return self.embedding.get_buffer("weight")
 
-    def bytes_read(self, bits: Precision) -> int:
+    def bytes_read(self, bits: BitsOrPlan) -> int:
         """Bytes of the stored tensors that a product reads, whatever the model's `bits`."""
         return self.embedding.bytes_read(self.embedding.bits[0])
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import Weight, linear_many
 
@@ -79,7 +79,7 @@ class FusedGroup:
             others = [
                 (member, member.packed)
                 for member in self.members
-                if member is not layer and _equal(member.bits_state.bits_for(member.name, x.shape[:-1]), bits)
+                if member is not layer and _equal(member.bits_state.bits_for(member.name, x.shape[:-1], x.device), bits)
             ]
         others = [(member, other) for member, other in others if other.kernel.name == weight.kernel.name]
         if not others:
@@ -110,20 +110,3 @@ def _as_integers(x: Tensor) -> Tensor:
 def _equal(one: int | Tensor, other: int | Tensor) -> bool:
     """Whether these are the same bits; those of rows are one tensor for all layers that have the same."""
     return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
-
-
-def fuse(model: nn.Module) -> int:
-    """Let sibling layers of `model` that read the same input share calls; returns how many groups there are."""
-    from .linear import PlaneLinear
-
-    groups = 0
-    for module in model.modules():
-        for names in TOGETHER:
-            members = [child for name in names if isinstance(child := getattr(module, name, None), PlaneLinear)]
-            shapes = {(child.in_features, child.group_size, child.kind, child.bits) for child in members}
-            if len(members) > 1 and len(shapes) == 1:
-                group = FusedGroup(members)
-                for child in members:
-                    child.fused = group
-                groups += 1
-    return groups

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels import is_plain
 from ..kernels.reference import StoredWeight
 from ..planes.weights import PlaneWeight
-from .bits import BitsState, FixedBits, Precision
+from .bits import BitsOrPlan, BitsState
 from .stored import PlaneModule
 
 
@@ -19,7 +19,7 @@ class PlaneLinear(PlaneModule):
 
     Args:
         name: the layer's name in the model; plans look it up.
-        state: the model's BitsState; FixedBits for a layer that always runs at one precision.
+        state: the model's BitsState.
         dtype: of the bias and the placeholder.
         shape: the other arguments of PlaneModule.
     """
@@ -30,7 +30,7 @@ class PlaneLinear(PlaneModule):
         out_features: int,
         *,
         name: str,
-        state: BitsState | FixedBits,
+        state: BitsState,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -49,7 +49,7 @@ class PlaneLinear(PlaneModule):
         bias: Tensor | None = None,
         *,
         name: str = "",
-        state: BitsState | FixedBits | None = None,
+        state: BitsState | None = None,
         dtype: torch.dtype | None = None,
     ) -> PlaneLinear:
         """A layer that holds `weight`; without `state` it gets one of its own. `dtype` is the bias's by default."""
@@ -57,7 +57,7 @@ class PlaneLinear(PlaneModule):
             weight.in_features,
             weight.out_features,
             name=name,
-            state=state or BitsState(weight.bits, {name: weight.bits}),
+            state=state or BitsState({name: weight.bits}),
             bits=(),
             group_size=weight.group_size,
             kind=weight.kind,
@@ -70,7 +70,7 @@ class PlaneLinear(PlaneModule):
             layer.bias.data.copy_(bias)
         return layer
 
-    def bytes_read(self, bits: Precision) -> int:
+    def bytes_read(self, bits: BitsOrPlan) -> int:
         """Bytes of the stored tensors that a product needs while the model runs at `bits`, an int or a plan."""
         if len(self.bits) == 1:  # whatever the model's are
             return super().bytes_read(self.bits[0])
@@ -78,7 +78,7 @@ class PlaneLinear(PlaneModule):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.bits_state
-        bits = state.bits_for(self.name, x.shape[:-1])
+        bits = state.bits_for(self.name, x.shape[:-1], x.device)
         if self.fused is not None and state.arithmetic is None and self._packed is not None and is_plain(x):
             y = self.fused.linear(self, x, bits)
         else:

@@ -154,7 +154,7 @@ class PlaneModule(nn.Module):
         """Move, but never convert: `model.half()` or `.to(bfloat16)` must not round stored scales."""
         with self._unpacked():
             kept = {key: buffer for key, buffer in self._buffers.items() if buffer is not None and key != "weight"}
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             for key, before in kept.items():
                 after = self._buffers[key]
                 if after is not None and after.dtype != before.dtype:
@@ -171,7 +171,7 @@ class PlaneModule(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._pack_again:
             self.pack()
 

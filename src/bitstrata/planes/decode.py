@@ -6,7 +6,7 @@
 
 with B_i = 2 b_i - 1 in {-1, +1}. In float64 the sum is exact: up to nine fp16 terms span fewer
 than 53 bits. In any other dtype it is accumulated in float32, offset first, then planes 0, 1, ...,
-and converted once at the end. Faster scales are compared with this one.
+and converted once at the end. Kernels are compared with this one.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def codes(weight: PlaneWeight, bits: int) -> Tensor:
 
 
 def decode(weight: PlaneWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight at `bits`: [N, K] in `dtype`. Raises KeyError if there is no scales for `bits`."""
+    """The weight at `bits`: [N, K] in `dtype`. Raises KeyError if there are no scales for `bits`."""
     result = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.planes[0].device)
     step = max(1, CHUNK // weight.in_features)
     for start in range(0, weight.out_features, step):
-        result[start : start + step] = _decode_rows(weight.rows(start, start + step), bits, dtype)
+        result[start : start + step] = _decode_outputs(weight.outputs(start, start + step), bits, dtype)
     return result
 
 
-def _decode_rows(weight: PlaneWeight, bits: int, dtype: torch.dtype) -> Tensor:
+def _decode_outputs(weight: PlaneWeight, bits: int, dtype: torch.dtype) -> Tensor:
     scales = weight.scales[bits]
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     if isinstance(scales, Codebook):

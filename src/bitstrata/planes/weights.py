@@ -1,6 +1,6 @@
 """PlaneWeight: one linear layer's weight as shared bit-planes and one set of scales per bits.
 
-Planes are shared by all bits; scales belongs to one bits value and never touches a plane.
+Planes are shared by all bits; scales belong to one bits value and never change a plane.
 So the weight at `bits` depends on planes 0..bits-1 and on that one set of scales, on nothing else.
 """
 
@@ -36,6 +36,11 @@ def whole_number(value: object) -> int | None:
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds neither NaN nor infinity; makes no temporary of its size."""
+    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())
+
+
 def group_count(columns: int, group_size: int) -> int:
     """Groups of `group_size` columns in a row; the last one may be shorter."""
     return -(-columns // group_size)
@@ -51,7 +56,7 @@ class AffineScales:
     scale: Tensor
     offset: Tensor
     kind: ClassVar = "affine"
-    row_dims: ClassVar = {"scale": 1, "offset": 0}  # which dimension of each tensor the weight's rows are
+    output_dims: ClassVar = {"scale": 1, "offset": 0}  # the dimension of each tensor that is N
 
     def affine(self) -> AffineScales:
         """Itself."""
@@ -60,7 +65,7 @@ class AffineScales:
 
 @dataclass(frozen=True)
 class ByteScales:
-    """affine scales whose coefficients are bytes, times a unit that a row's groups share.
+    """affine scales whose coefficients are bytes, times a unit that the groups of an output feature share.
 
         scale_i[n, j] = scale[i, n, j] * 2^-(7+i) * unit[n],    offset[n, j] = offset[n, j] * 2^-7 * unit[n]
 
@@ -72,7 +77,7 @@ class ByteScales:
     offset: Tensor
     unit: Tensor
     kind: ClassVar = "affine8"
-    row_dims: ClassVar = {"scale": 1, "offset": 0, "unit": 0}
+    output_dims: ClassVar = {"scale": 1, "offset": 0, "unit": 0}
 
     def affine(self) -> AffineScales:
         """The same coefficients in fp16."""
@@ -89,27 +94,27 @@ class Codebook:
 
     table: Tensor
     kind: ClassVar = "codebook"
-    row_dims: ClassVar = {"table": 0}
+    output_dims: ClassVar = {"table": 0}
 
 
 Scales = AffineScales | ByteScales | Codebook
 
 
 def scales_tensors(scales: Scales, bits: int) -> dict[str, Tensor]:
-    """A set of scales's tensors under the names they carry in a checkpoint."""
-    return {f"{name}_{bits}": getattr(scales, name) for name in scales.row_dims}
+    """The tensors of a set of scales under the names they carry in a checkpoint."""
+    return {f"{name}_{bits}": getattr(scales, name) for name in scales.output_dims}
 
 
 def map_scales(scales: Scales, change: Callable[[Tensor, int], Tensor]) -> Scales:
-    """The scales with every tensor replaced by `change(tensor, the dimension that is the weight's rows)`."""
-    return type(scales)(**{name: change(getattr(scales, name), dim) for name, dim in scales.row_dims.items()})
+    """The scales with every tensor replaced by `change(tensor, the dimension that is N)`."""
+    return type(scales)(**{name: change(getattr(scales, name), dim) for name, dim in scales.output_dims.items()})
 
 
-@torch.autocast("cpu", enabled=False)  # there torch.cat takes no fp16
 def join_scales(parts: Sequence[Scales]) -> Scales:
-    """Scales of consecutive row ranges as one; all of one kind."""
-    tensors = {name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in parts[0].row_dims.items()}
-    return type(parts[0])(**tensors)
+    """Scales of consecutive output features as one; all of one kind."""
+    with torch.autocast("cpu", enabled=False):  # under it torch.cat takes no fp16
+        dims = parts[0].output_dims.items()
+        return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in dims})
 
 
 def byte_steps(unit: Tensor, bits: int) -> Tensor:
@@ -136,31 +141,34 @@ def byte_unit(largest: Tensor) -> Tensor:
 
 
 def scales_kind(kind: str, bits: int) -> str:
-    """What the scales for `bits` is in a layer of `kind`: "affine", "affine8" or "codebook"."""
+    """What the scales for `bits` are in a layer of `kind`: "affine", "affine8" or "codebook"."""
     return "affine" if kind == "affine8" and bits > BYTE_BITS else kind
 
 
 def scales_shapes(
-    kind: str, bits: int, rows: int, columns: int, group_size: int
+    kind: str, bits: int, out_features: int, in_features: int, group_size: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Names, dtypes and shapes of the tensors of the scales for `bits` in a layer of `kind` (KINDS)."""
-    groups = group_count(columns, group_size)
+    groups = group_count(in_features, group_size)
     if kind == "affine8" and bits <= BYTE_BITS:
         return {
-            f"scale_{bits}": (torch.int8, (bits, rows, groups)),
-            f"offset_{bits}": (torch.int8, (rows, groups)),
-            f"unit_{bits}": (SCALE_DTYPE, (rows,)),
+            f"scale_{bits}": (torch.int8, (bits, out_features, groups)),
+            f"offset_{bits}": (torch.int8, (out_features, groups)),
+            f"unit_{bits}": (SCALE_DTYPE, (out_features,)),
         }
     if kind in ("affine", "affine8"):
-        return {f"scale_{bits}": (SCALE_DTYPE, (bits, rows, groups)), f"offset_{bits}": (SCALE_DTYPE, (rows, groups))}
+        return {
+            f"scale_{bits}": (SCALE_DTYPE, (bits, out_features, groups)),
+            f"offset_{bits}": (SCALE_DTYPE, (out_features, groups)),
+        }
     if kind == "codebook":
-        return {f"table_{bits}": (SCALE_DTYPE, (rows, 2**bits))}
+        return {f"table_{bits}": (SCALE_DTYPE, (out_features, 2**bits))}
     raise ValueError(f"unknown scales {kind!r}; known: {', '.join(KINDS)}")
 
 
-def scales_bytes(kind: str, bits: int, rows: int, columns: int, group_size: int) -> int:
-    """Bytes of those scales's tensors."""
-    shapes = scales_shapes(kind, bits, rows, columns, group_size).values()
+def scales_bytes(kind: str, bits: int, out_features: int, in_features: int, group_size: int) -> int:
+    """Bytes of those tensors."""
+    shapes = scales_shapes(kind, bits, out_features, in_features, group_size).values()
     return sum(prod(shape) * dtype.itemsize for dtype, shape in shapes)
 
 
@@ -224,14 +232,14 @@ class PlaneWeight:
         return self.scales[self.bits[0]].kind
 
     def prefix(self, max_bits: int) -> PlaneWeight:
-        """The same weight without the planes and scales above `max_bits`; ValueError if no scales is left."""
+        """The same weight without the planes and scales above `max_bits`; ValueError if no scales are left."""
         scales = {bits: scales for bits, scales in self.scales.items() if bits <= max_bits}
         if not scales:
             raise ValueError(f"no scales at or below {max_bits} bits; there are {list(self.bits)}")
         return PlaneWeight(self.planes[: max(scales)], scales, self.in_features, self.group_size)
 
-    def rows(self, start: int, stop: int) -> PlaneWeight:
-        """Rows start..stop-1 as a weight of their own; nothing is copied."""
+    def outputs(self, start: int, stop: int) -> PlaneWeight:
+        """Output features start..stop-1 as a weight of their own; nothing is copied."""
         stop = min(stop, self.out_features)
         scales = {
             bits: map_scales(scales, lambda tensor, dim: tensor.narrow(dim, start, stop - start))
@@ -240,7 +248,7 @@ class PlaneWeight:
         return PlaneWeight(tuple(plane[start:stop] for plane in self.planes), scales, self.in_features, self.group_size)
 
     def take(self, index: Tensor) -> PlaneWeight:
-        """Rows `index` (int64 [n]) as a weight of their own, copied."""
+        """Output features `index` (int64 [n]) as a weight of their own, copied."""
         scales = {
             bits: map_scales(scales, lambda tensor, dim: tensor.index_select(dim, index))
             for bits, scales in self.scales.items()

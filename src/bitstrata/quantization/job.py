@@ -1,48 +1,39 @@
 """`bitstrata.quantize`: a source model in, a checkpoint out, one block in memory at a time.
 
     preflight    everything that can be checked is checked; all problems at once (preflight.py)
-    head         with head_bits: the output head and the embedding, made durable like a block (head.py)
-    each block   read -> solve -> write durably -> move every chain of hidden states one block on
-    finish       measure each bits on held-out windows, assemble the checkpoint, remove `.job`
+    stages       each leaves a durable result, and is skipped where an earlier run left it (`stages_of`)
+    finish       assemble the checkpoint, remove `.job`
 
-Chains of hidden states, one a precision and one for the original, are carried along: the method
-sees the inputs that each precision really produces, and after the last block they give the logits
-for the final check, next to dedicated round-to-nearest at the same bits, without ever holding the
-model. An interrupted job recomputes the chains from its finished blocks, so a resumed job sees
-exactly the numbers the first run saw.
+Chains of hidden states, one a precision and one for the original, are carried from block to block: a method sees the
+inputs that each precision really produces, and after the last block they give the logits for the final check. What
+weighs errors by gradients of the loss, or tunes end to end, holds the whole model once.
 
-One thing needs more: a method that weighs errors by gradients of the loss holds the whole model once,
-before the blocks (calibration/fisher.py); what it finds is durable like a block.
-
-`sizes.memory_need` estimates the peak memory; the measured peak is in the report.
+`Prepared.memory` estimates the peak memory; the measured peak is in the report.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..arguments import named
 from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_checkpoint, write_checkpoint
 from ..checkpoint.schema import REPORT_FILE, guard_name
 from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
-from ..memory import memory_errors
+from ..memory import memory_errors, peak_memory
+from ..options import QuantizeOptions, verb
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
-from .blocks import BlockLoop
 from .companions import checkpoint_config, copy_companions
-from .head import HeadPlanes
-from .preflight import Prepared, prepare
+from .context import Job, Prepared, megabytes
+from .preflight import prepare
 from .report import Report, make_report
 from .settings import Settings
-from .sizes import megabytes
+from .stages import stages_of
 from .state import JobState, differences
 
 MORE_MEMORY = (
@@ -51,49 +42,14 @@ MORE_MEMORY = (
 )
 
 
-@named
+@verb(QuantizeOptions)
 @ordinary_torch()
 @own_notes()
-def quantize(
-    model: str | Path,
-    output: str | Path,
-    *,
-    bits: str | int | Iterable[int] = "2-4",
-    method: str = "nested",
-    group_size: int = 128,
-    calibration: str | Path | None = None,
-    num_samples: int = 128,
-    seq_len: int = 2048,
-    preset: str = "default",
-    head_bits: int | None = None,
-    skip: str | Sequence[str] = (),
-    seed: int = 0,
-    device: str = "auto",
-    dry_run: bool = False,
-    options: Mapping[str, Any] | None = None,
-) -> Report:
+def quantize(options: QuantizeOptions) -> Report:
     """Quantize a causal language model into nested bit-planes.
 
-    Args:
-        model: a folder with config.json and safetensors, or a hub id.
-        output: the folder to make. If it holds an unfinished job of the same command, that is resumed.
-        bits: the bits to support: "2-4", "2,4", 3, or a sequence; each 1..8.
-        method: nested, anybcq, anyprecision, bpdq, gptq, bcq or rtn.
-        group_size: input columns that share scales.
-        calibration: a text file, or `stdlib`. Methods that learn from activations need it; with any
-            method it is what the final check is measured on.
-        num_samples: windows to calibrate on; seq_len: their length in tokens.
-        preset: fast (no calibration text), default, or best (slowest).
-        head_bits: store the output head and the token embedding as planes too, at this one precision, 1..8;
-            they run at it whatever bits a request asks for. They stay as they are by default.
-        skip: one or several patterns of layer names to leave as they are (globs, or `re:` and a regular expression).
-        seed: decides windows and training order.
-        device: auto, cpu, cuda.
-        dry_run: check and report what would be done; write nothing.
-        options: the method's own options by name, for example {"steps": 500}.
-
-    Returns:
-        A Report. Its saved part is `bitstrata_report.json` in the output.
+    If `output` holds an unfinished job of the same arguments, that is resumed. What of the report is saved is
+    `bitstrata_report.json` in it.
 
     Raises:
         PreflightError: everything wrong with the input, at once, before anything is written.
@@ -103,64 +59,40 @@ def quantize(
     """
     started = time.monotonic()
     problems: list[BitstrataError] = []
-    settings = Settings.parse(
-        model,
-        output,
-        bits=bits,
-        method=method,
-        preset=preset,
-        options=options or {},
-        group_size=group_size,
-        calibration=calibration,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        skip=skip,
-        seed=seed,
-        device=device,
-        head_bits=head_bits,
-        problems=problems,
-    )
+    settings = Settings.parse(options, problems)
     with memory_errors("while the model was checked", hint="end other programs, or lower --num-samples or --seq-len"):
-        prepared = prepare(settings, problems)
-    settings = prepared.settings
-    if dry_run:
+        prepared = prepare(settings, stages_of(settings), problems)
+    if options.dry_run:
         return _describe(prepared)
     done = _already_done(prepared)
     if done is not None:
         return done
 
-    spec = prepared.spec()
-    state = JobState(settings.output, prepared.fingerprint, spec)
+    job = Job(prepared, JobState(prepared.settings.output, prepared.fingerprint, prepared.spec()))
     try:
         with memory_errors("while quantizing", hint=MORE_MEMORY):
-            head = HeadPlanes(prepared, state)
-            head.run()
-            job = BlockLoop(prepared, state, head)
-            job.run_blocks()
-            job.refine()
-            report = make_report(prepared, job.measure(), {**job.layer_error, **head.layer_error}, notes())
-            _assemble(prepared, state, report)
+            for stage in prepared.stages:
+                stage.run(job)
+            report = make_report(prepared, notes(), job.measured, job.layer_error)
+            _assemble(job, report)
     except BaseException:
-        state.close()
+        job.state.close()
         raise
-    state.finish()
-    return _with_measures(report, settings.output, started)
+    job.state.finish()
+    return _with_measures(report, prepared.settings.output, started)
 
 
-def _assemble(prepared: Prepared, state: JobState, report: Report) -> None:
+def _assemble(job: Job, report: Report) -> None:
     """Write the checkpoint from the finished blocks and the source's unquantized tensors."""
-    source, discovery = prepared.source, prepared.discovery
+    prepared, source, discovery = job.prepared, job.prepared.source, job.discovery
     entries: list[TensorEntry] = []
     for name, stored in prepared.common.items():
         dtype, shape = source.spec(stored)
         entries.append(TensorEntry(name, dtype, shape, lambda stored=stored: source.map(stored)))  # type: ignore[misc]
-    for index in range(len(discovery.blocks)):
-        layers = [linear.name for linear in discovery.of_block(index)]
-        entries.extend(state.entries(index, layers))
-        entries.extend(TensorEntry.of(guard_name(name), torch.empty(0, dtype=source.dtype)) for name in layers)
-    for layer in prepared.head:
-        entries.extend(state.entries(layer.role, [layer.name]))
-        entries.append(TensorEntry.of(guard_name(layer.name), torch.empty(0, dtype=source.dtype)))
+    parts = [(index, [linear.name for linear in discovery.of_block(index)]) for index in range(len(discovery.blocks))]
+    for part, names in [*parts, *((layer.role, [layer.name]) for layer in prepared.head)]:
+        entries.extend(job.state.entries(part, names))
+        entries.extend(TensorEntry.of(guard_name(name), torch.empty(0, dtype=source.dtype)) for name in names)
     output = prepared.settings.output
     copy_companions(source, output)
     config = checkpoint_config(source)
@@ -187,7 +119,7 @@ def _already_done(prepared: Prepared) -> Report | None:
         )
     log.info(f"{output} already holds the result of this command; nothing to do")
     shutil.rmtree(output / ".job", ignore_errors=True)
-    report = make_report(prepared, {}, {}, notes())
+    report = make_report(prepared, notes())
     if (output / REPORT_FILE).exists():  # a checkpoint may lack it
         try:
             report = report.with_saved(output / REPORT_FILE)
@@ -206,16 +138,7 @@ def _settings_of(spec: QuantizationSpec) -> dict[str, Any]:
 
 def _with_measures(report: Report, output: Path, started: float) -> Report:
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    return replace(report, total_bytes=size, seconds=time.monotonic() - started, peak_memory_bytes=_peak_memory())
-
-
-def _peak_memory() -> int:
-    """The process's highest resident memory so far, in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return replace(report, total_bytes=size, seconds=time.monotonic() - started, peak_memory_bytes=peak_memory())
 
 
 def _describe(prepared: Prepared) -> Report:
@@ -234,4 +157,4 @@ def _describe(prepared: Prepared) -> Report:
         f"{megabytes(prepared.disk_bytes)} of disk and {prepared.memory}; "
         "nothing was written"
     )
-    return make_report(prepared, {}, {}, notes())
+    return make_report(prepared, notes())

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import shown
 from ..calibration import BlockRunner, Windows, calibration_windows, read_text, text_digest
-from ..checkpoint import LayerSpec, QuantizationSpec, format_version, is_checkpoint
+from ..checkpoint import is_checkpoint
 from ..checkpoint.writer import TEMPORARY
 from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
 from ..memory import free_memory
@@ -30,7 +30,6 @@ from ..models import (
     Discovery,
     HeadLayer,
     SourceModel,
-    all_finite,
     check_vocabulary,
     context_limit,
     discover,
@@ -38,13 +37,14 @@ from ..models import (
     load_tokenizer,
     resolve,
 )
-from ..models.names import missing_tensors
+from ..models.source_files import missing_tensors
+from ..planes.weights import all_finite
 from ..progress import note
+from ..solvers.grouping import check_weight
 from ..version import __version__
 from .companions import note_companions
-from .grouping import check_weight
+from .context import Prepared, Stage, megabytes
 from .settings import Settings
-from .sizes import MemoryNeed, disk_bytes, megabytes, memory_need
 from .state import JOB_FOLDER, is_job
 
 HELDOUT_WINDOWS = 16
@@ -52,77 +52,19 @@ LONGEST_FILE = f"{JOB_FOLDER}/refined-000000.safetensors{TEMPORARY}"  # below th
 _Value = TypeVar("_Value")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A job that passed preflight.
-
-    common: state-dict name -> stored name of what is copied unchanged.
-    head: the output head and the embedding, if they are quantized too.
-    fingerprint: everything the result depends on; decides whether a job may be resumed.
-    """
-
-    settings: Settings
-    source: SourceModel
-    model: PreTrainedModel
-    discovery: Discovery
-    windows: Windows | None
-    common: dict[str, str]
-    fingerprint: dict[str, Any]
-    disk_bytes: int
-    memory: MemoryNeed
-    head: tuple[HeadLayer, ...] = ()
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that the model tells apart."""
-        return int(self.model.config.get_text_config(decoder=True).vocab_size)
-
-    def spec(self) -> QuantizationSpec:
-        """The `quantization_config` of the result."""
-        settings = self.settings
-        provenance = {
-            "model": Path(settings.model).name or settings.model,
-            "calibration": None if settings.calibration is None else Path(settings.calibration).name,
-            **self.fingerprint,
-        }
-        layers = {
-            linear.name: LayerSpec(
-                in_features=linear.in_features,
-                out_features=linear.out_features,
-                bias=linear.bias,
-                decoder=settings.method.scales_kind(settings.bits),
-            )
-            for linear in self.discovery.linears
-        }
-        if settings.head_bits is not None:
-            layers.update({layer.name: layer.spec(settings.head_bits) for layer in self.head})
-        return QuantizationSpec(
-            format_version=format_version(layers.values()),
-            method=settings.method.name,
-            method_options=self.fingerprint["options"],
-            bits=list(settings.bits),
-            group_size=settings.group_size,
-            layers=layers,
-            provenance=provenance,
-        )
-
-
-class _Problems:
-    def __init__(self) -> None:
-        self.found: list[BitstrataError] = []
-
+class _Problems(list[BitstrataError]):
     def attempt(self, make: Callable[[], _Value]) -> _Value | None:
+        """What `make` returns, or None and one more problem."""
         try:
             return make()
         except BitstrataError as error:
-            self.found.append(error)
+            self.append(error)
             return None
 
 
-def prepare(settings: Settings, earlier: Sequence[BitstrataError] = ()) -> Prepared:
+def prepare(settings: Settings, stages: Sequence[Stage], earlier: Sequence[BitstrataError] = ()) -> Prepared:
     """Check everything and gather what the job needs. Raises PreflightError, `earlier` problems first."""
-    problems = _Problems()
-    problems.found.extend(earlier)
+    problems = _Problems(earlier)
     problems.attempt(lambda: _check_output(settings))
     documents = None
     if settings.calibration is not None:
@@ -134,7 +76,7 @@ def prepare(settings: Settings, earlier: Sequence[BitstrataError] = ()) -> Prepa
     if source is not None and settings.calibration is not None:
         tokenizer = problems.attempt(lambda: load_tokenizer(source.folder))
     if source is None:
-        raise PreflightError(problems.found)
+        raise PreflightError(problems)
 
     settings = _within_context(settings, source)
     model = problems.attempt(source.skeleton)
@@ -143,31 +85,20 @@ def prepare(settings: Settings, earlier: Sequence[BitstrataError] = ()) -> Prepa
     if documents is not None and tokenizer is not None:
         windows = problems.attempt(lambda: _windows(settings, source, tokenizer, documents))
     if model is None or discovery is None:
-        raise PreflightError(problems.found)
+        raise PreflightError(problems)
 
     settings = _within_layers(settings, discovery)
     head = () if settings.head_bits is None else problems.attempt(lambda: find_head(model)) or ()
     discovery = _without(discovery, head)
-    common = _check_tensors(source, model, discovery, head, problems.found)
+    common = _check_tensors(source, model, discovery, head, problems)
     note_companions(source)
-    prepared = Prepared(
-        settings,
-        source,
-        model,
-        discovery,
-        windows,
-        common,
-        {},
-        disk_bytes(settings, source, discovery, head, common),
-        memory_need(settings, model, discovery, head, windows),
-        head,
-    )
-    problems.found.extend(_check_resources(prepared))
-    if not problems.found and windows is not None:  # it takes memory, and a model that is whole
+    prepared = Prepared(settings, tuple(stages), source, model, discovery, windows, common, {}, head)
+    problems.extend(_check_resources(prepared))
+    if not problems and windows is not None:  # it takes memory, and a model that is whole
         runner = BlockRunner(source, model, discovery, settings.seq_len, settings.device)
         problems.attempt(lambda: runner.check(windows.heldout[:1]))
-    if problems.found:
-        raise PreflightError(problems.found)
+    if problems:
+        raise PreflightError(problems)
     fingerprint = {
         **settings.fingerprint(),
         "model_sha256": source.digests(),
@@ -204,7 +135,7 @@ def _discover(model: PreTrainedModel, skip: Sequence[str], problems: _Problems) 
     try:
         return discover(model, skip)
     except UsageError as error:
-        problems.found.append(error)
+        problems.append(error)
         return discover(model)  # so that the tensors are checked too
 
 
@@ -243,10 +174,7 @@ def _existing(output: Path) -> Path:
 
 
 def _windows(
-    settings: Settings,
-    source: SourceModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: list[str],
+    settings: Settings, source: SourceModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]
 ) -> Windows:
     wanted = settings.num_samples if settings.method.needs_calibration else 0
     windows = calibration_windows(
@@ -325,30 +253,22 @@ def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantiz
         raise ModelError(f"{stored} holds NaN or infinity", hint="the source model is damaged")
 
 
-def _check_resources(prepared: Prepared) -> list[BitstrataError]:
-    problems: list[BitstrataError] = []
+def _check_resources(prepared: Prepared) -> Iterator[ResourceError]:
     output = prepared.settings.output
     free = shutil.disk_usage(_existing(output)).free
-    started = os.path.isdir(output / JOB_FOLDER)
-    if free < prepared.disk_bytes and not started:
-        problems.append(
-            ResourceError(
-                f"{output} needs about {megabytes(prepared.disk_bytes)} of disk, {megabytes(free)} are free",
-                hint="free some space or choose another folder for -o",
-            )
+    if free < prepared.disk_bytes and not os.path.isdir(output / JOB_FOLDER):
+        yield ResourceError(
+            f"{output} needs about {megabytes(prepared.disk_bytes)} of disk, {megabytes(free)} are free",
+            hint="free some space or choose another folder for -o",
         )
     device, need = prepared.settings.device, prepared.memory
-    places = [("cpu", "memory", need.main)] + ([(str(device), "GPU memory", need.gpu)] if need.gpu else [])
-    for where, kind, needed in places:
-        available = free_memory(where)
+    gradients = any("whole model" in stage.needs for stage in prepared.stages)
+    for where, kind, needed in (("cpu", "memory", need.main), (device, "GPU memory", need.gpu)):
+        available = free_memory(where) if needed else 0
         if available < needed:
-            gradients = prepared.settings.method.needs_fisher
-            problems.append(
-                ResourceError(
-                    f"the job needs about {megabytes(needed)} of {kind}, {megabytes(available)} are free",
-                    hint="lower --num-samples or --seq-len"
-                    + (", or use --preset fast: no gradients" if gradients else "")
-                    + (", or --device cpu" if kind == "GPU memory" else ""),
-                )
+            yield ResourceError(
+                f"the job needs about {megabytes(needed)} of {kind}, {megabytes(available)} are free",
+                hint="lower --num-samples or --seq-len"
+                + (", or use --preset fast: no gradients" if gradients else "")
+                + (", or --device cpu" if kind == "GPU memory" else ""),
             )
-    return problems

@@ -7,20 +7,23 @@ memory are in the returned object alone.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from ..checkpoint.reader import read_json
 from ..errors import CheckpointError
-from ..evaluation import Measured
-from ..evaluation.report import optional, percent, render
-from .preflight import Prepared
+from ..metrics import Metrics
+from ..tables import optional, percent, render
+from .chains import ORIGINAL, baseline
+from .context import Prepared
 
-ORIGINAL = "original"  # the chain of the unquantized model; the others are named "<bits>" and "rtn <bits>"
+MEASURES = ("nll", "kld", "top1_agreement")
 
 # A precision whose top token differs from the original's this often is called not worth using.
 USELESS_TOP1 = 0.5
@@ -120,18 +123,9 @@ class Report:
             rows.append(["original", "", "", f"{self.reference['nll']:.4f}", "", "", "", ""])
         for row in self.results:
             rtn = row["rtn"] or {}
-            rows.append(
-                [
-                    str(row["bits"]),
-                    f"{row['bpw_read']:.3f}",
-                    f"{row['bytes'] / 1e6:.2f}",
-                    optional(row["nll"]),
-                    optional(row["kld"]),
-                    percent(row["top1_agreement"]),
-                    optional(rtn.get("nll")),
-                    optional(rtn.get("kld")),
-                ]
-            )
+            measures = [optional(row["nll"]), optional(row["kld"]), percent(row["top1_agreement"])]
+            plain = [optional(rtn.get("nll")), optional(rtn.get("kld"))]
+            rows.append([str(row["bits"]), f"{row['bpw_read']:.3f}", f"{row['bytes'] / 1e6:.2f}", *measures, *plain])
         columns = ["bits", "bpw read", "MB read", "nll", "kld", "top-1", "rtn nll", "rtn kld"]
         where = f", measured on {self.heldout_tokens} held-out tokens" if self.heldout_tokens else ""
         head = "" if self.head_bits is None else f", head and embedding at {self.head_bits} bits"
@@ -139,9 +133,7 @@ class Report:
         lines += [f"bits {row['bits']}: {row['verdict']}" for row in self.results if row["verdict"] != "ok"]
         if self.text_warning:
             lines.append(self.text_warning)
-        reasons: dict[str, int] = {}
-        for entry in self.left_out:
-            reasons[entry["reason"]] = reasons.get(entry["reason"], 0) + 1
+        reasons = Counter(entry["reason"] for entry in self.left_out)
         if reasons:
             lines.append("not quantized: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.items()))
         return "\n".join(lines)
@@ -149,25 +141,25 @@ class Report:
 
 def make_report(
     prepared: Prepared,
-    measured: Mapping[str, Measured],
-    layer_error: Mapping[str, Mapping[str, float]],
     notes: Sequence[str],
+    measured: Mapping[str, Metrics] = MappingProxyType({}),
+    layer_error: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> Report:
     """Put a report together; `measured` has an entry a chain, or none if nothing was measured."""
     settings, discovery, spec = prepared.settings, prepared.discovery, prepared.spec()
     rows = []
-    lower: Measured | None = None
+    lower: Metrics | None = None
     unmeasured = "not measured" + ("" if prepared.windows is not None else ": no calibration text was given")
     for bits in settings.bits:
         size = spec.bytes_read(bits)
-        mine, rtn = measured.get(str(bits)), measured.get(f"rtn {bits}")
+        mine, rtn = measured.get(str(bits)), measured.get(baseline(bits))
         rows.append(
             {
                 "bits": bits,
                 "bpw_read": 8 * size / spec.weight_count,
                 "bytes": size,
-                **_measures(mine),
-                "rtn": None if rtn is None else _measures(rtn),
+                **{name: getattr(mine, name, None) for name in MEASURES},
+                "rtn": None if rtn is None else {name: getattr(rtn, name) for name in MEASURES},
                 "verdict": unmeasured if mine is None else verdict(bits, mine, rtn, lower),
             }
         )
@@ -180,7 +172,7 @@ def make_report(
         results=tuple(rows),
         reference=None if original is None else {"nll": original.nll, "perplexity": original.perplexity},
         heldout_tokens=0 if original is None else original.tokens,
-        layer_error=layer_error,
+        layer_error={name: layer_error[name] for name in spec.layers if name in layer_error},
         left_out=tuple({"name": x.name, "shape": list(x.shape), "reason": x.reason} for x in discovery.left_out),
         tied=discovery.tied,
         notes=tuple(notes),
@@ -201,13 +193,7 @@ def text_warning(nll: float, vocabulary: int) -> str | None:
     )
 
 
-def _measures(measured: Measured | None) -> dict[str, float | None]:
-    if measured is None:
-        return {"nll": None, "kld": None, "top1_agreement": None}
-    return {"nll": measured.nll, "kld": measured.kld, "top1_agreement": measured.top1_agreement}
-
-
-def verdict(bits: int, measured: Measured, rtn: Measured | None, lower: Measured | None) -> str:
+def verdict(bits: int, measured: Metrics, rtn: Metrics | None, lower: Metrics | None) -> str:
     """One sentence on whether `bits` is worth using; "ok" if nothing is wrong with it."""
     assert measured.kld is not None
     assert measured.top1_agreement is not None

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .. import arguments
 from ..errors import BitstrataError, PreflightError, UsageError
 from ..models.load import pick_device
-from ..nn import parse_bits
+from ..options import QuantizeOptions
 from ..planes import whole_number
 from ..planes.weights import MAX_BITS
-from .method import Method, make_method
-from .rtn import RTN
+from ..plans import parse_bits
+from ..solvers import RTN, Method, make_method
 
+T = TypeVar("T")
 MODEL_HINT = "give a folder or a hub id; a model in memory: save_pretrained writes such a folder"
 TEXT_HINT = "write the texts into a file, separated by <|endoftext|>, and give its name"
 
@@ -43,92 +44,52 @@ class Settings:
     head_bits: int | None = None
 
     @classmethod
-    def parse(
-        cls,
-        model: str | Path,
-        output: str | Path,
-        *,
-        bits: str | int | Iterable[int],
-        method: str,
-        preset: str,
-        options: Mapping[str, Any],
-        group_size: int,
-        calibration: str | Path | None,
-        num_samples: int,
-        seq_len: int,
-        skip: str | Sequence[str],
-        seed: int,
-        device: str,
-        head_bits: int | None = None,
-        problems: list[BitstrataError] | None = None,
-    ) -> Settings:
-        """Check the arguments; what is wrong is appended to `problems`, and a usual value stands in for it.
+    def parse(cls, options: QuantizeOptions, problems: list[BitstrataError] | None = None) -> Settings:
+        """Check the options; what is wrong is appended to `problems`, and a usual value stands in for it.
 
         Without `problems`, raises PreflightError with everything that is wrong.
         """
-        raising = problems is None
-        problems = [] if problems is None else problems
+        found = [] if problems is None else problems
+        usual: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(options)}
 
-        def attempt(make: Any, fallback: Any) -> Any:
+        def attempt(make: Callable[[], T], instead: T) -> T:
             try:
                 return make()
             except BitstrataError as error:
-                problems.append(error)
-                return fallback
+                found.append(error)
+                return instead
+
+        def number(name: str, least: int) -> int:
+            flag, default, given = f"--{name.replace('_', '-')}", int(usual[name]), getattr(options, name)
+            return attempt(lambda: arguments.number(flag, given, least, hint=f"the default is {default}"), default)
+
+        def path(name: str, value: object, hint: str) -> str | None:
+            return attempt(lambda: arguments.path(name, value, hint=hint), None)
 
         # without these nothing else can be looked at
-        source = attempt(lambda: arguments.path("the model", model, hint=MODEL_HINT), None)
-        target = attempt(lambda: arguments.path("the output", output, hint="give the folder to make"), None)
-        parsed_bits = attempt(lambda: parse_bits(bits), (4,))
-        parsed_method = attempt(lambda: make_method(method, preset, options), RTN())
-        parsed_device = attempt(lambda: pick_device(device), torch.device("cpu"))
-
-        def number(name: str, value: object, least: int, usual: int) -> int:
-            hint = f"the default is {usual}"
-            return int(attempt(lambda: arguments.number(f"--{name}", value, least, hint=hint), usual))
-
-        group_size, num_samples = number("group-size", group_size, 1, 128), number("num-samples", num_samples, 1, 128)
-        seq_len, seed = number("seq-len", seq_len, 2, 2048), number("seed", seed, 0, 0)
-        if head_bits is not None:
-            head_bits = attempt(lambda: _head_bits(head_bits), None)
-        text = None
-        if calibration is not None:
-            text = attempt(lambda: arguments.path("--calibration", calibration, hint=TEXT_HINT), None)
-        skip = attempt(lambda: _patterns(skip), ())
+        source = path("the model", options.model, MODEL_HINT)
+        target = path("the output", options.output, "give the folder to make")
+        bits: tuple[int, ...] = attempt(lambda: parse_bits(options.bits), (4,))
+        rtn: Method = RTN()
+        method = attempt(lambda: make_method(options.method, options.preset, options.options or {}), rtn)
+        parsed: dict[str, Any] = {
+            "device": attempt(lambda: pick_device(options.device), torch.device("cpu")),
+            "group_size": number("group_size", 1),
+            "num_samples": number("num_samples", 1),
+            "seq_len": number("seq_len", 2),
+            "seed": number("seed", 0),
+            "head_bits": attempt(lambda: _head_bits(options.head_bits), None),
+            "calibration": None,
+        }
+        if options.calibration is not None:
+            parsed["calibration"] = path("--calibration", options.calibration, TEXT_HINT)
+        skip: tuple[str, ...] = attempt(lambda: _patterns(options.skip), ())
         bad = dict(_bad_patterns(skip))
-        problems.extend(bad.values())
-        skip = [pattern for pattern in skip if pattern not in bad]
-        if not parsed_method.nests and len(parsed_bits) > 1:
-            problems.append(
-                UsageError(
-                    f"method {parsed_method.name} makes one precision a file, got {len(parsed_bits)} bits values",
-                    hint=f"give one of them, such as --bits {parsed_bits[-1]}, or use --method nested",
-                )
-            )
-        if parsed_method.needs_calibration and calibration is None:
-            problems.append(
-                UsageError(
-                    f"method {parsed_method.name} needs calibration text at preset {preset!r}",
-                    hint="give --calibration FILE (or the built-in text `stdlib`), or use --preset fast",
-                )
-            )
-        if problems and (raising or source is None or target is None):
-            raise PreflightError(problems)
-        return cls(
-            source,
-            Path(target),
-            parsed_bits,
-            parsed_method,
-            preset,
-            group_size,
-            text,
-            num_samples,
-            seq_len,
-            tuple(skip),
-            seed,
-            parsed_device,
-            head_bits,
-        )
+        parsed["skip"] = tuple(pattern for pattern in skip if pattern not in bad)
+        found += [*bad.values(), *_mismatches(method, bits, options)]
+        if source is None or target is None or (found and problems is None):
+            raise PreflightError(found)
+        return cls(model=source, output=Path(target), bits=bits, method=method, preset=options.preset, **parsed)
 
     def fingerprint(self) -> dict[str, Any]:
         """The arguments that decide the result, as JSON values."""
@@ -136,7 +97,7 @@ class Settings:
             "bits": list(self.bits),
             "method": self.method.name,
             "preset": self.preset,
-            "options": dataclasses.asdict(self.method.options),
+            "options": dataclasses.asdict(self.method),
             "group_size": self.group_size,
             "num_samples": self.num_samples,
             "seq_len": self.seq_len,
@@ -147,7 +108,23 @@ class Settings:
         }
 
 
-def _head_bits(value: object) -> int:
+def _mismatches(method: Method, bits: tuple[int, ...], options: QuantizeOptions) -> Iterator[UsageError]:
+    """What the method cannot do with the other options."""
+    if not method.nests and len(bits) > 1:
+        yield UsageError(
+            f"method {method.name} makes one precision a file, got {len(bits)} bits values",
+            hint=f"give one of them, such as --bits {bits[-1]}, or use --method nested",
+        )
+    if method.needs_calibration and options.calibration is None:
+        yield UsageError(
+            f"method {method.name} needs calibration text at preset {options.preset!r}",
+            hint="give --calibration FILE (or the built-in text `stdlib`), or use --preset fast",
+        )
+
+
+def _head_bits(value: object) -> int | None:
+    if value is None:
+        return None
     found = whole_number(value)
     if found is None or not 1 <= found <= MAX_BITS:
         raise UsageError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from ..planes.weights import PlaneWeight, make_scales
 
 JOB_FOLDER = ".job"
 
-# what is made durable at once: a block by its index; the head and the embedding by their role; "fisher"
+# what is made durable at once: a block by its index; the head and the embedding by their role; the sensitivities
 Part = int | str
+SENSITIVITY = "fisher"  # of all layers
 
 
 def is_job(output: Path) -> bool:
@@ -107,17 +109,11 @@ class JobState:
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _file(self, part: Part) -> Path:
-        name = f"block-{part:04d}" if isinstance(part, int) else part
-        return self.folder / f"{name}.safetensors"
-
-    def _refined(self, block: int) -> Path:
-        return self.folder / f"refined-{block:04d}.safetensors"
+    def _file(self, part: Part, kind: str = "block") -> Path:
+        return self.folder / f"{f'{kind}-{part:04d}' if isinstance(part, int) else part}.safetensors"
 
     def _home(self, part: Part, tensor: str) -> Path:
-        if isinstance(part, int) and self.refined and not is_plane(tensor):
-            return self._refined(part)
-        return self._file(part)
+        return self._file(part, "refined" if self.refined and not is_plane(tensor) else "block")
 
     def _look(self) -> None:
         """Note whether every finished block has tuned scales, which then stand for its own (`refined`)."""
@@ -129,12 +125,13 @@ class JobState:
 
     def save(self, block: Part, weights: dict[str, PlaneWeight]) -> None:
         """Make a block's result durable; `weights` by full layer name."""
-        self._write(self._file(block), _entries(weights))
+        self._write(self._file(block), [entry for name in weights for entry in entries_of(name, weights[name])])
         self._look()
 
     def save_refined(self, block: int, weights: dict[str, PlaneWeight]) -> None:
         """Make a block's tuned scales durable; its planes stay as they were. They count once every block has some."""
-        self._write(self._refined(block), [entry for entry in _entries(weights) if not is_plane(entry.name)])
+        entries = [entry for name in weights for entry in entries_of(name, weights[name])]
+        self._write(self._file(block, "refined"), [entry for entry in entries if not is_plane(entry.name)])
         self._look()
 
     def save_tensors(self, part: Part, tensors: dict[str, Tensor]) -> None:
@@ -145,17 +142,18 @@ class JobState:
         self._sound.discard(path)
         write_safetensors(path, entries, sealed=True)
 
-    def load_tensors(self, part: Part, names: list[str]) -> dict[str, Tensor]:
+    def load_tensors(self, part: Part, names: Iterable[str]) -> dict[str, Tensor]:
         """Some of the tensors of `part`. Raises JobError if its file is damaged."""
         return {name: self._read(part, name) for name in names}
 
-    def load(self, block: Part, layers: list[str]) -> dict[str, PlaneWeight]:
-        """The finished block's layers. Raises JobError if its files are damaged."""
-        return {name: self._layer(block, name) for name in layers}
+    def load(self, part: Part, layers: Iterable[str]) -> dict[str, PlaneWeight]:
+        """A finished part's layers. Raises JobError if its files are damaged."""
+        return {name: self._layer(part, name) for name in layers}
 
     def _layer(self, block: Part, name: str) -> PlaneWeight:
         layer, bits = self.spec.layers[name], self.spec.layer_bits(name)
-        tensors = {full.removeprefix(f"{name}."): self._read(block, full) for full in self.spec.layer_tensors(name)}
+        read = self.load_tensors(block, self.spec.layer_tensors(name))
+        tensors = {full.removeprefix(f"{name}."): value for full, value in read.items()}
         try:
             return PlaneWeight(
                 tuple(tensors[f"plane_{index}"] for index in range(max(bits))),
@@ -166,10 +164,13 @@ class JobState:
         except ValueError as error:
             raise _damaged(self._file(block), error) from error
 
-    def _read(self, block: Part, tensor: str) -> Tensor:
-        path = self._home(block, tensor)
-        self._check(path)
+    def _read(self, part: Part, tensor: str) -> Tensor:
+        """A tensor of a file whose digest is compared once."""
+        path = self._home(part, tensor)
         try:
+            if path not in self._sound and not has_right_seal(path):
+                raise _damaged(path, "its bytes are not those that were written")
+            self._sound.add(path)
             with safe_open(str(path), framework="pt") as file:
                 value: Tensor = file.get_tensor(tensor)
                 return value.clone()
@@ -177,18 +178,6 @@ class JobState:
             if is_out_of_memory(error):
                 raise
             raise _damaged(path, error) from error
-
-    def _check(self, path: Path) -> None:
-        """Compare the file with its digest, once."""
-        if path in self._sound:
-            return
-        try:
-            sound = has_right_seal(path)
-        except OSError as error:
-            raise _damaged(path, error) from error
-        if not sound:
-            raise _damaged(path, "its bytes are not those that were written")
-        self._sound.add(path)
 
     def entries(self, block: Part, layers: list[str]) -> list[TensorEntry]:
         """The block's tensors as entries that are read only when they are written; its files are compared anew."""
@@ -199,10 +188,6 @@ class JobState:
         tensors = {full: spec for name in layers for full, spec in self.spec.layer_tensors(name).items()}
         self._sound -= {self._home(block, name) for name in tensors}
         return [entry(name, spec) for name, spec in tensors.items()]
-
-
-def _entries(weights: dict[str, PlaneWeight]) -> list[TensorEntry]:
-    return [entry for name, weight in weights.items() for entry in entries_of(name, weight)]
 
 
 def _damaged(path: Path, why: object) -> JobError:

@@ -1,9 +1,10 @@
 """Running a quantized model: text generation, many requests in one batch, and what can run here."""
 
+from ..options import GenerationSettings
 from .batching import Engine, EngineStats, Event, Finished, Handle, Request, Token
 from .conversation import Conversation
 from .environment import Environment, env
-from .generation import Generation, continue_prompt, generate
+from .generation import Generation, continue_tokens, generate
 from .inspection import Inspection, inspect
 from .policy import POLICIES, EntropyPolicy, LoadPolicy, Policy, PositionPolicy, parse_policy
 
@@ -17,6 +18,7 @@ __all__ = [
     "Event",
     "Finished",
     "Generation",
+    "GenerationSettings",
     "Handle",
     "Inspection",
     "LoadPolicy",
@@ -24,7 +26,7 @@ __all__ = [
     "PositionPolicy",
     "Request",
     "Token",
-    "continue_prompt",
+    "continue_tokens",
     "env",
     "generate",
     "inspect",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
 from ..models import check_text, encode_turns
-from ..nn import Precision, bits_state
+from ..nn import BitsOrPlan, bits_state
+from ..options import GenerationSettings
 from .generation import Generation, continue_tokens
 
 
@@ -22,11 +23,11 @@ class Conversation:
     Args:
         bits: of the next replies; the model's highest if None. Set `bits` to change them.
         system: an instruction before the first turn; needs a chat template.
-        settings: max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens of every reply.
+        max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens: of every reply, as in GenerationSettings.
 
     Raises:
         UnsupportedBitsError: bits that the model does not have.
-        UsageError: a system instruction without a chat template.
+        UsageError: settings that cannot be used, a system instruction without a chat template.
         InputError: a system instruction that is no text, or that the chat template does not take.
     """
 
@@ -37,29 +38,33 @@ class Conversation:
         *,
         bits: int | None = None,
         system: str | None = None,
-        **settings: Any,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        draft_bits: int | None = None,
+        draft_tokens: int = 4,
     ) -> None:
+        self._settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens)
         self.model, self.tokenizer = model, tokenizer
         self._state = bits_state(model)
-        self._bits = self._state.default
-        if bits is not None:
-            self.bits = bits
+        self._bits = self._state.resolve(bits)
         self.has_template = bool(tokenizer.chat_template)
         if system is not None:
             _check_system(tokenizer, system)
         self.system = system
-        self._settings = {"max_new_tokens": 256, **settings}
         self._turns: list[dict[str, str]] = []
         self.reset()
 
     @property
-    def bits(self) -> Precision:
+    def bits(self) -> BitsOrPlan:
         """Of the next reply: a number, or the plan in memory where that is all there is."""
-        return self._bits
+        bits: BitsOrPlan = self._bits.given
+        return bits
 
     @bits.setter
     def bits(self, value: int) -> None:
-        self._bits = self._state.keep(value)
+        self._bits = self._state.resolve(value)
 
     @property
     def supported(self) -> tuple[int, ...]:
@@ -77,12 +82,18 @@ class Conversation:
         dropped, as it is if anything else ends the reply.
         """
         turns = [*self._turns, {"role": "user", "content": text}]
-        settings = {**self._settings, "bits": self.bits, "streamer": streamer}
-        draft, bits = settings.get("draft_bits"), self.bits
-        if draft is not None and isinstance(bits, int) and draft >= bits:
-            settings["draft_bits"] = None  # this precision is no dearer than its draft
-        ids = encode_turns(self.tokenizer, turns)
-        result = continue_tokens(self.model, self.tokenizer, ids, text, **settings)  # type: ignore[arg-type]
+        settings, bits = self._settings, self.bits
+        if settings.draft_bits is not None and isinstance(bits, int) and settings.draft_bits >= bits:
+            settings = replace(settings, draft_bits=None)  # this precision is no dearer than its draft
+        result = continue_tokens(
+            self.model,
+            self.tokenizer,
+            encode_turns(self.tokenizer, turns),
+            text,
+            bits=self._bits,
+            settings=settings,
+            streamer=streamer,
+        )
         self._turns = [*turns, {"role": "assistant", "content": result.text}]
         return result
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from ..kernels import cpu, describe
+from ..options import EnvOptions, verb
 from ..version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface-hub", "numpy")
@@ -58,7 +59,8 @@ class Environment:
         return "\n".join(lines)
 
 
-def env() -> Environment:
+@verb(EnvOptions)
+def env(options: EnvOptions) -> Environment:
     """Describe this machine and installation."""
     gpus = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     kernels = [

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ..arguments import named
-from ..checkpoint import Plan
-from ..errors import InputError, UsageError
-from ..models import (
-    bits_name,
-    check_vocabulary,
-    choose_bits,
-    context_limit,
-    encode_prompt,
-    end_tokens,
-    highest_bits,
-    input_device,
-    load,
-    load_tokenizer,
-    resolve,
-)
-from ..nn import Precision, bits_state
+from ..errors import InputError
+from ..models import check_vocabulary, context_limit, encode_prompt, end_tokens, input_device, load_tokenizer, resolve
+from ..nn import Assignment, BitsOrPlan, bits_state
+from ..options import GenerationSettings, named
+from ..plans import Plan, bits_name, choose_bits, highest_bits, load
 from ..progress import note
 from ..torch_state import ordinary_torch
 
@@ -95,42 +85,27 @@ def generate(
     Args:
         model: a checkpoint folder or hub id, `OUT` or `OUT:BITS`; or a loaded model.
         bits: the precision, or a plan; else the one in `OUT:BITS`; else the highest.
-        temperature: 0 takes the most likely token every time; above 0 samples.
-        draft_bits: draft up to `draft_tokens` tokens at a time at this precision and check them at `bits`
-            (models/speculation.py); what is generated stays that of `bits`.
+        max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens: as in GenerationSettings.
         streamer: receives tokens as they come.
 
     Raises:
         UsageError: bits given twice and differently, a negative temperature, no new tokens asked for.
         InputError: a prompt that is no text or has no tokens, a token beyond the model's vocabulary, a full context.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max_new_tokens be at least 1")
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens)
     if not isinstance(model, PreTrainedModel):
         target, bits = choose_bits(str(model), bits)
         model = load(target, bits=bits, device=device, max_bits=None if bits is None else highest_bits(bits))
     tokenizer = tokenizer or load_tokenizer(resolve(str(model.name_or_path)))
-    state = bits_state(model)
-    return continue_prompt(
+    return continue_tokens(
         model,
         tokenizer,
+        encode_prompt(tokenizer, prompt),
         prompt,
-        bits=state.default if bits is None else state.check(bits),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        draft_bits=draft_bits,
-        draft_tokens=draft_tokens,
+        bits=bits_state(model).resolve(bits),
+        settings=settings,
         streamer=streamer,
     )
-
-
-def continue_prompt(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, **settings: Any
-) -> Generation:
-    """`generate` for a loaded model; settings as in `continue_tokens`."""
-    return continue_tokens(model, tokenizer, encode_prompt(tokenizer, prompt), prompt, **settings)
 
 
 @ordinary_torch()
@@ -140,13 +115,8 @@ def continue_tokens(
     ids: list[int],
     prompt: str,
     *,
-    bits: Precision | None,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    draft_bits: int | None = None,
-    draft_tokens: int = 4,
+    bits: BitsOrPlan | Assignment | None,
+    settings: GenerationSettings,
     streamer: BaseStreamer | None = None,
 ) -> Generation:
     """Continue the tokens `ids`, which stand for `prompt`; `bits` None runs a model that is not quantized.
@@ -155,32 +125,34 @@ def continue_tokens(
 
     Raises InputError for a token beyond the model's vocabulary, or if the prompt fills the model's context.
     """
+    chosen = None if bits is None else bits_state(model).resolve(bits)
     check_vocabulary(ids, model.config, tokenizer)
-    limit = context_limit(model.config)
-    if limit is not None and len(ids) + max_new_tokens > limit:
+    limit, new_tokens = context_limit(model.config), settings.max_new_tokens
+    if limit is not None and len(ids) + new_tokens > limit:
         if len(ids) >= limit:
             raise InputError(f"the prompt has {len(ids)} tokens, the model's context is {limit}", hint="shorten it")
-        note(f"max-new-tokens lowered from {max_new_tokens} to {limit - len(ids)}, what the context leaves")
-        max_new_tokens = limit - len(ids)
+        note(f"max-new-tokens lowered from {new_tokens} to {limit - len(ids)}, what the context leaves")
+        new_tokens = limit - len(ids)
 
     extra: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        extra = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        set_seed(seed)
+    random_numbers: AbstractContextManager[None] = nullcontext()
+    if settings.temperature > 0:
+        extra = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+        random_numbers = _seeded(settings.seed)
     if ends := end_tokens(model, tokenizer):
         extra["eos_token_id"] = sorted(ends)
-    if bits is not None:
-        extra["bits"] = bits
-    if draft_bits is not None:
-        extra |= {"draft_bits": draft_bits, "draft_tokens": draft_tokens}
+    if chosen is not None:
+        extra["bits"] = chosen
+    if settings.draft_bits is not None:
+        extra |= {"draft_bits": settings.draft_bits, "draft_tokens": settings.draft_tokens}
     extra |= {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}  # whatever its file says
     clock, device = _Clock(streamer), input_device(model)
     started = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), random_numbers:
         output = model.generate(  # type: ignore[operator]
             torch.tensor([ids], device=device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=clock,
             **extra,
@@ -191,10 +163,19 @@ def continue_tokens(
     return Generation(
         prompt=prompt,
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
-        bits=None if bits is None else bits_name(bits),
+        bits=None if chosen is None else bits_name(chosen.given),
         tokens=len(new),
         seconds=time.perf_counter() - started,
         tokens_per_second=(len(arrived) - 1) / between if between > 0 else None,
-        draft_bits=draft_bits,
-        acceptance=None if draft_bits is None else model.speculation.acceptance,  # type: ignore[arg-type, union-attr]
+        draft_bits=settings.draft_bits,
+        acceptance=None if settings.draft_bits is None else model.speculation.acceptance,  # type: ignore[arg-type, union-attr]
     )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's generators seeded, which is where `generate` samples from, and afterwards as the program had them."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(gpus):
+        torch.manual_seed(seed)
+        yield

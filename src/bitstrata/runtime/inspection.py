@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ import torch
 from ..checkpoint import CheckpointReader, validate
 from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE
 from ..errors import CheckpointError
-from ..evaluation.report import render
 from ..kernels import select
 from ..models import resolve
+from ..options import InspectOptions, verb
+from ..tables import render
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,17 @@ class Inspection:
         return "\n".join([*lines, "", table, "", layers])
 
 
-def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
+@verb(InspectOptions)
+def inspect(options: InspectOptions) -> Inspection:
     """Describe a checkpoint from its headers.
 
-    Args:
-        verify: also read every byte: digests, finite scales, padding. `Inspection.unchecked` names what has no digest.
+    `verify` also checks digests, finite scales and padding; `Inspection.unchecked` names what has no digest.
 
     Raises:
         CheckpointError: not a checkpoint, or malformed; with `verify`, all problems at once.
     """
-    folder = resolve(path, kind="bitstrata checkpoint")
-    if verify:
+    folder = resolve(options.path, kind="bitstrata checkpoint")
+    if options.verify:
         problems = validate(folder)
         if problems:
             raise CheckpointError(
@@ -88,21 +88,20 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
             )
     reader = CheckpointReader(folder)
     spec = reader.spec
-    layers: list[dict[str, Any]] = []
-    for name, layer in spec.layers.items():
-        layers.append(
-            {
-                "name": name,
-                "in_features": layer.in_features,
-                "out_features": layer.out_features,
-                "decoder": layer.decoder,
-                "bits": list(spec.layer_bits(name)),
-                "group_size": spec.layer_group_size(name),
-                "stored_bytes": spec.layer_bytes(name),
-                "role": layer.role,
-                "tied": layer.tied,
-            }
-        )
+    layers = tuple(
+        {
+            "name": name,
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "decoder": layer.decoder,
+            "bits": list(spec.layer_bits(name)),
+            "group_size": spec.layer_group_size(name),
+            "stored_bytes": spec.layer_bytes(name),
+            "role": layer.role,
+            "tied": layer.tied,
+        }
+        for name, layer in spec.layers.items()
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernel = select(device, torch.float32).name
     files = {folder / file for file in reader.weight_map.values()}
@@ -120,9 +119,9 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
         total_bytes=total,
         common_bytes=total - sum(map(spec.layer_bytes, spec.layers)),
         kernel=f"{kernel} on {device}: the highest priority that can run there",
-        verified=reader.has_digests if verify else None,
-        unchecked=_unchecked(reader) if verify else None,
-        layers=tuple(layers),
+        verified=reader.has_digests if options.verify else None,
+        unchecked=_unchecked(reader) if options.verify else None,
+        layers=layers,
     )
 
 

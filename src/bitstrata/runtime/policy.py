@@ -1,13 +1,9 @@
 """Policies: at how many bits the next token of each request is computed, where the request leaves a choice.
 
-A request asks for `bits` and, if it may be lowered, `min_bits`. The model's bits between the two are
-its ladder, highest first. A policy only says how many steps down the ladder a request is now:
-
-    bits = ladder[min(steps, len(ladder) - 1)]
-
-so no policy can leave [min_bits, bits], and a request without min_bits, whose ladder is one rung, is
-never lowered. Prompts are fed at `bits`: all later tokens read their keys and values, and many rows
-at a time are bound by arithmetic, not by the planes read. Only `load` can be told to lower them too.
+A request asks for `bits` and, if it may be lowered, `min_bits`. The model's bits between the two are its ladder,
+highest first. A policy only says how many steps down the ladder a request is now, so none can leave [min_bits, bits],
+and a request without min_bits is never lowered. Prompts are fed at `bits`: all later tokens read their keys and values,
+and many rows at a time are bound by arithmetic, not by the planes read. Only `load` can be told to lower them too.
 
     fixed      every request at its bits
     load       down while requests queue or tokens come late, up again when there is room
@@ -32,10 +28,9 @@ from ..errors import UsageError
 class RequestView:
     """What a policy sees of a request before each token.
 
-    bits, min_bits: as asked for. supported: of the model, ascending. new_tokens: made so far; 0 for the prompt, or
-    a part of it.
-    entropy: of the distribution that gave the last of them (`normalised_entropy`), in [0, 1]; None without one,
-    or if the policy does not want it.
+    bits, min_bits: as asked for. supported: of the model, ascending. new_tokens: made so far; 0 for the prompt.
+    entropy: of the distribution that gave the last of them (`normalised_entropy`), in [0, 1]; None without one, or if
+    the policy does not want it.
     """
 
     bits: int
@@ -52,14 +47,17 @@ class RequestView:
         low = min(self.min_bits, self.bits)
         return tuple(bits for bits in reversed(self.supported) if low <= bits <= self.bits)
 
+    def lowered(self, steps: int) -> int:
+        """The bits `steps` down the ladder, within its ends."""
+        return self.ladder[min(max(steps, 0), len(self.ladder) - 1)]
+
 
 @dataclass(frozen=True)
 class LoadView:
     """What a policy sees of the engine before each round.
 
     now: seconds, on a clock that never goes back. waiting: requests that found no place.
-    time_per_token: seconds between two tokens of a request, a mean over the recent past; None if none were made
-    since the engine was last without work. steps: of the longest ladder among the running requests.
+    time_per_token: as in EngineStats. steps: of the longest ladder among the running requests.
     """
 
     now: float
@@ -68,13 +66,7 @@ class LoadView:
     steps: int
 
 
-Steps = Callable[[RequestView], int]  # of one request: how far down its ladder; holds what is remembered of it
-
-
-def choose_bits(steps: Steps, request: RequestView) -> int:
-    """The bits at which the request's next token is computed, or its prompt and with that its first new token."""
-    ladder = request.ladder
-    return ladder[min(max(steps(request), 0), len(ladder) - 1)]
+RequestPolicy = Callable[[RequestView], int]  # steps down the ladder of one request; may remember what it saw of it
 
 
 @dataclass
@@ -87,7 +79,7 @@ class Policy:
     def observe(self, load: LoadView) -> None:
         """Called before each round."""
 
-    def start(self) -> Steps:
+    def start(self) -> RequestPolicy:
         """Called for each request when it is submitted; the result before each of its tokens."""
         return lambda request: 0
 
@@ -104,12 +96,11 @@ class Policy:
 class LoadPolicy(Policy):
     """All requests go a step down when the engine is behind, and a step up when it has had room for a while.
 
-    Behind: at least `queue` requests wait for a place, or the time per token is above the target.
-    Room: nobody waits, and the time per token is below `low` times the target, for `dwell_ms` on end. Between the
-    two nothing changes. Steps lie at least `dwell_ms` apart; an engine that was without work starts at the top again.
-    So the target must lie well above what one request alone takes, or the top comes back only with an empty engine.
-    `prompts=1` lowers prompts as well: for where they cost less at fewer bits (`bitstrata bench OUT --rows 32`), and
-    at the price of every token that reads them.
+    Behind: at least `queue` requests wait, or the time per token is above the target. Room: none waits, and the time
+    per token is below `low` times the target, for `dwell_ms` on end. Between the two nothing changes. Steps lie at
+    least `dwell_ms` apart; an engine that was without work starts at the top again. So the target must lie well above
+    what one request alone takes. `prompts=1` lowers prompts as well: where they cost less at fewer bits
+    (`bitstrata bench OUT --rows 32`), and at the price of every token that reads them.
     """
 
     name: ClassVar[str] = "load"
@@ -147,7 +138,7 @@ class LoadPolicy(Policy):
         if steps != self.steps:
             self.steps, self._changed = steps, load.now
 
-    def start(self) -> Steps:
+    def start(self) -> RequestPolicy:
         return lambda request: self.steps if request.new_tokens or self.prompts else 0
 
 
@@ -161,7 +152,7 @@ class PositionPolicy(Policy):
     def __post_init__(self) -> None:
         self._require(self.tokens >= 1, "tokens must be at least 1")
 
-    def start(self) -> Steps:
+    def start(self) -> RequestPolicy:
         return lambda request: request.new_tokens // self.tokens
 
 
@@ -184,30 +175,25 @@ class EntropyPolicy(Policy):
         fine = 0 <= self.low < self.high <= 1 and 0 < self.weight <= 1 and self.hold >= 1
         self._require(fine, "0 <= low < high <= 1, weight above 0 and at most 1, hold at least 1")
 
-    def start(self) -> Steps:
-        return _Sureness(self)
+    def start(self) -> RequestPolicy:
+        mean: float | None = None
+        steps = seen = changed = 0
 
+        def policy(request: RequestView) -> int:
+            nonlocal mean, steps, seen, changed
+            if request.entropy is None or request.new_tokens == seen:
+                return steps
+            seen = request.new_tokens
+            before = request.entropy if mean is None else mean
+            mean = before + self.weight * (request.entropy - before)
+            if request.new_tokens - changed >= self.hold:
+                wanted = steps + (mean < self.low) - (mean > self.high)
+                wanted = min(max(wanted, 0), len(request.ladder) - 1)
+                if wanted != steps:
+                    steps, changed = wanted, request.new_tokens
+            return steps
 
-class _Sureness:
-    """The steps of one request under an EntropyPolicy."""
-
-    def __init__(self, policy: EntropyPolicy) -> None:
-        self._policy = policy
-        self._mean: float | None = None
-        self._steps = self._seen = self._changed = 0
-
-    def __call__(self, request: RequestView) -> int:
-        if request.entropy is None or request.new_tokens == self._seen:
-            return self._steps
-        policy, self._seen = self._policy, request.new_tokens
-        before = request.entropy if self._mean is None else self._mean
-        self._mean = before + policy.weight * (request.entropy - before)
-        if request.new_tokens - self._changed >= policy.hold:
-            wanted = self._steps + (self._mean < policy.low) - (self._mean > policy.high)
-            wanted = min(max(wanted, 0), len(request.ladder) - 1)
-            if wanted != self._steps:
-                self._steps, self._changed = wanted, request.new_tokens
-        return self._steps
+        return policy
 
 
 POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (Policy, LoadPolicy, PositionPolicy, EntropyPolicy)}
@@ -225,7 +211,7 @@ def parse_policy(text: str) -> Policy:
     known = {item.name: int if item.type == "int" else float for item in fields(kind) if item.init}
     given: dict[str, float] = {}
     for part in filter(None, settings.split(",")):
-        key, _, value = (piece.strip() for piece in part.partition("="))
+        key, _, value = map(str.strip, part.partition("="))
         if key not in known:
             hint = f"it knows {', '.join(known)}" if known else "it has no settings"
             raise UsageError(f"policy {name} has no setting {key!r}", hint=hint)

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime import Engine
 from ..version import __version__
-from . import failures, playground
-from .answer import Wish, answer
-from .forms import ChatForm, CompletionForm
+from . import errors
+from .answer import GenerationSpec, answer
 from .guard import Guard
-from .prompts import chat_prompt, completion_prompts
-from .replies import ChatReply, CompletionReply, ErrorReply, Health, ModelCard, ModelList
+from .replies import (
+    ChatFormatter,
+    ChatReply,
+    CompletionFormatter,
+    CompletionReply,
+    ErrorReply,
+    Health,
+    ModelCard,
+    ModelList,
+)
 from .requests import ChatBody, CompletionBody
 from .service import Service
 from .settings import Settings
 
+PLAYGROUND = Path(__file__).with_name("playground.html")
+PLAYGROUND_HEADERS = {  # the page may talk to this server and load nothing
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 COMPLETION_TOKENS = 16  # of a completion request that says no number, as at OpenAI
 _REFUSALS = {
     400: "what was asked for is wrong or not supported",
@@ -46,10 +62,9 @@ def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Set
     # No /docs: FastAPI's page loads its program from another site.
     app = FastAPI(title="bitstrata", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
-    failures.install(app)
+    errors.install(app)
     _add_generation(app, service)
     _add_information(app, service)
-    app.include_router(playground.router)
     app.add_middleware(Guard, service=service)
     if settings.allowed_origins:  # outside of the guard: a preflight request carries no key
         app.add_middleware(
@@ -60,38 +75,38 @@ def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Set
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
+    catalog = service.catalog
+
     @app.post("/v1/chat/completions", response_model=None, responses=_answers(ChatReply))
     async def chat_completions(http: Request, body: ChatBody) -> Response:
         """Answer a conversation, whole or, with `stream`, as server-sent events that end with `[DONE]`."""
-        service.catalog.precision(body.model, body.bits)  # refused before anything is tokenized
-        prompt = await chat_prompt(service.tokenizer, service.aside, body.messages)
-        wish = Wish(
-            prompts=[prompt],
+        precision = catalog.precision(body.model, body.bits)  # refused before anything is tokenized
+        spec = GenerationSpec(
+            prompts=[await service.prompts.chat(body.messages)],
+            precision=precision,
             continues=not service.tokenizer.chat_template,
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             default_tokens=service.settings.default_max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        return await answer(service, http, body, wish, ChatForm(service, body))
+        return await answer(service, http, body, spec, ChatFormatter(body, catalog.name, service.names))
 
     @app.post("/v1/completions", response_model=None, responses=_answers(CompletionReply))
     async def completions(http: Request, body: CompletionBody) -> Response:
         """Continue texts or tokens, whole or, with `stream`, as server-sent events that end with `[DONE]`."""
-        service.catalog.precision(body.model, body.bits)
+        precision = catalog.precision(body.model, body.bits)
         service.check_choices(len(body.prompt), body.n or 1)
-        wish = Wish(
-            prompts=await completion_prompts(
-                service.tokenizer,
-                service.aside,
-                body.prompt,
-                add_special_tokens=body.add_special_tokens is not False,
+        spec = GenerationSpec(
+            prompts=await service.prompts.completion(
+                body.prompt, add_special_tokens=body.add_special_tokens is not False
             ),
+            precision=precision,
             continues=True,
             max_tokens=body.max_tokens,
             default_tokens=COMPLETION_TOKENS,
             logprobs=body.logprobs,
         )
-        return await answer(service, http, body, wish, CompletionForm(service, body))
+        return await answer(service, http, body, spec, CompletionFormatter(body, catalog.name, service.names))
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
@@ -115,6 +130,11 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    def playground() -> HTMLResponse:
+        """A page that asks this server at two precisions side by side; one file without a build step."""
+        return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"), headers=PLAYGROUND_HEADERS)
 
 
 def _answers(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:

@@ -1,6 +1,10 @@
 """What every request passes before it is read: its host, the key, the number of requests, the size of the body.
 
 Plain ASGI, so that streams and disconnects pass through untouched.
+
+A web page can give its own name this machine's address (DNS rebinding); to the browser our answers are then that page's
+own, and no rule about origins holds. What gives it away is its name in the Host header. Addresses and `localhost` are
+safe: no page can have them for a name.
 """
 
 from __future__ import annotations
@@ -8,22 +12,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-from collections.abc import Callable
+import ipaddress
+import re
+from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .failures import ApiError, busy, closing
-from .hosts import is_served
+from .errors import ApiError, busy, closing
 from .service import Service
+from .settings import ANY
 
 OPEN = {"/", "/health"}  # paths that need no key and are served however much there is to do
+PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/openapi.json"} | OPEN
 BODY_SECONDS = 60  # for a client to send its whole body
 CLOSE = {"Connection": "close"}  # with an answer after which nothing more is read
 # A client that is still sending when the connection closes may never see the answer, so a body that is too
 # large is read to its end, within reason.
 DISCARD_BYTES = 64 * 1024 * 1024
 DISCARD_SECONDS = 10
+_HOST = re.compile(r"(?P<name>\[[^]]*\]|[^:\[\]]*)(:\d*)?")
 
 
 class Guard:
@@ -44,36 +52,30 @@ class Guard:
             await send(message)
 
         headers = Headers(scope=scope)
-        misled = self._misled(scope, headers)
-        if misled is not None:
-            await misled.response()(scope, receive, counting)
-            return
-        if scope["path"] in OPEN:
-            await self.app(scope, receive, counting)
-            return
         is_work = scope["method"] == "POST"  # the rest is cheap, and wanted when there is much to do
         counted = False
 
         def admit() -> None:
             """Only once its body is there a request takes a place: half a body must not keep others out."""
             nonlocal counted
-            refusal = self._full()
-            if refusal is not None:
-                raise refusal
-            counted = True
-            service.active += 1
+            if is_work:
+                if (full := self._full()) is not None:
+                    raise full
+                counted = True
+                service.active += 1
 
-        body = _Body(
-            receive, service.settings.max_body, admit if is_work else lambda: None, expects="expect" in headers
-        )
-        refusal = self._refusal(headers, is_work)
-        if refusal is None and body.announces_too_much(headers):
+        body = _Body(receive, headers, service.settings.max_body, admit)
+        is_open = scope["path"] in OPEN
+        refusal = self._misled(scope, headers)
+        if refusal is None and not is_open:
+            refusal = self._refusal(headers, is_work)
+        if refusal is None and not is_open and body.announces_too_much:
             refusal = await body.too_large()
         if refusal is not None:
             await refusal.response()(scope, receive, counting)
             return
         try:
-            await self.app(scope, body.receive, counting)
+            await self.app(scope, receive if is_open else body.receive, counting)
         finally:
             service.active -= counted
 
@@ -120,33 +122,29 @@ class _Body:
     whole: called when all of it is there; may raise ApiError.
     """
 
-    def __init__(self, receive: Receive, limit: int, whole: Callable[[], None], *, expects: bool) -> None:
+    def __init__(self, receive: Receive, headers: Headers, limit: int, whole: Callable[[], None]) -> None:
         self._receive, self._limit, self._whole = receive, limit, whole
-        self._expects = expects  # the client waits for our word before it sends: nothing needs to be discarded
-        self._size = 0
-        self._read = False
-        self._until: float | None = None
-
-    def announces_too_much(self, headers: Headers) -> bool:
+        self._expects = "expect" in headers  # the client waits for our word before it sends: nothing to discard
         length = headers.get("content-length", "")
-        return length.isdigit() and int(length) > self._limit
+        self.announces_too_much = length.isdigit() and int(length) > limit
+        self._size = 0
+        self._is_read = False
+        self._until: float | None = None
 
     async def receive(self) -> Message:
         """Raises ApiError: 413 once the body is too large, 408 if it does not come, and what `whole` raises."""
-        if self._read:
+        if self._is_read:
             return await self._receive()
         if self._until is None:
             self._until = asyncio.get_running_loop().time() + BODY_SECONDS
         try:
             async with asyncio.timeout_at(self._until):
-                message = await self._receive()
+                message = await self._next()
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {BODY_SECONDS} s", headers=CLOSE) from None
-        self._read = not message.get("more_body", False)
-        self._size += len(message.get("body", b""))
         if self._size > self._limit:
             raise await self.too_large()
-        if self._read and message["type"] == "http.request":
+        if self._is_read and message["type"] == "http.request":
             self._whole()
         return message
 
@@ -154,15 +152,38 @@ class _Body:
         """The refusal, once the client has stopped sending or sent far too much."""
 
         async def discard() -> None:
-            while not self._read and self._size < DISCARD_BYTES:
-                message = await self._receive()
-                self._read = not message.get("more_body", False)
-                self._size += len(message.get("body", b""))
+            while not self._is_read and self._size < DISCARD_BYTES:
+                await self._next()
 
         if not self._expects:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(discard(), DISCARD_SECONDS)
         return ApiError(413, f"the body is larger than {self._limit} bytes", code="body_too_large")
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._is_read = not message.get("more_body", False)
+        self._size += len(message.get("body", b""))
+        return message
+
+
+def is_served(host: str, names: Collection[str]) -> bool:
+    """Whether a request for `host`, NAME or NAME:PORT, is meant for a server that goes by `names` as well."""
+    if ANY in names:
+        return True
+    found = _HOST.fullmatch(host.strip().lower())
+    if found is None:
+        return False
+    name = found["name"].removesuffix(".")
+    return name == "localhost" or name.endswith(".localhost") or name in names or is_address(name.strip("[]"))
+
+
+def is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _has_key(headers: Headers, key: bytes) -> bool:
@@ -174,5 +195,4 @@ def _route(path: str) -> str:
     """A label of which there are few, whatever clients ask for."""
     if path.startswith("/v1/models/"):
         return "/v1/models/{model}"
-    known = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health", "/openapi.json", "/"}
-    return path if path in known else "other"
+    return path if path in PATHS else "other"

@@ -1,17 +1,87 @@
-"""What clients send: bodies of /v1/chat/completions and /v1/completions."""
+"""What clients send: the bodies of /v1/chat/completions and /v1/completions.
+
+Nothing is ignored silently: a field that would change the answer and that this server does not have is refused unless
+it has the value that changes nothing (`Only`); one that changes nothing here is accepted (`Ignored`); an unknown one is
+refused unless it is null.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from .fields import Body, Ignored, Only, Text, encodable
-
+UNKNOWN = "unknown_field"  # the type of the error; its context has the `field`
+MOST_FIELDS = 200  # of one object, nulls included
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 1024
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
+
+
+def encodable(text: str) -> str:
+    """JSON can spell half a surrogate pair; it is no text, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("this is not Unicode text: it holds half a surrogate pair") from None
+    return text
+
+
+class Only:
+    """A field that this server takes at these values or null only: they ask for nothing that it does not do."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = (None, *values)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"enum": list(self.values)}
+
+    def _check(self, value: Any) -> Any:
+        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.values):
+            known = ", ".join(json.dumps(item) for item in self.values)
+            raise ValueError(f"this server does not do that; it takes {known} only")
+        return value
+
+
+class Body(BaseModel):
+    """A JSON object from a client. Numbers are numbers and texts texts; nothing is converted.
+
+    What may be wrong a thousand times in one body is refused where it is met first: pydantic would make an error for
+    each, on the event loop.
+    """
+
+    model_config = ConfigDict(
+        strict=True, allow_inf_nan=False, json_schema_extra={"additionalProperties": {"type": "null"}}
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, data: Any) -> Any:
+        """Clients dump whole objects, with null for whatever they know and do not use: an unknown null is ignored."""
+        if not isinstance(data, dict):
+            return data
+        if len(data) > MOST_FIELDS:
+            raise ValueError(f"{len(data)} fields are more than anything here has; at most {MOST_FIELDS} are read")
+        for key, value in data.items():
+            if value is not None and key not in cls.model_fields:
+                raise PydanticCustomError(UNKNOWN, "unknown field", {"field": encodable(key)})
+        return data
 
 
 def _stop(value: Any) -> list[str]:
@@ -34,21 +104,21 @@ def _prompt(value: Any) -> list[str] | list[list[int]]:
             raise ValueError(f"{len(value)} prompts are too many for one request; it may have {MOST_PROMPTS}")
         if all(isinstance(item, str) for item in value):
             return [encodable(item) for item in value]
-        if _tokens(value):
+        if _is_tokens(value):
             return [value]
-        if all(_tokens(item) for item in value):
+        if all(map(_is_tokens, value)):
             return value
     raise ValueError("must be a text, a list of texts, a list of tokens (ints) or a list of such lists, and not empty")
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
 
 
 def _bits(value: Any) -> int | str | None:
     if value is None or type(value) is int or (isinstance(value, str) and value and not value.isdigit()):
         return value
     raise ValueError("must be a whole number, or the name of a plan")
-
-
-def _tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
 
 
 def _content(value: Any) -> str:
@@ -68,50 +138,30 @@ def _content(value: Any) -> str:
     return "".join(texts)
 
 
-_TEXTS = {"type": "array", "items": {"type": "string"}}
-_IDS = {"type": "array", "items": {"type": "integer"}}
-Stop = Annotated[
-    list[str],
-    PlainValidator(_stop),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MOST_STOPS},
-                {"type": "null"},
-            ]
-        }
-    ),
-]
-Bits = Annotated[
-    int | str | None,
-    PlainValidator(_bits),
-    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "[^0-9]"}, {"type": "null"}]}),
-]
-Prompt = Annotated[
-    list[str] | list[list[int]],
-    PlainValidator(_prompt),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {**_TEXTS, "minItems": 1},
-                {**_IDS, "minItems": 1},
-                {"type": "array", "items": _IDS, "minItems": 1},
-            ]
-        }
-    ),
-]
+def _few_messages(value: Any) -> Any:
+    """Before any of them is looked at."""
+    if isinstance(value, list) and len(value) > MOST_MESSAGES:
+        raise ValueError(f"{len(value)} messages are too many for one request; it may have {MOST_MESSAGES}")
+    return value
+
+
+_Filled = Field(min_length=1)
+_Stop = Annotated[str, _Filled]
+_Stops = Annotated[list[_Stop], Field(max_length=MOST_STOPS)]
+_PlanName = Annotated[str, Field(pattern="[^0-9]")]
+_Prompts = str | Annotated[list[str], _Filled] | Annotated[list[int], _Filled] | Annotated[list[list[int]], _Filled]
 _PART = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
-Content = Annotated[
-    str,
-    PlainValidator(_content),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]}),
-]
+_Part = Annotated[dict[str, str], WithJsonSchema(_PART)]
+Text = Annotated[str, AfterValidator(encodable)]
+Ignored = Annotated[Any, Field(description="accepted; changes nothing here")]
+Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=_Stop | _Stops | None)]
+Bits = Annotated[int | str | None, PlainValidator(_bits, json_schema_input_type=int | _PlanName | None)]
+Prompt = Annotated[list[str] | list[list[int]], PlainValidator(_prompt, json_schema_input_type=_Prompts)]
+Content = Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[_Part] | None)]
 
 
 class StreamOptions(Body):
@@ -180,18 +230,11 @@ class Message(Body):
     tool_calls: Annotated[Any, Only([])] = None
 
 
-def _messages(value: Any) -> Any:
-    """Before any of them is looked at."""
-    if isinstance(value, list) and len(value) > MOST_MESSAGES:
-        raise ValueError(f"{len(value)} messages are too many for one request; it may have {MOST_MESSAGES}")
-    return value
-
-
 class ChatBody(GenerationBody):
     """/v1/chat/completions"""
 
     messages: Annotated[
-        list[Message], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES), BeforeValidator(_messages)
+        list[Message], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES), BeforeValidator(_few_messages)
     ]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None

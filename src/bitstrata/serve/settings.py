@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..checkpoint import Plan
 from ..errors import UsageError
-from .hosts import is_name
+from ..options import ServerSettings
+from ..plans import Plan
+
+ANY = "*"
+_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Raises UsageError for a name that is no text, or a host that is no name.
+class Settings(ServerSettings):
+    """What one server is told. Raises UsageError for a name that is no text, or a host that is no name.
 
     Args:
         name: what the model is called; `name:BITS` is the same model at those bits.
         bits: of requests that name none, an int or a plan's name; the model's highest if None.
-        min_bits: the least that the engine's policy may lower requests to that say no min_bits; None never lowers them.
         plans: what requests may choose by name, `name:PLAN`.
-        api_key: what every request but /health must carry; None lets everyone in.
-        default_max_tokens: new tokens of a chat request that says no number, or what the context leaves if less.
-        max_prompt_tokens: of one prompt; by default only the model's context and the cache limit it.
-        max_body: bytes of a request.
-        max_connections: requests that the server deals with at a time; more get 429.
         max_choices: prompts times `n` of one request.
         allowed_hosts: names that the server goes by beside localhost and addresses; `*` is any.
         allowed_origins: web pages from elsewhere that may call the server (CORS); none by default.
@@ -31,13 +29,7 @@ class Settings:
 
     name: str
     bits: int | str | None = None
-    min_bits: int | None = None
     plans: Mapping[str, Plan] = field(default_factory=dict)
-    api_key: str | None = None
-    default_max_tokens: int = 512
-    max_prompt_tokens: int | None = None
-    max_body: int = 4 * 1024 * 1024
-    max_connections: int = 512
     max_choices: int = 128
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
@@ -56,3 +48,8 @@ class Settings:
                     f"--allowed-host {name!r} is not a name that a server can go by",
                     hint="give a name in lower case without http://, port and path, or * for any",
                 )
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` can be one of a server's names: lower case, without a scheme, port or path."""
+    return text == ANY or _NAME.fullmatch(text) is not None

@@ -1,20 +1,68 @@
-"""Server-sent events, and noticing that a client has gone away."""
+"""From the engine's thread to the event loop, and on to the client as server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastapi import Response
 from pydantic import BaseModel
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from .failures import ApiError, translate
+from ..runtime import Engine, Event, Finished, Handle, Request
+from .errors import translate
 from .replies import dump
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An event of the request `index`. time: when the engine's thread had it (perf_counter, seconds)."""
+
+    index: int
+    event: Event
+    time: float
+
+
+class Submission:
+    """The engine requests of one HTTP request: all of `requests` or none, and their events in the order they come.
+
+    To be made in a running event loop; the engine's thread only ever leaves events there.
+    Raises what `Engine.submit` raises.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self._arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._handles: list[Handle] = []
+        self._open = len(requests)
+        try:
+            for index, request in enumerate(requests):
+                self._handles.append(engine.submit(request, lambda event, index=index: self._leave(index, event)))  # type: ignore[misc]
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _leave(self, index: int, event: Event) -> None:
+        """In the engine's thread. Raises once the loop is closed, and the engine then drops the request."""
+        self._loop.call_soon_threadsafe(self._arrivals.put_nowait, Arrival(index, event, time.perf_counter()))
+
+    async def arrivals(self) -> AsyncIterator[Arrival]:
+        """Until every request is finished."""
+        while self._open:
+            arrival = await self._arrivals.get()
+            self._open -= isinstance(arrival.event, Finished)
+            yield arrival
+
+    def cancel(self, index: int | None = None) -> None:
+        """End one request, or all; no-op for those that have ended."""
+        for handle in self._handles if index is None else [self._handles[index]]:
+            handle.cancel()
 
 
 async def while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
@@ -27,46 +75,40 @@ async def while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T |
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    working, waiting = asyncio.create_task(work), asyncio.create_task(gone())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None  # type: ignore[return-value]
+        await asyncio.wait([working, waiting], return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        working.cancel()
+        waiting.cancel()
+        await asyncio.gather(working, waiting, return_exceptions=True)
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """`chunks` as server-sent events, then `[DONE]`. An error on the way is an event of its own before that.
 
-    end: called when all was sent or the client has gone away.
+    end: called when all was sent or the client has gone away. Starlette's own response notices that only by the next
+    thing it sends, if the server speaks the newer ASGI.
     """
 
     media_type = "text/event-stream"
 
     def __init__(self, chunks: AsyncIterator[BaseModel], end: Callable[[], None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._chunks, self._end = chunks, end
+        super().__init__(_events(chunks), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(self._write(send), receive)
+            await while_connected(self.stream_response(send), receive)
         finally:
             self._end()
 
-    async def _write(self, send: Send) -> None:
-        async def event(data: str) -> None:
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async for chunk in self._chunks:
-                await event(dump(chunk))
-        except ApiError as error:
-            await event(json.dumps(error.body()))
-        except Exception as error:
-            await event(json.dumps(translate(error).body()))
-        await event("[DONE]")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
+    try:
+        async for chunk in chunks:
+            yield f"data: {dump(chunk)}\n\n"
+    except Exception as error:
+        yield f"data: {json.dumps(translate(error).body())}\n\n"
+    yield "data: [DONE]\n\n"

@@ -1,26 +1,117 @@
-"""Tokens -> text, as they come: `Detokenizer`, `StopTexts`, and the names of single tokens.
+"""Texts -> tokens, aside of the event loop, and tokens -> text, as they come.
 
-What is sent cannot be taken back, so two things are held back until they are sure: the bytes of a
-character that is not whole yet, and an end of the text that may become a stop text. The pieces
-together are the decoded tokens, up to the stop text. (Bytes that never become UTF-8 are replacement
-characters; how many is up to the tokenizer's decoder and to what it decodes at once.)
+What is sent cannot be taken back, so two things are held back until they are sure: the bytes of a character that is not
+whole yet, and an end of the text that may become a stop text. The pieces together are the decoded tokens, up to the
+stop text. (Bytes that never become UTF-8 are replacement characters; how many is up to the tokenizer.)
+
+`tokenizers.decoders.DecodeStream` gives the same text of whole characters, but nothing of a reply that ends within one
+(max_tokens), an error for bytes that are no UTF-8, and nothing at all for tokenizers that are not of that library.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from ..models import Stops
+from ..errors import InputError
+from ..models import Stops, encode_prompt, encode_turns
+from ..models.compat import byte_level_characters
+from .errors import ApiError
+from .requests import Message
 
+LONG = 2000  # characters from which on a text is long
+LONG_AT_ONCE = 2
+JOINED = 4  # a letter and its marks, the most that Unicode composes into one
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 8  # tokens before the new ones that are decoded with them: some decoders drop the first token's space
 WINDOW = 32  # tokens decoded at once
 PENDING = 3  # a character of four bytes lacks at most three tokens
+_BYTE_LEVEL = byte_level_characters()
+T = TypeVar("T")
+
+
+class PromptEncoder:
+    """The tokenizer's work on prompts of up to `room` tokens: in other threads, and none on what cannot fit.
+
+    Tokenizing takes about a hundred times the text's own memory, and seconds where it is megabytes. So a text is
+    refused unread if it is longer than `room` of the longest tokens, and of long ones only LONG_AT_ONCE are tokenized
+    at a time. No text that would have fitted is refused unless its tokenizer drops much of it: runs of spaces, say.
+    Where texts are normalised first, which may join up to JOINED characters in one, JOINED count as one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, room: int) -> None:
+        self._tokenizer, self._room = tokenizer, room
+        self._token = max(map(len, tokenizer.get_vocab()), default=1)  # characters; of byte-level ones at least as many
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or backend.normalizer is not None:
+            self._token *= JOINED
+        self.most = room * self._token  # characters
+        self._long = ThreadPoolExecutor(LONG_AT_ONCE, thread_name_prefix="bitstrata-tokenizer")
+
+    async def completion(
+        self, prompts: Sequence[str] | Sequence[list[int]], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """The tokens of each prompt of /v1/completions, as `bitstrata generate` makes them; tokens stay as they are.
+
+        Control tokens that a prompt spells are control tokens. add_special_tokens: as in `encode_prompt`.
+
+        Raises:
+            ApiError: 400 for a text that cannot fit.
+            InputError: a prompt without tokens.
+        """
+        lengths = [len(prompt) for prompt in prompts if isinstance(prompt, str)]
+        for length in lengths:
+            self.check(length, "prompt")
+
+        def encode(prompt: str | list[int]) -> list[int]:
+            if not isinstance(prompt, str):
+                return prompt
+            return encode_prompt(self._tokenizer, prompt, add_special_tokens=add_special_tokens)
+
+        if not lengths:
+            return list(map(encode, prompts))
+        return await self._run(sum(lengths), lambda: list(map(encode, prompts)))
+
+    async def chat(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation up to where the model answers, as `bitstrata chat` makes them.
+
+        Raises:
+            ApiError: 400 for texts that cannot fit, and where `encode_turns` raises InputError.
+            UsageError: as `encode_turns`.
+        """
+        characters = sum(len(message.content) for message in messages)
+        self.check(characters, "messages")
+        # OpenAI's newer name of a system message; templates know the older one
+        roles = ["system" if message.role == "developer" else message.role for message in messages]
+        turns = [{"role": role, "content": message.content} for role, message in zip(roles, messages, strict=True)]
+        try:  # aside however short they are: a template is a program, and may run for long on nothing
+            return await self._run(characters, lambda: encode_turns(self._tokenizer, turns))
+        except InputError as error:
+            raise ApiError(400, error.sentence, param="messages") from error
+
+    def check(self, characters: int, param: str) -> None:
+        """Raises ApiError 400 if no text of this length can fit."""
+        if characters > self.most:
+            raise ApiError(
+                400,
+                f"{param} has {characters} characters; this server reads at most {self.most} of a prompt, which is "
+                f"{self._room} tokens of {self._token} each",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    async def _run(self, characters: int, work: Callable[[], T]) -> T:
+        """The result of `work`, in another thread; a few at a time where texts are long."""
+        if characters <= LONG:
+            return await asyncio.to_thread(work)
+        return await asyncio.get_running_loop().run_in_executor(self._long, work)
 
 
 class Detokenizer:
@@ -92,9 +183,9 @@ class StopTexts:
             self.found = True
             self._held = ""
             return text[: min(places)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        sure = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[sure:]
+        return text[:sure]
 
     def flush(self) -> str:
         """What is left when the text has ended."""
@@ -104,10 +195,8 @@ class StopTexts:
 
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` that may be the beginning of `stop`."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+    longest = min(len(stop) - 1, len(text))
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 
 
 class ReplyText:
@@ -168,13 +257,3 @@ def _bytes_of(piece: str, text: str) -> bytes:
         if raw.decode(errors="replace") == text:
             return raw
     return text.encode()
-
-
-def _byte_level() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, other bytes for U+0100 and on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_LEVEL = _byte_level()

@@ -31,7 +31,7 @@ def choose_codes(
     *,
     given: bool,
 ) -> bool:
-    """The column loop of quantization/tracks.py in native code; False, and nothing done, where that cannot run.
+    """The column loop of solvers/joint.py in native code; False, and nothing done, where that cannot run.
 
     Args:
         bits: of each track, ascending.

@@ -118,7 +118,8 @@ class TiledWeight(Weight):
         """The rows' units of scales of bytes, fp16 [blocks * 16] in the order of its coefficients; else None."""
         if self.kind != "affine8" or bits > BYTE_BITS:
             return None
-        return self.scales[bits][self._coefficients(bits) :].view(SCALE_DTYPE)
+        units: Tensor = self.scales[bits][self._coefficients(bits) :].view(SCALE_DTYPE)
+        return units
 
     def spread(self, x: Tensor) -> Tensor:
         """Columns [..., K] moved to where the tiles have them, zeros between: [..., chunks * 256]."""
@@ -216,7 +217,7 @@ class TiledWeight(Weight):
         bits = bits.unflatten(1, (self.groups, width))[..., : self.group].flatten(1)
         return pack_bits(bits[:, : self.in_features])
 
-    @torch.autocast("cpu", enabled=False)  # there torch.cat takes no fp16
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # there torch.cat takes no fp16
     def _pack_scales(self, scales: Scales) -> Tensor:
         if isinstance(scales, Codebook):
             return scales.table.contiguous().flatten()

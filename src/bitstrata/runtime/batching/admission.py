@@ -1,14 +1,14 @@
 """Who gets room in the cache, and when.
 
-A request that says how many tokens it makes gets room for all of them before it starts, and keeps it. One that does
-not say gets GROWTH more at a time, as it goes: it takes from others only what it uses.
+A request that says how many tokens it makes gets room for all of them before it starts. One that does not say gets
+GROWTH more at a time, as it goes.
 
-First come, first served, but a request for which there is no room now lets others pass that are smaller, OVERTAKEN of
-them in all. Then nobody passes it any more, so that its room comes free.
+First come, first served, but a request for which there is no room now lets smaller ones pass, OVERTAKEN of them in all.
+Then none passes it any more, so that its room comes free.
 
-A request that cannot grow waits, and until it can nobody is admitted. If all that run wait for that, nothing will come
-free by itself: the longest of them then ends, as at any other limit, for the others to go on. None of n such requests
-ends before it had an n-th of the cache, rounded down by GROWTH.
+A request that cannot grow waits, and until it can none is admitted. If all that run wait for that, nothing will come
+free by itself: the longest of them then ends, as at any other limit. None of n such requests ends before it had an n-th
+of the cache, rounded down by GROWTH.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ...models import Stops
-from ..policy import Steps
-from .memory import Range, TokenPool
+from ..policy import RequestPolicy
+from .memory import TokenPool
 from .request import Handle
 from .sampling import Sampler
 
@@ -34,9 +34,9 @@ class Running:
     tokens: list[int]
     most: int  # new tokens it may make
     sampler: Sampler
-    steps: Steps  # the policy's, of this request
+    policy: RequestPolicy
     stops: Stops | None
-    place: Range | None = None
+    place: range | None = None
     past: int = 0
     new: list[int] = field(default_factory=list)
     entropy: float | None = None  # of the last distribution, if the policy wants it
@@ -54,7 +54,7 @@ def admit(waiting: Mapping[int, Running], pool: TokenPool, places: int) -> Itera
     """Reserve room for up to `places` of those that wait, in their order; each is to be taken from `waiting`."""
     passed: list[Running] = []
     for item in list(waiting.values()):
-        if not places or (passed and passed[0].overtaken >= OVERTAKEN):  # nobody was overtaken more often
+        if not places or (passed and passed[0].overtaken >= OVERTAKEN):  # the first was overtaken most often
             return
         item.place = pool.reserve(item.room)
         if item.place is None:
@@ -70,7 +70,7 @@ def grow(running: Iterable[Running], pool: TokenPool) -> list[Running]:
     """Get room for the next token of all that have used theirs up; those for which there is none."""
     stalled = []
     for item in running:
-        if item.place is None or len(item.tokens) <= item.place.stop - item.place.start:
+        if item.place is None or len(item.tokens) <= len(item.place):
             continue
         larger = pool.grow(item.place, item.past, item.room)
         if larger is None:

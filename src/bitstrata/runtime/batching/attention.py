@@ -1,10 +1,9 @@
 """Attention for a flat batch: tokens of many requests in a row, each seeing its own past and no other's.
 
-transformers hands the queries, keys and values of all tokens [1, H, T, D] of a layer to the function
-registered here, with the keyword `bitstrata_batch` that the engine gave to the model's forward. The
-function puts keys and values into the pool and attends request by request, which on a CPU is the
-very arithmetic of a request alone. On a GPU, where many small kernels cost more than the work in
-them, requests that feed one token each are gathered and padded to one call.
+transformers hands the queries, keys and values of all tokens [1, H, T, D] of a layer to `attend`, with the keyword
+`bitstrata_batch` that the engine gave to the model's forward. It puts keys and values into the pool and attends request
+by request, which on a CPU is the very arithmetic of a request alone. On a GPU, where many small kernels cost more than
+the work in them, requests that feed one token each are gathered and padded to one call.
 
 Heads that share keys are rows of one query against them, as in models/attention.py, so keys are never repeated.
 """
@@ -86,13 +85,9 @@ def attend(
     keys, values = batch.pool.write(module.layer_idx, batch.places, key[0], value[0])  # type: ignore[arg-type]
     if batch.gather and len(batch.spans) > 1 and all(span.length == 1 for span in batch.spans):
         return _together(query, keys, values, batch.padding(sliding_window), scaling), None
-    out = query.new_empty(1, query.shape[2], query.shape[1], values.shape[2])  # [1, T, H, D']
-    first = 0
-    for span in batch.spans:
-        last = first + span.length
-        out[:, first:last] = _one(query[:, :, first:last], keys, values, span, sliding_window, scaling)
-        first = last
-    return out, None
+    parts = query.split([span.length for span in batch.spans], dim=2)
+    each = zip(parts, batch.spans, strict=True)
+    return torch.cat([_one(part, keys, values, span, sliding_window, scaling) for part, span in each], dim=1), None
 
 
 def _one(query: Tensor, keys: Tensor, values: Tensor, span: Span, window: int | None, scaling: float | None) -> Tensor:
@@ -103,19 +98,19 @@ def _one(query: Tensor, keys: Tensor, values: Tensor, span: Span, window: int | 
     k, v = keys[None, :, seen], values[None, :, seen]  # [1, Hkv, S, D]
     heads, n = query.shape[1], span.length
     groups = heads // k.shape[1]
-    attention = torch.nn.functional.scaled_dot_product_attention
     if n > 1 and span.past == 0 and (window is None or total <= window):
-        out = attention(query, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+        out = nn.functional.scaled_dot_product_attention(
+            query, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1
+        )
         return out.transpose(1, 2)
     mask = None
     if n > 1:
-        behind = torch.arange(span.past, total, device=query.device)[:, None] - torch.arange(
-            skipped, total, device=query.device
-        )
+        places = torch.arange(total, device=query.device)
+        behind = places[span.past :, None] - places[skipped:]
         mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)  # [n, S]
         mask = mask.repeat(groups, 1)
     rows = query.reshape(1, k.shape[1], groups * n, query.shape[3])
-    out = attention(rows, k, v, attn_mask=mask, scale=scaling)
+    out = nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scaling)
     return out.reshape(1, heads, n, out.shape[3]).transpose(1, 2)
 
 
@@ -127,7 +122,7 @@ def _together(
     k, v = keys[:, places].transpose(0, 1), values[:, places].transpose(0, 1)  # [R, Hkv, S, D]
     _, heads, rows, width = query.shape
     grouped = query[0].transpose(0, 1).reshape(rows, k.shape[1], heads // k.shape[1], width)
-    out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=real, scale=scaling)
+    out = nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=real, scale=scaling)
     return out.reshape(1, rows, heads, out.shape[3])
 
 

@@ -5,13 +5,12 @@
     for event in handle.events(): ...
     engine.close()
 
-A round of the thread: drop what was cancelled; admit waiting requests while there are places and room in
-the cache (admission.py); pack what each has to feed into batches (packing.py); run
-them, and give every request its next token. Each round the policy chooses the bits of every request
-that has a choice; the others run at what their handles say then.
+A round of the thread: drop what was cancelled; admit waiting requests while there are places and room in the cache
+(admission.py); let the policy choose the bits of those that may be lowered; pack what each has to feed into batches
+(packing.py); run them, and give every request its next token.
 
-Greedy tokens are those of `model.generate(bits=...)` alone. Settings of the model's generation config other than
-its end-of-sequence tokens (penalties and the like) are not applied.
+Greedy tokens are those of `model.generate(bits=...)` alone. Settings of the model's generation config other than its
+end-of-sequence tokens (penalties and the like) are not applied.
 """
 
 from __future__ import annotations
@@ -21,22 +20,23 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
 from ...models import Stops, context_limit, end_tokens, vocabulary_size
-from ...nn import Precision, bits_state, steady_rows
+from ...nn import Assignment, bits_state, steady_rows
 from ...torch_state import ordinary_torch
-from ..policy import LoadView, Policy, RequestView, choose_bits
+from ..policy import LoadView, Policy, RequestView
 from .admission import Running, admit, grow
 from .attention import Span
 from .forward import Forward
 from .memory import BLOCK, TokenPool
-from .packing import Segment, Waiting, pack
+from .packing import Segment, pack
 from .request import REASONS, Event, Finished, Handle, Limits, Request, Token
-from .sampling import Choice, Sampler, choose, normalised_entropy
+from .sampling import Sampler, choose, normalised_entropy
 from .stats import EngineStats, Pace
 
 STOP_TOKENS = 4  # a character may take this many tokens, so a stop text of n lies within the last 4 n and a few
@@ -113,7 +113,7 @@ class Engine:
             with ordinary_torch(), torch.no_grad():
                 self._forward.check()
         except BaseException:
-            self._forward.give_back()
+            self._forward.detach()
             raise
         self._thread = threading.Thread(target=self._work, name="bitstrata-engine", daemon=True)
         self._thread.start()
@@ -132,11 +132,11 @@ class Engine:
                 ends the request with this error.
 
         Raises:
-            UnsupportedBitsError, InputError, UsageError: as Limits.check; nothing is queued.
+            UnsupportedBitsError, InputError, UsageError: as Limits.admit; nothing is queued.
             ClosedError: the engine is closed, or has failed.
             ResourceError: max_waiting requests wait already.
         """
-        most = self.limits.check(request)
+        most = self.limits.admit(request)
         seed = request.seed if request.seed is not None else random.SystemRandom().getrandbits(64)
         sampler = Sampler(request.temperature, request.top_p, random.Random(seed), request.logprobs)
         texts = [stop for stop in request.stop if isinstance(stop, str)]
@@ -148,8 +148,7 @@ class Engine:
                 raise ClosedError("the engine is closed", hint="start another")
             if len(self._waiting) >= self.max_waiting:
                 raise ResourceError(f"{self.max_waiting} requests are waiting already", hint="try again later")
-            handle = Handle(request, self._number, self.limits, listener)
-            handle._wake = self._wake
+            handle = Handle(request, self._number, self.limits, listener, self._wake)
             self._number += 1
             item = Running(handle, list(request.prompt_ids), most, sampler, self._policy.start(), stops)
             self._waiting[handle.number] = item
@@ -209,7 +208,7 @@ class Engine:
             for item in [*self._running.values(), *self._waiting.values()]:
                 self._end(item, Finished("error", error if isinstance(error, Exception) else RuntimeError(repr(error))))
         finally:
-            self._forward.give_back()
+            self._forward.detach()
 
     def _next_round(self) -> bool:
         """Wait for work, drop what was cancelled and admit what fits; False when there is nothing left to do."""
@@ -237,12 +236,12 @@ class Engine:
     def _round(self) -> None:
         started = time.monotonic()
         decoding = any(item.new for item in self._running.values())
-        waiting = [
-            Waiting(item.handle.number, item.past, len(item.tokens) - item.past, bits)
-            for item, bits in self._bits(started)
-            if item.handle.number not in self._stalled
+        segments = [
+            Segment(number, item.past, len(item.tokens) - item.past, bits)
+            for (number, item), bits in zip(self._running.items(), self._bits(started), strict=True)
+            if number not in self._stalled
         ]
-        for batch in pack(waiting, self.max_batch_tokens, self._steady):
+        for batch in pack(segments, self.max_batch_tokens, self._steady):
             try:
                 self._run(batch)
             except Exception as error:  # out of memory, say: these requests end, the others go on
@@ -253,59 +252,61 @@ class Engine:
             with self._changed:
                 self._pace.add(time.monotonic() - started)
 
-    def _bits(self, now: float) -> list[tuple[Running, Precision]]:
-        """At what every running request runs in the round that begins now."""
-        asked = [(item, item.handle.bits) for item in self._running.values()]
-        supported = self.limits.state.supported
-        views = {
-            item.handle.number: RequestView(bits, item.handle.request.min_bits, supported, len(item.new), item.entropy)
-            for item, bits in asked
-            if isinstance(bits, int)
-        }
+    def _bits(self, now: float) -> list[Assignment]:
+        """At what the running requests run in the round that begins now."""
+        running, state = list(self._running.values()), self.limits.state
+        asked = [item.handle._bits for item in running]
+        views = [
+            RequestView(bits.given, item.handle.request.min_bits, state.supported, len(item.new), item.entropy)
+            if isinstance(bits.given, int)
+            else None
+            for item, bits in zip(running, asked, strict=True)
+        ]
         with self._changed:
             waiting = len(self._waiting)
-        most = max((len(view.ladder) - 1 for view in views.values()), default=0)
+        most = max((len(view.ladder) - 1 for view in views if view is not None), default=0)
         self._policy.observe(LoadView(now, waiting, self._pace.mean, most))
-        chosen = {number: choose_bits(self._running[number].steps, view) for number, view in views.items()}
-        return [(item, chosen.get(item.handle.number, bits)) for item, bits in asked]
+        return [
+            bits if view is None else state.resolve(view.lowered(item.policy(view)))
+            for item, bits, view in zip(running, asked, views, strict=True)
+        ]
 
     def _run(self, batch: list[Segment]) -> None:
         items = [self._running[segment.owner] for segment in batch]
-        tokens = [item.tokens[part.past : part.past + part.length] for item, part in zip(items, batch, strict=True)]
-        spans = [
-            Span(item.place.start, part.past, part.length)
-            for item, part in zip(items, batch, strict=True)
-            if item.place is not None
-        ]
+        tokens, spans = [], []
+        for item, part in zip(items, batch, strict=True):
+            assert item.place is not None
+            tokens.append(item.tokens[part.past : part.past + part.length])
+            spans.append(Span(item.place.start, part.past, part.length))
         logits = self._forward.run(tokens, spans, [segment.bits for segment in batch])
         with self._changed:
             self._batches += 1
-        rows = [row for row, segment in enumerate(batch) if segment.is_last]
-        for item, segment in zip(items, batch, strict=True):
-            item.past += segment.length
+        for item, part in zip(items, batch, strict=True):
+            item.past += part.length
+        rows = [row for row, part in enumerate(batch) if part.is_last]
         if not rows:
             return
         logits = logits if len(rows) == len(batch) else logits[rows]
         if self._policy.wants_entropy:
             for row, entropy in zip(rows, normalised_entropy(logits).tolist(), strict=True):
                 items[row].entropy = entropy
-        choices = choose(logits, [items[row].sampler for row in rows])
-        for row, choice in zip(rows, choices, strict=True):
-            if isinstance(choice, BitstrataError):
-                self._end(items[row], Finished("error", choice))
+        chosen = choose(logits, [items[row].sampler for row in rows])
+        for row, token in zip(rows, chosen, strict=True):
+            if isinstance(token, BitstrataError):
+                self._end(items[row], Finished("error", token))
             else:
-                self._take(items[row], choice, batch[row].bits)
+                bits = batch[row].bits.given
+                self._add(items[row], replace(token, bits=bits if isinstance(bits, int) else None))
 
-    def _take(self, item: Running, choice: Choice, precision: Precision) -> None:
-        item.tokens.append(choice.token)
-        item.new.append(choice.token)
-        bits = precision if isinstance(precision, int) else None
+    def _add(self, item: Running, token: Token) -> None:
+        item.tokens.append(token.id)
+        item.new.append(token.id)
         with self._changed:
             self._new_tokens += 1
-            self._tokens_by_bits["plan" if bits is None else str(bits)] += 1
-        item.handle._emit(Token(choice.token, bits, choice.logprob, choice.top))
+            self._tokens_by_bits["plan" if token.bits is None else str(token.bits)] += 1
+        item.handle._emit(token)
         try:
-            stopped = self._stops(item, choice.token)
+            stopped = self._stops(item, token.id)
         except Exception as error:  # the tokenizer's, about the tokens of this request alone
             self._end(item, Finished("error", error))
             return
@@ -336,8 +337,8 @@ class Engine:
 def _steady_context(model: PreTrainedModel) -> int | None:
     """The longest sequence whose rotary positions do not depend on how long the others in its batch are.
 
-    Rotary embeddings of the types here change their frequencies for a whole batch once its longest
-    sequence passes the length that the model was first trained at.
+    Rotary embeddings of the types here change their frequencies for a whole batch once its longest sequence passes the
+    length that the model was first trained at.
     """
     config = model.config.get_text_config(decoder=True)
     limit = context_limit(model.config)

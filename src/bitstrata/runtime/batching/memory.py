@@ -2,20 +2,17 @@
 
     layer l:  keys [H, tokens, D], values [H, tokens, D']         H = key-value heads
 
-A request holds one contiguous range of `tokens` from when it is admitted until it ends, long enough
-for its prompt and every token it may still make (or, where it sets no limit, for the next ones: admission.py).
-So attention reads a request's keys as a view, nothing is allocated while requests run or copied but
-for those that grow, and a request that was admitted and has a limit is never thrown out for lack of
-memory. The price is that room for tokens that are never made stays unused until the request ends,
-and that a long request waits until a range of its length is free in one piece.
+A request holds one contiguous range of `tokens` from when it is admitted until it ends, long enough for its prompt and
+every token it may still make (or, where it sets no limit, for the next ones: admission.py). So attention reads its keys
+as a view, nothing is allocated while requests run or copied but for those that grow, and an admitted request with a
+limit is never thrown out for lack of memory. The price: room for tokens that are never made stays unused until the
+request ends, and a long request waits until a range of its length is free in one piece.
 
-Ranges are counted in blocks of BLOCK tokens. Tensors are made when a layer first writes: only then
-its number of heads and their widths are known, whatever the architecture calls them.
+Ranges are counted in blocks of BLOCK tokens. Tensors are made when a layer first writes: only then its number of heads
+and their widths are known.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,59 +23,55 @@ from ...memory import free_memory, is_out_of_memory
 BLOCK = 16
 
 
-@dataclass(frozen=True)
-class Range:
-    """Tokens start..stop-1 of the pool."""
-
-    start: int
-    stop: int
+def _whole_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK) * BLOCK
 
 
 class TokenPool:
     """Room for the keys and values of `tokens` tokens, rounded up to whole blocks. Not thread-safe."""
 
     def __init__(self, tokens: int) -> None:
-        self.tokens = -(-tokens // BLOCK) * BLOCK
-        self._free = [Range(0, self.tokens)]  # ascending, never touching
+        self.tokens = _whole_blocks(tokens)
+        self._free = [range(0, self.tokens)]  # ascending, never touching
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def used_tokens(self) -> int:
         """Tokens in ranges that are reserved now."""
-        return self.tokens - sum(free.stop - free.start for free in self._free)
+        return self.tokens - sum(map(len, self._free))
 
     @property
     def bytes(self) -> int:
         """Bytes of all layers' tensors."""
         return sum(tensor.nbytes for pair in self._layers.values() for tensor in pair)
 
-    def reserve(self, tokens: int) -> Range | None:
+    def reserve(self, tokens: int) -> range | None:
         """The first free range of `tokens`, rounded up to blocks; None if there is none now."""
-        size = -(-tokens // BLOCK) * BLOCK
+        size = _whole_blocks(tokens)
         for index, free in enumerate(self._free):
-            if free.stop - free.start >= size:
-                left = Range(free.start + size, free.stop)
-                self._free[index : index + 1] = [left] if left.stop > left.start else []
-                return Range(free.start, free.start + size)
+            if len(free) >= size:
+                left = range(free.start + size, free.stop)
+                self._free[index : index + 1] = [left] if left else []
+                return range(free.start, free.start + size)
         return None
 
-    def release(self, taken: Range) -> None:
+    def release(self, taken: range) -> None:
         """Give back what `reserve` returned."""
         self._free = self._free_without(taken)
 
-    def grow(self, taken: Range, used: int, tokens: int) -> Range | None:
+    def grow(self, taken: range, used: int, tokens: int) -> range | None:
         """A range of `tokens` in the place of `taken`, with the same first `used` tokens; None if there is none now.
 
         It begins where `taken` does if it can; otherwise the tokens move, into `taken` itself where they must.
         """
         before = self._free
         self._free = self._free_without(taken)
-        size = -(-tokens // BLOCK) * BLOCK
+        size = _whole_blocks(tokens)
         for index, free in enumerate(self._free):
             if free.start <= taken.start and taken.start + size <= free.stop:
-                around = (Range(free.start, taken.start), Range(taken.start + size, free.stop))
-                self._free[index : index + 1] = [item for item in around if item.stop > item.start]
-                return Range(taken.start, taken.start + size)
+                around = (range(free.start, taken.start), range(taken.start + size, free.stop))
+                self._free[index : index + 1] = [item for item in around if item]
+                return range(taken.start, taken.start + size)
         larger = self.reserve(tokens)
         if larger is None:
             self._free = before
@@ -88,12 +81,12 @@ class TokenPool:
                 held[:, larger.start : larger.start + used] = held[:, taken.start : taken.start + used].clone()
         return larger
 
-    def _free_without(self, taken: Range) -> list[Range]:
+    def _free_without(self, taken: range) -> list[range]:
         """What is free once `taken` is."""
-        merged: list[Range] = []
+        merged: list[range] = []
         for free in sorted([*self._free, taken], key=lambda item: item.start):
             if merged and merged[-1].stop == free.start:
-                merged[-1] = Range(merged[-1].start, free.stop)
+                merged[-1] = range(merged[-1].start, free.stop)
             else:
                 merged.append(free)
         return merged

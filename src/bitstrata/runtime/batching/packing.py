@@ -1,51 +1,38 @@
 """Which tokens go through the model together.
 
-A segment is the run of tokens that one request feeds next: its last token while it decodes, its
-prompt or a part of it before. Segments of different requests lie one after the other in a batch.
-
-A kernel may compute calls of up to `steady` rows in one arithmetic and longer ones in another (on
-CPUs: int8 activations against tiles of the decoded weight). A request must not notice with whom it
-shares a batch, so a batch holds either segments of at most `steady` tokens, together at most
-`steady`, or only segments that are longer: then every row is computed as if its request were alone.
+A kernel may compute calls of up to `steady` rows in one arithmetic and longer ones in another (on CPUs: int8
+activations against tiles of the decoded weight). A request must not notice with whom it shares a batch, so a batch
+holds either segments of at most `steady` tokens, together at most `steady`, or only segments that are longer: then
+every row is computed as if its request were alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ...nn import Precision
+from ...nn import Assignment
 
 
 @dataclass(frozen=True)
 class Segment:
-    """`length` tokens that a request feeds after the `past` tokens that the cache holds, at `bits`.
+    """What request `owner` feeds: `length` tokens at `bits`, after the `past` ones that the cache holds.
 
-    owner: whose they are. is_last: whether the next token is predicted from the last of them.
+    Its last token while it decodes, its prompt or a part of it before. is_last: whether it is given a token for them.
     """
 
     owner: int
     past: int
     length: int
-    bits: Precision
-    is_last: bool
+    bits: Assignment
+    is_last: bool = True
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """What request `owner` has to feed: `length` tokens after `past`, at `bits`."""
-
-    owner: int
-    past: int
-    length: int
-    bits: Precision
-
-
-def pack(waiting: Sequence[Waiting], max_tokens: int, steady: int | None) -> list[list[Segment]]:
+def pack(waiting: Sequence[Segment], max_tokens: int, steady: int | None) -> list[list[Segment]]:
     """The batches of one round: every short segment, and up to `max_tokens` tokens of long ones, oldest first.
 
-    Long segments are cut where max_tokens ends, but neither the piece nor what is left of it gets as
-    short as `steady`. Without `steady` everything is in one batch, decoding requests first.
+    Long segments are cut where max_tokens ends, but neither the piece nor what is left of it gets as short as
+    `steady`. Without `steady` everything is in one batch, decoding requests first.
     """
     if steady is None:
         ordered = sorted(waiting, key=lambda item: item.length > 1)
@@ -57,29 +44,26 @@ def pack(waiting: Sequence[Waiting], max_tokens: int, steady: int | None) -> lis
         if rows + item.length > steady:
             batches.append([])
             rows = 0
-        batches[-1].append(Segment(item.owner, item.past, item.length, item.bits, True))
+        batches[-1].append(item)
         rows += item.length
     long = _fill([item for item in waiting if item.length > steady], max_tokens, steady, steady)
     return [*batches, long] if long else batches
 
 
-def _order(bits: Precision) -> tuple[float, tuple[int, ...]]:
-    """Equal precisions lie together, a plan where its mean is. Plans come in one order of layers."""
-    if isinstance(bits, int):
-        return bits, ()
-    return sum(bits.values()) / max(1, len(bits)), tuple(bits.values())
+def _order(bits: Assignment) -> tuple[float, tuple[int, ...]]:
+    """Equal bits lie together, a plan where its mean is."""
+    choice = bits.choices[0]
+    return sum(choice) / len(choice), choice
 
 
-def _fill(items: Sequence[Waiting], max_tokens: int, steady: int, most: int) -> list[Segment]:
+def _fill(items: Sequence[Segment], max_tokens: int, steady: int, most: int) -> list[Segment]:
     """At most `most` segments, of max_tokens tokens together: one row of each goes through the output head."""
     batch: list[Segment] = []
     left = max_tokens
     for item in items[:most]:
-        length = item.length
-        if length > left:
-            length = min(left, item.length - steady - 1)
-        if length <= steady or length <= 0:
+        length = item.length if item.length <= left else min(left, item.length - steady - 1)
+        if length <= steady:
             break
-        batch.append(Segment(item.owner, item.past, length, item.bits, length == item.length))
+        batch.append(item if length == item.length else replace(item, length=length, is_last=False))
         left -= length
     return batch

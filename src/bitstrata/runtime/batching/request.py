@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...errors import InputError, UnsupportedBitsError, UsageError
-from ...nn import BitsState, Precision
+from ...nn import Assignment, BitsOrPlan, BitsState
 from ...planes import whole_number
 
 REASONS = ("stop", "length", "cancelled", "error")
@@ -23,7 +23,8 @@ class Request:
 
     Args:
         prompt_ids: the prompt's tokens, BOS included where the model wants one.
-        bits: the precision: an int, or a plan (layer name -> bits); the model's highest if None.
+        bits: an int, or a plan (layer name -> bits), or what the model's BitsState made of one; the model's highest if
+            None.
         min_bits: the least that the engine's policy may lower an int `bits` to; `bits` if None, so never lower.
         max_new_tokens: at most so many tokens. None for as many as the model's context leaves; such a request takes
             room in the engine's cache as it goes, and ends, with the reason "length", when it can get no more there.
@@ -36,7 +37,7 @@ class Request:
     """
 
     prompt_ids: Sequence[int]
-    bits: Precision | None = None
+    bits: BitsOrPlan | Assignment | None = None
     min_bits: int | None = None
     max_new_tokens: int | None = 64
     temperature: float = 0.0
@@ -57,7 +58,7 @@ class Token:
     """
 
     id: int
-    bits: int | None
+    bits: int | None = None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
@@ -89,17 +90,19 @@ class Limits:
         # the last new token is never an input, so it needs no place in the cache
         return min(self.cache_tokens + 1, self.context or self.cache_tokens + 1)
 
-    def check(self, request: Request) -> int:
-        """How many new tokens `request` may make.
+    def admit(self, request: Request) -> int:
+        """Check `request`; how many new tokens it may make.
 
         Raises:
             UnsupportedBitsError: bits or min_bits that the model does not have, in a plan as well.
             InputError: an empty prompt, a token outside the vocabulary, a prompt that leaves no room for a new token.
             UsageError: anything else that is wrong with it.
         """
-        bits = self.precision(request.bits)
+        bits = self.assignment(request.bits).given
         if request.min_bits is not None:
-            self._check_bits(request.min_bits)
+            if whole_number(request.min_bits) is None:
+                raise UnsupportedBitsError(request.min_bits, self.state.supported)
+            self.state.resolve(request.min_bits)
             if not isinstance(bits, int):
                 raise UsageError(
                     f"min_bits={request.min_bits} cannot go with a plan", hint="policies lower bits that are an int"
@@ -140,19 +143,11 @@ class Limits:
             )
         return size - prompt if asked is None else asked
 
-    def precision(self, bits: Precision | None) -> Precision:
-        """`bits`, or the model's default, as BitsState.keep gives them.
-
-        Raises UnsupportedBitsError and UsageError as BitsState.set does.
-        """
-        if bits is not None and not isinstance(bits, Mapping):
-            self._check_bits(bits)
-        return self.state.keep(bits)
-
-    def _check_bits(self, bits: int) -> None:
-        if whole_number(bits) is None:
+    def assignment(self, bits: BitsOrPlan | Assignment | None) -> Assignment:
+        """`bits`, or the model's default, checked. Raises UnsupportedBitsError and UsageError as BitsState does."""
+        if not (bits is None or isinstance(bits, (Mapping, Assignment)) or whole_number(bits) is not None):
             raise UnsupportedBitsError(bits, self.state.supported)
-        self.state.check(bits)
+        return self.state.resolve(bits)
 
     def _check_stop(self, stop: Sequence[str | int]) -> None:
         if isinstance(stop, str) or any(isinstance(item, bool) or not isinstance(item, (str, int)) for item in stop):
@@ -178,27 +173,36 @@ class Handle:
     `request` is what was asked for. Events are kept, so `events` may be called more than once and late.
     """
 
-    def __init__(self, request: Request, number: int, limits: Limits, listener: Callable[[Event], None] | None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        number: int,
+        limits: Limits,
+        listener: Callable[[Event], None] | None,
+        wake: Callable[[], None],
+    ) -> None:
         self.request, self.number = request, number
-        self._limits, self._bits = limits, limits.precision(request.bits)
-        self._listener = listener
+        self._limits, self._bits = limits, limits.assignment(request.bits)
+        self._listener, self._wake = listener, wake
         self._changed = threading.Condition()
         self._events: list[Event] = []
         self._cancelled = False
         self._listener_error: Exception | None = None
-        self._wake: Callable[[], None] = lambda: None
 
     @property
-    def bits(self) -> Precision:
-        """The precision of the tokens to come, before a policy lowers it; the engine reads it at each step."""
-        return self._bits
+    def bits(self) -> BitsOrPlan:
+        """Of the tokens to come, before a policy lowers them; the engine reads them at each step."""
+        given = self._bits.given
+        if isinstance(given, int):
+            return given
+        return dict(zip(self._limits.state.layers, self._bits.choices[0], strict=False))  # without fixed layers
 
-    def set_bits(self, bits: Precision) -> None:
+    def set_bits(self, bits: BitsOrPlan) -> None:
         """Go on at `bits`, an int or a plan. What the cache holds of earlier tokens stays as it was computed.
 
         Raises UnsupportedBitsError for bits that the model does not have, UsageError for a plan that is not its.
         """
-        self._bits = self._limits.precision(bits)
+        self._bits = self._limits.assignment(bits)
 
     def cancel(self) -> None:
         """End the request soon, with the reason "cancelled" unless it ends by itself before; no-op once it ended."""

@@ -1,8 +1,7 @@
 """The next token of each request from its own logits, at its own temperature, top_p and random numbers.
 
-A sampled token is where one uniform number falls among the cumulative probabilities of the tokens,
-likeliest first. The number comes from the request's own generator, one a token, so a seeded request
-draws the same ones whatever else is in the batch.
+A sampled token is where one uniform number falls among the cumulative probabilities of the tokens, likeliest first. The
+number comes from the request's own generator, one a token, so a seeded request draws the same ones in any batch.
 """
 
 from __future__ import annotations
@@ -16,15 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckError
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The token taken; with log-probabilities if they were asked for (Token says which)."""
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+from .request import Token
 
 
 @dataclass(frozen=True)
@@ -37,20 +28,23 @@ class Sampler:
     logprobs: int | None = None
 
 
-def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice | CheckError]:
-    """One choice a row of logits [rows, V] (float32); a CheckError in the place of a row with no usable maximum."""
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | CheckError]:
+    """One token a row of logits [rows, V] (float32), with log-probabilities where the sampler asks for them.
+
+    A row with no usable maximum gets a CheckError in its place.
+    """
     best, tokens = logits.max(dim=-1)
     usable = best.isfinite().tolist()
     sampled = [row for row, sampler in enumerate(samplers) if sampler.temperature > 0 and usable[row]]
     if sampled:
         tokens[sampled] = _sample(logits[sampled], [samplers[row] for row in sampled])
     taken = tokens.tolist()
-    choices: list[Choice | CheckError] = []
+    choices: list[Token | CheckError] = []
     for row, sampler in enumerate(samplers):
         if not usable[row]:
             choices.append(CheckError("the model's logits are not finite", hint="try more bits or another dtype"))
         elif sampler.logprobs is None:
-            choices.append(Choice(taken[row]))
+            choices.append(Token(taken[row]))
         else:
             choices.append(_with_logprobs(logits[row], taken[row], sampler.logprobs))
     return choices
@@ -61,7 +55,8 @@ def normalised_entropy(logits: Tensor) -> Tensor:
 
     logits: float32 [rows, V]; returns float32 [rows].
     """
-    return torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1) / math.log(max(2, logits.shape[-1]))
+    entropy: Tensor = torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
+    return entropy / math.log(max(2, logits.shape[-1]))
 
 
 def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
@@ -81,10 +76,10 @@ def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     return order.gather(1, place).squeeze(1)
 
 
-def _with_logprobs(logits: Tensor, token: int, count: int) -> Choice:
+def _with_logprobs(logits: Tensor, token: int, count: int) -> Token:
     values = torch.log_softmax(logits, dim=-1)
     top: tuple[tuple[int, float], ...] = ()
     if count:
         largest, ids = values.topk(count)
         top = tuple(zip(ids.tolist(), largest.tolist(), strict=True))
-    return Choice(token, float(values[token]), top)
+    return Token(token, logprob=float(values[token]), top=top)

@@ -16,8 +16,8 @@ class EngineStats:
     cache_tokens, cache_used_tokens: of the cache, and reserved now; cache_bytes: of all layers' tensors.
     time_per_token: seconds between two tokens of a request, a mean over the recent past; None if none were made
     since the engine was last without work.
-    prompt_tokens, new_tokens, batches: since the start. tokens_by_bits: new tokens by the bits that computed
-    them, those of requests on a plan under "plan". finished: requests by reason.
+    prompt_tokens, new_tokens, batches: since the start. tokens_by_bits: new tokens by the bits that computed them,
+    those of requests on a plan under "plan". finished: requests by reason.
     """
 
     running: int

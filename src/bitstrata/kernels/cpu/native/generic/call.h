@@ -63,7 +63,7 @@ struct CodeTrack {
   const float* weights;  // [columns]: of its squared error
 };
 
-// Codes of a group, column by column. `given`: start from the codes there are, see quantization/tracks.py.
+// Codes of a group, column by column. `given`: start from the codes there are, see solvers/joint.py.
 struct CodeProblem {
   int64_t rows;
   int columns;

@@ -1,4 +1,4 @@
-// The inner loop of the solvers in quantization/tracks.py: codes of a group, one column after the other.
+// The inner loop of the solvers in solvers/joint.py: codes of a group, one column after the other.
 #pragma once
 #include <cstring>
 #include <vector>

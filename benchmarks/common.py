@@ -1,0 +1,43 @@
+"""What several scripts need: a checkpoint of a known shape with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from bitstrata.benchmark.random_model import random_parameter, random_weight, skeleton
+from bitstrata.checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, write_checkpoint
+from bitstrata.models import discover
+
+
+def random_checkpoint(
+    folder: Path,
+    config: PreTrainedConfig,
+    bits: tuple[int, ...],
+    *,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    blocks: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Write what `random_model` makes as a checkpoint; all of it is in memory meanwhile. The head stays in `dtype`."""
+    model, generator = skeleton(config, blocks, dtype, "cpu"), torch.Generator().manual_seed(seed)
+    layers, entries = {}, []
+    for linear in discover(model).linears:
+        layers[linear.name] = LayerSpec(
+            in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias
+        )
+    spec = QuantizationSpec(method="random", bits=list(bits), group_size=group_size, layers=layers)
+    for name, layer in layers.items():
+        weight = random_weight(layer.out_features, layer.in_features, bits, group_size, generator)
+        entries += entries_of(name, weight)
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") in layers:
+            entries.append(TensorEntry.of(name, torch.empty(0, dtype=dtype)))
+        else:
+            entries.append(TensorEntry.of(name, random_parameter(parameter.shape, dtype, generator)))
+    model.config.architectures = [type(model).__name__]
+    described = model.config.to_dict() | {"quantization_config": spec.model_dump(exclude_none=True)}
+    write_checkpoint(folder, described, entries)

@@ -1,0 +1,299 @@
+"""Run a causal language model block by block, weights read when needed.
+
+The model is a skeleton on meta. What lies outside the decoder blocks (embeddings, final norm,
+head) is filled in for the first and the last step only, a block only while it is worked on. So
+memory holds
+
+    max(outside the blocks, one block) in fp32  +  the hidden states of the windows,
+
+whatever the size of the model. What a block needs besides hidden states (masks, positions) depends
+neither on weights nor on tokens: it is recorded once, by sending one window through stand-ins that
+pass their input on. Hidden states are fp32 [windows, seq_len, hidden]. `check` finds out whether a
+model is like that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from ..errors import ModelError
+from ..memory import is_out_of_memory
+from ..models.discover import Discovery, find_blocks
+from ..models.source import SourceModel, release
+from ..progress import log
+
+TOKENS_PER_BATCH = 1024
+# what a model's own code raises when it is given something else than it expects
+MODELS_OWN = (ValueError, TypeError, IndexError, RuntimeError, AttributeError)
+LOGITS = 1 << 23  # logits held at a time, all chains together
+APART = 1e-3  # relative distance of the same windows together and one by one that is still rounding
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether tensors in two equally nested values are the same; flags and a model's own objects do not count."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return True
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place; hands its call to `visit`, which returns the hidden states to pass on."""
+
+    def __init__(self, block: nn.Module, visit: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block
+        self.__dict__["_visit"] = visit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)  # models ask a block for its attention type and the like
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._visit(hidden_states, args, kwargs)
+
+
+class Reached(Exception):  # noqa: N818
+    """Not an error: the part of a model that was wanted has run."""
+
+
+class BlockRunner:
+    """Runs `source` one block at a time.
+
+    Args:
+        source: the model's files.
+        model: its skeleton on meta.
+        discovery: what `discover` found in it.
+        seq_len: the length of every window.
+        device: where blocks run.
+    """
+
+    def __init__(
+        self, source: SourceModel, model: PreTrainedModel, discovery: Discovery, seq_len: int, device: torch.device
+    ) -> None:
+        self.source, self.model, self.discovery, self.device = source, model, discovery, device
+        self._list_name = find_blocks(model)
+        self._blocks: list[nn.Module] = list(model.get_submodule(self._list_name).children())
+        self._batch = max(1, TOKENS_PER_BATCH // seq_len)
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._in_tuple = False
+        self._alone = self._probed = False
+
+    @contextmanager
+    def _in_memory(self, module: nn.Module, prefix: str = "", skip: Iterable[str] = ()) -> Iterator[None]:
+        """The source's weights in `module`, whose name is `prefix`, but not those in `skip`; fp32."""
+        try:
+            self.source.materialise(module, prefix, skip=skip)
+            if module is self.model:
+                self.model.tie_weights()
+            nn.Module.to(module, self.device)  # a model's own `to` may refuse some devices
+            yield
+        finally:
+            release(module)
+
+    @contextmanager
+    def _outside(self, visits: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """Everything but the blocks in memory, and stand-ins in the blocks' places."""
+        holder = self.model.get_submodule(self._list_name)
+        inside = {name for name in self.model.state_dict() if name.startswith(f"{self._list_name}.")}
+        for index, visit in enumerate(visits):
+            holder._modules[str(index)] = _StandIn(self._blocks[index], visit)
+        try:
+            with self._in_memory(self.model, skip=inside):
+                yield
+        finally:
+            for index, block in enumerate(self._blocks):
+                holder._modules[str(index)] = block
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The whole model in memory, fp32."""
+        with self._in_memory(self.model):
+            yield self.model
+
+    @torch.no_grad()
+    def check(self, window: Tensor) -> None:
+        """Raise ModelError if this model cannot be run block by block. It takes one block and what is outside of them.
+
+        `window`: tokens int64 [1, S] of a text.
+        """
+        self._record(window, window.flip(-1))
+        hidden = self.embed(window)
+        with self.block(0) as block:
+            try:
+                self.call(0, block, hidden.to(self.device))
+            except MODELS_OWN as error:
+                if is_out_of_memory(error):
+                    raise
+                raise self._unsupported(str(error)) from error
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Hidden states before the first block: tokens int64 [n, S] -> fp32 [n, S, hidden].
+
+        `replaced`: parameter name -> fp32 weight in the place of the source's.
+        """
+        first: list[Tensor] = []
+
+        def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            first.append(hidden.float().cpu())
+            raise Reached
+
+        self._record(tokens[:1])
+        weights = self._here(replaced)
+        with self._outside([note] * len(self._blocks)):
+            for part in tokens.split(self._batch):
+                with contextlib.suppress(Reached):
+                    self._run_model(part, weights)
+        return torch.cat(first)
+
+    def _record(self, window: Tensor, other: Tensor | None = None) -> None:
+        """Note what each block is called with. Blocks return hidden states, bare or first in a tuple.
+
+        Raises ModelError if that cannot be done, or if blocks are given something else for the tokens of `other`.
+        """
+        reason: Exception | None = None
+        for self._in_tuple in (False, True):
+            try:
+                self._calls = self._recorded(window)
+                break
+            except MODELS_OWN as error:
+                if is_out_of_memory(error):
+                    raise
+                reason = error
+        else:
+            raise self._unsupported(str(reason)) from reason
+        if other is not None and not _equal(self._calls, self._recorded(other)):
+            raise self._unsupported("its blocks are given more of the tokens than their hidden states")
+
+    def _unsupported(self, reason: str) -> ModelError:
+        return ModelError(
+            f"{type(self.model).__name__} cannot be run block by block: {reason}",
+            hint="leave --calibration out and use a method without it: --preset fast",
+        )
+
+    def _recorded(self, tokens: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        shapes: set[torch.Size] = set()
+
+        def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            calls.append((args, kwargs))
+            if not shapes and (hidden.dim() != 3 or hidden.shape[:2] != tokens.shape):
+                shape = list(hidden.shape)
+                raise self._unsupported(
+                    f"hidden states of {list(tokens.shape)} tokens are {shape}, not one vector each"
+                )
+            shapes.add(hidden.shape)
+            if len(shapes) > 1:  # the model took the tensor apart: it expects a tuple
+                raise TypeError(f"hidden states changed their shape from block to block: {shapes}")
+            if len(calls) == len(self._blocks):
+                raise Reached
+            return self._returned(hidden)
+
+        with self._outside([record] * len(self._blocks)), contextlib.suppress(Reached):
+            self._run_model(tokens, {})
+        if len(calls) != len(self._blocks):
+            raise TypeError(f"{len(calls)} of {len(self._blocks)} blocks were called")
+        return calls
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._in_tuple else hidden
+
+    def _here(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in (weights or {}).items()}
+
+    def _run_model(self, tokens: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Logits; `weights`: parameter name -> what stands for the model's own."""
+        arguments = {"input_ids": tokens.to(self.device), "use_cache": False}
+        logits: Tensor = functional_call(self.model, weights, (), arguments, tie_weights=False).logits
+        return logits
+
+    @torch.no_grad()
+    def logits(
+        self,
+        hidden: Mapping[str, Tensor],
+        tokens: Tensor,
+        replaced: Mapping[str, Tensor] | None = None,
+        original: str | None = None,
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Logits after the last block for several chains side by side.
+
+        Args:
+            hidden: for each chain its final hidden states [n, S, hidden].
+            tokens: int64 [n, S].
+            replaced: parameter name -> fp32 weight that the chains other than `original` end in.
+
+        Yields:
+            (targets int64 [s], {chain: logits fp32 [s, vocab]}), a stretch of one window at a time.
+        """
+        current: list[Tensor] = []
+        visits: list[Callable[..., Any]] = [lambda h, args, kwargs: self._returned(current[0])] * len(self._blocks)
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        stretch = max(16, min(512, LOGITS // vocabulary // len(hidden)))
+        others = self._here(replaced)
+        with self._outside(visits):
+            for window in range(len(tokens)):
+                for start in range(0, tokens.shape[1] - 1, stretch):
+                    end = min(start + stretch, tokens.shape[1] - 1)
+                    result = {}
+                    for chain, states in hidden.items():
+                        current[:] = [states[window : window + 1, start:end].to(self.device)]
+                        weights = {} if chain == original else others
+                        result[chain] = self._run_model(tokens[window : window + 1, start:end], weights)[0].float()
+                    yield tokens[window, start + 1 : end + 1].to(self.device), result
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory, fp32."""
+        with self._in_memory(self._blocks[index], self.discovery.blocks[index]):
+            yield self._blocks[index]
+
+    def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """One call of block `index` on hidden [b, S, hidden], differentiable."""
+        if self._alone and len(hidden) > 1:
+            return torch.cat([self.call(index, block, window) for window in hidden.split(1)])
+        args, kwargs = self._calls[index]
+        output = block(hidden, *args, **kwargs)
+        if self._in_tuple and isinstance(output, (tuple, list)):
+            output = output[0]
+        if not isinstance(output, Tensor) or output.shape != hidden.shape:
+            raise ModelError(
+                f"{self.discovery.blocks[index]} returned {type(output).__name__}, not hidden states alone",
+                hint="leave --calibration out and use a method without it: --preset fast",
+            )
+        return output
+
+    def _probe(self, index: int, block: nn.Module, hidden: Tensor) -> None:
+        """Find out once whether what was recorded for one window serves several at a time."""
+        if self._probed or len(hidden) < 2:
+            return
+        self._probed = True
+        two = hidden[:2].to(self.device)
+        try:
+            together = self.call(index, block, two)
+        except (RuntimeError, ValueError) as error:  # masks or biases that are made for one batch size
+            self._alone = True
+            if is_out_of_memory(error):
+                log.info("memory is enough for one window at a time only, which takes longer")
+            return
+        one_by_one = torch.cat([self.call(index, block, window) for window in two.split(1)])
+        self._alone = not bool((together - one_by_one).norm() <= APART * one_by_one.norm())
+
+    @torch.no_grad()
+    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Block `index` on all windows: [n, S, hidden] -> [n, S, hidden], in batches."""
+        self._probe(index, block, hidden)
+        output = torch.empty_like(hidden)
+        for part, result in zip(hidden.split(self._batch), output.split(self._batch), strict=True):
+            result.copy_(self.call(index, block, part.to(self.device)))
+        return output

@@ -1,0 +1,171 @@
+"""What transformers and accelerate do not promise to keep: private names, and names of classes and attributes.
+
+Everything of this kind is used through this file (a test reads the sources), so an upgrade breaks here and nowhere
+else. tests/models/test_compat.py has a test for each function, which says what a change would break. Checked with
+transformers 5.17 to 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils.hub import cached_file
+
+# subclasses of nn.Linear that compute what it computes; others multiply by something else, or return more
+PLAIN_LINEARS = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+SCALED_EMBEDDING = "ScaledWordEmbedding"  # the end of the names of embeddings that multiply their rows by a number
+
+
+def causal_classes() -> Mapping[Any, Any]:
+    """Class of a config -> what AutoModelForCausalLM makes of it. Listing the keys imports every architecture."""
+    mapping: Mapping[Any, Any] = AutoModelForCausalLM._model_mapping
+    return mapping
+
+
+def attention_of(model: PreTrainedModel) -> str | None:
+    """The name of the attention that `model` runs."""
+    name: str | None = model.config._attn_implementation
+    return name
+
+
+def can_change_attention(model: PreTrainedModel) -> bool:
+    """Whether `model.set_attn_implementation` works: its attention asks transformers for a function by name."""
+    return bool(model._can_set_attn_implementation())
+
+
+def register_mask_of_sdpa(name: str) -> None:
+    """Give the attention `name` the masks of transformers' `sdpa`."""
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    """transformers' own `sdpa`: (output [B, L, H, D], None)."""
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter -> the parameter whose tensor it is, for all that the config ties."""
+    return dict(model.all_tied_weights_keys)
+
+
+def untie(model: PreTrainedModel, parameter: str) -> None:
+    """Take `parameter` off the lists of tied weights: it no longer exists."""
+    model.all_tied_weights_keys = {key: value for key, value in tied_parameters(model).items() if key != parameter}
+    listed = model._tied_weights_keys
+    if isinstance(listed, dict):
+        model._tied_weights_keys = {key: value for key, value in listed.items() if key != parameter}
+
+
+def name_changes(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
+    """What becomes of a stored name in `model`: the new name, and whether transformers merges or splits the tensor."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+
+    def changed(name: str) -> tuple[str, bool]:
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name, any(converter.rename_source_key(name)[1] is not None for converter in converters)
+
+    return changed
+
+
+def embedding_scale(module: nn.Module) -> tuple[float | None, bool]:
+    """The number by which an embedding multiplies its rows, None if it does not, and whether it is rounded first.
+
+    It is rounded to the dtype of the rows where transformers holds it in a buffer, which may be on meta.
+    """
+    held = getattr(module, "embed_scale", None)
+    number = getattr(module, "scalar_embed_scale", held)
+    return (float(number) if isinstance(number, (int, float)) else None), isinstance(held, torch.Tensor)
+
+
+def is_scaled_embedding(module: nn.Module) -> bool:
+    """Whether `module` is an embedding that does no more than multiply its rows by a number."""
+    return type(module).__name__.endswith(SCALED_EMBEDDING) and embedding_scale(module)[0] is not None
+
+
+def is_plain_linear(kind: type[nn.Linear]) -> bool:
+    """Whether modules of `kind` compute what nn.Linear computes."""
+    return kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in PLAIN_LINEARS
+
+
+def text_control_tokens(tokenizer: Any) -> list[str] | None:
+    """The control tokens that a tokenizer itself lists; None before transformers 5.23, and where it lists none."""
+    listed: list[str] | None = getattr(tokenizer, "chat_control_tokens", None)
+    return listed
+
+
+def byte_level_characters() -> dict[str, int]:
+    """Character -> byte, in the vocabularies of byte-level tokenizers."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def stored_file(name: str | None, file: str) -> Path | None:
+    """`file` of a model that is a folder or was fetched from the hub; None if it is not there."""
+    if not name:
+        return None
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    path = Path(name, file) if Path(name).is_dir() else cached_file(name, file, **missing)
+    return Path(path) if path is not None and Path(path).is_file() else None
+
+
+@contextmanager
+def unhooked(module: nn.Module) -> Iterator[None]:
+    """Without the hook that accelerate has put around `module`, if there is one: it remembers tensors by name."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    try:
+        yield
+    finally:
+        add_hook_to_module(module, hook)
+
+
+def set_cached_length(cache: Cache, length: int) -> None:
+    """Let a static cache hold its first `length` tokens, on the device, so that the host does not wait."""
+    for layer in cache.layers:
+        assert isinstance(layer, StaticLayer)
+        layer.cumulative_length.fill_(length)
+
+
+def has_sliding_window(cache: Cache) -> bool:
+    """Whether some layers of `cache` let go of what leaves their window."""
+    return any(type(layer) is DynamicSlidingWindowLayer for layer in cache.layers)
+
+
+def uncuttable_layers(cache: Cache) -> list[str]:
+    """The kinds of layers of `cache` whose last tokens cannot be taken back."""
+    kinds = {type(layer) for layer in getattr(cache, "layers", ())}
+    return sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+
+
+def record_past(cache: Cache) -> None:
+    """From now on keep what leaves a sliding window, so that `cache.crop` can take tokens back."""
+    if has_sliding_window(cache):
+        cache.activate_past_recording()
+
+
+def stop_recording(cache: Cache) -> None:
+    """The opposite of `record_past`."""
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.record_past = False

@@ -1,0 +1,397 @@
+"""The arguments of the verbs, each written once: from here come the Python functions (`verb`), the commands
+(cli/commands.py), the reference pages, and what a job is resumed by.
+
+A verb is a frozen dataclass. Its docstring's first line is the command's help, a field's `Argument` says the rest. The
+order of fields is that of positional arguments in Python, until `KW_ONLY`. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, Protocol, TypeVar, cast, get_type_hints, overload
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+else:
+    PreTrainedModel = PreTrainedTokenizerBase = Any
+
+P = ParamSpec("P")
+O = TypeVar("O")  # noqa: E741  (options)
+O_contra = TypeVar("O_contra", contravariant=True)
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+REMOVED = {
+    "reporter": "messages go to logging: nothing is shown without logging.basicConfig(level=logging.INFO) or the like"
+}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What is known of a field beside its type and default.
+
+    Args:
+        help: a sentence for people.
+        flag: on the command line, where it is not --the-field's-name; "" for a word without a flag.
+        short: a second flag.
+        least, most: bounds of a number, which the command line checks.
+        each: of a flag that may be repeated: makes the field's value from the texts. Raises UsageError.
+        environment: a variable that gives it too.
+        is_command: whether the command line has it.
+    """
+
+    help: str
+    flag: str | None = None
+    short: str | None = None
+    least: int | None = None
+    most: int | None = None
+    each: Callable[[str, Sequence[str]], Any] | None = None
+    environment: str | None = None
+    is_command: bool = True
+
+
+def arguments_of(options: type) -> dict[str, tuple[Any, Argument]]:
+    """Name of every field -> its type and its Argument."""
+    hints = get_type_hints(options, include_extras=True)
+    return {one.name: (hints[one.name].__origin__, hints[one.name].__metadata__[0]) for one in fields(options)}
+
+
+def texts(flag: str, given: Sequence[str]) -> tuple[str, ...]:
+    return tuple(given)
+
+
+def named_values(flag: str, given: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE, by name."""
+    for item in given:
+        if "=" not in item:
+            raise UsageError(f"{flag} {item!r} must look like NAME=VALUE", hint=f"for example {flag} steps=500")
+    return dict(item.split("=", 1) for item in given)
+
+
+def bounds(flag: str, given: Sequence[str]) -> dict[str, int]:
+    """`PATTERN=BITS` or `BITS` for all layers, as a mapping."""
+    found: dict[str, int] = {}
+    for text in given:
+        pattern, _, bits = text.rpartition("=")
+        if not bits.isdigit():
+            raise UsageError(f"{flag} {text!r} cannot be used", hint=f"{flag} 3, or {flag} '*.down_proj=3'")
+        found.pop(pattern or "*", None)  # a key that is there keeps its place, but the last that matches holds
+        found[pattern or "*"] = int(bits)
+    return found
+
+
+Device = Annotated[str, Argument("auto, cpu, cuda or cuda:N.")]
+Checkpoint = Argument("Checkpoint folder or hub id.", flag="")
+Chosen = Argument("Checkpoint folder or hub id, OUT or OUT:BITS.", flag="")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Quantize MODEL into nested bit-planes. Run the same command again to resume an interrupted job."""
+
+    model: Annotated[str | Path, Argument("Model folder (safetensors) or hub id.", flag="")]
+    output: Annotated[str | Path, Argument("Folder to write; an unfinished job in it is resumed.", short="-o")]
+    _: KW_ONLY
+    bits: Annotated[str | int | Iterable[int], Argument("Bits to support, each 1 to 8: 2-4, 2,4 or 3.")] = "2-4"
+    method: Annotated[str, Argument("nested, anybcq, anyprecision, bpdq, gptq, bcq or rtn.")] = "nested"
+    group_size: Annotated[int, Argument("Input columns that share scales.")] = 128
+    calibration: Annotated[
+        str | Path | None, Argument("UTF-8 text file, or stdlib; the final check is measured on it too.")
+    ] = None
+    num_samples: Annotated[int, Argument("Windows to calibrate on.")] = 128
+    seq_len: Annotated[int, Argument("Tokens a window.")] = 2048
+    preset: Annotated[str, Argument("fast (no calibration text), default or best (slowest).")] = "default"
+    head_bits: Annotated[
+        int | None,
+        Argument("Planes for the output head and the embedding too, 4 to 8; else they stay as they are."),
+    ] = None
+    options: Annotated[
+        Mapping[str, Any] | None, Argument("Method option NAME=VALUE; repeatable.", flag="--option", each=named_values)
+    ] = None
+    skip: Annotated[str | Sequence[str], Argument("Layers to leave: a glob, or re:REGEX; repeatable.", each=texts)] = ()
+    seed: Annotated[int, Argument("Decides windows and training order.")] = 0
+    device: Device = "auto"
+    dry_run: Annotated[bool, Argument("Check and list everything; write nothing.")] = False
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Choose the bits of every layer for a budget in bytes or bits a weight."""
+
+    model: Annotated[str | Path, Checkpoint]
+    budget: Annotated[Any, Argument("All weights: 600MB, 1.8GiB. Or bits read a weight: 3.2bpw.")]
+    solver: Annotated[str, Argument("One of: paired (the best), milp, greedy, waterfill.")] = "paired"
+    text: Annotated[
+        str | Path | None, Argument("UTF-8 text to measure layers and the plan on; or stdlib. Once measured, optional.")
+    ] = None
+    reference: Annotated[str | Path | None, Argument("The original model; else losses are to the highest bits.")] = None
+    _: KW_ONLY
+    output: Annotated[str | Path | None, Argument("Where the plan is written.", short="-o")] = None
+    pages: Annotated[bool, Argument("Write the universal order of pages beside the model.")] = False
+    plot: Annotated[str | Path | None, Argument("Draw loss against bytes to this file (extra plots).")] = None
+    sensitivity: Annotated[
+        str | Path | None, Argument("Where layers' losses are kept; beside the model by default.")
+    ] = None
+    measure: Annotated[str | None, Argument("How layers are measured: kld (default), or hessian (quick, rough).")] = (
+        None
+    )
+    together: Annotated[bool, Argument("Equal bits for q, k, v and for gate, up: they share a kernel call.")] = False
+    min_bits: Annotated[
+        Mapping[str, int] | None,
+        Argument("At least so many bits: 3, or '*.down_proj=3'. May be repeated.", each=bounds),
+    ] = None
+    max_bits: Annotated[Mapping[str, int] | None, Argument("At most so many bits, likewise.", each=bounds)] = None
+    windows: Annotated[int | None, Argument("Windows to measure on, and as many to compare on (default 16).")] = None
+    seq_len: Annotated[int | None, Argument("Tokens a window (default 512).")] = None
+    seed: Annotated[int, Argument("Which windows, and which random plan.")] = 0
+    device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure perplexity, KL divergence and top-1 agreement at each bits."""
+
+    model: Annotated[str | Path | PreTrainedModel, Checkpoint]
+    text: Annotated[str | Path, Argument("UTF-8 text, documents separated by <|endoftext|>; or stdlib.")]
+    bits: Annotated[
+        Any, Argument("Bits and plans to measure: 2,3,plan.json. All bits by default; of one plan's pages that plan.")
+    ] = None
+    reference: Annotated[
+        str | Path | PreTrainedModel | None, Argument("The original model, for kld and agreement.")
+    ] = None
+    seq_len: Annotated[int | None, Argument("Tokens a window (default 2048), at most the model's context.")] = None
+    max_tokens: Annotated[int | None, Argument("Stop after so many predicted tokens.")] = None
+    _: KW_ONLY
+    arithmetic: Annotated[
+        str | None,
+        Argument("exact, or int8 as in decoding on a CPU. By default what runs for windows of this length."),
+    ] = None
+    tokenizer: Annotated[
+        PreTrainedTokenizerBase | None, Argument("Of a loaded model that has no folder.", is_command=False)
+    ] = None
+    device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Check the kernels, then time them beside memory bandwidth and torch."""
+
+    model: Annotated[str | Path | None, Argument("Checkpoint, OUT or OUT:BITS; or use --shapes.", flag="")] = None
+    _: KW_ONLY
+    shapes: Annotated[
+        str | None, Argument("Instead of a checkpoint: llama-3.2-1b, llama-3.1-8b, ... or 4096x4096,14336x4096.")
+    ] = None
+    bits: Annotated[
+        str | int | Iterable[int] | None, Argument("Precisions, such as 2,3,4; all of OUT's by default.")
+    ] = None
+    rows: Annotated[str | int | Iterable[int], Argument("Rows of activations for single layers.")] = "1,8"
+    threads: Annotated[int | None, Argument("Threads; what torch uses by default.")] = None
+    whole: Annotated[bool, Argument("With a model's name in --shapes: decode a whole model too.")] = False
+    head_bits: Annotated[
+        int | None, Argument("With --whole: planes for the output head and the embedding; bf16 otherwise.")
+    ] = None
+    blocks: Annotated[int | None, Argument("With --whole: only as many decoder blocks.")] = None
+    regimes: Annotated[str | Sequence[str], Argument("cache, memory, or both.", flag="--regime")] = "both"
+    rounds: Annotated[int, Argument("Rounds of which the median is taken.")] = 7
+    group_size: Annotated[int, Argument("Of layers that are no checkpoint's.", is_command=False)] = 128
+    device: Device = "auto"
+    tune: Annotated[bool, Argument("On a GPU: first search the fastest shapes of programs, and keep them.")] = False
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Show bits, bits per weight and bytes for each precision, the layers, and the kernel that will run."""
+
+    path: Annotated[str | Path, Checkpoint]
+    _: KW_ONLY
+    verify: Annotated[bool, Argument("Read and check every byte.")] = False
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Quantize the bundled model once and run it at 2, 3 and 4 bits, offline, in under two minutes."""
+
+    output: Annotated[str | Path | None, Argument("Keep the quantized model here.", short="-o")] = None
+
+
+@dataclass(frozen=True)
+class EnvOptions:
+    """Show versions, the machine, and which kernels can run."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How a text is continued. Raises UsageError for numbers that cannot be used."""
+
+    max_new_tokens: Annotated[int, Argument("The most tokens to add.")] = 64
+    temperature: Annotated[float, Argument("0 is greedy; above 0 samples.")] = 0.0
+    top_p: Annotated[float, Argument("Sample from the most likely tokens of this total probability.")] = 1.0
+    seed: Annotated[int, Argument("Seed of the sampling.")] = 0
+    draft_bits: Annotated[int | None, Argument("Draft tokens at this precision where it is lower.")] = None
+    draft_tokens: Annotated[int, Argument("The most tokens drafted at a time.")] = 4
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+            raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max_new_tokens be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of a model is loaded, and where."""
+
+    budget: Annotated[
+        str | None,
+        Argument("Load no more than this: 600MB for the whole model, 3.2bpw. Needs OUT's page order (bitstrata plan)."),
+    ] = None
+    fit: Annotated[bool, Argument("Load as much as the free memory holds beside the cache of keys and values.")] = False
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateCommand(Size, GenerationSettings):
+    """Continue PROMPT at the chosen bits, streaming to the terminal."""
+
+    model: Annotated[str, Chosen]
+    prompt: Annotated[str, Argument("Text to continue.", flag="")]
+    bits: Annotated[str | None, Argument("Precision, or a plan's file; the highest by default.")] = None
+    json: Annotated[bool, Argument("Print one JSON object on stdout.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatCommand(Size, GenerationSettings):
+    """Talk to a model; its bits can change in the middle of the conversation. /help lists the commands."""
+
+    model: Annotated[str, Chosen]
+    bits: Annotated[int | None, Argument("Precision to start with; the highest by default.")] = None
+    system: Annotated[str | None, Argument("Instruction before the first turn.")] = None
+    max_new_tokens: Annotated[int, Argument("The longest reply, in tokens.")] = 256
+    temperature: Annotated[float, Argument("0 is greedy; above 0 samples.")] = 0.7
+    top_p: Annotated[float, Argument("Sample from the most likely tokens of this total probability.")] = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What a server is told whichever model it has."""
+
+    min_bits: Annotated[
+        int | None, Argument("How low the policy may go with requests that do not say; not at all by default.")
+    ] = None
+    api_key: Annotated[
+        str | None, Argument("Key that clients must send; none by default.", environment="BITSTRATA_API_KEY")
+    ] = None
+    default_max_tokens: Annotated[int, Argument("New tokens of a chat request that gives no number.", least=1)] = 512
+    max_prompt_tokens: Annotated[
+        int | None, Argument("The longest prompt; by default what context and cache take.", least=1)
+    ] = None
+    max_body: Annotated[int, Argument("The largest request, in bytes.", least=1)] = 4 * 1024 * 1024
+    max_connections: Annotated[int, Argument("HTTP requests under way; more are refused.", least=1)] = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(Size, ServerSettings):
+    """Serve a model over HTTP as OpenAI does, each request at its own bits. Ctrl-C ends it."""
+
+    model: Annotated[str, Chosen]
+    host: Annotated[str, Argument("Address to listen at; 0.0.0.0 is every one.")] = "127.0.0.1"
+    port: Annotated[int, Argument("0 takes any that is free.", least=0, most=65535)] = 8000
+    served_model_name: Annotated[str | None, Argument("The model's name; by default the folder's or hub id.")] = None
+    bits: Annotated[
+        str | None,
+        Argument("For requests that name none: bits, a plan's NAME or file; the highest by default."),
+    ] = None
+    plan: Annotated[
+        Sequence[str], Argument("NAME=FILE: a plan that requests choose as MODEL:NAME; repeatable.", each=texts)
+    ] = ()
+    policy: Annotated[str, Argument("What lowers bits: fixed, load:target_ms=50, position:tokens=32 or entropy.")] = (
+        "fixed"
+    )
+    max_requests: Annotated[int, Argument("Requests served at a time; others wait.", least=1)] = 16
+    max_waiting: Annotated[int, Argument("Requests that may wait; more are refused.", least=1)] = 256
+    cache_tokens: Annotated[
+        int | None, Argument("Room for the prompts and new tokens of all running requests.", least=1)
+    ] = None
+    allowed_origin: Annotated[
+        Sequence[str], Argument("A web page's origin that may call the server (CORS); repeatable.", each=texts)
+    ] = ()
+    allowed_host: Annotated[
+        Sequence[str],
+        Argument(
+            "A name that clients reach the server by, where they use neither localhost nor its address; "
+            "* is any. Repeatable.",
+            each=texts,
+        ),
+    ] = ()
+    grace: Annotated[float, Argument("Seconds for requests under way when the server closes.", least=0)] = 30.0
+
+
+def check_name(function: str, name: str, known: Iterable[str]) -> None:
+    """Raise UsageError for an argument that `function` does not have; the nearest that it has is named."""
+    known = tuple(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, 1)
+    hint = REMOVED.get(name) or (f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}")
+    raise UsageError(f"{function} has no argument {name}", hint=hint)
+
+
+def named(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, which says in words which argument it does not have. A decorator of public functions."""
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            check_name(function.__name__, name, known)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+class Verb(Protocol[O_contra, P, R_co]):
+    """A function that takes one object of options, or the fields of one as arguments."""
+
+    __name__: str
+
+    @overload
+    def __call__(self, options: O_contra, /) -> R_co: ...
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+def verb(options: Callable[P, O]) -> Callable[[Callable[[O], R]], Verb[O, P, R]]:
+    """A decorator: `run(options)` becomes a function that also takes the fields of `options` as its arguments.
+
+    Its signature and the list of arguments in its docstring come from the fields. Raises UsageError for an argument
+    that there is none of.
+    """
+    kind = cast("type[O]", options)
+    signature = inspect.signature(kind)
+
+    def decorate(run: Callable[[O], R]) -> Verb[O, P, R]:
+        @functools.wraps(run)
+        def call(*args: Any, **kwargs: Any) -> R:
+            if len(args) == 1 and not kwargs and isinstance(args[0], kind):
+                return run(args[0])
+            for name in kwargs:
+                check_name(run.__name__, name, signature.parameters)
+            bound = signature.bind(*args, **kwargs)
+            return run(kind(*bound.args, **bound.kwargs))
+
+        known = arguments_of(kind)
+        described = "\n".join(["Args:", *(f"    {name}: {about.help}" for name, (_, about) in known.items())])
+        text, raises, errors = inspect.cleandoc(run.__doc__ or "").partition("\nRaises:")
+        call.__doc__ = f"{text}\n{described}\n{raises}{errors}".strip() if known else text
+        call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [one.replace(annotation=known[name][0]) for name, one in signature.parameters.items()],
+            return_annotation=run.__annotations__["return"],
+        )
+        return cast("Verb[O, P, R]", call)
+
+    return decorate

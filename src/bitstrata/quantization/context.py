@@ -1,0 +1,258 @@
+"""What a job knows and what its stages are: the settings with all that preflight found, and the state while it runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..calibration import BlockRunner, Windows
+from ..checkpoint import LayerSpec, QuantizationSpec, format_version
+from ..checkpoint.schema import CONFIG_FILE, is_plane, tensor_bytes
+from ..metrics import Metrics
+from ..models import Discovery, HeadLayer, LinearInfo, SourceModel
+from ..planes import PlaneWeight, decode
+from ..progress import log
+from .block_task import BlockTask
+from .chains import ORIGINAL, Chains
+from .companions import companions
+from .settings import Settings
+from .state import JobState
+
+# What names, shapes and digests take, at most: of a tensor in the headers of its parts and of its shard, and in the
+# index; of a layer in config.json and the report.
+TENSOR_TEXT = 640
+LAYER_TEXT = 1024
+
+Need = Literal["windows", "whole model"]
+
+
+class Stage(ABC):
+    """A part of a job that leaves a durable result, and does nothing where an earlier run left it.
+
+    needs: windows of calibration text; the whole model in memory at once.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    @abstractmethod
+    def memory(self, prepared: Prepared) -> int:
+        """Its peak memory where it computes, in bytes, estimated; hidden states are counted apart."""
+
+    def disk(self, prepared: Prepared) -> int:
+        """The bytes of its result in the job folder."""
+        return 0
+
+    @abstractmethod
+    def run(self, job: Job) -> None:
+        """Do it. Raises JobError where an earlier run's result is damaged."""
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """An estimate of a job's peak, in bytes: main memory, and the memory of the GPU it runs on, if it does."""
+
+    main: int
+    gpu: int = 0
+
+    def __str__(self) -> str:
+        return f"{megabytes(self.main)} of memory" + (f" and {megabytes(self.gpu)} of GPU memory" if self.gpu else "")
+
+
+def megabytes(size: int) -> str:
+    """A size for people: MB below a gigabyte, else GB (powers of ten)."""
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that passed preflight.
+
+    common: state-dict name -> stored name of what is copied unchanged.
+    head: the output head and the embedding, if they are quantized too.
+    fingerprint: everything the result depends on; decides whether a job may be resumed.
+    """
+
+    settings: Settings
+    stages: tuple[Stage, ...]
+    source: SourceModel
+    model: PreTrainedModel
+    discovery: Discovery
+    windows: Windows | None
+    common: dict[str, str]
+    fingerprint: dict[str, Any]
+    head: tuple[HeadLayer, ...] = ()
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model tells apart."""
+        return int(self.model.config.get_text_config(decoder=True).vocab_size)
+
+    def spec(self) -> QuantizationSpec:
+        """The `quantization_config` of the result."""
+        settings = self.settings
+        layers = {
+            linear.name: LayerSpec(
+                in_features=linear.in_features,
+                out_features=linear.out_features,
+                bias=linear.bias,
+                decoder=settings.method.scales_kind(settings.bits),
+            )
+            for linear in self.discovery.linears
+        }
+        if settings.head_bits is not None:
+            layers.update({layer.name: layer.spec(settings.head_bits) for layer in self.head})
+        return QuantizationSpec(
+            format_version=format_version(layers.values()),
+            method=settings.method.name,
+            method_options=settings.fingerprint()["options"],
+            bits=list(settings.bits),
+            group_size=settings.group_size,
+            layers=layers,
+            provenance={
+                "model": Path(settings.model).name or settings.model,
+                "calibration": None if settings.calibration is None else Path(settings.calibration).name,
+                **self.fingerprint,
+            },
+        )
+
+    def stored_bytes(self, layers: tuple[LinearInfo, ...] | tuple[HeadLayer, ...], *, planes: bool = True) -> int:
+        """Bytes of the scales of these layers, and of their planes."""
+        spec = self.spec()
+        tensors = {name: shape for layer in layers for name, shape in spec.layer_tensors(layer.name).items()}
+        return sum(tensor_bytes(shape) for name, shape in tensors.items() if planes or not is_plane(name))
+
+    @cached_property
+    def disk_bytes(self) -> int:
+        """The most that the output takes at a time, just before the job folder is removed:
+
+        the stages' results + the checkpoint: planes and scales, unquantized tensors, files beside the weights.
+        """
+        spec, source = self.spec(), self.source
+        found = [source.spec(stored) for stored in self.common.values()]
+        copied = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in found)
+        copied += sum(path.stat().st_size for path in [source.folder / CONFIG_FILE, *companions(source)])
+        tensors = len(self.common) + sum(len(spec.layer_tensors(name)) + 1 for name in spec.layers)
+        text = tensors * TENSOR_TEXT + (len(spec.layers) + len(self.discovery.left_out)) * LAYER_TEXT
+        results = sum(stage.disk(self) for stage in self.stages)
+        return results + sum(map(spec.layer_bytes, spec.layers)) + copied + text
+
+    @cached_property
+    def parameter_bytes(self) -> tuple[int, list[int]]:
+        """In fp32: what lies outside the blocks, and each block."""
+        inside = dict.fromkeys(self.discovery.blocks, 0)
+        outside = 0
+        for name, parameter in self.model.named_parameters():
+            block = next((block for block in inside if name.startswith(f"{block}.")), None)
+            if block is None:
+                outside += parameter.numel() * 4
+            else:
+                inside[block] += parameter.numel() * 4
+        return outside, list(inside.values())
+
+    @cached_property
+    def memory(self) -> MemoryNeed:
+        """An estimate of the peak: that of the stage that takes most (`Stage.memory`) and
+
+            hidden states: windows x seq_len x hidden x 4 bytes x (2 + 2 x bits)
+
+        The interpreter and its libraries, about 0.4 GB, come on top. On a GPU all but the hidden states is there; main
+        memory holds those, and what is on its way: whatever of the model is in memory at a time, in fp32.
+        """
+        hidden, settings = 0, self.settings
+        if self.windows is not None:
+            tokens = self.windows.heldout.numel()
+            tokens += self.windows.calibration.numel() if "inputs" in settings.method.needs else 0
+            width = self.model.config.get_text_config(decoder=True).hidden_size
+            hidden = tokens * width * 4 * (2 + 2 * len(settings.bits))
+        work = max(stage.memory(self) for stage in self.stages)
+        if settings.device.type == "cpu":
+            return MemoryNeed(work + hidden)
+        outside, inside = self.parameter_bytes
+        whole = any("whole model" in stage.needs for stage in self.stages)
+        return MemoryNeed((outside + sum(inside) if whole else max(outside, *inside)) + hidden, work)
+
+
+@dataclass
+class Job:
+    """A job that runs: its durable state, and what its stages leave in memory for each other.
+
+    layer_error: layer -> bits -> ||W - W_bits||^2 / ||W||^2.
+    measured: what the final check found, by chain name.
+    """
+
+    prepared: Prepared
+    state: JobState
+    layer_error: dict[str, dict[str, float]] = field(default_factory=dict)
+    measured: dict[str, Metrics] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        prepared = self.prepared
+        self.settings, self.discovery = prepared.settings, prepared.discovery
+        self.runner = BlockRunner(
+            prepared.source, prepared.model, prepared.discovery, self.settings.seq_len, self.settings.device
+        )
+        self.chains = Chains(self.runner)
+
+    @property
+    def windows(self) -> Windows:
+        """The text's windows; a stage that needs some has them."""
+        assert self.prepared.windows is not None
+        return self.prepared.windows
+
+    def planes(self, index: int) -> dict[str, PlaneWeight]:
+        """The finished block's layers."""
+        return self.state.load(index, [linear.name for linear in self.discovery.of_block(index)])
+
+    def embedding(self) -> dict[str, Tensor]:
+        """Parameter name -> decoded weight, fp32, of the embedding; empty without `--head-bits`."""
+        return {
+            f"{layer.name}.weight": self._decoded(layer) for layer in self.prepared.head if layer.role == "embedding"
+        }
+
+    def output(self) -> dict[str, Tensor]:
+        """The same of the output head."""
+        head = [layer for layer in self.prepared.head if layer.tied is not None or layer.role == "head"]
+        return {f"{layer.tied or layer.name}.weight": self._decoded(layer) for layer in head}
+
+    def _decoded(self, layer: HeadLayer) -> Tensor:
+        (weight,) = self.state.load(layer.role, [layer.name]).values()
+        return decode(weight, weight.bits[0])
+
+    def task(self, index: int, block: nn.Module) -> BlockTask:
+        """Block `index`, which is in memory, with what the chains have for it."""
+        name, linears, seed = self.discovery.blocks[index], self.discovery.of_block(index), self.settings.seed
+        learning = self.chains.learning
+        weights = {}
+        for linear in linears:
+            parameter = block.get_submodule(linear.name.removeprefix(f"{name}.")).weight
+            assert isinstance(parameter, Tensor)
+            weights[linear.name] = (parameter.T if linear.transposed else parameter).detach().contiguous()
+        return BlockTask(
+            block=block,
+            prefix=f"{name}.",
+            weights=weights,
+            transposed=frozenset(linear.name for linear in linears if linear.transposed),
+            bits=self.settings.bits,
+            group_size=self.settings.group_size,
+            call=lambda module, hidden: self.runner.call(index, module, hidden),
+            inputs=learning.get(ORIGINAL),
+            targets=None,
+            chains={bits: learning[str(bits)] for bits in self.settings.bits} if learning else {},
+            generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
+            say=lambda message: log.info(f"  {name}: {message}"),
+        )
+
+    def quantize(self, task: BlockTask, planes: dict[str, PlaneWeight], bits: int) -> None:
+        """Put the weights at `bits` into the block, and note how far they are from the original's."""
+        for name, weight in task.weights.items():
+            dense = decode(planes[name], bits).to(weight.device)
+            error = torch.dist(dense, weight).square() / weight.norm().square().clamp_min(1e-30)
+            self.layer_error.setdefault(name, {})[str(bits)] = float(error)
+            task.put({name: dense})

@@ -1,0 +1,176 @@
+"""What a method is: a frozen dataclass whose fields are its options, and a way from weights to planes.
+
+A method that looks at rows implements `solve_rows`, one that looks at a layer `solve_layer`, one that needs more of a
+block than its weights `solve_block`; `MomentsMethod` solves layer by layer with the moments of their inputs (`solve`).
+The job asks for what `needs` names, and knows nothing else about a method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..planes import decode
+from ..planes.weights import Kind, PlaneWeight
+from .grouping import check_weight, join_rows, row_chunks
+from .moments import Moments
+
+ROW_BUDGET = 1 << 21  # weights solved at a time by methods that look at rows
+ROWS_AT_ONCE = 4096  # rows that a solver with moments holds
+
+# inputs: `inputs`, `targets` and `chains` of a block; gradients: its `sensitivity`, which takes the whole model once
+Need = Literal["inputs", "gradients"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How all scales are tuned end to end once every block is solved.
+
+    steps: of Adam; learning_rate: in units of a layer's last scale; batch_tokens: tokens a step.
+    """
+
+    steps: int
+    learning_rate: float
+    batch_tokens: int
+
+
+@dataclass(kw_only=True)
+class Block(ABC):
+    """One transformer block, ready to be quantized.
+
+    Attributes:
+        weights: linear's name -> W fp32 [N, K].
+        bits: the bits asked for, ascending; group_size: columns a group.
+        inputs: the original model's hidden states [n, S, hidden]; None if the method does not need them.
+        targets: the block's output on `inputs`.
+        chains: bits -> the hidden states that the model quantized so far has at these bits.
+        sensitivity: linear's name -> sensitivity of the loss to each weight, fp32 [N, K], if the method needs it.
+        generator: the block's own source of randomness.
+        say: where to report.
+    """
+
+    weights: Mapping[str, Tensor]
+    bits: tuple[int, ...]
+    group_size: int
+    inputs: Tensor | None
+    targets: Tensor | None
+    chains: Mapping[int, Tensor]
+    sensitivity: Mapping[str, Tensor] | None = None
+    generator: torch.Generator
+    say: Callable[[str], None]
+
+    @abstractmethod
+    def input_groups(self) -> list[list[str]]:
+        """Names of linears that read the same tensor, in the order in which the block runs them."""
+
+    @abstractmethod
+    def moments(self, names: Sequence[str], solved: Mapping[int, Mapping[str, Tensor]]) -> dict[int, Moments]:
+        """The moments of what `names` read at each bits, where linears in `solved[bits]` have those weights [N, K]."""
+
+    @abstractmethod
+    def output(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """The block's output on hidden [b, S, hidden] with these weights [N, K], differentiable in them."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to make planes and scales from weights; its fields are its options, each with a default.
+
+    Class attributes:
+        name: as in `--method`.
+        presets: preset name -> options that differ from the defaults.
+        nests: whether one file can hold several precisions.
+    """
+
+    name: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    nests: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What these options need of a block besides its weights."""
+        return frozenset()
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """How scales are tuned once every block is solved; None to leave them."""
+        return None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether these options need calibration text."""
+        return bool(self.needs or self.tuning)
+
+    def scales_kind(self, bits: tuple[int, ...]) -> Kind:
+        """What a layer with these bits is decoded with."""
+        return "affine"
+
+    def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
+        """Bytes that solving a block with linears [N, K] of these shapes takes beyond the block itself, estimated."""
+        return 0
+
+    def solve_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
+        """`solve_layer` for some rows: W fp32 [n, K], checked."""
+        raise TypeError(f"{self.name} works on whole blocks, not on single layers")
+
+    def solve_layer(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
+        """W [N, K] -> planes and scales for each of `bits`.
+
+        Rows are independent, so they are solved in chunks that bound the memory. Raises ModelError
+        for NaN, infinity, or weights beyond the range of fp16 scales.
+        """
+        check_weight("a weight", weight)
+        chunks = row_chunks(len(weight), weight.shape[1], ROW_BUDGET)
+        return join_rows([self.solve_rows(weight[rows].float(), bits, group_size) for rows in chunks])
+
+    def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
+        """A PlaneWeight for every linear of the block, on the CPU."""
+        return {name: self.solve_layer(weight, block.bits, block.group_size) for name, weight in block.weights.items()}
+
+
+@dataclass(frozen=True)
+class MomentsMethod(Method):
+    """Solves the linears of a block in the order in which they run, each on the inputs that the solved ones give it."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"inputs"})
+
+    def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
+        """Hessian, cross moments, the damped one and its factor a precision, two in float64; the solver's tensors."""
+        if not self.needs:
+            return 0
+        return max(
+            4 * columns * (columns * (4 * len(bits) + 4) + min(rows, ROWS_AT_ONCE) * (4 * len(bits) + 6))
+            for rows, columns in shapes
+        )
+
+    @abstractmethod
+    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
+        """W fp32 [N, K], checked, and the moments of its inputs at each bits -> planes and scales."""
+
+    def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
+        if not self.needs:
+            return super().solve_block(block)
+        solved: dict[int, dict[str, Tensor]] = {bits: {} for bits in block.bits}
+        result = {}
+        for names in block.input_groups():
+            found = block.moments(names, solved)
+            tokens = found[max(found)].tokens
+            for name in names:
+                weight = block.weights[name].float()
+                check_weight(name, weight)
+                if tokens < weight.shape[1]:
+                    block.say(
+                        f"{name}: {tokens} calibration tokens for {weight.shape[1]} inputs; "
+                        "damping fills in, more tokens would be better"
+                    )
+                result[name] = self.solve(weight, found, block.group_size)
+                for bits in block.bits:
+                    solved[bits][name] = decode(result[name], bits).to(weight.device)
+        return {name: result[name] for name in block.weights}

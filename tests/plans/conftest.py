@@ -1,0 +1,1 @@
+from quantized_models import quantized  # noqa: F401  (a fixture)
