@@ -118,7 +118,7 @@ def loads(folder: Path, budgets: list[str]) -> dict[str, Any]:
     before, started, first = memory(), time.perf_counter(), asked()
     model = bitstrata.load(folder, budget=budgets[-1])
     seconds, read = time.perf_counter() - started, asked() - first
-    return row(budgets[-1], Plan(model.bitstrata_pages.plan(budgets[-1])), folder, before, seconds, read)
+    return row(budgets[-1], Plan(model.pages.plan(budgets[-1])), folder, before, seconds, read)
 
 
 def resizes(folder: Path, budgets: list[str], steps: int) -> dict[str, Any]:
@@ -126,19 +126,19 @@ def resizes(folder: Path, budgets: list[str], steps: int) -> dict[str, Any]:
     model = bitstrata.load(folder, budget=budgets[0])
     forward(model)
     start = memory()
-    pages = model.bitstrata_pages
+    pages = model.pages
     least = pages.sizes.of_plan(pages.plan(budgets[0])).weights
     start["anonymous"] -= least
     jumps = []
     for budget in [*draw.sample(budgets, len(budgets)), *draw.sample(budgets, len(budgets))]:
-        plan, first = model.bitstrata_pages.plan(budget), asked()
+        plan, first = model.pages.plan(budget), asked()
         done = model.resize(plan)
         entry = row(budget, plan, folder, start, done.seconds, asked() - first)
         jumps.append(entry | {"added": done.added, "dropped": done.dropped, "pages_read": done.read})
         forward(model)
 
     order = PageOrder.load(folder / PAGES_FILE)
-    current = dict(model.bitstrata_pages.plan(budgets[0]))
+    current = dict(model.pages.plan(budgets[0]))
     model.resize(current)
     at, taken = 0, []
     for _ in range(steps):

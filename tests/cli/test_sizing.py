@@ -11,8 +11,7 @@ from cli_outcome import Command
 from page_orders import write_order
 
 from bitstrata.checkpoint import CheckpointReader
-from bitstrata.models import fit
-from bitstrata.plans import ModelSizes, Plan, load
+from bitstrata.plans import ModelSizes, Plan, fit, load
 
 
 @pytest.fixture(scope="module")

@@ -335,8 +335,8 @@ def test_new_weights_between_calls(pair, seed):
     [
         ({"k_proj": {"group_size": 64}}, 0),
         ({"v_proj": {"bits": (2, 4)}}, 0),
-        ({"q_proj": {"decoder": "codebook"}}, 0),
-        ({name: {"decoder": "codebook"} for name in NAMES}, 1),
+        ({"q_proj": {"kind": "codebook"}}, 0),
+        ({name: {"kind": "codebook"} for name in NAMES}, 1),
     ],
     ids=["other-groups", "other-bits", "one-codebook", "codebooks"],
 )

@@ -79,7 +79,7 @@ def test_load_takes_the_largest_plan_that_fits(folder, sizes, monkeypatch):
     model = bitstrata.load(folder, fit=True, context=20)
     plan = dict(bits_state(model).plan)
     assert sizes.smallest != plan != sizes.largest
-    assert plan == dict(model.bitstrata_pages.plan(f"{wanted}B"))
+    assert plan == dict(model.pages.plan(f"{wanted}B"))
     assert str(bits_state(model).plan) == "fit", "the same at every start, however much was free"
     model.resize(2)
     assert dict(bits_state(model).plan) == sizes.smallest

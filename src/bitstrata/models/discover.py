@@ -140,6 +140,11 @@ def discover(model: PreTrainedModel, skip: Sequence[str] = ()) -> Discovery:
             info = linear_info(full, module, index)
             if info is None:
                 continue
+            if not info.in_features or not info.out_features:
+                raise ModelError(
+                    f"config.json describes no model: {full} would be [{info.out_features}, {info.in_features}]",
+                    hint="download it again",
+                )
             hits = [pattern for pattern in skip if _matches(pattern, full)]
             unmatched.difference_update(hits)
             if hits:

@@ -39,6 +39,8 @@ class Assignment:
 
     def __init__(self, given: Any, choices: tuple[Choice, ...], rows: Tensor | None = None) -> None:
         self.given, self.choices, self.rows = given, choices, rows
+        # of each layer, its bits in each choice
+        self._columns: tuple[Choice, ...] = () if rows is None else tuple(zip(*choices, strict=True))
         # (bits of a layer in each choice, rows of its input, device) -> bits a row. A graph's tensor may change between
         # two passes, so there results are kept for one pass only, see `for_tokens`.
         changes = rows is not None and not choices and rows.device.type != "cpu"
@@ -68,8 +70,8 @@ class Assignment:
 
     def at(self, place: int, shape: torch.Size, device: torch.device | None) -> int | Tensor:
         """Layer `place` on an input of `shape` rows: an int where all choices agree, else int8 [rows]."""
-        bits = tuple(choice[place] for choice in self.choices)
-        if bits and all(value == bits[0] for value in bits):
+        bits = self._columns[place] if self._columns else ()
+        if bits and bits.count(bits[0]) == len(bits):
             return bits[0]
         if self._expanded is None or torch.compiler.is_compiling():
             return self._expand(bits, shape, device)
@@ -229,7 +231,8 @@ class BitsState:
         """
         with self._uses.changing():
             yield
-            self._hold({name: (plan[name],) for name in self.layers}, plan)
+            with self._uses.lock:
+                self._hold({name: (plan[name],) for name in self.layers}, plan)
 
     def __getstate__(self) -> dict[str, object]:
         """A copy is set to what runs now: nobody is inside a use of it."""

@@ -82,12 +82,13 @@ class FusedGroup:
                 if member is not layer and _equal(member.bits_state.bits_for(member.name, x.shape[:-1], x.device), bits)
             ]
         others = [(member, other) for member, other in others if other.kernel.name == weight.kernel.name]
+        if not others:
+            return weight.linear(x, bits)
         y, *more = linear_many(x, [weight, *(other for _, other in others)], bits)
-        if others:
-            current = _Round(x, bits)
-            for (member, other), result in zip(others, more, strict=True):
-                current.results[id(member)] = other, result
-            self._rounds = [current]
+        current = _Round(x, bits)
+        for (member, other), result in zip(others, more, strict=True):
+            current.results[id(member)] = other, result
+        self._rounds = [current]
         return y
 
     def clear(self) -> None:

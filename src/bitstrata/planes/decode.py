@@ -1,4 +1,4 @@
-"""The reference scales: the specification of the format, obvious and slow.
+"""The reference: the specification of the format, obvious and slow.
 
     affine    W[n, k] = offset[n, j] + sum_{i<bits} scale[i, n, j] B_i[n, k],   j = k div group_size
     affine8   the same, its coefficients from bytes (ByteScales)

@@ -132,7 +132,7 @@ class ModelSizes:
     def of_plan(self, plan: Mapping[str, int]) -> PlanBytes:
         """The bytes of a plan that fits (`Plan.check`)."""
         weights = sum(sizes[plan[name]] for name, sizes in self.layers.items())
-        return self._of_weights(weights)
+        return PlanBytes(weights, self.fixed, 8 * (weights + self.fixed_read) / self.weight_count)
 
     def limit(self, budget: str | Budget) -> int:
         """The most bytes that the planned layers may have. Raises UsageError if not even the smallest plan fits."""
@@ -159,9 +159,6 @@ class ModelSizes:
                 f"the budget {budget} is above the whole model, {bytes_text(largest.total)} or {largest.bpw:.3f}bpw: "
                 "every layer has its highest bits"
             )
-
-    def _of_weights(self, weights: int) -> PlanBytes:
-        return PlanBytes(weights, self.fixed, 8 * (weights + self.fixed_read) / self.weight_count)
 
 
 def _ceil(thousandths: float) -> str:

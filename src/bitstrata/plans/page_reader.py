@@ -75,7 +75,7 @@ class PageReader:
 
     def __init__(self, reader: CheckpointReader, *, verify: bool = False) -> None:
         self.spec, self.folder = reader.spec, reader.folder
-        self._reader, self._verify = reader, verify
+        self.checkpoint, self._verify = reader, verify
         self._files: dict[str, _File] = {}
         self._stamps = self._description()
         self.bytes_read = 0  # of tensors, since the start
@@ -95,7 +95,7 @@ class PageReader:
         ).items():
             name = f"{layer}.{key}"
             tensors[key] = self._read(name, (DTYPE_NAMES[dtype], shape))
-            check_values(name, self._reader.weight_map[name], tensors[key])
+            check_values(name, self.checkpoint.weight_map[name], tensors[key])
         return planes, make_scales(described.decoder, bits, tensors)
 
     def page_bytes(self, layer: str, held: int, bits: int) -> int:
@@ -106,7 +106,7 @@ class PageReader:
         return 4 * max(0, bits - held) * rows * words_per_row(columns) + scales
 
     def _read(self, tensor: str, expected: TensorSpec) -> Tensor:
-        file = self._reader.weight_map.get(tensor)
+        file = self.checkpoint.weight_map.get(tensor)
         if file is None:
             raise CheckpointError(f"tensor {tensor} is not listed in {self.folder / INDEX_FILE}")
         if file not in self._files:
@@ -116,7 +116,7 @@ class PageReader:
                     hint="load the model again",
                 )
             if self._verify:
-                self._reader.check_digest(file)
+                self.checkpoint.check_digest(file)
             self._files[file] = _File(self.folder / file)
         value = self._files[file].read(tensor, expected)
         self.bytes_read += value.nbytes

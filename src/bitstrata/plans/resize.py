@@ -71,28 +71,26 @@ class Pages:
 
     def __init__(self, folder: Path, *, verify: bool = False, dtype: torch.dtype | None = None) -> None:
         self.folder, self._verify = folder, verify
-        checkpoint = CheckpointReader(folder, paged=True)
-        self.fingerprint = Fingerprint.of(checkpoint)
-        self.sizes = ModelSizes.of(checkpoint, dtype)
-        self._checkpoint: CheckpointReader | None = checkpoint
-        self._reader: PageReader | None = PageReader(checkpoint, verify=verify)
+        self._reader: PageReader | None = PageReader(CheckpointReader(folder, paged=True), verify=verify)
+        self.fingerprint = Fingerprint.of(self._reader.checkpoint)
+        self.sizes = ModelSizes.of(self._reader.checkpoint, dtype)
         self._order: tuple[tuple[int, int], PageOrder] | None = None  # and when the file was written, and its size
         self._resizing = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy opens the files anew when it is resized; until then it needs none."""
-        return self.__dict__ | {"_checkpoint": None, "_reader": None, "_resizing": None}
+        return self.__dict__ | {"_reader": None, "_resizing": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _resizing=threading.Lock())
 
-    def _open(self) -> tuple[CheckpointReader, PageReader]:
-        if self._checkpoint is None or self._reader is None:
+    def _open(self) -> PageReader:
+        if self._reader is None:
             checkpoint = CheckpointReader(self.folder, paged=True)
             if Fingerprint.of(checkpoint) != self.fingerprint:
                 raise CheckpointError(f"{self.folder} is not the checkpoint that the model was loaded from")
-            self._checkpoint, self._reader = checkpoint, PageReader(checkpoint, verify=self._verify)
-        return self._checkpoint, self._reader
+            self._reader = PageReader(checkpoint, verify=self._verify)
+        return self._reader
 
     def plan(self, size: Size) -> Plan:
         """The plan for `size`. A budget takes the longest prefix of the stored page order that fits.
@@ -102,7 +100,7 @@ class Pages:
                 plan no page order, or one that is not of this model.
             UsageError: a budget that cannot be read, or that is below the smallest plan.
         """
-        checkpoint, _ = self._open()
+        checkpoint = self._open().checkpoint
         whole = whole_number(size)
         if whole is not None:
             plan = Plan.uniform(checkpoint.spec, whole)
@@ -154,12 +152,13 @@ class Pages:
         state.check_outside()  # before the lock: its holder may be waiting for the caller's step
         with self._resizing:
             started = time.perf_counter()
-            _, reader = self._open()
+            reader = self._open()
             held, start = dict(state.plan), reader.bytes_read
             changed = [name for name, bits in plan.items() if bits != held.get(name)]
             weights = {}
             for name in changed:
-                layer = _layer(model, name)
+                layer = model.get_submodule(name)
+                assert isinstance(layer, PlaneLinear)
                 pages = reader.pages(name, held.get(name, 0), plan[name])
                 weights[layer] = layer.with_pages(plan[name], *pages)
             with state.changing(replace(plan, bits={name: plan[name] for name in self.sizes.layers})):
@@ -168,25 +167,11 @@ class Pages:
                 for layer, weight in weights.items():
                     layer.packed = weight
             seconds = time.perf_counter() - started
-            return self._report(reader, held, plan, changed, reader.bytes_read - start, seconds)
-
-    def _report(
-        self, reader: PageReader, held: Mapping[str, int], plan: Plan, changed: list[str], read: int, seconds: float
-    ) -> Resized:
-        added = dropped = 0
-        for name in changed:
-            before, after = held.get(name, 0), plan[name]
-            added += reader.page_bytes(name, before, after)
-            dropped += reader.page_bytes(name, after, before) if before else 0
-        sizes = self.sizes
-        was = sizes.of_plan(held).total if held else sizes.fixed
-        return Resized(was, sizes.of_plan(plan).total, added, dropped, read, len(changed), seconds)
-
-
-def _layer(model: PreTrainedModel, name: str) -> PlaneLinear:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, PlaneLinear)
-    return layer
+            added = sum(reader.page_bytes(name, held.get(name, 0), plan[name]) for name in changed)
+            dropped = sum(reader.page_bytes(name, plan[name], held[name]) for name in changed if name in held)
+            before = self.sizes.of_plan(held).total if held else self.sizes.fixed
+            after, read = self.sizes.of_plan(plan).total, reader.bytes_read - start
+            return Resized(before, after, added, dropped, read, len(changed), seconds)
 
 
 @named

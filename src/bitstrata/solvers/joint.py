@@ -64,7 +64,7 @@ class Track:
 
 def levels(coefficients: Tensor) -> Tensor:
     """The value of every code: [p + 1, N] -> [2^p, N]."""
-    signs = code_signs(len(coefficients) - 1, coefficients.device).T.contiguous()
+    signs: Tensor = code_signs(len(coefficients) - 1, coefficients.device).T.contiguous()
     return signs @ coefficients[:-1] + coefficients[-1]
 
 
