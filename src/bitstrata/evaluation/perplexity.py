@@ -13,7 +13,7 @@ from .. import arguments
 from ..calibration import evaluation_windows, given_tokens, read_text
 from ..checkpoint import CheckpointReader, is_checkpoint
 from ..errors import TextError, UsageError
-from ..metrics import Metrics, Tally
+from ..metrics import Tally
 from ..models import (
     check_vocabulary,
     context_limit,
@@ -49,15 +49,8 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         UnsupportedBitsError, PlanError, TextError, ModelError, CheckpointError: the input named in the message.
         KernelError: nothing here computes in this arithmetic, or not the forced kernel.
     """
-    model, text, arithmetic, seq_len, max_tokens = (
-        options.model, options.text, options.arithmetic, options.seq_len, options.max_tokens
-    )  # fmt: skip
-    if arithmetic not in (None, *ARITHMETICS):
-        raise UsageError(f"arithmetic {arithmetic!r} is not known", hint=f"one of {', '.join(ARITHMETICS)}")
-    if seq_len is not None:
-        seq_len = arguments.number("seq_len", seq_len, 2, hint="tokens a window; leave it out for the usual length")
-    if max_tokens is not None:
-        max_tokens = arguments.number("max_tokens", max_tokens, 1, hint="leave it out to measure the whole text")
+    model, text = options.model, options.text
+    seq_len, max_tokens = _checked(options)
     documents = read_text(text, part="heldout")
     where = input_device(model) if isinstance(model, PreTrainedModel) else pick_device(options.device)
     asked = _asked(options.bits)
@@ -82,8 +75,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     check_vocabulary((max(window) for batch in batches for window in batch), quantized.config, tokenizer)
     if not batches:
         raise TextError(f"{text} has no window of two tokens or more", hint="give a longer text")
-    tallies = [Tally() for _ in chosen]
-    baseline, ran = Tally(), Ran(quantized)
+    tallies, baseline, ran = [Tally() for _ in chosen], Tally(), Ran(quantized)
     with torch.no_grad(), Steps("evaluating", len(batches), "batch") as steps:
         for windows in batches:
             ids, predicted = _padded(windows, given, where)
@@ -92,16 +84,10 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
                 expected = _logits(original, ids, predicted)
                 baseline.add(expected, targets)
             for value, tally in zip(chosen, tallies, strict=True):
-                with state.using(value, arithmetic), ran.watching():
+                with state.using(value, options.arithmetic), ran.watching():
                     tally.add(_logits(quantized, ids, predicted), targets, expected)
             steps.step()
-
-    layers = multiplied_layers(quantized)
-    count = sum(layer.in_features * layer.out_features for layer in layers)
-    results = tuple(
-        _row(value, tally.result(), sum(layer.bytes_read(value) for layer in layers), count)
-        for value, tally in zip(chosen, tallies, strict=True)
-    )
+    results = _rows(quantized, chosen, tallies)
     base = baseline.result() if original is not None else None
     arithmetics, kernels = ran.names()
     return Evaluation(
@@ -115,6 +101,18 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         kernel=kernels,
         notes=notes(),
     )
+
+
+def _checked(options: EvaluateOptions) -> tuple[int | None, int | None]:
+    """seq_len and max_tokens. Raises UsageError for what cannot be used, and for an unknown arithmetic."""
+    if options.arithmetic not in (None, *ARITHMETICS):
+        raise UsageError(f"arithmetic {options.arithmetic!r} is not known", hint=f"one of {', '.join(ARITHMETICS)}")
+    seq_len, max_tokens = options.seq_len, options.max_tokens
+    if seq_len is not None:
+        seq_len = arguments.number("seq_len", seq_len, 2, hint="tokens a window; leave it out for the usual length")
+    if max_tokens is not None:
+        max_tokens = arguments.number("max_tokens", max_tokens, 1, hint="leave it out to measure the whole text")
+    return seq_len, max_tokens
 
 
 def _asked(bits: str | Sequence[int | Plan] | int | Plan | None) -> tuple[int | Plan, ...] | None:
@@ -153,9 +151,18 @@ def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedMode
             plan.check(CheckpointReader(folder))
 
 
-def _row(bits: BitsOrPlan, measured: Metrics, size: int, count: int) -> BitsResult:
-    name, bpw = bits_name(bits), 8 * size / count
-    return BitsResult(name, measured.perplexity, measured.nll, measured.kld, measured.top1_agreement, bpw, size)
+def _rows(model: PreTrainedModel, chosen: Sequence[BitsOrPlan], tallies: Sequence[Tally]) -> tuple[BitsResult, ...]:
+    """What was measured, with the bytes that a token reads."""
+    layers = multiplied_layers(model)
+    count = sum(layer.in_features * layer.out_features for layer in layers)
+    rows = []
+    for bits, tally in zip(chosen, tallies, strict=True):
+        size, found = sum(layer.bytes_read(bits) for layer in layers), tally.result()
+        bpw = 8 * size / count
+        rows.append(
+            BitsResult(bits_name(bits), found.perplexity, found.nll, found.kld, found.top1_agreement, bpw, size)
+        )
+    return tuple(rows)
 
 
 def context_length(model: PreTrainedModel, seq_len: int | None) -> int:
