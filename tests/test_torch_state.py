@@ -132,7 +132,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quantize_writes_the_same_bytes(job: str, model: Path, text: Path, tmp_path: Path) -> None:
     quantize(model, tmp_path / "ordinary", text, num_samples=3, **JOBS[job])
     expected = digests(tmp_path / "ordinary")
-    for name, state in STATES.items():
+    # every state meets a job and every job some states; all of them meet the quickest job
+    names = list(STATES) if job == "rtn" else list(STATES)[list(JOBS).index(job) % 4 :: 4]
+    for name, state in ((name, STATES[name]) for name in names):
         with state():
             before = observed()
             quantize(model, tmp_path / name, text, num_samples=3, **JOBS[job])

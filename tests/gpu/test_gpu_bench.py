@@ -84,6 +84,7 @@ def launched(gpu, monkeypatch):
     return asked
 
 
+@on_a_real_one
 def test_layers(small):
     result = bench(shapes="48x128,5x70", rows="1,17", device=small, **QUICK)
     assert result.kernel == "triton"

@@ -16,7 +16,6 @@ BITS = (2, 4)
 LAYERS = {
     "up": (14336, 4096, 128, "affine"),
     "down": (4096, 14336, 128, "affine8"),
-    "table": (4096, 14336, 128, "codebook"),
 }
 SAMPLE = 48  # output channels compared in float64
 

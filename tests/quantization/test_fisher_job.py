@@ -84,11 +84,20 @@ def test_an_interrupted_job_does_not_compute_gradients_again(
     assert digests(output) == unbroken
 
 
-def test_killed_before_and_after_each_file_of_the_job(
-    model: Path, text: Path, tmp_path: Path, unbroken: dict[str, str]
+# before and after each file: the fingerprint, the sensitivities, three blocks
+SOME = (2, 3, 9)
+MOMENTS = [
+    pytest.param(SOME, id="some"),
+    pytest.param(sorted(set(range(2 * 5)) - set(SOME)), id="the-others", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_killed_before_and_after_files_of_the_job(
+    moments: list[int], model: Path, text: Path, tmp_path: Path, unbroken: dict[str, str]
 ) -> None:
     log = tmp_path / "log"
-    for moment in range(2 * 5):  # the fingerprint, the sensitivities, three blocks
+    for moment in moments:
         output = tmp_path / f"out-{moment}"
         command = [
             "quantize", str(model), "-o", str(output), "--calibration", str(text), "--method", "anyprecision",

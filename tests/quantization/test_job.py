@@ -200,17 +200,16 @@ def test_windows_longer_than_the_context_are_lowered_with_a_note(model: Path, te
 
 
 def test_text_of_another_kind_is_said_in_the_report(tmp_path: Path) -> None:
-    """The demo's model has learnt Python; prose in another language it cannot predict."""
+    """The demo's model has learnt Python; prose in another language it cannot predict. (For Python see below.)"""
     foreign = tmp_path / "foreign.txt"
     words = ["la", "noche", "pasa", "lentamente", "sobre", "el", "campo", "y", "nadie", "recuerda", "aquella", "lluvia"]
     draw = random.Random(0)
     foreign.write_text(" ".join(draw.choice(words) for _ in range(4000)))
-    for text, warned in ((foreign, True), ("stdlib", False)):
-        report = bitstrata.quantize(
-            MODEL, tmp_path / f"out-{warned}", bits="4", method="rtn", calibration=text, num_samples=4, seq_len=64
-        )
-        assert (report.text_warning is not None) == warned
-        assert ("it is not the kind of text this model was made for" in str(report)) == warned
+    report = bitstrata.quantize(
+        MODEL, tmp_path / "out", bits="4", method="rtn", calibration=foreign, num_samples=4, seq_len=64
+    )
+    assert report.text_warning is not None
+    assert "it is not the kind of text this model was made for" in str(report)
 
 
 @pytest.mark.parametrize("name", ["bpdq", "gptq"])
@@ -232,6 +231,7 @@ def test_nested_on_a_trained_model(tmp_path):
     settings = {"group_size": 128, "num_samples": 16, "seq_len": 128}
     quick = {"iterations": 2, "sweeps": 1}
     nested = run(MODEL, tmp_path / "nested", "stdlib", method="nested", options=quick, **settings)
+    assert nested.text_warning is None
     kld = {row["bits"]: row["kld"] for row in nested.results}
     assert kld[4] < kld[3] < kld[2]
     dedicated = run(MODEL, tmp_path / "gptq", "stdlib", method="gptq", options={}, bits=3, **settings)

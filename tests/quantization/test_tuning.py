@@ -126,11 +126,11 @@ def command(model, output, text):
     ]  # fmt: skip
 
 
-def test_killed_while_refined_blocks_are_written(model, text, tmp_path):
-    log = tmp_path / "log"
+@pytest.mark.parametrize("file", [pytest.param(5, marks=pytest.mark.slow), 6, pytest.param(7, marks=pytest.mark.slow)])
+def test_killed_while_refined_blocks_are_written(file, model, text, tmp_path):
+    """Of the files before it are the fingerprint, three blocks, and then the refined ones."""
+    log, output = tmp_path / "log", tmp_path / "out"
     assert finish(command(model, tmp_path / "whole", text), log) == 0, log.read_text()
-    for file in (5, 6, 7):  # fingerprint, three blocks, and then the refined ones
-        output = tmp_path / f"out-{file}"
-        assert finish(command(model, output, text), log, kill_at=2 * file) != 0
-        assert finish(command(model, output, text), log) == 0, log.read_text()
-        assert digests(output) == digests(tmp_path / "whole"), f"killed at file {file}"
+    assert finish(command(model, output, text), log, kill_at=2 * file) != 0
+    assert finish(command(model, output, text), log) == 0, log.read_text()
+    assert digests(output) == digests(tmp_path / "whole")
