@@ -45,6 +45,27 @@ def finish(command: list[str], log: Path, kill_at: int | None = None) -> int:
     return process.exitcode
 
 
+def printed(command: list[str], folder: Path, encoding: str) -> tuple[int, bytes, bytes]:
+    """Run `bitstrata` with stdout and stderr in `encoding`: the exit code, and what it wrote to each."""
+    out, err = folder / "stdout", folder / "stderr"
+    process = _CONTEXT.Process(target=_print, args=(command, str(out), str(err), encoding))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode, out.read_bytes(), err.read_bytes()
+
+
+def _print(command: list[str], out: str, err: str, encoding: str) -> None:
+    for number, (name, path) in enumerate((("stdout", out), ("stderr", err)), 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        errors = "backslashreplace" if name == "stderr" else "strict"  # as Python opens them
+        setattr(sys, name, open(number, "w", encoding=encoding, errors=errors, closefd=False))  # noqa: SIM115
+    from bitstrata.cli.main import main
+
+    sys.argv = ["bitstrata", *command]
+    main()
+
+
 def _run(command: list[str], log: str, kill_at: int | None) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)

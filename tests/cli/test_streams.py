@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli_outcome import Command
+from job_process import printed
 
 BITSTRATA = [sys.executable, "-m", "bitstrata.cli.main"]
 
@@ -28,10 +29,10 @@ def foreign(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*arguments: object, encoding: str = "utf-8", **settings: object) -> subprocess.CompletedProcess[bytes]:
-    environment = os.environ | {"PYTHONIOENCODING": encoding}
+def run(*arguments: object, **settings: object) -> subprocess.CompletedProcess[bytes]:
+    """The program as a user starts it, which takes seconds."""
     command = [*BITSTRATA, *map(str, arguments)]
-    return subprocess.run(command, stderr=subprocess.PIPE, env=environment, **settings)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(command, stderr=subprocess.PIPE, **settings)  # type: ignore[call-overload, no-any-return]
 
 
 def test_a_terminal_that_lacks_characters_gets_them_escaped(foreign: Path, tmp_path: Path) -> None:
@@ -42,22 +43,21 @@ def test_a_terminal_that_lacks_characters_gets_them_escaped(foreign: Path, tmp_p
         ["inspect", foreign],
         ["eval", foreign, "--text", text],
     ):
-        printed = run(*arguments, stdout=subprocess.PIPE).stdout.decode()
-        assert not printed.isascii()
+        shown = printed(list(map(str, arguments)), tmp_path, "utf-8")[1].decode()
+        assert not shown.isascii()
         for encoding in ("ascii", "cp1252"):
-            escaped = run(*arguments, encoding=encoding, stdout=subprocess.PIPE)
-            assert escaped.returncode == 0, escaped.stderr
-            assert escaped.stdout == printed.encode(encoding, "backslashreplace")
+            code, escaped, said = printed(list(map(str, arguments)), tmp_path, encoding)
+            assert code == 0, said
+            assert escaped == shown.encode(encoding, "backslashreplace")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_stdout_that_is_full_is_named(quantized: Path) -> None:
-    for arguments in (["inspect", quantized], ["generate", quantized, "ab", "--max-new-tokens", "3"]):
-        with open("/dev/full", "wb") as full:
-            done = run(*arguments, stdout=full)
-        assert done.returncode == 4
-        assert b"error: stdout cannot be written: No space left on device" in done.stderr
-        assert b"Exception ignored" not in done.stderr
+    with open("/dev/full", "wb") as full:
+        done = run("generate", quantized, "ab", "--max-new-tokens", "3", stdout=full)
+    assert done.returncode == 4
+    assert b"error: stdout cannot be written: No space left on device" in done.stderr
+    assert b"Exception ignored" not in done.stderr
 
 
 def test_stdout_that_is_closed_is_said_and_the_work_is_done(quantized: Path) -> None:
@@ -102,7 +102,7 @@ def test_characters_that_steer_a_terminal_are_escaped(quantized: Path, tmp_path:
     refused.refused(3, r"\x1b[2Jx.plane_0 is stored")
     del index["weight_map"]["\x1b[2Jx.plane_0"]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    shown = run("inspect", folder, stdout=subprocess.PIPE)
-    assert shown.returncode == 0, shown.stderr
-    assert rb"method \x1b]0;title\x07\x9b1m\ud800" in shown.stdout
-    assert b"\x1b" not in shown.stdout
+    code, shown, said = printed(["inspect", str(folder)], tmp_path, "utf-8")
+    assert code == 0, said
+    assert rb"method \x1b]0;title\x07\x9b1m\ud800" in shown
+    assert b"\x1b" not in shown

@@ -226,6 +226,7 @@ def test_calibration_is_asked_for(name, model, tmp_path):
         run(model, tmp_path / "out", None, method=name, options={}, bits="3")
 
 
+@pytest.mark.slow
 def test_nested_on_a_trained_model(tmp_path):
     """One nested file is nearer to the original than a dedicated GPTQ file."""
     settings = {"group_size": 128, "num_samples": 16, "seq_len": 128}

@@ -114,8 +114,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("error", WAYS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("place", ["_run_model", "call", "logits"])
+@pytest.mark.parametrize(("place", "error"), list(zip(["_run_model", "call", "logits"], WAYS, strict=True)))
 def test_memory_that_runs_out_is_no_matter_of_the_architecture(
     place: str, error: Exception, model: Path, text: Path, tmp_path: Path
 ) -> None:

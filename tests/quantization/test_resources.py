@@ -109,8 +109,9 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    ("job", "build"), [*((job, tiny_llama) for job in JOBS), ("rtn", tiny_gpt2), ("tuned with a head", tiny_gpt2)]
+)
 def test_the_disk_that_is_asked_for_is_what_the_job_takes_at_its_peak(
     job: str, build: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
