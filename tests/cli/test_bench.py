@@ -9,8 +9,7 @@ import torch
 from control_groups import cgroups, group  # noqa: F401  (a fixture)
 
 from bitstrata import memory
-from bitstrata.benchmark import verify as checks
-from bitstrata.kernels import registry
+from bitstrata.kernels import Weight, registry
 
 QUICK = ("--rounds", "1", "--device", "cpu")
 
@@ -68,16 +67,16 @@ def test_the_tables_of_a_checkpoint(cli, quantized):
 
 def test_nothing_is_timed_when_a_kernel_is_wrong(cli, monkeypatch):
     """A scale that is off by three percent is enough."""
-    real = checks.run
-    monkeypatch.setattr(checks, "run", lambda x, weight, bits: real(x, weight, bits) * (1.03 if bits == 3 else 1))
+    real = Weight.linear
+    monkeypatch.setattr(Weight, "linear", lambda self, x, bits: real(self, x, bits) * (1.03 if bits == 3 else 1))
     outcome = cli("bench", "--shapes", "96x160", "--bits", "2,3", *QUICK)
     outcome.refused(5, "is wrong at 3 bits, 1 rows, [96, 160]", "nothing is reported")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
 def test_a_result_that_is_no_number_is_wrong(cli, monkeypatch, bad):
-    real = checks.run
-    monkeypatch.setattr(checks, "run", lambda x, weight, bits: real(x, weight, bits) * bad)
+    real = Weight.linear
+    monkeypatch.setattr(Weight, "linear", lambda self, x, bits: real(self, x, bits) * bad)
     cli("bench", "--shapes", "40x64", "--rows", "17", *QUICK).refused(5, "is wrong at 2 bits, 17 rows")
 
 

@@ -140,7 +140,7 @@ def test_what_nobody_foresaw_is_called_a_bug(cli: Command, monkeypatch: pytest.M
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("surprise")
 
-    monkeypatch.setattr("bitstrata.cli.env.env", broken)
+    monkeypatch.setattr("bitstrata.runtime.env", broken)
     outcome = cli("env")
     assert outcome.code == 1
     assert "surprise" in outcome.err
@@ -163,7 +163,7 @@ def test_resources_and_interruption_have_their_codes(
     def fails(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr("bitstrata.cli.env.env", fails)
+    monkeypatch.setattr("bitstrata.runtime.env", fails)
     outcome = cli("env")
     assert outcome.code == code
     assert said in outcome.err

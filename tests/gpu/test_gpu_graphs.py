@@ -94,7 +94,8 @@ def test_a_step_waits_for_nothing(pretended, checkpoint):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (Linux only)")
 @pytest.mark.parametrize("scales", ["affine", "affine8", "codebook"])
 def test_launching_a_kernel_waits_for_nothing(pretended, scales, seed):
-    from bitstrata.kernels.triton import config, launch
+    from bitstrata.kernels.triton import launch
+    from bitstrata.kernels.triton.tiled import FEW_ROWS
 
     weight = TiledWeight.pack(random_weight(19, 269, (2, 3, 4), 64, scales, seed), KERNEL)
     planes = tuple(plane.to("cuda:0") for plane in weight.planes)
@@ -115,7 +116,7 @@ def test_launching_a_kernel_waits_for_nothing(pretended, scales, seed):
         pretended.waits.clear()
         for rows in (1, 9, 40):
             x = torch.ones(rows, 269, dtype=torch.bfloat16, device="cuda:0")
-            one = launch.few_rows if rows <= config.FEW_ROWS else launch.tiles
+            one = launch.few_rows if rows <= FEW_ROWS else launch.tiles
             assert one(x, there, 3).shape == (rows, 19)
             assert launch.few_rows(x, there, torch.full((rows,), 3, device="cuda:0")).shape == (rows, 19)
         launch.decode(there, 2, torch.bfloat16, index)

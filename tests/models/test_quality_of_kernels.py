@@ -39,15 +39,14 @@ def divergence(p, q):
 
 def test_int8_activations_on_a_trained_model(trained, windows, monkeypatch):
     isa = select("cpu", torch.float32).name
-    original, model = AutoModelForCausalLM.from_pretrained(MODEL), load(trained, dtype=torch.float32)
-    monkeypatch.setenv(registry.ENVIRONMENT, f"{isa}-exact")
+    original, models = AutoModelForCausalLM.from_pretrained(MODEL), {}
+    for kernel in (f"{isa}-exact", f"{isa}-int8", "reference"):
+        monkeypatch.setenv(registry.ENVIRONMENT, kernel)
+        models[kernel] = load(trained, dtype=torch.float32)
     with torch.no_grad():
         true = original(windows).logits.log_softmax(-1)
         for bits in (2, 3, 4):
-            found = {}
-            for kernel in (f"{isa}-exact", f"{isa}-int8", "reference"):
-                monkeypatch.setenv(registry.ENVIRONMENT, kernel)
-                found[kernel] = model(windows, bits=bits).logits.log_softmax(-1)
+            found = {name: model(windows, bits=bits).logits.log_softmax(-1) for name, model in models.items()}
             exact = found[f"{isa}-exact"]
             cost, quantization = divergence(exact, found[f"{isa}-int8"]), divergence(true, exact)
             assert 0 < cost < min(0.001, 0.03 * quantization), f"{bits} bits: {cost:.2g} of {quantization:.2g}"

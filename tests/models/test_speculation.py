@@ -25,7 +25,7 @@ PROMPTS = ("def read_lines(path):\n", "import os\n\n\nclass Reader:\n    def")
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """No activations in int8: one row and several then differ by float32's rounding only, not by a flipped int8."""
-    exact = [report.name for report in describe(PROBLEM) if report.name.endswith("-exact") and report.reason is None]
+    exact = [report.name for report in describe(*PROBLEM) if report.name.endswith("-exact") and report.reason is None]
     monkeypatch.setenv("BITSTRATA_KERNEL", exact[0] if exact else "reference")
 
 

@@ -32,8 +32,11 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 @pytest.fixture(autouse=True, scope="module")
 def exact():
     """No activations in int8, so that what is computed is what the decoded weights say."""
-    problem = "cpu", torch.float32
-    names = [report.name for report in describe(problem) if report.name.endswith("-exact") and report.reason is None]
+    names = [
+        report.name
+        for report in describe("cpu", torch.float32)
+        if report.name.endswith("-exact") and report.reason is None
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(registry.ENVIRONMENT, names[0] if names else "reference")
         yield

@@ -24,7 +24,16 @@ from torch import Tensor
 
 from ..errors import UnsupportedBitsError, UsageError
 from ..planes.pack import words_per_row
-from ..planes.weights import PlaneWeight, Scales, map_scales, scales_kind, scales_shapes, scales_tensors
+from ..planes.weights import (
+    BYTE_BITS,
+    MAX_BITS,
+    PlaneWeight,
+    Scales,
+    map_scales,
+    scales_kind,
+    scales_shapes,
+    scales_tensors,
+)
 from . import registry
 from .plain import check_constant, is_plain
 from .registry import Kernel
@@ -97,6 +106,8 @@ class Weight(ABC):
             raise UsageError(f"rows of a weight are floating point, not {dtype}")
         bits = self.checked(bits)
         if is_plain(index) and index.device == self.device:
+            if self.layout == "stored":  # others are made of copies, which `pack` has checked
+                check_constant(self.scales_of(bits))
             return self.run_lookup(index, bits, dtype)
         y: Tensor = torch.ops.bitstrata.lookup(index, *self.arguments(bits), bits, dtype)
         return y
@@ -177,11 +188,17 @@ class Weight(ABC):
         shape = self.out_features, self.in_features
         for plane in planes:
             _check_tensor("plane", plane, torch.int32, (shape[0], words_per_row(shape[1])))
-        if scales.kind != scales_kind(self.kind, bits):
-            raise ValueError(f"{bits} bits of a weight with {self.kind} scales cannot have one of {scales.kind}")
-        expected = scales_shapes(self.kind, bits, *shape, self.group_size)
+        kind = self.kind_with(scales)
+        if scales.kind != scales_kind(kind, bits):
+            raise ValueError(f"{bits} bits of a weight with {self.kind} scales cannot have {scales.kind} scales")
+        expected = scales_shapes(kind, bits, *shape, self.group_size)
         for name, tensor in scales_tensors(scales, bits).items():
             _check_tensor(name, tensor, *expected[name])
+
+    def kind_with(self, scales: Scales) -> str:
+        """The kind of this weight with `scales`: one that had fine precisions only may turn out to have bytes."""
+        fine = self.kind == "affine" and min(self.bits, default=MAX_BITS) > BYTE_BITS
+        return "affine8" if fine and scales.kind == "affine8" else self.kind
 
     def readable(self, dtype: torch.dtype) -> Weight:
         """This weight, or the stored one for activations that its layout's kernels cannot read: said once."""
@@ -237,7 +254,8 @@ def linear_many(
     if arithmetic is not None:
         with torch.no_grad():
             return run_linear(x, weights, bits, arithmetic)
-    if plain and x.device == weights[0].device:
+    first = weights[0]
+    if plain and x.device == first.device and first.layout != "stored":  # whose scales an op has to look at
         return run_linear(x, weights, bits)
     one, each = (0, bits) if isinstance(bits, Tensor) else (bits, None)
     return [torch.ops.bitstrata.linear(x, *weight.arguments(bits), one, each) for weight in weights]

@@ -91,12 +91,11 @@ class BlockedWeight(Weight):
     def with_pages(self, bits: int, planes: Sequence[Tensor], scales: Scales) -> Self:
         """See Weight. Each tensor has memory of its own, so that dropping it gives its memory back."""
         self.check_pages(bits, planes, scales)
-        held, size = list(self.planes[:bits]), self.handle.plane_bytes
+        shape = self.out_features, self.in_features, self.group_size, self.kind_with(scales)
+        handle, held = type(self)((), {}, *shape, self.kernel).handle, list(self.planes[:bits])
         for plane in planes:
-            held.append(_pack_plane(self.handle, plane, _allocate_page(size, len(held))))
-        room = _allocate_page(self.handle.scales_bytes(bits), MAX_BITS)
-        packed = {bits: _pack_scales(self.handle, bits, scales, room)}
-        shape = self.out_features, self.in_features, self.group_size, self.kind
+            held.append(_pack_plane(handle, plane, _allocate_page(handle.plane_bytes, len(held))))
+        packed = {bits: _pack_scales(handle, bits, scales, _allocate_page(handle.scales_bytes(bits), MAX_BITS))}
         return type(self)(tuple(held), packed, *shape, self.kernel)
 
     def stored(self) -> PlaneWeight:

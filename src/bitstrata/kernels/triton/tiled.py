@@ -140,7 +140,7 @@ class TiledWeight(Weight):
     def with_pages(self, bits: int, planes: Sequence[Tensor], scales: Scales) -> Self:
         self.check_pages(bits, planes, scales)
         held = (*self.planes[:bits], *map(self._pack_plane, planes))
-        shape = self.out_features, self.in_features, self.group_size, self.kind
+        shape = self.out_features, self.in_features, self.group_size, self.kind_with(scales)
         return type(self)(held, {bits: self._pack_scales(scales)}, *shape, self.kernel)
 
     @classmethod
