@@ -20,7 +20,7 @@ demo: $(READY)  ## the main job on the bundled model, offline
 PYTEST := $(BIN)/python -m pytest -q
 PARALLEL := --numprocesses=logical --dist=loadfile
 
-test: $(READY)  ## the test suite: every kind of case, the same ones at every run
+test: $(READY)  ## the test suite: the same cases at every run
 	$(PYTEST) $(PARALLEL)
 
 test-slow: $(READY)  ## what takes long: the README's commands, more architectures, kills at every moment
