@@ -112,15 +112,16 @@ def test_sequences_of_one_batch_may_differ_in_bits(name, quantized):
             torch.testing.assert_close(mixed[row], model(ids, bits=bits).logits[row], rtol=1e-4, atol=1e-4)
 
 
-def test_per_sequence_bits_survive_beams_and_several_returns(quantized):
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 3}], ids=str)
+def test_per_sequence_bits_survive_beams_and_several_returns(quantized, settings):
+    """Each sequence, however often it is repeated, gets the tokens that it gets alone at its bits."""
     model = bitstrata.load(quantized("opt")[2])
     ids, bits = tokens(), torch.tensor([2, 8])
-    for settings in ({"num_beams": 2}, {"do_sample": True, "num_return_sequences": 3}):
-        made = model.generate(ids, bits=bits, max_new_tokens=4, **settings)
-        assert len(made) == 2 * settings.get("num_return_sequences", 1)
-    alone = model.generate(ids[1:], bits=8, max_new_tokens=4, do_sample=False)
-    together = model.generate(ids, bits=bits, max_new_tokens=4, do_sample=False)
-    assert torch.equal(together[1:, :28], alone[:, :28])
+    settings = {"max_new_tokens": 4, "do_sample": False, **settings}
+    together = model.generate(ids, bits=bits, **settings)
+    alone = [model.generate(ids[row : row + 1], bits=int(bits[row]), **settings) for row in range(2)]
+    assert not torch.equal(*alone)
+    assert torch.equal(together, torch.cat(alone))
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "gptj"])

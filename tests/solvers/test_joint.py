@@ -118,6 +118,19 @@ def test_polish_finds_what_is_left_to_gain(problem):
     assert after < 0.97 * before
 
 
+def test_polish_refits_coefficients_alone(problem, monkeypatch):
+    """With the codes held fast it undoes what was done to the coefficients."""
+    weight, hessian = problem
+    solver = solver_of(weight, hessian, (2, 3, 4), GROUPS)
+    best = [told.sum() for told in solver.compensate(4)]
+    for track in solver.tracks:
+        track.coefficients *= 1.3
+    monkeypatch.setattr(solver, "_polish_codes", lambda group, residual: None)
+    solver.polish(8)
+    for track, before in zip(solver.tracks, best, strict=True):
+        assert track.loss(solver.decoded(track)).sum() < 1.05 * before
+
+
 def test_coefficients_are_stored_exactly_and_columns_come_back_in_order(problem):
     weight, hessian = problem
     groups = column_order(hessian.diagonal(), G)
