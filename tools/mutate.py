@@ -37,7 +37,11 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if not arguments.names or mutation.name in arguments.names]
-    stale = [mutation.name for mutation in chosen if source(mutation).count(mutation.old) != 1]
+    stale = [
+        mutation.name
+        for mutation in chosen
+        if source(mutation).count(mutation.old) != 1 or not all((ROOT / path).exists() for path in mutation.tests)
+    ]
     if stale or arguments.check:
         print(f"cannot be planted any more: {', '.join(stale) or 'none'}")
         return bool(stale)

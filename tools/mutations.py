@@ -154,7 +154,7 @@ MUTATIONS = [
              ("tests/nn", "tests/models/test_architectures.py")),
     Mutation("resize-waits", "weights are exchanged in the middle of a step", "nn/uses.py",
              "self.lock.wait_for(lambda: not any(use.is_step for use in self._open))",
-             "self.lock.wait_for(lambda: True)", ("tests/nn", "tests/models/test_resize.py")),
+             "self.lock.wait_for(lambda: True)", ("tests/nn/test_uses.py", "tests/plans/test_resize.py")),
     # the job
     Mutation("damaged-part", "a resumed job trusts a damaged part", "quantization/state.py",
              "if path not in self._sound and not has_right_seal(path):", "if path.suffix == '':", JOB),
@@ -178,11 +178,11 @@ MUTATIONS = [
              ("tests/checkpoint", "tests/quantization/test_output_paths.py", "tests/cli/test_disk_full.py")),
     Mutation("budget", "a budget in bytes forgets what is not in planned layers", "plans/budget.py",
              "limit = int(budget.amount) - self.fixed", "limit = int(budget.amount)",
-             ("tests/checkpoint/test_plan_files.py", "tests/allocation", "tests/models/test_fit.py")),
+             ("tests/plans/test_plan_files.py", "tests/allocation", "tests/plans/test_fit.py")),
     Mutation("page-order", "a page that does not fit is passed over", "plans/order.py",
              "                break\n            left -= page.bytes",
              "                continue\n            left -= page.bytes",
-             ("tests/checkpoint/test_plan_files.py", "tests/allocation", "tests/models/test_resize.py")),
+             ("tests/plans/test_plan_files.py", "tests/allocation", "tests/plans/test_resize.py")),
     # measuring
     Mutation("shifted-targets", "each token is predicted from the one after it", "evaluation/perplexity.py",
              "logits[:, :-1][predicted[:, 1:]]", "logits[:, 1:][predicted[:, 1:]]", ("tests/evaluation",)),
