@@ -172,7 +172,7 @@ def test_a_weight_is_refused_whose_shape_is_not_that_of_its_tensors():
     for shape in ((0, 70, 32), (19, 0, 32), (19, 70, 0)):
         with pytest.raises(ValueError, match="cannot be empty"):
             BlockedWeight(packed.planes, packed.scales, *shape, "affine", packed.kernel)
-    with pytest.raises(ValueError, match="needs as many planes"):
+    with pytest.raises(ValueError, match="need as many planes"):
         BlockedWeight(packed.planes[:3], packed.scales, 19, 70, 32, "affine", packed.kernel)
     with pytest.raises(IndexError, match="planes are numbered 0 to 7"):
         BlockedWeight(packed.planes[:1] * 9, packed.scales, 19, 70, 32, "affine", packed.kernel)

@@ -67,7 +67,7 @@ def test_tensors_that_do_not_fit_are_refused():
         TiledWeight((tiled.planes[0], tiled.planes[1][:-1]), tiled.scales, *rest)
     with pytest.raises(ValueError, match="scales for 2 bits: expected"):
         TiledWeight(tiled.planes, {2: tiled.scales[2].float()}, *rest)
-    with pytest.raises(ValueError, match="scales for 3 bits needs as many planes"):
+    with pytest.raises(ValueError, match="scales for 3 bits need as many planes"):
         TiledWeight(tiled.planes, {3: tiled.scales[2]}, *rest)
 
 

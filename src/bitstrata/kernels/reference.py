@@ -36,6 +36,9 @@ class StoredWeight(Weight):
         )
         self._weight = weight
 
+    def _attach(self) -> None:
+        """PlaneWeight has checked its tensors."""
+
     @classmethod
     def pack(cls, weight: PlaneWeight, kernel: Kernel, *, apart: bool = False) -> Self:
         return cls(weight)

@@ -72,8 +72,13 @@ class Weight(ABC):
         self.bits = tuple(sorted(scales))
         for bits in self.bits:
             if not 1 <= bits <= len(planes):
-                raise ValueError(f"scales for {bits} bits needs as many planes, got {len(planes)}")
+                raise ValueError(f"scales for {bits} bits need as many planes, got {len(planes)}")
         self.device = planes[0].device if planes else torch.device("cpu")
+        self._attach()
+
+    @abstractmethod
+    def _attach(self) -> None:
+        """Check the tensors, and tell native code where they lie."""
 
     def __init_subclass__(cls) -> None:
         LAYOUTS[cls.layout] = cls

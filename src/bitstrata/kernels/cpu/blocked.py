@@ -16,7 +16,7 @@ How int8 activations and byte levels work, and the error they may make, is in na
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -57,22 +57,12 @@ class BlockedWeight(Weight):
     layout = "blocked"
     dtypes = frozenset(TYPES)
 
-    def __init__(
-        self,
-        planes: tuple[Tensor, ...],
-        scales: Mapping[int, Tensor],
-        out_features: int,
-        in_features: int,
-        group_size: int,
-        kind: str,
-        kernel: Kernel,
-    ) -> None:
-        super().__init__(planes, scales, out_features, in_features, group_size, kind, kernel)
-        self.handle = _handle(out_features, in_features, group_size, kind)
-        for index, plane in enumerate(planes):
+    def _attach(self) -> None:
+        self.handle = _handle(self.out_features, self.in_features, self.group_size, self.kind)
+        for index, plane in enumerate(self.planes):
             _expect(f"plane {index}", plane, self.handle.plane_bytes)
             self.handle.set_plane(index, plane.data_ptr())
-        for bits, packed in scales.items():
+        for bits, packed in self.scales.items():
             _expect(f"scales for {bits} bits", packed, self.handle.scales_bytes(bits))
             self.handle.set_scales(bits, packed.data_ptr())
 

@@ -21,7 +21,7 @@ Padding is zeros: rows without weights and columns that only meet activations th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, Self
@@ -64,20 +64,10 @@ class TiledWeight(Weight):
     layout = "tiled"
     dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
-    def __init__(
-        self,
-        planes: tuple[Tensor, ...],
-        scales: Mapping[int, Tensor],
-        out_features: int,
-        in_features: int,
-        group_size: int,
-        kind: str,
-        kernel: Kernel,
-    ) -> None:
-        super().__init__(planes, scales, out_features, in_features, group_size, kind, kernel)
-        for index, plane in enumerate(planes):
+    def _attach(self) -> None:
+        for index, plane in enumerate(self.planes):
             _expect(f"plane {index}", plane, torch.int32, self.blocks * self.chunks * TILE_WORDS)
-        for bits, packed in scales.items():
+        for bits, packed in self.scales.items():
             _expect(f"scales for {bits} bits", packed, *self._scales_size(bits))
 
     @property
