@@ -1,7 +1,8 @@
 """This tree against another version of itself: layers, a whole model, and the Python time of a decoding step.
 
-Both versions run in turns, so that what else the machine does meets both; ratios are old / new, above 1 where the new
-one is faster. The other version is a folder with its own built extension (`git worktree add`, `pip install -e`).
+Both versions run in turns, the old one before and after the new one, so that what else the machine does meets both and
+the two old figures show how far it reaches. Ratios are old / new, above 1 where the new one is faster. The other version
+is a folder with its own built extension (`git worktree add`, `pip install -e`).
 
     layers   `bitstrata bench --json` of both, in turns: the median of each row's time
     model    the same with --whole
@@ -115,7 +116,7 @@ def steps(trees: dict[str, Path], rounds: int) -> dict[str, dict[str, list[float
         with worker(trees["old"], out) as old, worker(trees["new"], out) as new:
             for _ in range(rounds):
                 for question in ("4 1", "2 1", "4 4", "mixed 4"):
-                    for name, process in (("old", old), ("new", new)):
+                    for name, process in (("old", old), ("new", new), ("again", old)):
                         measured.setdefault(f"step, {question}", {}).setdefault(name, []).append(ask(process, question))
     return measured
 
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default="llama-3.2-1b")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", default="1,8")
     parser.add_argument("--only", choices=["layers", "model", "step"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -133,10 +135,10 @@ def main() -> None:
     if arguments.work:
         work(arguments.work)
         return
-    trees = {"old": arguments.other.resolve(), "new": HERE}
+    trees = {"old": arguments.other.resolve(), "new": HERE, "again": arguments.other.resolve()}
     threads = ("--threads", str(arguments.threads))
     calls = {
-        "layers": ("--rows", "1,8,64", *threads),
+        "layers": ("--rows", arguments.rows, *threads),
         "model": ("--shapes", arguments.model, "--whole", "--head-bits", "6", "--rows", "1", *threads),
     }
     measured: dict[str, dict[str, list[float]]] = {}
@@ -148,13 +150,17 @@ def main() -> None:
                 for row, value in times(bench(tree, *call)).items():
                     measured.setdefault(row, {}).setdefault(name, []).append(value)
     if arguments.only in (None, "step"):
-        measured |= steps(trees, 4 * arguments.rounds)
+        measured |= steps(trees, 2 * arguments.rounds)
     rows = []
     for what, both in measured.items():
-        old, new = (1e3 * statistics.median(both[name]) for name in ("old", "new"))
-        pairs = [a / b for a, b in zip(both["old"], both["new"], strict=True)]
-        rows.append({"what": what, "old ms": old, "new ms": new, "old / new": statistics.median(pairs)})
-        print(f"{what:<44} old {old:8.4f} ms   new {new:8.4f} ms   old / new {statistics.median(pairs):.3f}")
+        old, new = (1e3 * statistics.median(values) for values in ([*both["old"], *both["again"]], both["new"]))
+        rounds = list(zip(both["old"], both["new"], both["again"], strict=True))
+        ratio = statistics.median((before + after) / 2 / middle for before, middle, after in rounds)
+        noise = statistics.median(before / after for before, _, after in rounds)
+        rows.append({"what": what, "old ms": old, "new ms": new, "old / new": ratio, "old / old again": noise})
+        print(
+            f"{what:<44} old {old:8.4f}   new {new:8.4f} ms   old / new {ratio:.3f}   old / old {noise:.3f}", flush=True
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps({"rounds": arguments.rounds, "rows": rows}, indent=1) + "\n")
 
