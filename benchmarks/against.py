@@ -1,12 +1,12 @@
 """This tree against another version of itself: layers, a whole model, and the Python time of a decoding step.
 
-Both versions run in turns, the old one before and after the new one, so that what else the machine does meets both and
-the two old figures show how far it reaches. Ratios are old / new, above 1 where the new one is faster. The other version
-is a folder with its own built extension (`git worktree add`, `pip install -e`).
+Both versions run in turns, the old one before and after the new one, so that what else the machine does meets both,
+and the two old figures show how much that is. Ratios are old / new, above 1 where the new one is faster. The other
+version is a folder with its own built extension (`git worktree add`, `pip install -e`).
 
     layers   `bitstrata bench --json` of both, in turns: the median of each row's time
     model    the same with --whole
-    step     one token of a model with the 1B shape's 16 blocks but 64 columns wide: nearly all of it is Python
+    step     one token of a model with the 1B shape's 16 blocks but 64 columns wide, in one thread: nearly all Python
 
     python benchmarks/against.py OTHER [--rounds 5] [--model llama-3.2-1b] [--threads 2] [--json FILE]
 """
@@ -68,6 +68,7 @@ def work(folder: str) -> None:
 
     import bitstrata
 
+    torch.set_num_threads(1)  # what is measured is Python: threads would only wait for each other
     model = bitstrata.load(folder, dtype=torch.bfloat16, device="cpu")
     print("ready", flush=True)
     for line in sys.stdin:

@@ -1,5 +1,5 @@
 """The arguments of the verbs, each written once: from here come the Python functions (`verb`), the commands
-(cli/commands.py), the reference pages, and what a job is resumed by.
+(cli/commands.py) and the reference pages.
 
 A verb is a frozen dataclass. Its docstring's first line is the command's help, a field's `Argument` says the rest. The
 order of fields is that of positional arguments in Python, until `KW_ONLY`. Nothing heavy is imported here.
