@@ -7,6 +7,7 @@ transformers 5.17 to 5.23.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,17 @@ def attention_of(model: PreTrainedModel) -> str | None:
 def can_change_attention(model: PreTrainedModel) -> bool:
     """Whether `model.set_attn_implementation` works: its attention asks transformers for a function by name."""
     return bool(model._can_set_attn_implementation())
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part of `model` between the embedding and the output head, both ends of its own included."""
+    decoder: nn.Module = model.get_decoder()
+    return decoder
+
+
+def rotary_types(rotary: nn.Module) -> bool:
+    """Whether a rotary embedding has to be told for which kind of layer the angles are."""
+    return "layer_type" in inspect.signature(rotary.forward).parameters
 
 
 def register_mask_of_sdpa(name: str) -> None:

@@ -103,8 +103,10 @@ class BitsState:
     supported: bits at which every layer can run.
     made_from: the checkpoint, if it is known; plans are checked against it.
     arithmetic: that every layer computes in, "exact" or "int8"; None for what the kernel that runs does.
+    version: changes when the layers hold other weights.
     """
 
+    version = 0
     made_from: object | None = None
     arithmetic: str | None = None
 
@@ -123,6 +125,7 @@ class BitsState:
 
     def _hold(self, layers: Mapping[str, tuple[int, ...]], plan: Mapping[str, int] | None) -> None:
         self.layers, self.plan = dict(layers), plan
+        self.version += 1
         self.supported = tuple(sorted(set.intersection(*map(set, layers.values())) if layers else ()))
         self._places = {name: place for place, name in enumerate([*self.layers, *self._fixed])}
         fixed = tuple(self._fixed.values())
@@ -144,6 +147,10 @@ class BitsState:
         if not now.choices and place >= len(self.layers):
             return self._fixed[layer]
         return now.at(place, shape, device)
+
+    def of(self, choice: Choice, layer: str) -> int:
+        """The bits of `layer` in one choice of an assignment."""
+        return choice[self._places[layer]]
 
     @property
     def default(self) -> BitsOrPlan:

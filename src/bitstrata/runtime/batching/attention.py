@@ -34,14 +34,30 @@ class Span:
     length: int
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """How a layer calls attention. unknown: what it asks for beyond the rest."""
+
+    key_heads: int
+    width: int
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    unknown: tuple[str, ...]
+
+
 @dataclass
 class FlatBatch:
-    """What attention needs to know of a batch. places: where in the pool each of its T tokens goes, int64 [T]."""
+    """What attention needs to know of a batch. places: where in the pool each of its T tokens goes, int64 [T].
+
+    calls: where it notes how each layer called attention, if given.
+    """
 
     pool: TokenPool
     spans: list[Span]
     places: Tensor
     gather: bool  # requests with one token each in one call
+    calls: dict[int, AttentionCall] | None = None
     padded: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def padding(self, window: int | None) -> tuple[Tensor, Tensor]:
@@ -78,10 +94,13 @@ def attend(
             "this model is run by an Engine, or its architecture does not pass keywords on to attention",
             hint="submit requests to the engine, or close it to use the model directly",
         )
-    wanted = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    wanted = tuple(name for name in UNKNOWN if kwargs.get(name) is not None)
     if wanted or attention_mask is not None:
         what = ", ".join(wanted) or "a mask of its own"
         raise UsageError(f"attention with {what} cannot run in an engine's batches")
+    if batch.calls is not None:
+        shape = key.shape[1], key.shape[3]
+        batch.calls[int(module.layer_idx)] = AttentionCall(*shape, scaling, sliding_window, None, wanted)  # type: ignore[arg-type]
     keys, values = batch.pool.write(module.layer_idx, batch.places, key[0], value[0])  # type: ignore[arg-type]
     if batch.gather and len(batch.spans) > 1 and all(span.length == 1 for span in batch.spans):
         return _together(query, keys, values, batch.padding(sliding_window), scaling), None

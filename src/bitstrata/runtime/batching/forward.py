@@ -20,14 +20,17 @@ from ...memory import is_out_of_memory
 from ...models import input_device, vocabulary_size
 from ...models.compat import attention_of, can_change_attention
 from ...nn import Assignment, bits_state, together
-from .attention import NAME, FlatBatch, Span
+from .attention import NAME, AttentionCall, FlatBatch, Span
 from .memory import BLOCK, TokenPool
+from .native import NativeStep, Unfit
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 PROBE = 12  # tokens; with a part of another sequence they stay within one kernel's few rows
 # Between two ways of computing the same logits, relative to their norm. Wide, because int8 activations turn a
 # difference in rounding into half a step; a token that sees the wrong keys is off by tens of percent.
 PROBE_TOLERANCE = 0.05
+# The same of the native step, which keeps in float32 what modules round to the model's dtype; both in exact arithmetic.
+STEP_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.04}
 
 
 class Forward:
@@ -38,9 +41,13 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel, pool: TokenPool, gather: bool | None = None) -> None:
         self.model, self.pool = model, pool
+        self._state = bits_state(model)
         self._gather = model.device.type != "cpu" if gather is None else gather
         self._own_attention: str | None = None
         self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._calls: dict[int, AttentionCall] | None = None
+        self._native: NativeStep | None = None
+        self.reason: str | None = None  # why steps go through the model's modules
 
     def attach(self) -> None:
         """Switch the model's attention to batches; the model is known to allow it."""
@@ -56,6 +63,17 @@ class Forward:
 
     def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment]) -> Tensor:
         """Logits [spans, V] float32 after the last token of each span; each span's tokens run at its own bits."""
+        if self._native is not None and self._native.fits(sum(span.length for span in spans)):
+            with self._state.step(together(bits, [span.length for span in spans])):
+                if not self._native.is_current:
+                    assert self._calls is not None
+                    self._native = NativeStep(self.model, self.pool, self._calls)
+                return self._native.run(tokens, spans, bits)
+        return self._through_modules(tokens, spans, bits)
+
+    def _through_modules(
+        self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment]
+    ) -> Tensor:
         device = input_device(self.model)
         positions = [span.past + step for span in spans for step in range(span.length)]
         starts = [span.start for span in spans for _ in range(span.length)]
@@ -63,7 +81,7 @@ class Forward:
         position_ids = torch.tensor([positions], device=device)
         places = torch.tensor(starts, device=device) + position_ids[0]
         last = torch.tensor([span.length for span in spans], device=device).cumsum(0) - 1
-        batch = FlatBatch(self.pool, spans, places, gather=self._gather)
+        batch = FlatBatch(self.pool, spans, places, gather=self._gather, calls=self._calls)
         extra: dict[str, Any] = {"logits_to_keep": last} if self._can_keep else {}
         logits: Tensor = self.model(
             input_ids=ids,
@@ -101,6 +119,25 @@ class Forward:
                 f"forward's by {apart:.1%}",
                 hint="its attention or positions work in a way that the engine does not know",
             )
+        self._try_native()
+
+    def _try_native(self) -> None:
+        """Take the native step if it knows the model and computes what the modules do; else say why in `reason`."""
+        assert self._calls is not None
+        try:
+            self._native = NativeStep(self.model, self.pool, self._calls)
+        except Unfit as error:
+            self.reason = str(error)
+            return
+        with self._state.using(arithmetic="exact"):
+            native = self._probe()
+            step, self._native = self._native, None
+            modules = self._probe()
+        apart = float((native - modules).norm() / modules.norm())
+        if apart <= STEP_TOLERANCE[self.model.dtype]:
+            self._native = step
+        else:
+            self.reason = f"its logits differ from those of the modules by {apart:.1%}"
 
     def _require_plain_attention(self) -> None:
         if attention_of(self.model) == NAME:
@@ -113,17 +150,19 @@ class Forward:
 
     def _difference(self) -> float:
         """Of the logits of two sequences in batches from the model's own, relative to their norm."""
-        state = bits_state(self.model)
-        high, low = state.resolve(None), state.resolve(min(state.supported, default=None))
-        size = vocabulary_size(self.model.config)
-        one, other = ([(step * stride) % size for step in range(PROBE)] for stride in (7, 11))
-        del other[-3:]
+        one, other, high, low = self._sequences()
         expected = torch.stack([self._alone(one, high), self._alone(other, low)])
         self.attach()
+        self._calls = {}
+        return float((self._probe() - expected).norm() / expected.norm())
+
+    def _probe(self) -> Tensor:
+        """Logits [2, V] of two sequences of unequal length at unequal bits, one of them in two parts."""
+        one, other, high, low = self._sequences()
         first, second = self.pool.reserve(BLOCK), self.pool.reserve(BLOCK)
         assert first is not None
         assert second is not None
-        try:  # of unequal length at unequal bits, one of them in two parts
+        try:
             spans = [Span(first.start, 0, 7), Span(second.start, 0, len(other))]
             half = self.run([one[:7], other], spans, [high, low])
             rest = self.run([one[7:]], [Span(first.start, 7, PROBE - 7)], [high])
@@ -134,7 +173,14 @@ class Forward:
         finally:
             self.pool.release(first)
             self.pool.release(second)
-        return float((torch.stack([rest[0], half[1]]) - expected).norm() / expected.norm())
+        return torch.stack([rest[0], half[1]])
+
+    def _sequences(self) -> tuple[list[int], list[int], Assignment, Assignment]:
+        """Two sequences to compare with, and their bits."""
+        state = self._state
+        size = vocabulary_size(self.model.config)
+        one, other = ([(step * stride) % size for step in range(PROBE)] for stride in (7, 11))
+        return one, other[:-3], state.resolve(None), state.resolve(min(state.supported, default=None))
 
     def _alone(self, tokens: list[int], bits: Assignment) -> Tensor:
         ids = torch.tensor([tokens], device=input_device(self.model))

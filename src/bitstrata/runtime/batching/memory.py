@@ -91,6 +91,10 @@ class TokenPool:
                 merged.append(free)
         return merged
 
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer that has written."""
+        return self._layers[layer]
+
     def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put key [H, n, D] and value [H, n, D'] of `layer` to `places` (int64 [n]); the layer's whole tensors.
 

@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include <stdexcept>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__linux__) && defined(__aarch64__)
@@ -58,6 +60,15 @@ const std::vector<Choice>& choices() {
       {&kScalar, true, "nothing in particular"},
   };
   return all;
+}
+
+const Kernels& kernels_named(const std::string& name) {
+  for (const Choice& choice : choices())
+    if (name == choice.kernels->name) {
+      if (!choice.runs) throw std::invalid_argument("this processor lacks " + std::string(choice.needs));
+      return *choice.kernels;
+    }
+  throw std::invalid_argument("no kernels for " + name + " in this build");
 }
 
 }  // namespace bitstrata

@@ -1,5 +1,6 @@
 // The instruction sets in this binary, and whether this processor has them.
 #pragma once
+#include <string>
 #include <vector>
 
 #include "generic/call.h"
@@ -14,5 +15,8 @@ struct Choice {
 
 // The fastest first.
 const std::vector<Choice>& choices();
+
+// Throws std::invalid_argument if this build or this processor lacks it.
+const Kernels& kernels_named(const std::string& name);
 
 }  // namespace bitstrata

@@ -24,20 +24,14 @@
 namespace nb = nanobind;
 
 namespace bitstrata {
+
+void bind_step(nb::module_& m);  // step_module.cpp
+
 namespace {
 
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
-}
-
-const Kernels& named(const std::string& name) {
-  for (const Choice& choice : choices())
-    if (name == choice.kernels->name) {
-      if (!choice.runs) throw std::invalid_argument("this processor lacks " + std::string(choice.needs));
-      return *choice.kernels;
-    }
-  throw std::invalid_argument("no kernels for " + name + " in this build");
 }
 
 Type type_of(int number) {
@@ -78,7 +72,7 @@ void unpack_plane(const Weight& weight, uintptr_t plane, uintptr_t words, int th
 void run_linear(const std::string& isa, const std::vector<const Weight*>& weights, uintptr_t x, int type, int64_t stride,
                 int rows, int bits, uintptr_t row_bits, const std::vector<uintptr_t>& y, int threads, bool exact) {
   if (weights.empty() || weights.size() != y.size()) throw std::invalid_argument("one output for each weight");
-  const Kernels& kernels = named(isa);
+  const Kernels& kernels = kernels_named(isa);
   const Activations activations{at<const void>(x), type_of(type), ptrdiff_t(stride), rows};
   std::vector<void*> outputs;
   for (uintptr_t address : y) outputs.push_back(at<void>(address));
@@ -111,7 +105,7 @@ void run_decode(const Weight& weight, const std::string& isa, int bits, int firs
   const int rows = weight.layout.rows;
   if (first < 0 || first % kBlockRows || last > rows || first > last || (last % kBlockRows && last != rows))
     throw std::out_of_range("rows to decode must be whole blocks of the weight");
-  const Kernels& kernels = named(isa);
+  const Kernels& kernels = kernels_named(isa);
   nb::gil_scoped_release release;
   decode(kernels, weight, bits, first, last, at<void>(out), type_of(type), threads);
 }
@@ -187,6 +181,7 @@ NB_MODULE(_native, m) {
   m.def("linear", &run_linear);
   m.def("choose_codes", &choose);
   m.def("meet", &meet);
+  bind_step(m);
 
   nb::class_<Weight>(m, "Weight")
       .def("__init__",

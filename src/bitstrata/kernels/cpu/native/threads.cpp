@@ -75,6 +75,16 @@ class Pool {
     while (working_.load(std::memory_order_acquire) > 0) pause();
   }
 
+  void stay_awake(int threads) {
+    awake_.fetch_add(1);
+    std::unique_lock<std::mutex> one_caller(callers_, std::try_to_lock);
+    if (one_caller) grow(threads - 1);
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (sleeping_ > 0) wake_.notify_all();
+  }
+
+  void may_sleep() { awake_.fetch_sub(1); }
+
  private:
   static constexpr int kClosed = 1 << 30;
   static constexpr std::chrono::microseconds kAwake{50};
@@ -102,14 +112,16 @@ class Pool {
     return places > 0 && places < kClosed;
   }
 
+  bool awake() const { return awake_.load(std::memory_order_relaxed) > 0; }
+
   void work() {
     while (true) {
       const auto until = std::chrono::steady_clock::now() + kAwake;
-      while (!open() && std::chrono::steady_clock::now() < until) pause();
+      while (!open() && (awake() || std::chrono::steady_clock::now() < until)) pause();
       if (!open()) {
         std::unique_lock<std::mutex> lock(mutex_);
         ++sleeping_;
-        wake_.wait(lock, [this] { return open(); });
+        wake_.wait(lock, [this] { return open() || awake(); });
         --sleeping_;
       }
       if (enter()) {
@@ -123,7 +135,7 @@ class Pool {
   std::condition_variable wake_;
   std::vector<std::thread> threads_;
   std::atomic<Loop*> loop_{nullptr};
-  std::atomic<int> places_{0}, working_{0};
+  std::atomic<int> places_{0}, working_{0}, awake_{0};
   int sleeping_ = 0;
 };
 
@@ -136,6 +148,14 @@ Pool* pool = new Pool;  // never destroyed: its threads sleep until the process 
 #endif
 
 }  // namespace
+
+Awake::Awake(int threads) : pool_(threads > 1 ? pool : nullptr) {
+  if (pool_) static_cast<Pool*>(pool_)->stay_awake(threads);
+}
+
+Awake::~Awake() {
+  if (pool_) static_cast<Pool*>(pool_)->may_sleep();
+}
 
 void parallel_for(int threads, int count, const std::function<void(int, int)>& body) {
   threads = std::min(threads, count);

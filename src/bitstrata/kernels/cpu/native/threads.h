@@ -13,4 +13,15 @@ namespace bitstrata {
 // of them, pieces that nobody has begun are left out and the caller gets the first exception.
 void parallel_for(int threads, int count, const std::function<void(int, int)>& body);
 
+// While one lives, threads that wait for loops do not fall asleep: for many short loops with a little work between them.
+class Awake {
+ public:
+  explicit Awake(int threads);
+  ~Awake();
+  Awake(const Awake&) = delete;
+
+ private:
+  void* pool_;  // the one that is told; a fork leaves it behind
+};
+
 }  // namespace bitstrata

@@ -63,6 +63,30 @@ struct CodeTrack {
   const float* weights;  // [columns]: of its squared error
 };
 
+// A matrix that is not quantized: [rows][columns] of `type`.
+struct Dense {
+  const void* data;
+  Type type;
+  int rows, columns;
+};
+
+enum class Activation { silu, gelu_tanh, gelu, relu };
+
+// Attention of the query heads that share a key-value head over `count` stored positions from `first` on, at most kPiece:
+// the largest score, the sum of e^(score - largest), and the values weighted by these. Rows of queries and of `out` are
+// padded to `padded` numbers, queries with zeros.
+constexpr int kPiece = 256;
+constexpr int padded(int count) { return (count + 15) / 16 * 16; }
+struct Attend {
+  const void *keys, *values;  // [positions][width], [positions][value_width] of `type`
+  Type type;
+  int first, count, heads, width, value_width;
+  float scale, softcap;  // softcap 0: none
+  const float* query;    // [heads][width]
+  float *most, *total;   // [heads]
+  float* out;            // [heads][value_width]
+};
+
 // Codes of a group, column by column. `given`: start from the codes there are, see solvers/joint.py.
 struct CodeProblem {
   int64_t rows;
@@ -90,6 +114,12 @@ struct Kernels {
   uint32_t (*read)(const uint8_t* bytes, size_t count);
   // Rows first..first+lanes-1 of a problem, see generic/codes.h.
   void (*codes)(const CodeProblem& problem, int64_t first, int lanes);
+  // Of a decoder block, see generic/block_ops.h.
+  void (*rms_norm)(const float* x, const float* weight, float epsilon, int count, float* out);
+  void (*rotate)(float* head, const float* cosine, const float* sine, int count);
+  void (*activate)(Activation kind, const float* gate, const float* up, int count, float* out);
+  void (*attend)(const Attend& call);
+  void (*dense)(const Dense& matrix, const float* x, int rows, int block, float* out);
 };
 
 }  // namespace bitstrata

@@ -1,6 +1,7 @@
 // The kernels of one instruction set, from its Simd.
 #pragma once
 #include "activations.h"
+#include "block_ops.h"
 #include "codes.h"
 #include "decode.h"
 #include "few_rows.h"
@@ -28,7 +29,7 @@ uint32_t read_bytes(const uint8_t* bytes, size_t count) {
 template <class S>
 constexpr Kernels kernels_of(const char* name) {
   return {name, few_rows_function<S>, exact_block<S>, stage<S>, quantize<S>, decode_block<S>, convert<S>, read_bytes<S>,
-          choose_codes};
+          choose_codes, rms_norm<S>, rotate<S>, activate<S>, attend<S>, dense_block<S>};
 }
 
 }  // namespace
