@@ -22,7 +22,7 @@ from ...models.compat import attention_of, can_change_attention
 from ...nn import Assignment, bits_state, together
 from .attention import NAME, AttentionCall, FlatBatch, Span
 from .memory import BLOCK, TokenPool
-from .native import NativeStep, Unfit
+from .native import NativeStep, UnfitError
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 PROBE = 12  # tokens; with a part of another sequence they stay within one kernel's few rows
@@ -126,7 +126,7 @@ class Forward:
         assert self._calls is not None
         try:
             self._native = NativeStep(self.model, self.pool, self._calls)
-        except Unfit as error:
+        except UnfitError as error:
             self.reason = str(error)
             return
         with self._state.using(arithmetic="exact"):
