@@ -216,6 +216,8 @@ def test_numbers_that_do_not_fit_are_errors(tmp_path):
         "bits": table.data_ptr(),
         "cosine": [angles[0].data_ptr()],
         "sine": [angles[1].data_ptr()],
+        "first_block": 0,
+        "last_block": 2,
         "wanted": [0],
         "logits": logits.data_ptr(),
         "threads": 1,
@@ -232,6 +234,7 @@ def test_numbers_that_do_not_fit_are_errors(tmp_path):
         {"position": [-1]},
         {"start": [0] * 17, "position": [0] * 17},
         {"wanted": [1]},
+        {"last_block": 3},
         {"cosine": [], "sine": []},
     ):
         with pytest.raises((ValueError, IndexError)):

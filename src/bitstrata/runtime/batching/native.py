@@ -8,8 +8,10 @@ model's own forward handed to it. Forward.check compares the result with the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,35 @@ class UnfitError(Exception):
     """The native step does not know this model; the message says what it does not know."""
 
 
+@dataclass
+class Seen:
+    """What the modules computed of a batch: hidden states before and after every block, float32 [T, hidden]; logits."""
+
+    before: list[Tensor]
+    after: list[Tensor]
+    logits: Tensor
+    dtype: torch.dtype
+
+
+@contextmanager
+def watching(model: PreTrainedModel, seen: Seen) -> Iterator[None]:
+    """Inside, what goes into and comes out of the decoder's blocks is noted in `seen`."""
+
+    def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        made = output[0] if isinstance(output, tuple) else output
+        seen.before.append(given[0].float().clone())
+        seen.after.append(made[0].float().clone())
+
+    layers = cast(nn.ModuleList, decoder_of(model).layers)
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class NativeStep:
     """`model` as the native step runs it, with keys and values in `pool`.
 
@@ -57,6 +88,7 @@ class NativeStep:
             self._step = native.Step(parts.isa, parts.hidden, parts.blocks, parts.last, parts.head, parts.logit_softcap)
         except ValueError as error:
             raise UnfitError(str(error)) from error
+        self._blocks = len(parts.blocks)
         pairs = [pool.layer(index) for index in range(len(parts.blocks))]
         if any(pair[0].dtype not in TYPES or pair[0].shape[2] != pair[1].shape[2] for pair in pairs):
             raise UnfitError("keys and values differ in width")
@@ -76,18 +108,38 @@ class NativeStep:
 
     def run(self, tokens: Sequence[Sequence[int]], spans: Sequence[Span], bits: Sequence[Assignment]) -> Tensor:
         """As Forward.run, of at most FEW_ROWS tokens."""
+        x = self._embedding(torch.tensor([token for part in tokens for token in part])).float().contiguous()
+        return self._run(x, spans, bits, range(self._blocks))
+
+    def distance(self, seen: Seen, spans: Sequence[Span], bits: Sequence[Assignment]) -> float:
+        """How far this is from what the modules computed on `spans`: of every block, what it adds; and the logits.
+
+        Relative to the size of these, after what the rounding of the sum to the modules' dtype explains.
+        """
+        grain = torch.finfo(seen.dtype).eps
+        worst = torch.zeros(())
+        for index, (before, after) in enumerate(zip(seen.before, seen.after, strict=True)):
+            x = before.clone()
+            self._run(x, spans, bits, range(index, index + 1), logits=False)
+            added, off = (after - before).norm(dim=-1), (x - after).norm(dim=-1)
+            worst = torch.maximum(worst, ((off - grain * after.norm(dim=-1)).clamp_min(0) / added).max())
+        logits = self._run(seen.after[-1].clone(), spans, bits, range(0))
+        return float(torch.maximum(worst, (logits - seen.logits).norm() / seen.logits.norm()).nan_to_num(torch.inf))
+
+    def _run(
+        self, x: Tensor, spans: Sequence[Span], bits: Sequence[Assignment], blocks: range, logits: bool = True
+    ) -> Tensor:
+        """x float32 [rows, hidden] through `blocks`, in place, and through the head: logits [spans, V]."""
         starts = [span.start for span in spans for _ in range(span.length)]
         positions = [span.past + step for span in spans for step in range(span.length)]
-        x = self._embedding(torch.tensor([token for part in tokens for token in part])).float().contiguous()
-        table = torch.stack(
-            [self._column(one) for one, span in zip(bits, spans, strict=True) for _ in range(span.length)], 1
-        )
+        columns = [self._column(one) for one, span in zip(bits, spans, strict=True) for _ in range(span.length)]
+        table = torch.stack(columns, 1)
         angles = [angles.at(positions) for angles in self._angles]
         wanted, end = [], 0
-        for span in spans:
+        for span in spans if logits else ():
             end += span.length
             wanted.append(end - 1)
-        logits = torch.empty(len(spans), self._vocabulary)
+        result = torch.empty(len(wanted), self._vocabulary)
         arithmetic = self._state.arithmetic
         self._step.run(
             x.data_ptr(),
@@ -96,12 +148,14 @@ class NativeStep:
             table.data_ptr(),
             [cosine.data_ptr() for cosine, _ in angles],
             [sine.data_ptr() for _, sine in angles],
+            blocks.start,
+            blocks.stop,
             wanted,
-            logits.data_ptr(),
+            result.data_ptr(),
             torch.get_num_threads(),
             self.exact if arithmetic is None else arithmetic == "exact",
         )
-        return logits
+        return result
 
     def _column(self, bits: Assignment) -> Tensor:
         """The bits of every quantized layer of the step, int8."""
