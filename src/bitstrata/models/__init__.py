@@ -1,11 +1,12 @@
 """Joining to transformers: which linears, loading and saving, source models."""
 
-from .config import context_limit
+from .config import context_limit, steady_context
 from .discover import Discovery, LeftOut, LinearInfo, bytes_per_token, discover, input_device
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .hub import resolve
 from .load import OpenCheckpoint, open_checkpoint, pick_device
+from .rules import score_rules
 from .source import SourceModel, load_reference
 from .tokens import (
     Stops,
@@ -47,6 +48,8 @@ __all__ = [
     "open_checkpoint",
     "pick_device",
     "resolve",
+    "score_rules",
+    "steady_context",
     "text_prefix",
     "vocabulary_size",
 ]

@@ -59,15 +59,15 @@ class NativeStep:
         pairs = [pool.layer(index) for index in range(len(parts.blocks))]
         if any(pair[0].dtype not in TYPES or pair[0].shape[2] != pair[1].shape[2] for pair in pairs):
             raise Unfit("keys and values differ in width")
-        self._pairs = pairs
+        self._pairs, self._pool, self._made_for = pairs, pool, pool.version
         keys, values = ([pair[side].data_ptr() for pair in pairs] for side in (0, 1))
         self._step.set_caches(keys, values, TYPES[pairs[0][0].dtype], pool.tokens)
         self._columns: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def is_current(self) -> bool:
-        """Whether the model still holds the weights that this was made of."""
-        return self._version == self._state.version
+        """Whether the model still holds the weights that this was made of, and the pool its tensors."""
+        return self._version == self._state.version and self._made_for == self._pool.version
 
     def fits(self, rows: int) -> bool:
         """Whether one call takes so many tokens."""
