@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from arithmetic import exact_arithmetic
 
 import bitstrata
 from bitstrata.demonstration.run import MODEL
@@ -22,9 +23,18 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture
+def exact_kernel():
+    """Models that the test loads compute exactly."""
+    with exact_arithmetic():
+        yield
+
+
 @pytest.fixture(scope="session")
 def model(bundled):
-    return bitstrata.load(bundled, dtype=torch.float32)
+    """Exact, so that its tokens in an engine are those of its own generate."""
+    with exact_arithmetic():
+        return bitstrata.load(bundled, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

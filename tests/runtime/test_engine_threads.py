@@ -33,7 +33,7 @@ def test_calls_while_a_request_runs_are_refused(model, code, alone):
     prompt, refused = code[:9], []
     expected = alone(prompt, 4, 3)
     with Engine(model) as engine:
-        hook = model.model.layers[0].register_forward_pre_hook(lambda *_: refused.extend(attempts(model)))
+        hook = model.get_input_embeddings().register_forward_pre_hook(lambda *_: refused.extend(attempts(model)))
         try:
             tokens = engine.submit(Request(prompt, bits=4, max_new_tokens=3, ignore_eos=True)).result(WAIT)
         finally:

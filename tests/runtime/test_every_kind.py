@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from arithmetic import exact_arithmetic
 from page_orders import write_order
 from tiny_models import tiny_llama, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -16,8 +17,6 @@ import bitstrata
 from bitstrata.calibration import evaluation_windows, read_text
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.errors import UnsupportedBitsError, UsageError
-from bitstrata.kernels import registry
-from bitstrata.kernels.registry import describe
 from bitstrata.nn import bits_state
 from bitstrata.planes import decode
 from bitstrata.runtime import Conversation, Engine, Request
@@ -32,13 +31,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 @pytest.fixture(autouse=True, scope="module")
 def exact():
     """No activations in int8, so that what is computed is what the decoded weights say."""
-    names = [
-        report.name
-        for report in describe("cpu", torch.float32)
-        if report.name.endswith("-exact") and report.reason is None
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(registry.ENVIRONMENT, names[0] if names else "reference")
+    with exact_arithmetic():
         yield
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from arithmetic import exact_arithmetic
 from http_calls import Served, served
 
 import bitstrata
@@ -37,7 +38,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(checkpoint):
-    return bitstrata.load(checkpoint, dtype=torch.float32)
+    """Exact, so that its tokens in an engine are those of its own generate."""
+    with exact_arithmetic():
+        return bitstrata.load(checkpoint, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +110,8 @@ def with_engine(checkpoint, tokenizer) -> Callable[..., AbstractContextManager[S
 @pytest.fixture(scope="session")
 def alone(tokenizer, checkpoint):
     """alone(prompt, bits, new) -> the tokens of the model's own greedy generate for a text, one request at a time."""
-    own = bitstrata.load(checkpoint, dtype=torch.float32)
+    with exact_arithmetic():
+        own = bitstrata.load(checkpoint, dtype=torch.float32)
 
     def generate(prompt: str, bits: int, new: int) -> list[int]:
         ids = torch.tensor([tokenizer(prompt).input_ids])

@@ -22,7 +22,7 @@ from .memory import TokenPool
 
 NAME = "bitstrata_batch"
 # what some architectures want of attention beyond keys, queries, values, a scale and a window
-UNKNOWN = ("position_bias", "softcap", "s_aux", "head_mask")
+UNKNOWN = ("position_bias", "s_aux", "head_mask")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     bitstrata_batch: FlatBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -101,16 +102,26 @@ def attend(
         raise BatchError(f"attention with {what} cannot run in an engine's batches")
     if batch.calls is not None:
         shape = key.shape[1], key.shape[3]
-        batch.calls[int(module.layer_idx)] = AttentionCall(*shape, scaling, sliding_window, None, wanted)  # type: ignore[arg-type]
+        batch.calls[int(module.layer_idx)] = AttentionCall(*shape, scaling, sliding_window, softcap, wanted)  # type: ignore[arg-type]
     keys, values = batch.pool.write(module.layer_idx, batch.places, key[0], value[0])  # type: ignore[arg-type]
     if batch.gather and len(batch.spans) > 1 and all(span.length == 1 for span in batch.spans):
-        return _together(query, keys, values, batch.padding(sliding_window), scaling), None
+        return _together(query, keys, values, batch.padding(sliding_window), scaling, softcap), None
     parts = query.split([span.length for span in batch.spans], dim=2)
     each = zip(parts, batch.spans, strict=True)
-    return torch.cat([_one(part, keys, values, span, sliding_window, scaling) for part, span in each], dim=1), None
+    return torch.cat(
+        [_one(part, keys, values, span, sliding_window, scaling, softcap) for part, span in each], dim=1
+    ), None
 
 
-def _one(query: Tensor, keys: Tensor, values: Tensor, span: Span, window: int | None, scaling: float | None) -> Tensor:
+def _one(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    span: Span,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
     """query [1, H, n, D] of one span -> [1, n, H, D']."""
     total = span.past + span.length
     skipped = 0 if window is None else max(0, span.past + 1 - window)  # seen by none of its tokens
@@ -118,7 +129,7 @@ def _one(query: Tensor, keys: Tensor, values: Tensor, span: Span, window: int | 
     k, v = keys[None, :, seen], values[None, :, seen]  # [1, Hkv, S, D]
     heads, n = query.shape[1], span.length
     groups = heads // k.shape[1]
-    if n > 1 and span.past == 0 and (window is None or total <= window):
+    if n > 1 and span.past == 0 and (window is None or total <= window) and softcap is None:
         out = nn.functional.scaled_dot_product_attention(
             query, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1
         )
@@ -130,20 +141,38 @@ def _one(query: Tensor, keys: Tensor, values: Tensor, span: Span, window: int | 
         mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)  # [n, S]
         mask = mask.repeat(groups, 1)
     rows = query.reshape(1, k.shape[1], groups * n, query.shape[3])
-    out = nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scaling)
+    out = _softmax(rows, k, v, mask, scaling, softcap)
     return out.reshape(1, heads, n, out.shape[3]).transpose(1, 2)
 
 
 def _together(
-    query: Tensor, keys: Tensor, values: Tensor, padding: tuple[Tensor, Tensor], scaling: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    padding: tuple[Tensor, Tensor],
+    scaling: float | None,
+    softcap: float | None,
 ) -> Tensor:
     """query [1, H, R, D], one token of each of R spans -> [1, R, H, D']."""
     places, real = padding
     k, v = keys[:, places].transpose(0, 1), values[:, places].transpose(0, 1)  # [R, Hkv, S, D]
     _, heads, rows, width = query.shape
     grouped = query[0].transpose(0, 1).reshape(rows, k.shape[1], heads // k.shape[1], width)
-    out = nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=real, scale=scaling)
+    out = _softmax(grouped, k, v, real, scaling, softcap)
     return out.reshape(1, rows, heads, out.shape[3])
+
+
+def _softmax(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """softmax(q k^T * scaling) v, scores bounded by softcap * tanh(score / softcap) where there is one."""
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
 
 AttentionInterface.register(NAME, attend)

@@ -8,8 +8,9 @@ model's own forward before the first request.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,15 +23,18 @@ from ...models.compat import attention_of, can_change_attention
 from ...nn import Assignment, bits_state, together
 from .attention import NAME, AttentionCall, FlatBatch, Span
 from .memory import BLOCK, TokenPool
-from .native import NativeStep, Unfit
+from .native import NativeStep, Seen, UnfitError, watching
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 PROBE = 12  # tokens; with a part of another sequence they stay within one kernel's few rows
 # Between two ways of computing the same logits, relative to their norm. Wide, because int8 activations turn a
 # difference in rounding into half a step; a token that sees the wrong keys is off by tens of percent.
 PROBE_TOLERANCE = 0.05
-# The same of the native step, which keeps in float32 what modules round to the model's dtype; both in exact arithmetic.
-STEP_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.04}
+# Of what a block adds, and of the logits, in the native step, which keeps in float32 what modules round to the model's
+# dtype; both in exact arithmetic.
+STEP_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 0.02}
+
+T = TypeVar("T")
 
 
 class Forward:
@@ -129,19 +133,23 @@ class Forward:
         """Take the native step if it knows the model and computes what the modules do; else say why in `reason`."""
         assert self._calls is not None
         try:
-            self._native = NativeStep(self.model, self.pool, self._calls)
-        except Unfit as error:
+            step = NativeStep(self.model, self.pool, self._calls)
+        except UnfitError as error:
             self.reason = str(error)
             return
         with self._state.using(arithmetic="exact"):
-            native = self._probe()
-            step, self._native = self._native, None
-            modules = self._probe()
-        apart = float((native - modules).norm() / modules.norm())
+            apart = max(self._probe(partial(self._distance, step)))
         if apart <= STEP_TOLERANCE[self.model.dtype]:
             self._native = step
         else:
-            self.reason = f"its logits differ from those of the modules by {apart:.1%}"
+            self.reason = f"a block or the logits differ from those of the modules by {apart:.1%}"
+
+    def _distance(self, step: NativeStep, tokens: list[list[int]], spans: list[Span], bits: list[Assignment]) -> float:
+        seen = Seen([], [], torch.empty(0), self.model.dtype)
+        with watching(self.model, seen):
+            seen.logits = self._through_modules(tokens, spans, bits)
+        with self._state.step():
+            return step.distance(seen, spans, bits)
 
     def _require_detached(self) -> None:
         if attention_of(self.model) == NAME:
@@ -164,31 +172,30 @@ class Forward:
         expected = torch.stack([self._alone(one, high), self._alone(other, low)])
         self.attach()
         self._calls = {}
-        return float((self._probe() - expected).norm() / expected.norm())
+        try:
+            half, rest = self._probe(self._through_modules)
+        except Exception as error:
+            if isinstance(error, BitstrataError) or is_out_of_memory(error):
+                raise
+            raise BatchError(f"{type(self.model).__name__} cannot run in an engine's batches: {error!r}") from error
+        return float((torch.stack([rest[0], half[1]]) - expected).norm() / expected.norm())
 
-    def _probe(self) -> Tensor:
-        """Logits [2, V] of two sequences of unequal length at unequal bits, one of them in two parts."""
+    def _probe(self, run: Callable[[list[list[int]], list[Span], list[Assignment]], T]) -> tuple[T, T]:
+        """What `run` makes of two batches: sequences of unequal length at unequal bits, and the rest of one of them."""
         one, other, high, low = self._sequences()
         first, second = self.pool.reserve(BLOCK), self.pool.reserve(BLOCK)
         assert first is not None
         assert second is not None
         try:
-            spans = [Span(first.start, 0, 7), Span(second.start, 0, len(other))]
-            half = self.run([one[:7], other], spans, [high, low])
-            rest = self.run([one[7:]], [Span(first.start, 7, PROBE - 7)], [high])
-        except Exception as error:
-            if isinstance(error, BitstrataError) or is_out_of_memory(error):
-                raise
-            raise BatchError(f"{type(self.model).__name__} cannot run in an engine's batches: {error!r}") from error
+            half = run([one[:7], other], [Span(first.start, 0, 7), Span(second.start, 0, len(other))], [high, low])
+            return half, run([one[7:]], [Span(first.start, 7, PROBE - 7)], [high])
         finally:
             self.pool.release(first)
             self.pool.release(second)
-        return torch.stack([rest[0], half[1]])
 
     def _sequences(self) -> tuple[list[int], list[int], Assignment, Assignment]:
         """Two sequences to compare with, and their bits."""
-        state = self._state
-        size = vocabulary_size(self.model.config)
+        state, size = self._state, vocabulary_size(self.model.config)
         one, other = ([(step * stride) % size for step in range(PROBE)] for stride in (7, 11))
         return one, other[:-3], state.resolve(None), state.resolve(min(state.supported, default=None))
 

@@ -1,15 +1,17 @@
 """A decoding step in one native call: which models can have it, and what it is told of them.
 
 A model is recognised by its modules, not by its name: decoder blocks of RMS norms, attention with rotary positions and
-a gated MLP, as Llama, Mistral, Qwen, Gemma and Phi have them. `recognise` raises Unfit, with the reason, for what has
-more or other parts. Norms and activations are told apart by what they compute; the scale, window and cap of attention
-are what the model's own forward handed to it. Forward.check compares the result with the model before it is used.
+a gated MLP, as Llama, Mistral, Qwen, Gemma and Phi have them. What has more or other parts raises UnfitError, with the
+reason. Norms and activations are told apart by what they compute; the scale, window and cap of attention are what the
+model's own forward handed to it. Forward.check compares the result with the model before it is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +19,13 @@ from transformers import PreTrainedModel
 
 from ...kernels.cpu.blocked import FEW_ROWS, TYPES, BlockedWeight, isa_of
 from ...kernels.cpu.extension import native
+from ...kernels.registry import Kernel
 from ...models.compat import decoder_of, rotary_types
 from ...nn import Assignment, PlaneLinear, TiedHead, bits_state
 from .attention import AttentionCall, Span
 from .memory import TokenPool
 
-ACTIVATIONS = (
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     nn.functional.silu,
     lambda x: nn.functional.gelu(x, approximate="tanh"),
     nn.functional.gelu,
@@ -31,8 +34,37 @@ ACTIVATIONS = (
 CHUNK = 256  # positions whose angles are asked for at a time
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """The native step does not know this model; the message says what it does not know."""
+
+
+@dataclass
+class Seen:
+    """What the modules computed of a batch: hidden states before and after every block, float32 [T, hidden]; logits."""
+
+    before: list[Tensor]
+    after: list[Tensor]
+    logits: Tensor
+    dtype: torch.dtype
+
+
+@contextmanager
+def watching(model: PreTrainedModel, seen: Seen) -> Iterator[None]:
+    """Inside, what goes into and comes out of the decoder's blocks is noted in `seen`."""
+
+    def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        made = output[0] if isinstance(output, tuple) else output
+        seen.before.append(given[0].float().clone())
+        seen.after.append(made[0].float().clone())
+
+    layers = cast(nn.ModuleList, decoder_of(model).layers)
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class NativeStep:
@@ -41,12 +73,12 @@ class NativeStep:
     Args:
         calls: of each layer, how the model's own forward called attention.
 
-    Raises Unfit.
+    Raises UnfitError.
     """
 
     def __init__(self, model: PreTrainedModel, pool: TokenPool, calls: Mapping[int, AttentionCall]) -> None:
         if native is None or model.device.type != "cpu":
-            raise Unfit(f"the model is on {model.device}, without the native extension")
+            raise UnfitError(f"the model is on {model.device}, without the native extension")
         self._state = bits_state(model)
         self._embedding = model.get_input_embeddings()
         parts = _Parts(model, calls)
@@ -55,10 +87,11 @@ class NativeStep:
         try:
             self._step = native.Step(parts.isa, parts.hidden, parts.blocks, parts.last, parts.head, parts.logit_softcap)
         except ValueError as error:
-            raise Unfit(str(error)) from error
+            raise UnfitError(str(error)) from error
+        self._blocks = len(parts.blocks)
         pairs = [pool.layer(index) for index in range(len(parts.blocks))]
         if any(pair[0].dtype not in TYPES or pair[0].shape[2] != pair[1].shape[2] for pair in pairs):
-            raise Unfit("keys and values differ in width")
+            raise UnfitError("keys and values differ in width")
         self._pairs, self._pool, self._made_for = pairs, pool, pool.version
         keys, values = ([pair[side].data_ptr() for pair in pairs] for side in (0, 1))
         self._step.set_caches(keys, values, TYPES[pairs[0][0].dtype], pool.tokens)
@@ -75,18 +108,38 @@ class NativeStep:
 
     def run(self, tokens: Sequence[Sequence[int]], spans: Sequence[Span], bits: Sequence[Assignment]) -> Tensor:
         """As Forward.run, of at most FEW_ROWS tokens."""
+        x = self._embedding(torch.tensor([token for part in tokens for token in part])).float().contiguous()
+        return self._run(x, spans, bits, range(self._blocks))
+
+    def distance(self, seen: Seen, spans: Sequence[Span], bits: Sequence[Assignment]) -> float:
+        """How far this is from what the modules computed on `spans`: of every block, what it adds; and the logits.
+
+        Relative to the size of these, after what the rounding of the sum to the modules' dtype explains.
+        """
+        grain = torch.finfo(seen.dtype).eps
+        worst = torch.zeros(())
+        for index, (before, after) in enumerate(zip(seen.before, seen.after, strict=True)):
+            x = before.clone()
+            self._run(x, spans, bits, range(index, index + 1), logits=False)
+            added, off = (after - before).norm(dim=-1), (x - after).norm(dim=-1)
+            worst = torch.maximum(worst, ((off - grain * after.norm(dim=-1)).clamp_min(0) / added).max())
+        logits = self._run(seen.after[-1].clone(), spans, bits, range(0))
+        return float(torch.maximum(worst, (logits - seen.logits).norm() / seen.logits.norm()).nan_to_num(torch.inf))
+
+    def _run(
+        self, x: Tensor, spans: Sequence[Span], bits: Sequence[Assignment], blocks: range, logits: bool = True
+    ) -> Tensor:
+        """x float32 [rows, hidden] through `blocks`, in place, and through the head: logits [spans, V]."""
         starts = [span.start for span in spans for _ in range(span.length)]
         positions = [span.past + step for span in spans for step in range(span.length)]
-        x = self._embedding(torch.tensor([token for part in tokens for token in part])).float().contiguous()
-        table = torch.stack(
-            [self._column(one) for one, span in zip(bits, spans, strict=True) for _ in range(span.length)], 1
-        )
+        columns = [self._column(one) for one, span in zip(bits, spans, strict=True) for _ in range(span.length)]
+        table = torch.stack(columns, 1)
         angles = [angles.at(positions) for angles in self._angles]
         wanted, end = [], 0
-        for span in spans:
+        for span in spans if logits else ():
             end += span.length
             wanted.append(end - 1)
-        logits = torch.empty(len(spans), self._vocabulary)
+        result = torch.empty(len(wanted), self._vocabulary)
         arithmetic = self._state.arithmetic
         self._step.run(
             x.data_ptr(),
@@ -95,12 +148,14 @@ class NativeStep:
             table.data_ptr(),
             [cosine.data_ptr() for cosine, _ in angles],
             [sine.data_ptr() for _, sine in angles],
+            blocks.start,
+            blocks.stop,
             wanted,
-            logits.data_ptr(),
+            result.data_ptr(),
             torch.get_num_threads(),
             self.exact if arithmetic is None else arithmetic == "exact",
         )
-        return logits
+        return result
 
     def _column(self, bits: Assignment) -> Tensor:
         """The bits of every quantized layer of the step, int8."""
@@ -125,14 +180,14 @@ class _Angles:
         return self._tables[0].shape[1]
 
     def at(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        missing = max(positions) + 1 - len(self._tables[0])
-        if missing > 0:
+        have = len(self._tables[0])
+        if have <= max(positions):
             pieces = [self._tables]
-            have = len(self._tables[0])
             while have <= max(positions):
                 pieces.append(self._ask(have, self._step))
                 have += self._step
-            self._tables = tuple(torch.cat(side) for side in zip(*pieces, strict=True))
+            cosine, sine = (torch.cat(side) for side in zip(*pieces, strict=True))
+            self._tables = cosine, sine
         index = torch.tensor(positions)
         return self._tables[0][index], self._tables[1][index]
 
@@ -144,34 +199,35 @@ class _Angles:
 
 
 class _Parts:
-    """What native.Step is made of; raises Unfit."""
+    """What native.Step is made of; raises UnfitError."""
 
     def __init__(self, model: PreTrainedModel, calls: Mapping[int, AttentionCall]) -> None:
         self.kept: list[Any] = []  # tensors whose addresses native code knows
         self.names: list[str | int] = []  # of each place in the table of bits, the layer, or its only bits
-        self.kernel: Any = None
+        self.kernel: Kernel | None = None
         self.angles: list[_Angles] = []
         self._angles_by_type: dict[str | None, int] = {}
         decoder = decoder_of(model)
         for module in model.modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise Unfit(f"a {type(module).__name__} has hooks")
+            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+                raise UnfitError(f"a {type(module).__name__} has hooks")
         children = _children(decoder, "the decoder", {"embed_tokens", "layers", "norm", "rotary_emb"})
         if model.get_input_embeddings() is not children.get("embed_tokens"):
-            raise Unfit("its embedding is not the decoder's")
+            raise UnfitError("its embedding is not the decoder's")
         self.config = decoder.config
         self._rotary = children.get("rotary_emb")
         self.last = self._norm(children.get("norm"))
         head = model.get_output_embeddings()
         self.head, (self.head_rows, self.hidden) = self._linear(head)
         self.logit_softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0.0)
-        layers = list(children["layers"])
+        layers = list(children["layers"].children())
         if len(layers) != len(calls):
-            raise Unfit("not every layer calls attention once")
+            raise UnfitError("not every layer calls attention once")
         self.blocks = [self._block(layer, calls[index], index) for index, layer in enumerate(layers)]
         if self.kernel is None:
-            raise Unfit("no layer is packed for the CPU's kernels")
-        self.isa, self.exact = isa_of(self.kernel), self.kernel.activations == "exact"
+            raise UnfitError("no layer is packed for the CPU's kernels")
+        self.isa: str = isa_of(self.kernel)
+        self.exact: bool = self.kernel.activations == "exact"
 
     def _block(self, layer: nn.Module, call: AttentionCall, index: int) -> dict[str, Any]:
         norms = {
@@ -193,11 +249,11 @@ class _Parts:
         gate_up = ["gate_up_proj"] if "gate_up_proj" in mlp else ["gate_proj", "up_proj"]
         for found, names in ((attention, [*qkv, "o_proj"]), (mlp, [*gate_up, "down_proj"])):
             if missing := [name for name in names if name not in found]:
-                raise Unfit(f"a block has no {missing[0]}")
+                raise UnfitError(f"a block has no {missing[0]}")
         out, (_, attended) = self._linear(attention["o_proj"])
         width = call.width
         if call.unknown:
-            raise Unfit(f"attention takes {', '.join(call.unknown)}")
+            raise UnfitError(f"attention takes {', '.join(call.unknown)}")
         rotary = self._angles_of(layer, parts["self_attn"], index)
         return {
             "before_attention": self._norm(parts.get("input_layernorm")),
@@ -248,9 +304,9 @@ class _Parts:
             or epsilon is None
             or getattr(module, "bias", None) is not None
         ):
-            raise Unfit(f"{type(module).__name__} is not an RMS norm")
+            raise UnfitError(f"{type(module).__name__} is not an RMS norm")
         if width is not None and len(weight) != width:
-            raise Unfit(f"{type(module).__name__} is over all heads together")
+            raise UnfitError(f"{type(module).__name__} is over all heads together")
         held = weight.detach().float()
         probe = torch.linspace(-3, 2, len(held)).cos()
         with torch.no_grad():
@@ -260,7 +316,7 @@ class _Parts:
         for candidate in (held, held + 1):
             if torch.allclose(found, plain * candidate, rtol=0.02, atol=0.02 * float(candidate.abs().max())):
                 return {"weight": self._address(candidate), "epsilon": float(epsilon)}
-        raise Unfit(f"{type(module).__name__} computes something else than an RMS norm")
+        raise UnfitError(f"{type(module).__name__} computes something else than an RMS norm")
 
     def _linear(self, module: nn.Module | None) -> tuple[dict[str, Any], tuple[int, int]]:
         """What native code is told of a linear layer, and its shape [out, in]."""
@@ -270,21 +326,21 @@ class _Parts:
         if isinstance(module, (PlaneLinear, TiedHead)):
             weight = (module if isinstance(module, PlaneLinear) else module.embedding).packed
             if not isinstance(weight, BlockedWeight):
-                raise Unfit(f"a layer is held in the layout {weight.layout!r}")
+                raise UnfitError(f"a layer is held in the layout {weight.layout!r}")
             if self.kernel is not None and weight.kernel.name != self.kernel.name:
-                raise Unfit("layers run on several kernels")
+                raise UnfitError("layers run on several kernels")
             self.kernel = weight.kernel
             self.kept.append(weight)
             self.names.append(module.name if isinstance(module, PlaneLinear) else module.embedding.bits[0])
             place = len(self.names) - 1
             return {"bias": bias, "place": place, "planes": weight.handle}, (weight.out_features, weight.in_features)
         if type(module) is not nn.Linear or module.weight.dtype not in TYPES:
-            raise Unfit(f"a layer is a {type(module).__name__}")
+            raise UnfitError(f"a layer is a {type(module).__name__}")
         matrix = module.weight.detach().contiguous()
         rows, columns = matrix.shape
         self.kept.append(matrix)
-        place = {"dense": matrix.data_ptr(), "type": TYPES[matrix.dtype], "rows": rows, "columns": columns}
-        return {"bias": bias, "place": -1, **place}, (rows, columns)
+        dense = {"dense": matrix.data_ptr(), "type": TYPES[matrix.dtype], "rows": rows, "columns": columns}
+        return {"bias": bias, "place": -1, **dense}, (rows, columns)
 
     def _address(self, tensor: Tensor) -> int:
         tensor = tensor.contiguous()
@@ -296,7 +352,7 @@ def _children(module: nn.Module, what: str, known: set[str]) -> dict[str, nn.Mod
     """Its parts by name; those that do nothing when a model runs are left out."""
     found = {name: child for name, child in module.named_children() if not isinstance(child, (nn.Dropout, nn.Identity))}
     if unknown := sorted(found.keys() - known):
-        raise Unfit(f"{what} ({type(module).__name__}) has a part {unknown[0]}")
+        raise UnfitError(f"{what} ({type(module).__name__}) has a part {unknown[0]}")
     return found
 
 
@@ -308,4 +364,4 @@ def _activation(module: Any) -> int:
         for number, function in enumerate(ACTIVATIONS):
             if torch.allclose(found, function(probe), atol=1e-5):
                 return number
-    raise Unfit(f"the MLP's activation, {type(module).__name__}, is none of SiLU, GELU and ReLU")
+    raise UnfitError(f"the MLP's activation, {type(module).__name__}, is none of SiLU, GELU and ReLU")

@@ -182,7 +182,7 @@ void Step::run(const Rows& rows, const std::vector<Cache>& caches, int threads, 
     });
   };
 
-  for (size_t b = 0; b < blocks.size(); ++b) {
+  for (int b = rows.first_block; b < rows.last_block; ++b) {
     const Block& block = blocks[b];
     const Cache& cache = caches[b];
     const int width = block.width, wide = padded(width), heads = block.heads, key_heads = block.key_heads;

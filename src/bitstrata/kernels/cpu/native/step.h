@@ -57,7 +57,8 @@ struct Rows {
   const int8_t* bits;           // [places][count]
   const float* const* cosine;   // of each table of angles: [count][rotated]
   const float* const* sine;
-  const int* wanted;            // rows whose logits are
+  int first_block, last_block;  // blocks first..last-1 are run
+  const int* wanted;            // rows whose logits are; none: the head is not run
   int wanted_count;
   float* logits;                // [wanted_count][vocabulary]
 };

@@ -103,9 +103,11 @@ struct Session {
 
 void run(Session& self, uintptr_t x, const std::vector<int64_t>& start, const std::vector<int64_t>& position,
          uintptr_t bits, const std::vector<uintptr_t>& cosine, const std::vector<uintptr_t>& sine,
-         const std::vector<int>& wanted, uintptr_t logits, int threads, bool exact) {
+         int first_block, int last_block, const std::vector<int>& wanted, uintptr_t logits, int threads, bool exact) {
   const int count = int(start.size());
   if (count < 1 || count > kMaxRows || position.size() != start.size()) throw std::invalid_argument("too many rows, or none");
+  if (self.caches.size() != self.step.blocks.size()) throw std::invalid_argument("the caches are not set");
+  if (first_block < 0 || last_block > int(self.step.blocks.size())) throw std::out_of_range("blocks that are not there");
   for (int row : wanted)
     if (row < 0 || row >= count) throw std::out_of_range("logits of a row that is not there");
   for (int r = 0; r < count; ++r)
@@ -117,7 +119,7 @@ void run(Session& self, uintptr_t x, const std::vector<int64_t>& start, const st
   for (uintptr_t address : cosine) cosines.push_back(at<const float>(address));
   for (uintptr_t address : sine) sines.push_back(at<const float>(address));
   const Rows rows{count, at<float>(x), start.data(), position.data(), at<const int8_t>(bits), cosines.data(), sines.data(),
-                  wanted.data(), int(wanted.size()), at<float>(logits)};
+                  first_block, last_block, wanted.data(), int(wanted.size()), at<float>(logits)};
   nb::gil_scoped_release release;
   self.step.run(rows, self.caches, threads, exact);
 }
