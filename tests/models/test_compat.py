@@ -17,7 +17,8 @@ from bitstrata.models import compat
 
 SOURCE = Path(bitstrata.__file__).parent
 # torch's own, and accesses within one of our packages: these files may use private names of what is not transformers'
-OF_TORCH = {"_C", "_buffers", "_current_level", "_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters", "_set_fwd_grad_enabled", "_version",
+OF_TORCH = {"_C", "_buffers", "_current_level", "_modules", "_parameters", "_set_fwd_grad_enabled", "_version",
+            "_forward_hooks", "_forward_pre_hooks",
             "_apply", "_is_zerotensor", "_load_from_state_dict", "_opname", "_save_to_state_dict", "_exit"}  # fmt: skip
 DOCUMENTED = {  # submodules of transformers that its documentation imports from
     "transformers.generation.streamers",

@@ -194,7 +194,9 @@ class _Angles:
     def _ask(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         extra = {} if self._layer_type is None else {"layer_type": self._layer_type}
         with torch.no_grad():
-            cosine, sine = self._rotary(torch.zeros(1, dtype=torch.float32), torch.arange(first, first + count)[None], **extra)
+            cosine, sine = self._rotary(
+                torch.zeros(1, dtype=torch.float32), torch.arange(first, first + count)[None], **extra
+            )
         return cosine[0].float().contiguous(), sine[0].float().contiguous()
 
 
