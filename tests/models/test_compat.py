@@ -152,7 +152,13 @@ def test_a_hook_is_off_inside_and_on_again_behind():
     add_hook_to_module(layer, Adding())
     with compat.unhooked(layer):
         assert float(layer(x)) == 0
+        assert not compat.has_hooks(layer)
     assert float(layer(x)) == 1
+    assert compat.has_hooks(layer)
+    for register in (nn.Module.register_forward_hook, nn.Module.register_forward_pre_hook):
+        other = nn.Identity()
+        register(other, lambda *_: None)
+        assert compat.has_hooks(other)
 
 
 def test_a_static_cache_goes_back_to_a_length():

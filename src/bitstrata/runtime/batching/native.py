@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ...kernels.cpu.blocked import FEW_ROWS, TYPES, BlockedWeight, isa_of
 from ...kernels.cpu.extension import native
 from ...kernels.registry import Kernel
-from ...models.compat import decoder_of, rotary_types
+from ...models.compat import decoder_of, has_hooks, rotary_types
 from ...nn import Assignment, PlaneLinear, TiedHead, bits_state
 from .attention import AttentionCall, Span
 from .memory import TokenPool
@@ -211,7 +211,7 @@ class _Parts:
         self._angles_by_type: dict[str | None, int] = {}
         decoder = decoder_of(model)
         for module in model.modules():
-            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+            if has_hooks(module):
                 raise UnfitError(f"a {type(module).__name__} has hooks")
         children = _children(decoder, "the decoder", {"embed_tokens", "layers", "norm", "rotary_emb"})
         if model.get_input_embeddings() is not children.get("embed_tokens"):

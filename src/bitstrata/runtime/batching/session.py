@@ -182,7 +182,12 @@ def _fingerprint(model: PreTrainedModel) -> tuple[object, ...]:
         for module in model.modules()
     ]
     tensors = [
-        (tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version)
+        (
+            tensor.data_ptr() if tensor.device.type == "cpu" else id(tensor),
+            tensor.device,
+            tensor.dtype,
+            0 if tensor.is_inference() else tensor._version,
+        )
         for tensor in (*model.parameters(), *model.buffers())
     ]
     return attention_of(model), bits_state(model).arithmetic, tuple(modules), tuple(tensors)
