@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import Counter
 from random import Random
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 
 import bitstrata
 from bitstrata.errors import BatchError, CheckError, ResourceError, UsageError
-from bitstrata.models import end_tokens
+from bitstrata.models import DraftLength, Speculation, end_tokens
 from bitstrata.nn import bits_state
 from bitstrata.runtime import Engine, Request, continue_tokens
-from bitstrata.runtime.batching import Sampler, continuation, session
+from bitstrata.runtime.batching import Drafts, Sampler, continuation, session
 from bitstrata.runtime.generation import GenerationSettings
 
 WAIT = 120
@@ -170,3 +171,61 @@ def test_no_memory_leaves_the_model_and_the_session_as_they_were(own_model, code
             start(own, code[:900])
     with session(own_model) as own:
         assert finish(own, start(own, code[:30]), 4) == expected
+
+
+@pytest.mark.parametrize(("bits", "draft_bits", "draft_tokens"), [(4, 2, 3), (4, 3, 1), (3, 2, 15), (4, 2, 40)])
+def test_drafts_do_not_change_greedy_tokens(model, tokenizer, code, alone, bits, draft_bits, draft_tokens, monkeypatch):
+    monkeypatch.setattr(DraftLength, "next", lambda self: self.most)  # always draft: the hard way
+    for new in (1, 2, 7, 40):
+        settings = GenerationSettings(new, draft_bits=draft_bits, draft_tokens=draft_tokens)
+        made = continue_tokens(model, tokenizer, code[:40], "", bits=bits, settings=settings)
+        expected = alone(code[:40], bits, new)
+        assert made.text == tokenizer.decode(expected, skip_special_tokens=True)
+        assert made.tokens == model.speculation.tokens == len(expected)
+        if new == 40:
+            assert 0 < model.speculation.accepted <= model.speculation.drafted
+            assert made.acceptance == model.speculation.acceptance
+
+
+def test_drafts_obey_rules_of_the_generation_config(own_model, tokenizer, code, monkeypatch):
+    monkeypatch.setattr(DraftLength, "next", lambda self: self.most)
+    own_model.generation_config.repetition_penalty = 1.3
+    own_model.generation_config.no_repeat_ngram_size = 2
+    plain, drafted = (
+        continue_tokens(own_model, tokenizer, code[:30], "", bits=4, settings=GenerationSettings(30, draft_bits=draft))
+        for draft in (None, 2)
+    )
+    assert plain.text == drafted.text
+
+
+def test_sampled_drafts_have_the_distribution_of_plain_sampling(model, code, seed, monkeypatch):
+    """Third new token, the likeliest few and the rest: chi-square of two samples."""
+    monkeypatch.setattr(DraftLength, "next", lambda self: self.most)
+    draws, counts, drafted = 400, [Counter(), Counter()], [0, 0]
+    at = bits_state(model).resolve(4)
+    with session(model) as own:
+        for draw in range(draws):
+            for side in (0, 1):
+                sampler = Sampler(1.5, 0.9, Random(f"{seed} {draw} {side}"))
+                item = own.start(code[:20], most=3, sampler=sampler)
+                speculation = Speculation(2, 3)
+                drafts = Drafts(model, speculation, at)
+                while not item.new or item.ended() is None:
+                    own.draft_step(item, at, drafts) if side else own.step(item, at)
+                own.finish(item)
+                counts[side][item.new[-1]] += 1
+                drafted = [drafted[0] + speculation.drafted, drafted[1] + speculation.accepted]
+    assert 0.05 < drafted[1] / drafted[0] < 1, "some drafts are wrong, some right"
+    often = [token for token, count in (counts[0] + counts[1]).items() if count >= 20]
+    pairs = [(counts[0][token], counts[1][token]) for token in often]
+    pairs.append((draws - sum(one for one, _ in pairs), draws - sum(other for _, other in pairs)))
+    chi_square = sum((one - other) ** 2 / (one + other) for one, other in pairs if one + other)
+    degrees = len(pairs) - 1
+    assert chi_square < degrees + 6 * (2 * degrees) ** 0.5 + 12, (chi_square, degrees)
+
+
+def test_drafts_that_cannot_be_made_are_refused(model, tokenizer, code):
+    for settings, message in (((4, 4), "must be below"), ((8, 4), "bits=8"), ((2, 0), "draft_tokens must be")):
+        asked = GenerationSettings(4, draft_bits=settings[0], draft_tokens=settings[1])
+        with pytest.raises(UsageError, match=message):
+            continue_tokens(model, tokenizer, code[:10], "", bits=4, settings=asked)

@@ -8,6 +8,7 @@ from .hub import resolve
 from .load import OpenCheckpoint, open_checkpoint, pick_device
 from .rules import score_rules
 from .source import SourceModel, load_reference
+from .speculation import DraftLength, Speculation, accept
 from .tokens import (
     Stops,
     check_text,
@@ -25,12 +26,15 @@ __all__ = [
     "BitstrataConfig",
     "BitstrataQuantizer",
     "Discovery",
+    "DraftLength",
     "HeadLayer",
     "LeftOut",
     "LinearInfo",
     "OpenCheckpoint",
     "SourceModel",
+    "Speculation",
     "Stops",
+    "accept",
     "attach",
     "bytes_per_token",
     "check_text",

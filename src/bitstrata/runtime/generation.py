@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
 from ..models import (
+    Speculation,
     check_vocabulary,
     context_limit,
     encode_prompt,
@@ -30,7 +31,7 @@ from ..options import GenerationSettings, named
 from ..plans import Plan, bits_name, choose_bits, highest_bits, load
 from ..progress import note
 from ..torch_state import ordinary_torch
-from .batching import Sampler, Session, session
+from .batching import Drafts, Sampler, Session, session
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def continue_tokens(
     clock = _Clock(streamer)
     started = time.perf_counter()
     made = None
-    if chosen is not None and settings.draft_bits is None:
+    if chosen is not None:
         with session(model) as own:
             if own is not None and (own.longest is None or len(ids) + new_tokens <= own.longest):
                 made = _by_session(own, ids, new_tokens, ends, chosen, settings, clock)
@@ -179,6 +180,11 @@ def _by_session(
     clock: _Clock,
 ) -> list[int]:
     """The new tokens, made by our own steps."""
+    drafts = None
+    if settings.draft_bits is not None:
+        speculation = Speculation(settings.draft_bits, settings.draft_tokens)
+        drafts = Drafts(own.model, speculation, bits)
+        own.model.speculation = speculation  # type: ignore[assignment]
     clock.put(torch.tensor([ids]))
     item = own.start(
         ids,
@@ -189,9 +195,12 @@ def _by_session(
     )
     try:
         while not item.new or item.ended() is None:
-            clock.put(torch.tensor([own.step(item, bits).id]))
+            for token in [own.step(item, bits)] if drafts is None else own.draft_step(item, bits, drafts):
+                clock.put(torch.tensor([token.id]))
     finally:
         own.finish(item)
+    if drafts is not None:
+        drafts.speculation.tokens = len(item.new)
     clock.end()
     return item.new
 

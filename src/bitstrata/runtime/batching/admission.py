@@ -54,7 +54,7 @@ def grow(running: Iterable[Running], pool: TokenPool) -> list[Running]:
     """Get room for the next token of all that have used theirs up; those for which there is none."""
     stalled = []
     for item in running:
-        if item.place is None or not item.needs_room:
+        if item.place is None or not item.lacks_room():
             continue
         larger = pool.grow(item.place, item.past, item.room)
         if larger is None:

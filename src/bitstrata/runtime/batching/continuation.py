@@ -51,10 +51,9 @@ class Continuation:
         whole = len(self.tokens) - len(self.new) + self.most - 1
         return min(whole, len(self.tokens) + GROWTH) if self.grows else whole
 
-    @property
-    def needs_room(self) -> bool:
-        """Whether what is to be fed next does not fit into its range."""
-        return self.place is None or len(self.tokens) > len(self.place)
+    def lacks_room(self, drafts: int = 0) -> bool:
+        """Whether what is to be fed next, and so many drafts after it, do not fit into its range."""
+        return self.place is None or len(self.tokens) + drafts > len(self.place)
 
     def segment(self, owner: int, bits: Assignment) -> Segment:
         """What is to be fed next, as `packing` takes it."""

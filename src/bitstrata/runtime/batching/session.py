@@ -29,6 +29,7 @@ from ...models.compat import attention_of
 from ...nn import Assignment, bits_state, steady_rows
 from ...progress import note
 from .continuation import Continuation, advance, pick
+from .drafts import Drafts
 from .forward import Forward
 from .memory import BLOCK, TokenPool
 from .packing import pack
@@ -85,6 +86,21 @@ class Session:
         item.add(token.id)
         return replace(token, bits=bits.given if isinstance(bits.given, int) else None)
 
+    def draft_step(self, item: Continuation, bits: Assignment, drafts: Drafts) -> list[Token]:
+        """As `step`, and more tokens at once where drafts are right; up to one that ends the text."""
+        if item.past < len(item.tokens) - 1:  # the prompt
+            return [self.step(item, bits)]
+        if item.lacks_room(most := drafts.most(item, self._steady)):
+            self._make_room(item)
+        made = []
+        for token in drafts.cycle(self._forward, item, bits, most):
+            item.add(token)
+            made.append(Token(token, bits.given))
+            if item.ended() is not None:
+                break
+        item.past = min(item.past, len(item.tokens) - 1)  # accepted beyond the end
+        return made
+
     def finish(self, item: Continuation) -> None:
         """Give back the room of `item`."""
         if item.place is not None:
@@ -93,7 +109,7 @@ class Session:
 
     def _feed(self, item: Continuation, bits: Assignment) -> Tensor:
         """Logits [1, V] after all tokens of `item`."""
-        if item.needs_room:
+        if item.lacks_room():
             self._make_room(item)
         while True:
             (batch,) = pack([item.segment(0, bits)], CHUNK, self._steady)
