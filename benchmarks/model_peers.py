@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,7 @@ from peers.measure import SETTLE, OtherProcesses, Timing
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bitstrata.benchmark.machine import Bandwidth, describe
-from bitstrata.benchmark.model import Decoder
+from bitstrata.benchmark.model import Decoder, SessionDecoder, decoders
 from bitstrata.benchmark.random_model import SHAPES, dense_model, random_model, shape_config
 from bitstrata.errors import BitstrataError, CheckError, ResourceError, UsageError
 from bitstrata.models import bytes_per_token
@@ -153,10 +154,17 @@ def _contenders(
     if "ours" in names:
         _say(f"ours at {', '.join(map(str, BITS))} bits")
         model = random_model(config, BITS, group_size=arguments.group_size, head_bits=HEAD_BITS, seed=arguments.seed)
-        found += [_torch_contender(f"ours {bits} bits", model, bits, arguments.context) for bits in BITS]
+        for bits in BITS:
+            _check_logits(f"ours {bits} bits", model, bits)
+        stack = ExitStack()
+        close.append(stack.close)
+        for bits, decoder in zip(BITS, decoders(model, arguments.context, BITS, stack), strict=True):
+            found.append(_contender(f"ours {bits} bits", decoder, bits))
     if "torch" in names:
         _say(BASELINE)
-        found.append(_torch_contender(BASELINE, dense_model(config, seed=arguments.seed), None, arguments.context))
+        dense = dense_model(config, seed=arguments.seed)
+        _check_logits(BASELINE, dense, None)
+        found.append(_contender(BASELINE, Decoder(dense, arguments.context, None), None))
     if "llama.cpp" in names:
         for kind, bits in KINDS.items():
             _say(f"llama.cpp {kind}")
@@ -176,12 +184,15 @@ def _contenders(
     return found, close
 
 
-def _torch_contender(name: str, model: PreTrainedModel, bits: int | None, context: int) -> Contender:
+def _check_logits(name: str, model: PreTrainedModel, bits: int | None) -> None:
     with torch.no_grad():
         logits = model(torch.arange(4).unsqueeze(0), **({} if bits is None else {"bits": bits})).logits
     if not (logits.isfinite().all() and logits.float().std() > 0):
         raise CheckError(f"{name} gives unusable logits", hint="nothing is reported")
-    return Contender(name, bytes_per_token(model, bits), bits, Decoder(model, context, bits).step)
+
+
+def _contender(name: str, decoder: Decoder | SessionDecoder, bits: int | None) -> Contender:
+    return Contender(name, bytes_per_token(decoder.model, bits), bits, decoder.step)
 
 
 def _race(contenders: list[Contender], rounds: int, tokens: int, bandwidth: Bandwidth) -> list[Timing]:

@@ -4,6 +4,7 @@
     ├── UsageError (ValueError)       2   an argument or flag is wrong
     │   ├── UnsupportedBitsError          bits the model does not have
     │   ├── ClosedError                   an engine that takes no more requests
+    │   ├── BatchError                    a model whose architecture cannot run in batches
     │   └── KernelError                   the kernel asked for cannot run here
     ├── InputError                    3   a file, a model or a text is wrong
     │   ├── CheckpointError               a bitstrata checkpoint is malformed
@@ -63,6 +64,10 @@ class UnsupportedBitsError(UsageError):
 
 class ClosedError(UsageError):
     """The engine was closed, or has failed: it takes no more requests."""
+
+
+class BatchError(UsageError):
+    """The model's architecture does something that batches here do not know: only its own forward runs it."""
 
 
 class KernelError(UsageError):

@@ -18,6 +18,7 @@ from bitstrata.models import compat
 SOURCE = Path(bitstrata.__file__).parent
 # torch's own, and accesses within one of our packages: these files may use private names of what is not transformers'
 OF_TORCH = {"_C", "_buffers", "_current_level", "_modules", "_parameters", "_set_fwd_grad_enabled", "_version",
+            "_forward_hooks", "_forward_pre_hooks",
             "_apply", "_is_zerotensor", "_load_from_state_dict", "_opname", "_save_to_state_dict", "_exit"}  # fmt: skip
 DOCUMENTED = {  # submodules of transformers that its documentation imports from
     "transformers.generation.streamers",
@@ -151,7 +152,13 @@ def test_a_hook_is_off_inside_and_on_again_behind():
     add_hook_to_module(layer, Adding())
     with compat.unhooked(layer):
         assert float(layer(x)) == 0
+        assert not compat.has_hooks(layer)
     assert float(layer(x)) == 1
+    assert compat.has_hooks(layer)
+    for register in (nn.Module.register_forward_hook, nn.Module.register_forward_pre_hook):
+        other = nn.Identity()
+        register(other, lambda *_: None)
+        assert compat.has_hooks(other)
 
 
 def test_a_static_cache_goes_back_to_a_length():

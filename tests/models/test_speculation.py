@@ -16,7 +16,7 @@ from bitstrata.demonstration.run import MODEL
 from bitstrata.errors import UnsupportedBitsError, UsageError
 from bitstrata.kernels.registry import describe
 from bitstrata.models import speculation
-from bitstrata.models.speculation import DraftLength, Speculation, _accept
+from bitstrata.models.speculation import DraftLength, Speculation, accept
 
 PROBLEM = "cpu", torch.float32
 PROMPTS = ("def read_lines(path):\n", "import os\n\n\nclass Reader:\n    def")
@@ -143,6 +143,10 @@ def test_streamers_get_every_token_once(trained):
     model.generate(ids, bits=8, draft_bits=2, max_new_tokens=3, do_sample=False, streamer=TextStreamer(tokenizer))
 
 
+def drawn(distribution):
+    return int(torch.multinomial(distribution, 1))
+
+
 def test_accepted_and_corrected_tokens_follow_the_full_bits_distribution(seed):
     """Algorithm 1 on random distributions: what comes out is distributed as p, whatever q is."""
     torch.manual_seed(seed)
@@ -150,10 +154,9 @@ def test_accepted_and_corrected_tokens_follow_the_full_bits_distribution(seed):
         p, q = torch.randn(2, 6).mul(1.5).softmax(-1).unbind(0)
         count, draws = torch.zeros(6), 4000
         for _ in range(draws):
-            draft = torch.multinomial(q, 1).view(1, 1)
-            scores = [p.log().unsqueeze(0), torch.zeros(1, 6)]
-            accepted, last = _accept(draft, [q.unsqueeze(0)], scores, sampling=True)
-            count[int(draft if accepted else last)] += 1
+            draft = drawn(q)
+            accepted, last = accept([draft], [q], [p, torch.ones(6)], drawn, lambda: float(torch.rand(())))
+            count[draft if accepted else last] += 1
         chi_square = float(((count - draws * p).square() / (draws * p)).sum())
         assert chi_square < 35, (count / draws, p)  # 5 degrees of freedom: one run in a million
 
@@ -247,7 +250,7 @@ def test_a_cache_that_holds_part_of_the_prompt_is_continued(trained):
 def test_the_cache_ends_where_the_tokens_do_and_can_be_continued(quantized, name, prompt, new, seed, monkeypatch):
     """Also where a stop comes in the middle of drafts that were accepted."""
     monkeypatch.setattr(DraftLength, "next", lambda self: self.most)
-    monkeypatch.setattr(speculation, "_accept", everything_but_the_last)
+    monkeypatch.setattr(speculation, "accept", everything_but_the_last)
     model = bitstrata.load(quantized(name)[2], dtype=torch.float32)
     ids = torch.randint(3, 50, (1, prompt), generator=torch.Generator().manual_seed(seed))
     cache = DynamicCache(config=model.config)
@@ -262,8 +265,8 @@ def test_the_cache_ends_where_the_tokens_do_and_can_be_continued(quantized, name
     assert torch.equal(again, model.generate(ids, max_new_tokens=8, **settings))
 
 
-def everything_but_the_last(drafts, guesses, scores, sampling):
-    return len(guesses), scores[-1].argmax(-1, keepdim=True)
+def everything_but_the_last(drafts, guesses, wanted, draw, uniform):
+    return len(drafts), draw(wanted[-1])
 
 
 def test_whole_numbers_of_other_libraries_are_draft_bits(trained):

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from bitstrata.runtime import Engine, Finished, Request, Token
-from bitstrata.runtime.batching import admission
+from bitstrata.runtime.batching import admission, continuation
 
 WAIT = 120
 
@@ -77,7 +77,7 @@ def test_a_long_request_is_passed_so_many_times_and_not_more(model, code):
 @pytest.mark.parametrize(("cache", "waits"), [(256, True), (352, False)])
 def test_a_request_without_a_limit_leaves_room_for_others(model, code, alone, monkeypatch, cache, waits):
     """It grows by waiting for its neighbour to end, or by moving to where there is room; its tokens stay its own."""
-    monkeypatch.setattr(admission, "GROWTH", 32)
+    monkeypatch.setattr(continuation, "GROWTH", 32)
     endless, neighbour = (code[:20], 3, 200), (code[100:110], 2, 100)
     expected = [alone(*endless), alone(*neighbour)]
     assert [len(tokens) for tokens in expected] == [200, 100]
@@ -97,7 +97,7 @@ def test_a_request_without_a_limit_leaves_room_for_others(model, code, alone, mo
 
 
 def test_requests_without_a_limit_share_the_cache(model, code, alone, monkeypatch):
-    monkeypatch.setattr(admission, "GROWTH", 32)
+    monkeypatch.setattr(continuation, "GROWTH", 32)
     prompts = [(code[start : start + 20], bits) for start, bits in ((0, 2), (100, 3), (200, 4))]
     most = 256 + 1 - 20
     with Engine(model, max_requests=4, cache_tokens=256) as engine:

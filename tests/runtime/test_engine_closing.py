@@ -59,7 +59,7 @@ def test_a_closed_engine_refuses_requests_and_its_model_is_as_before(small):
         many(engine, 2)
         with pytest.raises(UsageError, match="run by an Engine"):
             small(ids)
-        with pytest.raises(UsageError, match="another engine"):
+        with pytest.raises(UsageError, match="an engine, or a call"):
             Engine(small)
     with pytest.raises(UsageError, match="closed"):
         many(engine, 1)
@@ -111,7 +111,7 @@ def test_a_cache_for_which_there_is_no_memory(small, monkeypatch):
         def fail(*_):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
-        patched.setattr("bitstrata.runtime.batching.forward.Forward.run", fail)
+        patched.setattr("bitstrata.runtime.batching.forward.Forward._through_modules", fail)
         with pytest.raises(ResourceError, match="no memory to run LlamaForCausalLM"):
             Engine(small)
     assert len(small.generate(torch.tensor([[3, 4]]), max_new_tokens=1, do_sample=False)[0]) == 3

@@ -8,10 +8,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from transformers import set_seed
 
 import bitstrata
 from bitstrata.errors import CheckError
+from bitstrata.models import encode_prompt
 from bitstrata.runtime import Engine, Request
 from bitstrata.runtime.batching.sampling import Sampler, choose
 
@@ -115,19 +115,8 @@ def test_generate_samples_by_its_seed_and_leaves_the_programs_generators_alone(m
     assert before[:2] == after[:2]
     assert torch.equal(before[2], after[2])
     assert texts[0] == texts[2] != texts[1]
-    set_seed(7)  # the same numbers as a caller of transformers gets
-    drafts = {} if draft_bits is None else {"draft_bits": draft_bits}
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    with torch.no_grad():
-        own = model.generate(
-            ids,
-            bits=4,
-            max_new_tokens=24,
-            do_sample=True,
-            temperature=1.2,
-            top_p=0.9,
-            top_k=0,
-            pad_token_id=0,
-            **drafts,
-        )
-    assert tokenizer.decode(own[0, ids.shape[1] :], skip_special_tokens=True) == texts[0]
+    if draft_bits is None:  # the same numbers as a request of an engine draws
+        asked = Request(encode_prompt(tokenizer, prompt), bits=4, max_new_tokens=24, seed=7, temperature=1.2, top_p=0.9)
+        with Engine(model, tokenizer) as engine:
+            own = engine.submit(asked).result(WAIT)
+        assert tokenizer.decode(own, skip_special_tokens=True) == texts[0]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from ..models import bytes_per_token
 from ..models.compat import set_cached_length
 from ..nn import bits_state
+from ..runtime.batching import Sampler, Session, session
 from .clock import captured, wait
 
 
@@ -35,8 +39,24 @@ class ModelResult:
     switch: float | None
 
 
+class SessionDecoder:
+    """A sequence being continued greedily, one token a step, by the steps that `generate` and chats are made of."""
+
+    def __init__(self, own: Session, context: int, bits: int) -> None:
+        self.model, self._own, self._bits = own.model, own, bits_state(own.model).resolve(bits)
+        prompt = torch.arange(context).remainder(int(self.model.config.vocab_size)).tolist()
+        self._text = own.start(prompt, most=sys.maxsize, sampler=Sampler(0.0, 1.0, Random()))
+        self.step()
+
+    def step(self) -> None:
+        self._own.step(self._text, self._bits)
+
+    def rewind(self) -> None:
+        """It goes on where it was."""
+
+
 class Decoder:
-    """A sequence being continued greedily, one token a step."""
+    """The same through the model's own forward and a cache of transformers: of dense models."""
 
     def __init__(self, model: PreTrainedModel, context: int, bits: int | Tensor | None) -> None:
         self.model, self.bits = model, bits
@@ -90,7 +110,7 @@ class _Run:
 
     label: str
     bits: int | None
-    decoder: Decoder
+    decoder: Decoder | SessionDecoder
     step: Callable[[], object]
     prepare: Callable[[], object]
     switch: Callable[[], float] | None
@@ -109,22 +129,26 @@ def bench_model(
 ) -> list[ModelResult]:
     """Tokens a second of `model` at each of `bits`, and of `dense`, taking turns round by round.
 
-    On a GPU a step is a CUDA graph: one for each of `bits`, and one more that runs at any of them, whichever a tensor
-    on the device holds, so that it survives a switch.
+    On a CPU a step is what `generate` runs. On a GPU it is a CUDA graph: one for each of `bits`, and one more that runs
+    at any of them, whichever a tensor on the device holds, so that it survives a switch.
     """
-    runs = _graph_runs if model.device.type == "cuda" else _eager_runs
-    contenders = runs(model, name, bits, dense, context, tokens)
-    speeds: list[list[float]] = [[] for _ in contenders]
-    for _ in range(rounds):
-        for index, run in enumerate(contenders):
-            run.prepare()
-            run.step()
-            wait(model.device)
-            started = time.perf_counter()
-            for _ in range(tokens):
+    speeds: list[list[float]] = []
+    with ExitStack() as stack:
+        if model.device.type == "cuda":
+            contenders = _graph_runs(model, name, bits, dense, context, tokens)
+        else:
+            contenders = _eager_runs(model, name, bits, dense, context, stack)
+        speeds = [[] for _ in contenders]
+        for _ in range(rounds):
+            for index, run in enumerate(contenders):
+                run.prepare()
                 run.step()
-            wait(model.device)
-            speeds[index].append(tokens / (time.perf_counter() - started))
+                wait(model.device)
+                started = time.perf_counter()
+                for _ in range(tokens):
+                    run.step()
+                wait(model.device)
+                speeds[index].append(tokens / (time.perf_counter() - started))
     results = []
     for run, samples in zip(contenders, speeds, strict=True):
         size = bytes_per_token(run.decoder.model, run.bits)
@@ -135,17 +159,32 @@ def bench_model(
 
 
 def _eager_runs(
-    model: PreTrainedModel, name: str, bits: Sequence[int], dense: PreTrainedModel | None, context: int, tokens: int
+    model: PreTrainedModel,
+    name: str,
+    bits: Sequence[int],
+    dense: PreTrainedModel | None,
+    context: int,
+    stack: ExitStack,
 ) -> list[_Run]:
+    """`stack` ends what holds the model."""
     runs = []
-    for value in bits:
-        decoder = Decoder(model, context, value)
+    for value, decoder in zip(bits, decoders(model, context, bits, stack), strict=True):
         switch = partial(switch_time, model, value)
         runs.append(_Run(f"{name} {value} bits", value, decoder, decoder.step, decoder.rewind, switch))
     if dense is not None:
-        decoder = Decoder(dense, context, None)
-        runs.append(_Run(f"{name} {dtype_name(dense)}", None, decoder, decoder.step, decoder.rewind, None))
+        own = Decoder(dense, context, None)
+        runs.append(_Run(f"{name} {dtype_name(dense)}", None, own, own.step, own.rewind, None))
     return runs
+
+
+def decoders(
+    model: PreTrainedModel, context: int, bits: Sequence[int], stack: ExitStack
+) -> Sequence[SessionDecoder | Decoder]:
+    """One for each of `bits`, all of the same quantized model, as `generate` runs it until `stack` is closed."""
+    own = stack.enter_context(session(model))
+    if own is None:
+        return [Decoder(model, context, value) for value in bits]
+    return [SessionDecoder(own, context, value) for value in bits]
 
 
 def _graph_runs(

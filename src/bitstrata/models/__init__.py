@@ -1,12 +1,14 @@
 """Joining to transformers: which linears, loading and saving, source models."""
 
-from .config import context_limit
+from .config import context_limit, steady_context
 from .discover import Discovery, LeftOut, LinearInfo, bytes_per_token, discover, input_device
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .hub import resolve
 from .load import OpenCheckpoint, open_checkpoint, pick_device
+from .rules import score_rules
 from .source import SourceModel, load_reference
+from .speculation import DraftLength, Speculation, accept
 from .tokens import (
     Stops,
     check_text,
@@ -24,12 +26,15 @@ __all__ = [
     "BitstrataConfig",
     "BitstrataQuantizer",
     "Discovery",
+    "DraftLength",
     "HeadLayer",
     "LeftOut",
     "LinearInfo",
     "OpenCheckpoint",
     "SourceModel",
+    "Speculation",
     "Stops",
+    "accept",
     "attach",
     "bytes_per_token",
     "check_text",
@@ -47,6 +52,8 @@ __all__ = [
     "open_checkpoint",
     "pick_device",
     "resolve",
+    "score_rules",
+    "steady_context",
     "text_prefix",
     "vocabulary_size",
 ]

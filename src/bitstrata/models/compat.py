@@ -136,6 +136,11 @@ def stored_file(name: str | None, file: str) -> Path | None:
     return Path(path) if path is not None and Path(path).is_file() else None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is hooked into the calls of `module` itself."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
 @contextmanager
 def unhooked(module: nn.Module) -> Iterator[None]:
     """Without the hook that accelerate has put around `module`, if there is one: it remembers tensors by name."""

@@ -107,6 +107,23 @@ def context_limit(config: PreTrainedConfig) -> int | None:
     return min(_stretched(limit, part) for part in nested or [rope])
 
 
+def steady_context(config: PreTrainedConfig) -> int | None:
+    """The longest sequence whose rotary positions do not depend on how long the others in its batch are; or None.
+
+    Rotary embeddings of the types here change their frequencies for a whole batch once its longest sequence passes the
+    length that the model was first trained at.
+    """
+    text = config.get_text_config(decoder=True)
+    limit = context_limit(config)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = {item.get("rope_type") for item in [rope, *rope.values()] if isinstance(item, dict)}
+    if kinds & {"longrope", "dynamic"}:
+        first = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        if first is not None:
+            return min(first, limit) if limit is not None else int(first)
+    return limit
+
+
 def _stretched(limit: int, rope: Mapping[str, Any]) -> int:
     factor, original = rope.get("factor"), rope.get("original_max_position_embeddings") or limit
     if rope.get("rope_type", rope.get("type")) not in STRETCHED:

@@ -269,13 +269,6 @@ class TakesDraftBits(TakesBits):
         """Arguments for transformers' generate; what comes of the draft will be in `speculation`."""
         state = self.bits_state
         checked = state.value if bits is None else state.resolve(bits).given
-        if state.plan is not None:
-            raise UsageError(
-                "draft_bits needs a model with all of its planes; this one holds only the pages of its plan",
-                hint="leave draft_bits out, or load the model without a plan, a budget or fit",
-            )
-        if not isinstance(checked, int):
-            raise UsageError("draft_bits needs one bits value for the whole sequence, not a plan or one a row")
         speculation.check(state, checked)
         self.speculation = speculation
         kwargs = {**kwargs, "custom_generate": speculate, "speculation": speculation}

@@ -23,7 +23,7 @@ and then. Nothing here depends on clocks, so equal seeds give equal tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +64,25 @@ class Speculation:
         """Share of draft tokens that were accepted; None if there were none."""
         return self.accepted / self.drafted if self.drafted else None
 
-    def check(self, state: BitsState, bits: int) -> None:
-        """Raises UnsupportedBitsError for a precision that is not there, UsageError for a draft that cannot help."""
+    def count(self, drafted: int, accepted: int) -> None:
+        """Add a cycle, or a step without a draft."""
+        self.drafted += drafted
+        self.accepted += accepted
+        self.cycles += drafted > 0
+        self.plain += drafted == 0
+
+    def check(self, state: BitsState, bits: Any) -> None:
+        """`bits`: what is to check the drafts.
+
+        Raises UnsupportedBitsError for a precision that is not there, UsageError for a draft that cannot help.
+        """
+        if state.plan is not None:
+            raise UsageError(
+                "draft_bits needs a model with all of its planes; this one holds only the pages of its plan",
+                hint="leave draft_bits out, or load the model without a plan, a budget or fit",
+            )
+        if not isinstance(bits, int):
+            raise UsageError("draft_bits needs one bits value for the whole sequence, not a plan or one a row")
         whole = whole_number(self.draft_bits)
         if whole is None or whole not in state.supported:
             raise UnsupportedBitsError(self.draft_bits, state.supported)
@@ -106,6 +123,12 @@ class DraftLength:
         self._plain = 0
         return best
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, speculation: Speculation, bits: int) -> DraftLength:
+        """For drafts as `speculation` wants them, checked at `bits`."""
+        cost = draft_cost(model, speculation.draft_bits, bits)
+        return cls(speculation.draft_tokens, cost, ROW_COST.get(model.device.type, OTHER_ROW_COST))
+
     def learn(self, drafted: int, accepted: int) -> None:
         """Only tokens up to the first rejection were judged."""
         for judged in range(min(drafted, accepted + 1)):
@@ -139,38 +162,34 @@ def speculate(
     _refuse(input_ids, generation_config, model_kwargs)
     run = _Runner(model, model_kwargs)
     sampling = bool(generation_config.do_sample)
-    length = DraftLength(
-        speculation.draft_tokens,
-        draft_cost(model, speculation.draft_bits, bits),
-        ROW_COST.get(input_ids.device.type, OTHER_ROW_COST),
-    )
+    length = DraftLength.of(model, speculation, bits)
+    draw = _drawn if sampling else _likeliest
     ids = input_ids
     logits = run(ids[:, run.cache.get_seq_length() :], bits, keep=1)  # the prompt, or what a given cache lacks of it
     run.remember()
-    waiting = _pick(logits_processor(ids, logits[:, -1]), sampling)[0]  # chosen, not yet in the cache
+    waiting = draw(_weighed(logits_processor(ids, logits[:, -1]), sampling))  # chosen, not yet in the cache
     ids, done = _emit(ids, [waiting], stopping_criteria, speculation)
     while not done:
         count = min(length.next(), run.room())
-        drafts, guesses = ids, []
+        drafts: list[int] = []
+        guesses: list[Tensor] = []
+        tried = ids
         for _ in range(count):
-            logits = run(drafts[:, -1:], speculation.draft_bits, keep=1)
-            token, guess = _pick(logits_processor(drafts, logits[:, -1]), sampling)
-            drafts = torch.cat([drafts, token], 1)
-            guesses.append(guess)
+            logits = run(tried[:, -1:], speculation.draft_bits, keep=1)
+            guesses.append(_weighed(logits_processor(tried, logits[:, -1]), sampling))
+            drafts.append(draw(guesses[-1]))
+            tried = _with(tried, drafts[-1])
         run.drop(count)
         start = ids.shape[1]
-        logits = run(drafts[:, start - 1 :], bits, keep=count + 1)
-        scores = [
-            logits_processor(drafts[:, : start + place], logits[:, place - count - 1]) for place in range(count + 1)
+        logits = run(tried[:, start - 1 :], bits, keep=count + 1)
+        wanted = [
+            _weighed(logits_processor(tried[:, : start + place], logits[:, place - count - 1]), sampling)
+            for place in range(count + 1)
         ]
-        accepted, last = _accept(drafts[:, start:], guesses, scores, sampling)
+        accepted, last = accept(drafts, guesses if sampling else None, wanted, draw, _uniform)
         length.learn(count, accepted)
-        speculation.drafted += count
-        speculation.accepted += accepted
-        speculation.cycles += count > 0
-        speculation.plain += count == 0
-        new = [drafts[:, start + place : start + place + 1] for place in range(accepted)]
-        ids, done = _emit(ids, [*new, last], stopping_criteria, speculation)
+        speculation.count(count, accepted)
+        ids, done = _emit(ids, [*drafts[:accepted], last], stopping_criteria, speculation)
         # all but the last token, as plain decoding leaves it: also where it is over before the last accepted draft
         run.drop(run.cache.get_seq_length() - (ids.shape[1] - 1))
     run.forget()
@@ -239,40 +258,65 @@ def _refuse(input_ids: Tensor, config: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _pick(scores: Tensor, sampling: bool) -> tuple[Tensor, Tensor | None]:
-    """A token [1, 1] from processed scores [1, vocabulary], and the distribution it was drawn from."""
-    if not sampling:
-        return scores.argmax(-1, keepdim=True), None
-    distribution = scores.softmax(-1)
-    return torch.multinomial(distribution, 1), distribution
+def accept(
+    drafts: Sequence[int],
+    guesses: Sequence[Tensor] | None,
+    wanted: Sequence[Tensor],
+    draw: Callable[[Tensor], int],
+    uniform: Callable[[], float],
+) -> tuple[int, int]:
+    """How many of `drafts` stay, and the token after them.
 
-
-def _accept(drafts: Tensor, guesses: list[Tensor | None], scores: list[Tensor], sampling: bool) -> tuple[int, Tensor]:
-    """How many of `drafts` [1, k] stay, and the token [1, 1] after them. scores: of the full bits, k + 1 of them."""
-    for place, guess in enumerate(guesses):
-        token = drafts[:, place : place + 1]
-        if guess is None:
-            best = scores[place].argmax(-1, keepdim=True)
-            if not torch.equal(best, token):
+    Args:
+        guesses: the distribution [V] that each draft was drawn from; None where the likeliest token is taken each time.
+        wanted: the distributions [V] of the full bits, one more than drafts; where the likeliest is taken, any scores.
+        draw: a token of a distribution, which need not add up to 1.
+        uniform: a number in [0, 1), a new one at each call.
+    """
+    for place, token in enumerate(drafts):
+        if guesses is None:
+            best = draw(wanted[place])
+            if best != token:
                 return place, best
             continue
-        wanted = scores[place].softmax(-1)
-        odds = wanted.gather(1, token) / guess.gather(1, token)
-        if float(torch.rand(())) >= float(odds):
-            rest = (wanted - guess).clamp_min(0)
-            return place, torch.multinomial(rest if float(rest.sum()) > 0 else wanted, 1)
-    return len(guesses), _pick(scores[-1], sampling)[0]
+        guess = guesses[place]
+        if uniform() >= float(wanted[place][token] / guess[token]):
+            rest = (wanted[place] - guess).clamp_min(0)
+            return place, draw(rest if float(rest.sum()) > 0 else wanted[place])
+    return len(drafts), draw(wanted[-1])
+
+
+def _weighed(scores: Tensor, sampling: bool) -> Tensor:
+    """What a token is drawn from, [V], for processed scores [1, V]."""
+    return scores[0].softmax(-1) if sampling else scores[0]
+
+
+def _drawn(distribution: Tensor) -> int:
+    return int(torch.multinomial(distribution, 1))
+
+
+def _likeliest(scores: Tensor) -> int:
+    return int(scores.argmax())
+
+
+def _uniform() -> float:
+    return float(torch.rand(()))
+
+
+def _with(ids: Tensor, token: int) -> Tensor:
+    """ids [1, n] and `token`: [1, n + 1]."""
+    return torch.cat([ids, ids.new_tensor([[token]])], 1)
 
 
 def _emit(
-    ids: Tensor, tokens: list[Tensor], stopping_criteria: Callable[[Tensor, Any], Tensor], speculation: Speculation
+    ids: Tensor, tokens: list[int], stopping_criteria: Callable[[Tensor, Any], Tensor], speculation: Speculation
 ) -> tuple[Tensor, bool]:
     """Append one token after the other until the generation is over."""
     for token in tokens:
-        ids = torch.cat([ids, token], 1)
+        ids = _with(ids, token)
         speculation.tokens += 1
         if speculation.streamer is not None:
-            speculation.streamer.put(token[0].cpu())
+            speculation.streamer.put(torch.tensor([token]))
         if bool(stopping_criteria(ids, None).all()):
             return ids, True
     return ids, False

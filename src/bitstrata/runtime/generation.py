@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -14,12 +15,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
-from ..models import check_vocabulary, context_limit, encode_prompt, end_tokens, input_device, load_tokenizer, resolve
+from ..models import (
+    Speculation,
+    check_vocabulary,
+    context_limit,
+    encode_prompt,
+    end_tokens,
+    input_device,
+    load_tokenizer,
+    resolve,
+    score_rules,
+)
 from ..nn import Assignment, BitsOrPlan, bits_state
 from ..options import GenerationSettings, named
 from ..plans import Plan, bits_name, choose_bits, highest_bits, load
 from ..progress import note
 from ..torch_state import ordinary_torch
+from .batching import Drafts, Sampler, Session, session
 
 
 @dataclass(frozen=True)
@@ -134,20 +146,89 @@ def continue_tokens(
         note(f"max-new-tokens lowered from {new_tokens} to {limit - len(ids)}, what the context leaves")
         new_tokens = limit - len(ids)
 
+    ends = end_tokens(model, tokenizer)
+    clock = _Clock(streamer)
+    started = time.perf_counter()
+    made = None
+    if chosen is not None:
+        with session(model) as own:
+            if own is not None and (own.longest is None or len(ids) + new_tokens <= own.longest):
+                made = _by_session(own, ids, new_tokens, ends, chosen, settings, clock)
+    if made is None:
+        made = _by_transformers(model, tokenizer, ids, new_tokens, ends, chosen, settings, clock)
+    arrived = clock.times[1:]  # the first entry is the prompt
+    between = arrived[-1] - arrived[0] if len(arrived) > 1 else 0.0
+    return Generation(
+        prompt=prompt,
+        text=str(tokenizer.decode(made, skip_special_tokens=True)),
+        bits=None if chosen is None else bits_name(chosen.given),
+        tokens=len(made),
+        seconds=time.perf_counter() - started,
+        tokens_per_second=(len(arrived) - 1) / between if between > 0 else None,
+        draft_bits=settings.draft_bits,
+        acceptance=None if settings.draft_bits is None else model.speculation.acceptance,  # type: ignore[arg-type, union-attr]
+    )
+
+
+def _by_session(
+    own: Session,
+    ids: list[int],
+    new_tokens: int,
+    ends: frozenset[int],
+    bits: Assignment,
+    settings: GenerationSettings,
+    clock: _Clock,
+) -> list[int]:
+    """The new tokens, made by our own steps."""
+    drafts = None
+    if settings.draft_bits is not None:
+        speculation = Speculation(settings.draft_bits, settings.draft_tokens)
+        drafts = Drafts(own.model, speculation, bits)
+        own.model.speculation = speculation  # type: ignore[assignment]
+    clock.put(torch.tensor([ids]))
+    item = own.start(
+        ids,
+        most=new_tokens,
+        sampler=Sampler(settings.temperature, settings.top_p, Random(settings.seed)),
+        ends=ends,
+        rules=score_rules(own.model, ids, new_tokens, ends),
+    )
+    try:
+        while not item.new or item.ended() is None:
+            for token in [own.step(item, bits)] if drafts is None else own.draft_step(item, bits, drafts):
+                clock.put(torch.tensor([token.id]))
+    finally:
+        own.finish(item)
+    if drafts is not None:
+        drafts.speculation.tokens = len(item.new)
+    clock.end()
+    return item.new
+
+
+def _by_transformers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    new_tokens: int,
+    ends: frozenset[int],
+    bits: Assignment | None,
+    settings: GenerationSettings,
+    clock: _Clock,
+) -> list[int]:
+    """The same by transformers' generate: of dense models, and of those that cannot run in batches."""
     extra: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     random_numbers: AbstractContextManager[None] = nullcontext()
     if settings.temperature > 0:
         extra = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
         random_numbers = _seeded(settings.seed)
-    if ends := end_tokens(model, tokenizer):
+    if ends:
         extra["eos_token_id"] = sorted(ends)
-    if chosen is not None:
-        extra["bits"] = chosen
+    if bits is not None:
+        extra["bits"] = bits
     if settings.draft_bits is not None:
         extra |= {"draft_bits": settings.draft_bits, "draft_tokens": settings.draft_tokens}
     extra |= {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}  # whatever its file says
-    clock, device = _Clock(streamer), input_device(model)
-    started = time.perf_counter()
+    device = input_device(model)
     with torch.no_grad(), random_numbers:
         output = model.generate(  # type: ignore[operator]
             torch.tensor([ids], device=device),
@@ -157,19 +238,8 @@ def continue_tokens(
             streamer=clock,
             **extra,
         )
-    new = output[0, len(ids) :]
-    arrived = clock.times[1:]  # the first entry is the prompt
-    between = arrived[-1] - arrived[0] if len(arrived) > 1 else 0.0
-    return Generation(
-        prompt=prompt,
-        text=str(tokenizer.decode(new, skip_special_tokens=True)),
-        bits=None if chosen is None else bits_name(chosen.given),
-        tokens=len(new),
-        seconds=time.perf_counter() - started,
-        tokens_per_second=(len(arrived) - 1) / between if between > 0 else None,
-        draft_bits=settings.draft_bits,
-        acceptance=None if settings.draft_bits is None else model.speculation.acceptance,  # type: ignore[arg-type, union-attr]
-    )
+    new: list[int] = output[0, len(ids) :].tolist()
+    return new
 
 
 @contextmanager

@@ -14,40 +14,24 @@ of the cache, rounded down by GROWTH.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ...models import Stops
 from ..policy import RequestPolicy
+from .continuation import Continuation
 from .memory import TokenPool
 from .request import Handle
-from .sampling import Sampler
 
-GROWTH = 256  # tokens
 OVERTAKEN = 32  # times that a request lets another pass
 
 
-@dataclass(eq=False)
-class Running:
-    """A request between submit and its end. The first `past` of `tokens` are in the cache."""
+@dataclass(eq=False, kw_only=True)
+class Running(Continuation):
+    """A request between submit and its end."""
 
     handle: Handle
-    tokens: list[int]
-    most: int  # new tokens it may make
-    sampler: Sampler
     policy: RequestPolicy
-    stops: Stops | None
-    place: range | None = None
-    past: int = 0
-    new: list[int] = field(default_factory=list)
     entropy: float | None = None  # of the last distribution, if the policy wants it
     overtaken: int = 0
-
-    @property
-    def room(self) -> int:
-        """Tokens of the cache that it needs to start, or to go on."""
-        # the last new token is never an input
-        whole = len(self.tokens) - len(self.new) + self.most - 1
-        return whole if self.handle.request.max_new_tokens is not None else min(whole, len(self.tokens) + GROWTH)
 
 
 def admit(waiting: Mapping[int, Running], pool: TokenPool, places: int) -> Iterator[Running]:
@@ -70,7 +54,7 @@ def grow(running: Iterable[Running], pool: TokenPool) -> list[Running]:
     """Get room for the next token of all that have used theirs up; those for which there is none."""
     stalled = []
     for item in running:
-        if item.place is None or len(item.tokens) <= len(item.place):
+        if item.place is None or not item.lacks_room():
             continue
         larger = pool.grow(item.place, item.past, item.room)
         if larger is None:

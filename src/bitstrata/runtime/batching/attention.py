@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ...errors import UsageError
+from ...errors import BatchError
 from .memory import TokenPool
 
 NAME = "bitstrata_batch"
@@ -87,18 +87,19 @@ def attend(
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, H / groups, T, D] of a flat batch -> [1, T, H, D].
 
-    Raises UsageError outside an engine's own calls, and for attention that is more than softmax within a window.
+    Raises BatchError outside of Forward's own calls, and for attention that is more than softmax within a window.
     """
     batch = bitstrata_batch
     if batch is None:
-        raise UsageError(
-            "this model is run by an Engine, or its architecture does not pass keywords on to attention",
-            hint="submit requests to the engine, or close it to use the model directly",
+        raise BatchError(
+            "this model is run by an Engine or a call to generate, or its architecture does not pass keywords on to "
+            "attention",
+            hint="submit requests to the engine, or use the model directly once it is closed",
         )
     wanted = tuple(name for name in UNKNOWN if kwargs.get(name) is not None)
     if wanted or attention_mask is not None:
         what = ", ".join(wanted) or "a mask of its own"
-        raise UsageError(f"attention with {what} cannot run in an engine's batches")
+        raise BatchError(f"attention with {what} cannot run in an engine's batches")
     if batch.calls is not None:
         shape = key.shape[1], key.shape[3]
         batch.calls[int(module.layer_idx)] = AttentionCall(*shape, scaling, sliding_window, softcap, wanted)  # type: ignore[arg-type]

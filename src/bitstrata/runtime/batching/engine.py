@@ -26,20 +26,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
-from ...models import Stops, context_limit, end_tokens, vocabulary_size
+from ...models import Stops, end_tokens, steady_context, vocabulary_size
 from ...nn import Assignment, bits_state, steady_rows
 from ...torch_state import ordinary_torch
 from ..policy import LoadView, Policy, RequestView
 from .admission import Running, admit, grow
-from .attention import Span
+from .continuation import advance, pick
 from .forward import Forward
 from .memory import BLOCK, TokenPool
 from .packing import Segment, pack
 from .request import REASONS, Event, Finished, Handle, Limits, Request, Token
-from .sampling import Sampler, choose, normalised_entropy
+from .sampling import Sampler, normalised_entropy
+from .session import forget
 from .stats import EngineStats, Pace
-
-STOP_TOKENS = 4  # a character may take this many tokens, so a stop text of n lies within the last 4 n and a few
 
 
 class Engine:
@@ -59,8 +58,8 @@ class Engine:
     `limits` says what requests it can take.
 
     Raises:
-        UsageError: a model that is not quantized, that another engine holds, or whose architecture
-            cannot run in batches; numbers that cannot be used.
+        UsageError: a model that is not quantized or that another engine holds; numbers that cannot be used.
+            BatchError, one of them: a model whose architecture cannot run in batches.
         ResourceError: there is no memory for the cache, or for a batch.
     """
 
@@ -76,7 +75,7 @@ class Engine:
         policy: Policy | None = None,
     ) -> None:
         self.model = model
-        context = _steady_context(model)
+        context = steady_context(model.config)
         if cache_tokens is None:
             cache_tokens = max(2048, max_requests * min(512, context or 512))
         self._steady = steady_rows(model, model.dtype)
@@ -93,6 +92,7 @@ class Engine:
                 raise UsageError(f"{name}={given} cannot be used", hint=f"{name} must be at least {smallest}")
         self.max_requests, self.max_batch_tokens, self.max_waiting = max_requests, max_batch_tokens, max_waiting
         self._tokenizer, self._policy = tokenizer, policy or Policy()
+        forget(model)  # its cache of its own, from calls to generate
         self._pool = TokenPool(cache_tokens)
         vocabulary = vocabulary_size(model.config)
         self.limits = Limits(bits_state(model), vocabulary, context, self._pool.tokens, tokenizer is not None)
@@ -141,6 +141,9 @@ class Engine:
         sampler = Sampler(request.temperature, request.top_p, random.Random(seed), request.logprobs)
         texts = [stop for stop in request.stop if isinstance(stop, str)]
         stops = Stops(self._tokenizer, texts) if texts and self._tokenizer is not None else None
+        ends = {stop for stop in request.stop if not isinstance(stop, str)}
+        if not request.ignore_eos:
+            ends |= self._eos
         with self._changed:
             if self._failure is not None:
                 raise ClosedError(f"the engine has failed: {self._failure!r}", hint="start another") from self._failure
@@ -150,7 +153,16 @@ class Engine:
                 raise ResourceError(f"{self.max_waiting} requests are waiting already", hint="try again later")
             handle = Handle(request, self._number, self.limits, listener, self._wake)
             self._number += 1
-            item = Running(handle, list(request.prompt_ids), most, sampler, self._policy.start(), stops)
+            item = Running(
+                list(request.prompt_ids),
+                most,
+                sampler,
+                frozenset(ends),
+                stops,
+                grows=request.max_new_tokens is None,
+                handle=handle,
+                policy=self._policy.start(),
+            )
             self._waiting[handle.number] = item
             self._changed.notify_all()
         return handle
@@ -209,6 +221,7 @@ class Engine:
                 self._end(item, Finished("error", error if isinstance(error, Exception) else RuntimeError(repr(error))))
         finally:
             self._forward.detach()
+            self._pool.clear()
 
     def _next_round(self) -> bool:
         """Wait for work, drop what was cancelled and admit what fits; False when there is nothing left to do."""
@@ -237,7 +250,7 @@ class Engine:
         started = time.monotonic()
         decoding = any(item.new for item in self._running.values())
         segments = [
-            Segment(number, item.past, len(item.tokens) - item.past, bits)
+            item.segment(number, bits)
             for (number, item), bits in zip(self._running.items(), self._bits(started), strict=True)
             if number not in self._stalled
         ]
@@ -273,16 +286,9 @@ class Engine:
 
     def _run(self, batch: list[Segment]) -> None:
         items = [self._running[segment.owner] for segment in batch]
-        tokens, spans = [], []
-        for item, part in zip(items, batch, strict=True):
-            assert item.place is not None
-            tokens.append(item.tokens[part.past : part.past + part.length])
-            spans.append(Span(item.place.start, part.past, part.length))
-        logits = self._forward.run(tokens, spans, [segment.bits for segment in batch])
+        logits = advance(self._forward, items, batch)
         with self._changed:
             self._batches += 1
-        for item, part in zip(items, batch, strict=True):
-            item.past += part.length
         rows = [row for row, part in enumerate(batch) if part.is_last]
         if not rows:
             return
@@ -290,7 +296,7 @@ class Engine:
         if self._policy.wants_entropy:
             for row, entropy in zip(rows, normalised_entropy(logits).tolist(), strict=True):
                 items[row].entropy = entropy
-        chosen = choose(logits, [items[row].sampler for row in rows])
+        chosen = pick(logits, [items[row] for row in rows])
         for row, token in zip(rows, chosen, strict=True):
             if isinstance(token, BitstrataError):
                 self._end(items[row], Finished("error", token))
@@ -299,29 +305,18 @@ class Engine:
                 self._add(items[row], replace(token, bits=bits if isinstance(bits, int) else None))
 
     def _add(self, item: Running, token: Token) -> None:
-        item.tokens.append(token.id)
-        item.new.append(token.id)
+        item.add(token.id)
         with self._changed:
             self._new_tokens += 1
             self._tokens_by_bits["plan" if token.bits is None else str(token.bits)] += 1
         item.handle._emit(token)
         try:
-            stopped = self._stops(item, token.id)
+            reason = item.ended()
         except Exception as error:  # the tokenizer's, about the tokens of this request alone
             self._end(item, Finished("error", error))
             return
-        if stopped:
-            self._end(item, Finished("stop"))
-        elif len(item.new) >= item.most:
-            self._end(item, Finished("length"))
-
-    def _stops(self, item: Running, token: int) -> bool:
-        request = item.handle.request
-        if (token in self._eos and not request.ignore_eos) or token in request.stop:
-            return True
-        if item.stops is None:
-            return False
-        return item.stops.found_in(item.new[-STOP_TOKENS * (max(map(len, item.stops.texts)) + 2) :])
+        if reason is not None:
+            self._end(item, Finished(reason))
 
     def _end(self, item: Running, event: Finished) -> None:
         with self._changed:
@@ -332,22 +327,3 @@ class Engine:
                 del self._waiting[item.handle.number]
             self._finished[event.reason] += 1
         item.handle._emit(event)
-
-
-def _steady_context(model: PreTrainedModel) -> int | None:
-    """The longest sequence whose rotary positions do not depend on how long the others in its batch are.
-
-    Rotary embeddings of the types here change their frequencies for a whole batch once its longest sequence passes the
-    length that the model was first trained at.
-    """
-    config = model.config.get_text_config(decoder=True)
-    limit = context_limit(model.config)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {item.get("rope_type") for item in [rope, *rope.values()] if isinstance(item, dict)}
-    if kinds & {"longrope", "dynamic"}:
-        first = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        if first is not None:
-            return min(first, limit) if limit is not None else int(first)
-    return limit

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import BitstrataError, ResourceError, UsageError
+from ...errors import BatchError, BitstrataError, ResourceError, UsageError
 from ...memory import is_out_of_memory
 from ...models import input_device, vocabulary_size
 from ...models.compat import attention_of, can_change_attention
@@ -54,16 +54,19 @@ class Forward:
         self.reason: str | None = None  # why steps go through the model's modules
 
     def attach(self) -> None:
-        """Switch the model's attention to batches; the model is known to allow it."""
+        """Switch the model's attention to batches; the model is known to allow it.
+
+        Raises UsageError for a model that is attached already.
+        """
+        self._require_detached()
         self._own_attention = attention_of(self.model)
         self.model.set_attn_implementation(NAME)
 
     def detach(self) -> None:
-        """The model is as it was before `attach`."""
+        """The model's attention is as it was before `attach`; the pool keeps what it holds."""
         if self._own_attention is not None:
             self.model.set_attn_implementation(self._own_attention)
             self._own_attention = None
-        self.pool.clear()
 
     def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment]) -> Tensor:
         """Logits [spans, V] float32 after the last token of each span; each span's tokens run at its own bits."""
@@ -101,7 +104,8 @@ class Forward:
         """Compare batches with the model's own forward, and keep the model attached.
 
         Raises:
-            UsageError: a model that another engine holds, or the architecture does something that batches here do not.
+            UsageError: a model that is attached already; BatchError, one of them, for an architecture that does
+                something that batches here do not.
             ResourceError: there is no memory for it.
         """
         self._require_plain_attention()
@@ -118,7 +122,7 @@ class Forward:
                 hint="load it with fewer planes or with --fit, or lower cache_tokens (--cache-tokens)",
             ) from error
         if not apart <= PROBE_TOLERANCE:
-            raise UsageError(
+            raise BatchError(
                 f"{type(self.model).__name__} cannot run in an engine's batches: its logits there differ from its own "
                 f"forward's by {apart:.1%}",
                 hint="its attention or positions work in a way that the engine does not know",
@@ -147,14 +151,20 @@ class Forward:
         with self._state.step():
             return step.distance(seen, spans, bits)
 
-    def _require_plain_attention(self) -> None:
+    def _require_detached(self) -> None:
         if attention_of(self.model) == NAME:
-            raise UsageError("another engine holds this model", hint="close it first, or load the model once more")
+            raise UsageError(
+                "an engine, or a call to generate, is running this model",
+                hint="close it first, or load the model once more",
+            )
+
+    def _require_plain_attention(self) -> None:
+        self._require_detached()
         types = set(getattr(self.model.config.get_text_config(decoder=True), "layer_types", None) or ())
         if types - LAYER_TYPES:
-            raise UsageError(f"layers of {', '.join(sorted(types - LAYER_TYPES))} cannot run in an engine's batches")
+            raise BatchError(f"layers of {', '.join(sorted(types - LAYER_TYPES))} cannot run in an engine's batches")
         if not can_change_attention(self.model):
-            raise UsageError(f"{type(self.model).__name__} computes attention in its own way; batches cannot be run")
+            raise BatchError(f"{type(self.model).__name__} computes attention in its own way; batches cannot be run")
 
     def _difference(self) -> float:
         """Of the logits of two sequences in batches from the model's own, relative to their norm."""
@@ -167,7 +177,7 @@ class Forward:
         except Exception as error:
             if isinstance(error, BitstrataError) or is_out_of_memory(error):
                 raise
-            raise UsageError(f"{type(self.model).__name__} cannot run in an engine's batches: {error!r}") from error
+            raise BatchError(f"{type(self.model).__name__} cannot run in an engine's batches: {error!r}") from error
         return float((torch.stack([rest[0], half[1]]) - expected).norm() / expected.norm())
 
     def _probe(self, run: Callable[[list[list[int]], list[Span], list[Assignment]], T]) -> tuple[T, T]:

@@ -28,7 +28,12 @@ def _whole_blocks(tokens: int) -> int:
 
 
 class TokenPool:
-    """Room for the keys and values of `tokens` tokens, rounded up to whole blocks. Not thread-safe."""
+    """Room for the keys and values of `tokens` tokens, rounded up to whole blocks. Not thread-safe.
+
+    version: changes when the tensors are others.
+    """
+
+    version = 0
 
     def __init__(self, tokens: int) -> None:
         self.tokens = _whole_blocks(tokens)
@@ -81,6 +86,20 @@ class TokenPool:
                 held[:, larger.start : larger.start + used] = held[:, taken.start : taken.start + used].clone()
         return larger
 
+    def enlarge(self, tokens: int) -> None:
+        """Have room for `tokens`; ranges stay what and where they are. Raises ResourceError if there is no memory."""
+        before, size = self.tokens, _whole_blocks(tokens)
+        if size <= before:
+            return
+        for layer, (keys, values) in list(self._layers.items()):  # a layer at a time: both versions of one at once
+            larger = self._make(keys, values, size)
+            for old, new in zip((keys, values), larger, strict=True):
+                new[:, :before] = old
+            self._layers[layer] = larger
+        self.tokens = size
+        self.version += 1
+        self._free = self._free_without(range(before, size))
+
     def _free_without(self, taken: range) -> list[range]:
         """What is free once `taken` is."""
         merged: list[range] = []
@@ -102,29 +121,32 @@ class TokenPool:
         """
         pair = self._layers.get(layer)
         if pair is None:
-            pair = self._layers[layer] = self._make(key, value)
+            pair = self._layers[layer] = self._make(key, value, self.tokens)
         pair[0].index_copy_(1, places, key)
         pair[1].index_copy_(1, places, value)
         return pair
 
-    def _make(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.tokens * sum(one.shape[0] * one.shape[2] * one.element_size() for one in (key, value))
+    def _make(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Tensors for so many tokens, with the heads, widths and dtypes of key [H, ., D] and value [H, ., D']."""
+        size = tokens * sum(one.shape[0] * one.shape[2] * one.element_size() for one in (key, value))
         try:
             # a system may grant memory that it does not have, and end the process that uses it; a GPU refuses
             if key.device.type == "cpu" and size > free_memory():
                 raise MemoryError
             return (
-                torch.zeros(key.shape[0], self.tokens, key.shape[2], dtype=key.dtype, device=key.device),
-                torch.zeros(value.shape[0], self.tokens, value.shape[2], dtype=value.dtype, device=value.device),
+                torch.zeros(key.shape[0], tokens, key.shape[2], dtype=key.dtype, device=key.device),
+                torch.zeros(value.shape[0], tokens, value.shape[2], dtype=value.dtype, device=value.device),
             )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise ResourceError(
-                f"no memory for keys and values of {self.tokens} tokens: every layer takes {size / 1e9:.2f} GB",
-                hint="lower cache_tokens (--cache-tokens), or max_requests (--max-requests) where it is not given",
+                f"no memory for keys and values of {tokens} tokens: every layer takes {size / 1e9:.2f} GB",
+                hint="ask for fewer tokens; of an engine lower cache_tokens (--cache-tokens), or max_requests "
+                "(--max-requests) where it is not given",
             ) from error
 
     def clear(self) -> None:
         """Drop the tensors."""
         self._layers.clear()
+        self.version += 1

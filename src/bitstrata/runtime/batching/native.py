@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ...kernels.cpu.blocked import FEW_ROWS, TYPES, BlockedWeight, isa_of
 from ...kernels.cpu.extension import native
 from ...kernels.registry import Kernel
-from ...models.compat import decoder_of, rotary_types
+from ...models.compat import decoder_of, has_hooks, rotary_types
 from ...nn import Assignment, PlaneLinear, TiedHead, bits_state
 from .attention import AttentionCall, Span
 from .memory import TokenPool
@@ -92,15 +92,15 @@ class NativeStep:
         pairs = [pool.layer(index) for index in range(len(parts.blocks))]
         if any(pair[0].dtype not in TYPES or pair[0].shape[2] != pair[1].shape[2] for pair in pairs):
             raise UnfitError("keys and values differ in width")
-        self._pairs = pairs
+        self._pairs, self._pool, self._made_for = pairs, pool, pool.version
         keys, values = ([pair[side].data_ptr() for pair in pairs] for side in (0, 1))
         self._step.set_caches(keys, values, TYPES[pairs[0][0].dtype], pool.tokens)
         self._columns: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def is_current(self) -> bool:
-        """Whether the model still holds the weights that this was made of."""
-        return self._version == self._state.version
+        """Whether the model still holds the weights that this was made of, and the pool its tensors."""
+        return self._version == self._state.version and self._made_for == self._pool.version
 
     def fits(self, rows: int) -> bool:
         """Whether one call takes so many tokens."""
@@ -139,7 +139,7 @@ class NativeStep:
         for span in spans if logits else ():
             end += span.length
             wanted.append(end - 1)
-        result = torch.empty(len(wanted), self._vocabulary)
+        result = torch.empty(len(wanted), self._vocabulary, dtype=torch.float32)
         arithmetic = self._state.arithmetic
         self._step.run(
             x.data_ptr(),
@@ -194,7 +194,9 @@ class _Angles:
     def _ask(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         extra = {} if self._layer_type is None else {"layer_type": self._layer_type}
         with torch.no_grad():
-            cosine, sine = self._rotary(torch.zeros(1), torch.arange(first, first + count)[None], **extra)
+            cosine, sine = self._rotary(
+                torch.zeros(1, dtype=torch.float32), torch.arange(first, first + count)[None], **extra
+            )
         return cosine[0].float().contiguous(), sine[0].float().contiguous()
 
 
@@ -209,7 +211,7 @@ class _Parts:
         self._angles_by_type: dict[str | None, int] = {}
         decoder = decoder_of(model)
         for module in model.modules():
-            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+            if has_hooks(module):
                 raise UnfitError(f"a {type(module).__name__} has hooks")
         children = _children(decoder, "the decoder", {"embed_tokens", "layers", "norm", "rotary_emb"})
         if model.get_input_embeddings() is not children.get("embed_tokens"):

@@ -59,21 +59,32 @@ def normalised_entropy(logits: Tensor) -> Tensor:
     return entropy / math.log(max(2, logits.shape[-1]))
 
 
-def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """Tokens [rows] for logits [rows, V]."""
+def likeliest_first(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Tensor]:
+    """What is sampled from: probabilities [rows, V], 0 beyond top_p and not adding up to 1, and their tokens."""
     device = logits.device
     temperature = torch.tensor([[item.temperature] for item in samplers], dtype=torch.float64, device=device)
     top_p = torch.tensor([[item.top_p] for item in samplers], dtype=torch.float64, device=device)
-    uniform = torch.tensor([[item.random.random()] for item in samplers], dtype=torch.float64, device=device)
     # a tiny temperature must not turn the largest logits into infinities: their difference to the maximum counts
     centred = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # float64: in float32 1e-50 would be 0
     probability, order = torch.softmax(centred, dim=-1).sort(dim=-1, descending=True, stable=True)
     reached = probability.cumsum(dim=-1)
     kept = reached - probability < top_p  # the likeliest always stays
-    mass = torch.where(kept, reached, 0.0).amax(dim=-1, keepdim=True)
-    place = torch.searchsorted(reached, uniform * mass, right=True)
-    place = torch.minimum(place, kept.sum(dim=-1, keepdim=True) - 1)
-    return order.gather(1, place).squeeze(1)
+    return torch.where(kept, probability, 0.0), order
+
+
+def place_of(probability: Tensor, uniform: Tensor) -> Tensor:
+    """Where `uniform` [rows, 1] falls among probabilities [rows, V] that need not add up to 1: places [rows, 1]."""
+    reached = probability.cumsum(dim=-1)
+    place = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
+    last = torch.where(probability > 0, torch.arange(probability.shape[1], device=probability.device), 0).amax(-1)
+    return torch.minimum(place, last[:, None])
+
+
+def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Tokens [rows] for logits [rows, V]."""
+    probability, order = likeliest_first(logits, samplers)
+    uniform = torch.tensor([[item.random.random()] for item in samplers], dtype=torch.float64, device=logits.device)
+    return order.gather(1, place_of(probability, uniform)).squeeze(1)
 
 
 def _with_logprobs(logits: Tensor, token: int, count: int) -> Token:

@@ -1,0 +1,100 @@
+"""A text in the making: what of it is in the cache, how its next token is picked, and what ends it.
+
+The same for a request of an engine and for one text of a session, so that both make the same tokens of the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckError
+from ...models import Stops
+from ...nn import Assignment
+from .attention import Span
+from .forward import Forward
+from .packing import Segment
+from .request import Token
+from .sampling import Sampler, choose
+
+GROWTH = 256  # tokens
+STOP_TOKENS = 4  # a character may take this many tokens, so a stop text of n lies within the last 4 n and a few
+
+
+@dataclass(eq=False)
+class Continuation:
+    """`tokens`, the prompt and then the new ones; the first `past` of them are in the cache, in the range `place`.
+
+    most: new tokens it may make. ends: tokens that end it; stops: texts that do. grows: it takes room in the cache as
+    it goes, GROWTH tokens more at a time, and not all from the start. rules: (tokens int64 [1, n], logits [1, V]) ->
+    logits to pick from, if they are others.
+    """
+
+    tokens: list[int]
+    most: int
+    sampler: Sampler
+    ends: frozenset[int] = frozenset()
+    stops: Stops | None = None
+    grows: bool = True
+    rules: Callable[[Tensor, Tensor], Tensor] | None = None
+    place: range | None = None
+    past: int = 0
+    new: list[int] = field(default_factory=list)
+
+    @property
+    def room(self) -> int:
+        """Tokens of the cache that it needs to start, or to go on."""
+        # the last new token is never an input
+        whole = len(self.tokens) - len(self.new) + self.most - 1
+        return min(whole, len(self.tokens) + GROWTH) if self.grows else whole
+
+    def lacks_room(self, drafts: int = 0) -> bool:
+        """Whether what is to be fed next, and so many drafts after it, do not fit into its range."""
+        return self.place is None or len(self.tokens) + drafts > len(self.place)
+
+    def segment(self, owner: int, bits: Assignment) -> Segment:
+        """What is to be fed next, as `packing` takes it."""
+        return Segment(owner, self.past, len(self.tokens) - self.past, bits)
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        self.new.append(token)
+
+    def ended(self) -> str | None:
+        """Why the newest token was the last: "stop" or "length"; None if it goes on. Raises what the tokenizer does."""
+        if self.new[-1] in self.ends or (self.stops is not None and self._finds(self.stops)):
+            return "stop"
+        return "length" if len(self.new) >= self.most else None
+
+    def _finds(self, stops: Stops) -> bool:
+        return stops.found_in(self.new[-STOP_TOKENS * (max(map(len, stops.texts)) + 2) :])
+
+
+def advance(forward: Forward, items: Sequence[Continuation], batch: Sequence[Segment]) -> Tensor:
+    """Feed batch[i] of items[i] in one pass: logits [segments, V] float32 after the last token of each."""
+    tokens, spans = [], []
+    for item, part in zip(items, batch, strict=True):
+        assert item.place is not None
+        tokens.append(item.tokens[part.past : part.past + part.length])
+        spans.append(Span(item.place.start, part.past, part.length))
+    logits = forward.run(tokens, spans, [part.bits for part in batch])
+    for item, part in zip(items, batch, strict=True):
+        item.past = part.past + part.length
+    return logits
+
+
+def pick(logits: Tensor, items: Sequence[Continuation]) -> list[Token | CheckError]:
+    """The next token of each of `items` from its row of logits [items, V], not yet added; or why there is none."""
+    if any(item.rules is not None for item in items):
+        logits = torch.cat([ruled(row, item, item.tokens) for row, item in zip(logits.split(1), items, strict=True)])
+    return choose(logits, [item.sampler for item in items])
+
+
+def ruled(logits: Tensor, item: Continuation, tokens: Sequence[int]) -> Tensor:
+    """Logits [1, V] after `tokens` as the rules of `item` want them."""
+    if item.rules is None:
+        return logits
+    return item.rules(torch.tensor([tokens], device=logits.device), logits)

@@ -1,0 +1,209 @@
+"""A model run for one caller at a time, without a thread: what `generate`, chats and `bench` are made of.
+
+    with session(model) as own:
+        text = own.start(prompt_ids, most=64, sampler=Sampler(0.0, 1.0, Random()))
+        while text.ended() is None:
+            token = own.step(text, bits)
+        own.finish(text)
+
+A model keeps its session from one call to the next, with the cache: making one compares batches with the model's own
+forward, which takes a second or so. Between the calls the model is an ordinary one, to be called, changed or given to
+an engine; one that was changed gets a session of its own anew.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...errors import BatchError, BitstrataError, UsageError
+from ...models import steady_context
+from ...models.compat import attention_of
+from ...nn import Assignment, bits_state, steady_rows
+from ...progress import note
+from .continuation import Continuation, advance, pick
+from .drafts import Drafts
+from .forward import Forward
+from .memory import BLOCK, TokenPool
+from .packing import pack
+from .request import Token
+
+CHUNK = 512  # tokens of a prompt in one pass
+HOLDER = "_bitstrata_session"  # the attribute of a model that keeps its session
+
+
+class Session:
+    """Texts that go on in one cache, each step one pass of the model. Made by `session`, and used inside of it only.
+
+    longest: the most tokens that a text may have here, its new ones included; None for any number.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises BatchError for an architecture that cannot run in batches, and what else Forward.check raises."""
+        self.model = model
+        self.longest = steady_context(model.config)
+        self._pool = TokenPool(2 * BLOCK)
+        self._forward = Forward(model, self._pool)
+        self._steady = steady_rows(model, model.dtype)
+        try:
+            self._forward.check()
+        finally:
+            self._forward.detach()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, the model runs batches and nothing else."""
+        self._forward.attach()
+        try:
+            yield
+        finally:
+            self._forward.detach()
+
+    def start(self, tokens: list[int], **settings: Any) -> Continuation:
+        """A text that begins with `tokens`, with room in the cache. settings: of Continuation.
+
+        Raises ResourceError if there is no memory for it.
+        """
+        item = Continuation(list(tokens), **settings)
+        self._make_room(item)
+        return item
+
+    def step(self, item: Continuation, bits: Assignment) -> Token:
+        """The next token, added to `item`: feeds at `bits` what is not in the cache yet, a long prompt in parts.
+
+        Raises CheckError if the model's logits are not finite.
+        """
+        (token,) = pick(self._feed(item, bits), [item])
+        if isinstance(token, BitstrataError):
+            raise token
+        item.add(token.id)
+        return replace(token, bits=bits.given if isinstance(bits.given, int) else None)
+
+    def draft_step(self, item: Continuation, bits: Assignment, drafts: Drafts) -> list[Token]:
+        """As `step`, and more tokens at once where drafts are right; up to one that ends the text."""
+        if item.past < len(item.tokens) - 1:  # the prompt
+            return [self.step(item, bits)]
+        if item.lacks_room(most := drafts.most(item, self._steady)):
+            self._make_room(item)
+        made = []
+        for token in drafts.cycle(self._forward, item, bits, most):
+            item.add(token)
+            made.append(Token(token, bits.given))
+            if item.ended() is not None:
+                break
+        item.past = min(item.past, len(item.tokens) - 1)  # accepted beyond the end
+        return made
+
+    def finish(self, item: Continuation) -> None:
+        """Give back the room of `item`."""
+        if item.place is not None:
+            self._pool.release(item.place)
+            item.place = None
+
+    def _feed(self, item: Continuation, bits: Assignment) -> Tensor:
+        """Logits [1, V] after all tokens of `item`."""
+        if item.lacks_room():
+            self._make_room(item)
+        while True:
+            (batch,) = pack([item.segment(0, bits)], CHUNK, self._steady)
+            logits = advance(self._forward, [item], batch)
+            if batch[0].is_last:
+                return logits
+
+    def _make_room(self, item: Continuation) -> None:
+        pool, room = self._pool, item.room
+        # twice as much as is needed, so that a text that goes on does not move at each step; never beyond a context
+        needed = pool.used_tokens + room
+        for size in (pool.tokens, max(needed, min(2 * needed, self.longest or 2 * needed)), pool.tokens + room):
+            pool.enlarge(size)
+            place = pool.reserve(room) if item.place is None else pool.grow(item.place, item.past, room)
+            if place is not None:
+                item.place = place
+                return
+        raise AssertionError("what was added last is free in one piece")
+
+
+class _Holder:
+    """Where a model keeps its session; a copy of the model has none. user: the thread that is inside `session`."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.user: int | None = None
+        self.session: Session | None = None
+        self.made_of: tuple[object, ...] = ()  # what the model was when `session` was made, or `refused`
+        self.refused: BatchError | None = None
+
+    def __reduce__(self) -> Any:
+        return _Holder, ()
+
+
+@contextmanager
+def session(model: PreTrainedModel) -> Iterator[Session | None]:
+    """The session of `model`, for the calling thread alone; None, with a note, if its architecture cannot have one.
+
+    Raises:
+        UsageError: the model is not quantized, an engine holds it, or the thread is inside already.
+        ResourceError: there is no memory to run it.
+    """
+    holder: _Holder = model.__dict__.setdefault(HOLDER, _Holder())
+    if holder.user == threading.get_ident():
+        raise UsageError("this model is in the middle of a call to generate", hint="let it end first")
+    with holder.lock:
+        holder.user = threading.get_ident()
+        try:
+            with torch.no_grad():
+                found = _current(holder, model)
+                if found is None:
+                    yield None
+                    return
+                with found.attached():
+                    yield found
+        finally:
+            holder.user = None
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Free what the session of `model` holds, if there is one and nobody is inside."""
+    holder: _Holder | None = model.__dict__.get(HOLDER)
+    if holder is not None and holder.lock.acquire(blocking=False):
+        holder.session = None
+        holder.lock.release()
+
+
+def _current(holder: _Holder, model: PreTrainedModel) -> Session | None:
+    made_of = _fingerprint(model)
+    if made_of != holder.made_of:
+        holder.session = holder.refused = None
+    if holder.session is None and holder.refused is None:
+        try:
+            holder.session = Session(model)
+        except BatchError as error:
+            holder.refused = error
+            note(f"{error.message}; transformers' own generate is used, which is slower")
+        holder.made_of = made_of
+    return holder.session
+
+
+def _fingerprint(model: PreTrainedModel) -> tuple[object, ...]:
+    """What a session relies on: which modules there are, what is hooked into them, and where their tensors are."""
+    modules = [
+        (module, module.__dict__.get("forward"), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for module in model.modules()
+    ]
+    tensors = [
+        (
+            tensor.data_ptr() if tensor.device.type == "cpu" else id(tensor),
+            tensor.device,
+            tensor.dtype,
+            0 if tensor.is_inference() else tensor._version,
+        )
+        for tensor in (*model.parameters(), *model.buffers())
+    ]
+    return attention_of(model), bits_state(model).arithmetic, tuple(modules), tuple(tensors)
