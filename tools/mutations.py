@@ -82,7 +82,7 @@ MUTATIONS = [
              "i < bits ? scale[i * plane + at]", "i < bits ? scale[(bits - 1 - i) * plane + at]",
              ("tests/kernels/test_blocked.py", *KERNELS)),
     Mutation("native-order", "results of mixed rows written in sorted order", f"{NATIVE}/linear.cpp",
-             "size_t(order[base + r]) * here.rows", "size_t(base + r) * here.rows",
+             "size_t(order.rows[r]) * here.rows", "size_t(base + r) * here.rows",
              ("tests/kernels/test_instruction_sets.py", *KERNELS)),
     Mutation("native-steps", "a byte level is worth half a percent too little", f"{NATIVE}/generic/tables.h",
              "S::floats(2 / most)", "S::floats(2 / (most + 1))", ("tests/kernels/test_int8.py", *KERNELS)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,6 +128,17 @@ def test_the_square_predicts_small_changes(found, objective, reader):
         added.append(np.log((found.base_loss + sum(found.losses[layer][b] for layer, b in plan.items())) / true))
     assert np.abs(square).max() < 0.25
     assert np.std(square) <= np.std(added) + 0.02
+
+
+def test_the_square_is_that_of_the_sum(found):
+    """Every plan's loss is |base + its rows' changes|^2, the terms of two rows included."""
+    generator = np.random.default_rng(1)
+    vectors = generator.normal(size=(len(found.rows) + 1, 5))  # the base comes last
+    constant, linear, products = replace(found, products=vectors @ vectors.T).quadratic
+    for _ in range(5):
+        chosen = generator.random(len(found.rows)) < 0.3
+        expected = np.square(vectors[-1] + vectors[:-1][chosen].sum(axis=0)).sum()
+        assert constant + linear[chosen].sum() + products[np.ix_(chosen, chosen)].sum() == pytest.approx(expected)
 
 
 def test_uniform_plans_are_predicted_as_measured(found, reader):

@@ -47,7 +47,7 @@ class Input {
       orders_.resize(std::max(orders_.size(), i + 1), Order(nullptr, 0, 0));
       orders_[i] = std::move(order);
     }
-    if (is_dense_) dense_.assign(size_t(rows) * padded(columns_), 0.0f);
+    if (is_dense_) dense_.resize(size_t(rows) * columns_);
     for (int f = 0; f < used_; ++f) {
       forms_[f].place.resize(rows);
       for (int place = 0; place < rows; ++place) forms_[f].place[forms_[f].order.rows[place]] = place;
@@ -58,7 +58,7 @@ class Input {
   void put(const Kernels& kernels, int row, const float* x) {
     for (int f = 0; f < used_; ++f)
       forms_[f].staged.put(kernels, *forms_[f].layout, x, Type::f32, forms_[f].place[row], exact_);
-    if (is_dense_) std::memcpy(&dense_[size_t(row) * padded(columns_)], x, size_t(columns_) * sizeof(float));
+    if (is_dense_) std::memcpy(&dense_[size_t(row) * columns_], x, size_t(columns_) * sizeof(float));
   }
 
   const Order& order(size_t layer) const { return orders_[layer]; }

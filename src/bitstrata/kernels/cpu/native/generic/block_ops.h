@@ -81,51 +81,66 @@ void activate(Activation kind, const float* gate, const float* up, int count, fl
   }
 }
 
+// Stored numbers as float32, a vector at a time.
 template <class S>
-inline void to_floats(const void* from, Type type, size_t first, int count, float* out) {
-  if (type == Type::f32) {
-    std::memcpy(out, static_cast<const float*>(from) + first, size_t(count) * sizeof(float));
-    return;
-  }
-  const uint16_t* words = static_cast<const uint16_t*>(from) + first;
-  int k = 0;
-  if (type == Type::bf16) {
-    for (; k < count; ++k) out[k] = bfloat_to_float(words[k]);
-    return;
-  }
-  constexpr int step = 4 * S::lanes;
-  for (; k + step <= count; k += step) S::store_float(out + k, S::load_half(words + k));
-  for (; k < count; ++k) out[k] = half_to_float(words[k]);
+struct Floats {
+  const float* p;
+  typename S::F load(size_t i) const { return S::load_float(p + i); }
+  float one(size_t i) const { return p[i]; }
+};
+template <class S>
+struct Halves {
+  const uint16_t* p;
+  typename S::F load(size_t i) const { return S::load_half(p + i); }
+  float one(size_t i) const { return half_to_float(p[i]); }
+};
+template <class S>
+struct Bfloats {
+  const uint16_t* p;
+  typename S::F load(size_t i) const { return S::load_bfloat(p + i); }
+  float one(size_t i) const { return bfloat_to_float(p[i]); }
+};
+
+// Calls use(reader) for what lies at `data` in `type`.
+template <class S, class Use>
+inline void with_type(Type type, const void* data, Use use) {
+  if (type == Type::f32) use(Floats<S>{static_cast<const float*>(data)});
+  else if (type == Type::f16) use(Halves<S>{static_cast<const uint16_t*>(data)});
+  else use(Bfloats<S>{static_cast<const uint16_t*>(data)});
 }
 
-// Queries of one group of heads, `Heads` of them from `first`, against keys and values of a piece, in float32 and padded.
-template <class S, int Heads>
-void attend_heads(const Attend& call, int first, const float* keys, const float* values, int width, int value_width,
+// The sum of each of four vectors.
+template <class S>
+inline void totals_of_four(typename S::F a, typename S::F b, typename S::F c, typename S::F d, float total[4]) {
+  float lanes[4 * S::lanes];
+  S::store_float(lanes, S::sum4(a, b, c, d));
+  for (int i = 0; i < 4; ++i) total[i] = lanes[i];
+  for (int lane = 1; lane < S::lanes; ++lane)
+    for (int i = 0; i < 4; ++i) total[i] += lanes[4 * lane + i];
+}
+
+// `Heads` queries of a group from `first` on, against the positions of a call; keys and values whole vectors wide.
+template <class S, int Heads, class Keys>
+void attend_heads(const Attend& call, int first, const Keys& keys, const Keys& values, int width, int value_width,
                   float* scores) {
   using F = typename S::F;
   constexpr int step = 4 * S::lanes, at_once = 4;
   const int count = call.count;
-  const float* query[Heads];
-  for (int h = 0; h < Heads; ++h) query[h] = call.query + size_t(first + h) * width;
+  const float* query = call.query + size_t(first) * padded(call.width);
   for (int t = 0; t < count; t += at_once) {
-    const float* key[at_once];
-    for (int i = 0; i < at_once; ++i) key[i] = keys + size_t(t + i < count ? t + i : count - 1) * width;
     F sum[Heads][at_once];
     for (int h = 0; h < Heads; ++h)
       for (int i = 0; i < at_once; ++i) sum[h][i] = S::floats(0);
     for (int k = 0; k < width; k += step)
       for (int i = 0; i < at_once; ++i) {
-        const F part = S::load_float(key[i] + k);
-        for (int h = 0; h < Heads; ++h) sum[h][i] = S::fma(S::load_float(query[h] + k), part, sum[h][i]);
+        const F part = keys.load(size_t(t + i < count ? t + i : count - 1) * width + k);
+        for (int h = 0; h < Heads; ++h)
+          sum[h][i] = S::fma(S::load_float(query + size_t(h) * padded(call.width) + k), part, sum[h][i]);
       }
     for (int h = 0; h < Heads; ++h) {
-      float lanes[step];
-      S::store_float(lanes, S::sum4(sum[h][0], sum[h][1], sum[h][2], sum[h][3]));
-      for (int i = 0; i < at_once && t + i < count; ++i) {
-        float total = 0;
-        for (int lane = 0; lane < S::lanes; ++lane) total += lanes[4 * lane + i];
-        scores[size_t(h) * kPiece + t + i] = total * call.scale;
-      }
+      float total[4];
+      totals_of_four<S>(sum[h][0], sum[h][1], sum[h][2], sum[h][3], total);
+      for (int i = 0; i < at_once && t + i < count; ++i) scores[size_t(h) * kPiece + t + i] = total[i] * call.scale;
     }
   }
   for (int h = 0; h < Heads; ++h) {
@@ -145,27 +160,16 @@ void attend_heads(const Attend& call, int first, const float* keys, const float*
     F sum[Heads];
     for (int h = 0; h < Heads; ++h) sum[h] = S::floats(0);
     for (int t = 0; t < count; ++t) {
-      const F value = S::load_float(values + size_t(t) * value_width + k);
+      const F value = values.load(size_t(t) * value_width + k);
       for (int h = 0; h < Heads; ++h) sum[h] = S::fma(S::floats(scores[size_t(h) * kPiece + t]), value, sum[h]);
     }
-    for (int h = 0; h < Heads; ++h) S::store_float(call.out + size_t(first + h) * value_width + k, sum[h]);
+    for (int h = 0; h < Heads; ++h) S::store_float(call.out + size_t(first + h) * padded(call.value_width) + k, sum[h]);
   }
 }
 
-template <class S>
-void attend(const Attend& call) {
-  const int width = padded(call.width), value_width = padded(call.value_width);
-  thread_local std::vector<float> room;
-  room.resize(size_t(kPiece) * (width + value_width) + 4 * kPiece);
-  float *keys = room.data(), *values = keys + size_t(kPiece) * width, *scores = values + size_t(kPiece) * value_width;
-  auto widen = [&](const void* from, int narrow, int wide, float* out) {
-    for (int t = 0; t < call.count; ++t) {
-      to_floats<S>(from, call.type, size_t(call.first + t) * narrow, narrow, out + size_t(t) * wide);
-      for (int k = narrow; k < wide; ++k) out[size_t(t) * wide + k] = 0;
-    }
-  };
-  widen(call.keys, call.width, width, keys);
-  widen(call.values, call.value_width, value_width, values);
+template <class S, class Keys>
+void attend_all(const Attend& call, const Keys& keys, const Keys& values, int width, int value_width) {
+  float scores[4 * kPiece];
   int head = 0;
   for (; head + 4 <= call.heads; head += 4) attend_heads<S, 4>(call, head, keys, values, width, value_width, scores);
   const int left = call.heads - head;
@@ -174,33 +178,86 @@ void attend(const Attend& call) {
   if (left == 1) attend_heads<S, 1>(call, head, keys, values, width, value_width, scores);
 }
 
-// 16 rows of a matrix that is not quantized from `block` on, times rows of x (float32, padded to whole kWidth with
-// zeros): out [rows][16].
 template <class S>
-void dense_block(const Dense& matrix, const float* x, int rows, int block, float* out) {
-  const int columns = matrix.columns, stride = padded(columns);
-  thread_local std::vector<float> room;
-  room.assign(size_t(stride), 0.0f);
-  for (int n = 0; n < kBlockRows; ++n) {
-    const int row = block * kBlockRows + n;
-    if (row >= matrix.rows) {
-      for (int r = 0; r < rows; ++r) out[r * kBlockRows + n] = 0;
-      continue;
+void attend(const Attend& call) {
+  const int width = call.width, value_width = call.value_width;
+  const size_t first = size_t(call.first);
+  with_type<S>(call.type, call.keys, [&](auto keys) {
+    auto values = keys;
+    values.p = static_cast<decltype(values.p)>(call.values);
+    keys.p += first * width, values.p += first * value_width;
+    if (width % kWidth == 0 && value_width % kWidth == 0) {
+      attend_all<S>(call, keys, values, width, value_width);
+      return;
     }
-    to_floats<S>(matrix.data, matrix.type, size_t(row) * columns, columns, room.data());
-    for (int r = 0; r < rows; ++r) {
-      const float *left = room.data(), *right = x + size_t(r) * stride;
-      float sums[2][kWidth] = {};
-      int k = 0;
-      for (; k + 2 * kWidth <= stride; k += 2 * kWidth)
-        for (int i = 0; i < 2; ++i)
-          for (int j = 0; j < kWidth; ++j) sums[i][j] += left[k + i * kWidth + j] * right[k + i * kWidth + j];
-      for (; k < stride; k += kWidth)
-        for (int j = 0; j < kWidth; ++j) sums[0][j] += left[k + j] * right[k + j];
-      for (int j = 0; j < kWidth; ++j) sums[0][j] += sums[1][j];
-      out[r * kBlockRows + n] = total_of(sums[0]);
+    // heads that vectors do not divide: as float32, padded with zeros
+    const int wide = padded(width), value_wide = padded(value_width);
+    thread_local std::vector<float> room;
+    room.assign(size_t(call.count) * (wide + value_wide), 0.0f);
+    float *wide_keys = room.data(), *wide_values = wide_keys + size_t(call.count) * wide;
+    for (int t = 0; t < call.count; ++t) {
+      for (int k = 0; k < width; ++k) wide_keys[size_t(t) * wide + k] = keys.one(size_t(t) * width + k);
+      for (int k = 0; k < value_width; ++k)
+        wide_values[size_t(t) * value_wide + k] = values.one(size_t(t) * value_width + k);
+    }
+    attend_all<S>(call, Floats<S>{wide_keys}, Floats<S>{wide_values}, wide, value_wide);
+  });
+}
+
+// `Rows` rows of x times four rows of a matrix: sums [4][Rows].
+template <class S, int Rows, class Matrix>
+inline void dense_rows(const Matrix& matrix, int columns, const float* x, int stride, float sums[4][kMaxRows], int first) {
+  using F = typename S::F;
+  constexpr int step = 4 * S::lanes;
+  F sum[4][Rows];
+  const int whole = columns / step * step;
+  for (int n = 0; n < 4; ++n) {  // one after the other: four streams from memory side by side take 2.5 times as long
+    F own[Rows];
+    for (int r = 0; r < Rows; ++r) own[r] = S::floats(0);
+    for (int k = 0; k < whole; k += step) {
+      const F weight = matrix.load(size_t(n) * columns + k);
+      for (int r = 0; r < Rows; ++r) own[r] = S::fma(weight, S::load_float(x + size_t(r) * stride + k), own[r]);
+    }
+    for (int r = 0; r < Rows; ++r) sum[n][r] = own[r];
+  }
+  for (int r = 0; r < Rows; ++r) {
+    float total[4];
+    totals_of_four<S>(sum[0][r], sum[1][r], sum[2][r], sum[3][r], total);
+    for (int n = 0; n < 4; ++n) {
+      for (int rest = whole; rest < columns; ++rest) total[n] += matrix.one(size_t(n) * columns + rest) * x[size_t(r) * stride + rest];
+      sums[n][first + r] = total[n];
     }
   }
+}
+
+// Rows 16 * block .. + 15 of a matrix that is not quantized, times rows of x [rows][columns]: out [rows][16].
+template <class S>
+void dense_block(const Dense& matrix, const float* x, int rows, int block, float* out) {
+  const int columns = matrix.columns;
+  with_type<S>(matrix.type, matrix.data, [&](auto all) {
+    for (int n = 0; n < kBlockRows; n += 4) {
+      // the last rows again where the matrix ends within four
+      const int wanted = block * kBlockRows + n, from = wanted + 4 <= matrix.rows ? wanted : matrix.rows - 4;
+      float sums[4][kMaxRows];
+      if (wanted >= matrix.rows) break;
+      auto four = all;
+      four.p += size_t(from > 0 ? from : 0) * columns;
+      if (from < 0) {  // fewer than four rows in all
+        for (int i = 0; i < matrix.rows; ++i)
+          for (int r = 0; r < rows; ++r) {
+            float total = 0;
+            for (int k = 0; k < columns; ++k) total += four.one(size_t(i) * columns + k) * x[size_t(r) * columns + k];
+            out[r * kBlockRows + i] = total;
+          }
+        break;
+      }
+      int r = 0;
+      for (; r + 4 <= rows; r += 4) dense_rows<S, 4>(four, columns, x + size_t(r) * columns, columns, sums, r);
+      for (; r < rows; ++r) dense_rows<S, 1>(four, columns, x + size_t(r) * columns, columns, sums, r);
+      for (int i = wanted - from; i < 4; ++i)
+        for (r = 0; r < rows; ++r) out[r * kBlockRows + n + i - (wanted - from)] = sums[i][r];
+    }
+  });
 }
 
 }  // namespace

@@ -74,7 +74,7 @@ enum class Activation { silu, gelu_tanh, gelu, relu };
 
 // Attention of the query heads that share a key-value head over `count` stored positions from `first` on, at most kPiece:
 // the largest score, the sum of e^(score - largest), and the values weighted by these. Rows of queries and of `out` are
-// padded to `padded` numbers, queries with zeros.
+// padded to `padded` numbers, queries with zeros; keys and values are not.
 constexpr int kPiece = 256;
 constexpr int padded(int count) { return (count + 15) / 16 * 16; }
 struct Attend {

@@ -131,6 +131,9 @@ struct Simd {
   static F load_half(const uint16_t* p) {
     return each([&](int i) { return half_to_float(p[i]); });
   }
+  static F load_bfloat(const uint16_t* p) {
+    return each([&](int i) { return bfloat_to_float(p[i]); });
+  }
   static F load_byte(const int8_t* p) {
     return each([&](int i) { return float(p[i]); });
   }
