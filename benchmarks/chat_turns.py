@@ -54,7 +54,7 @@ def first_tokens(
     turn(ids[:64], "off")  # makes the session, which is once a model
     for start in range(arguments.rounds):
         history = ids[start : start + arguments.history]
-        seconds, reply, _ = turn(history, "off")
+        seconds, reply, _ = turn(history, "equal")  # begins with another token than the round before
         times["first"].append(seconds)
         said = tokenizer.encode(reply, add_special_tokens=False)
         following = [*history, *said, *ids[-arguments.turn - start : len(ids) - start]]
@@ -152,13 +152,11 @@ def main() -> None:
         print(render("history that other bits wrote", names, cells))
     if arguments.output:
         known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-        result = {
-            "settings": {**vars(arguments), "checkpoint": Path(arguments.checkpoint).name, "output": None},
-            "machine": describe(torch.get_num_threads(), torch.device("cpu")),
-            **known.get("tables", {}),
-        }
-        result = {key: value for key, value in known.items() if key in ("first_token", "across_bits")} | result | tables
-        arguments.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        settings = {**vars(arguments), "checkpoint": Path(arguments.checkpoint).name, "text": Path(arguments.text).name}
+        del settings["output"], settings["skip"]
+        machine = describe(torch.get_num_threads(), torch.device("cpu"))
+        result = known | {"settings": settings, "machine": machine} | tables
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
