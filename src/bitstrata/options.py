@@ -89,6 +89,7 @@ def bounds(flag: str, given: Sequence[str]) -> dict[str, int]:
 Device = Annotated[str, Argument("auto, cpu, cuda or cuda:N.")]
 Checkpoint = Argument("Checkpoint folder or hub id.", flag="")
 Chosen = Argument("Checkpoint folder or hub id, OUT or OUT:BITS.", flag="")
+Reuse = Annotated[str, Argument("Take up cached beginnings that equal bits wrote, any bits wrote, or off.")]
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,7 @@ class ChatCommand(Size, GenerationSettings):
     max_new_tokens: Annotated[int, Argument("The longest reply, in tokens.")] = 256
     temperature: Annotated[float, Argument("0 is greedy; above 0 samples.")] = 0.7
     top_p: Annotated[float, Argument("Sample from the most likely tokens of this total probability.")] = 0.95
+    reuse: Reuse = "equal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,9 +315,8 @@ class ServeOptions(Size, ServerSettings):
     )
     max_requests: Annotated[int, Argument("Requests served at a time; others wait.", least=1)] = 16
     max_waiting: Annotated[int, Argument("Requests that may wait; more are refused.", least=1)] = 256
-    cache_tokens: Annotated[
-        int | None, Argument("Room for the prompts and new tokens of all running requests.", least=1)
-    ] = None
+    cache_tokens: Annotated[int | None, Argument("Room for all running requests' tokens.", least=1)] = None
+    reuse: Reuse = "equal"
     allowed_origin: Annotated[
         Sequence[str], Argument("A web page's origin that may call the server (CORS); repeatable.", each=texts)
     ] = ()

@@ -15,7 +15,7 @@ from bitstrata.errors import BatchError, CheckError, ResourceError, UsageError
 from bitstrata.models import DraftLength, Speculation, end_tokens
 from bitstrata.nn import bits_state
 from bitstrata.runtime import Engine, Request, continue_tokens
-from bitstrata.runtime.batching import Drafts, Sampler, continuation, session
+from bitstrata.runtime.batching import Drafts, Sampler, continuation, session_of
 from bitstrata.runtime.generation import GenerationSettings
 
 WAIT = 120
@@ -28,14 +28,18 @@ def own_model(bundled, exact_kernel):
     return bitstrata.load(bundled, dtype=torch.float32)
 
 
-def start(own, prompt, new=NEW, **settings):
-    return own.start(prompt, most=new, sampler=Sampler(0.0, 1.0, Random(0)), **settings)
+def start(own, prompt, bits, new=NEW, **settings):
+    return own.start(prompt, at(own.model, bits), most=new, sampler=Sampler(0.0, 1.0, Random(0)), **settings)
+
+
+def at(model, bits):
+    return bits_state(model).resolve(bits)
 
 
 def finish(own, item, bits):
     """Its tokens, up to the end."""
     while not item.new or item.ended() is None:
-        own.step(item, bits_state(own.model).resolve(bits))
+        own.step(item, at(own.model, bits))
     own.finish(item)
     return item.new
 
@@ -44,8 +48,8 @@ def finish(own, item, bits):
 def test_greedy_tokens_are_those_of_the_models_own_generate(model, code, alone, length):
     """Prompts of few rows, of many, and of one chunk and a rest that would be few by itself."""
     expected = [alone(code[:length], bits, NEW) for bits in (2, 4)]
-    with session(model) as own:
-        found = [finish(own, start(own, code[:length], ends=end_tokens(model)), bits) for bits in (2, 4)]
+    with session_of(model) as own:
+        found = [finish(own, start(own, code[:length], bits, ends=end_tokens(model)), bits) for bits in (2, 4)]
     assert found == expected
     assert alone(code[:length], 2, NEW) == expected[0], "the model is an ordinary one again"
 
@@ -56,13 +60,13 @@ def test_texts_take_turns_and_grow(model, code, alone, monkeypatch):
     prompts = [code[:20], code[100:103], code[200:260]]
     expected = [alone(prompt, 3, 40) for prompt in prompts]
     moved = 0
-    with session(model) as own:
-        items = [start(own, prompt, 40, ends=end_tokens(model)) for prompt in prompts]
+    with session_of(model) as own:
+        items = [start(own, prompt, 3, 40, ends=end_tokens(model)) for prompt in prompts]
         going = list(items)
         while going:
             for item in list(going):
                 before = item.place
-                own.step(item, bits_state(model).resolve(3))
+                own.step(item, at(model, 3))
                 moved += item.place.start != before.start
                 if item.ended() is not None:
                     own.finish(item)
@@ -73,43 +77,43 @@ def test_texts_take_turns_and_grow(model, code, alone, monkeypatch):
 
 def test_a_session_is_kept_and_made_anew_for_a_model_that_was_changed(own_model, code):
     model = own_model
-    with session(model) as first:
-        before = finish(first, start(first, code[:30]), 4)
+    with session_of(model) as first:
+        before = finish(first, start(first, code[:30], 4), 4)
     model.generate(torch.tensor([code[:5]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
-    with session(model) as second:
+    with session_of(model) as second:
         assert second is first
     with torch.no_grad():
         model.model.norm.weight.mul_(-1.0)
-    with session(model) as third:
+    with session_of(model) as third:
         assert third is not first
-        assert finish(third, start(third, code[:30]), 4) != before
+        assert finish(third, start(third, code[:30], 4), 4) != before
     seen = []
     hook = model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
-    with session(model) as fourth:
-        finish(fourth, start(fourth, code[:5], 3), 4)
+    with session_of(model) as fourth:
+        finish(fourth, start(fourth, code[:5], 4, 3), 4)
     assert len(seen) > 3, "a hook sees every step"
     hook.remove()
 
 
 def test_copies_have_sessions_of_their_own(own_model, code):
-    with session(own_model) as own:
-        expected = finish(own, start(own, code[:30]), 3)
+    with session_of(own_model) as own:
+        expected = finish(own, start(own, code[:30], 3), 3)
     twin = copy.deepcopy(own_model)
-    with session(twin) as other, session(own_model) as own:
+    with session_of(twin) as other, session_of(own_model) as own:
         assert other is not own
         assert other.model is twin
-        assert finish(other, start(other, code[:30]), 3) == expected
+        assert finish(other, start(other, code[:30], 3), 3) == expected
 
 
 def test_an_engine_and_a_session_exclude_each_other(own_model, code):
-    with session(own_model), pytest.raises(UsageError, match="an engine, or a call to generate"):
+    with session_of(own_model), pytest.raises(UsageError, match="an engine, or a call to generate"):
         Engine(own_model)
     with Engine(own_model) as engine:
-        with pytest.raises(UsageError, match="an engine, or a call to generate"), session(own_model):
+        with pytest.raises(UsageError, match="an engine, or a call to generate"), session_of(own_model):
             pass
         expected = engine.submit(Request(code[:30], bits=2, max_new_tokens=NEW, ignore_eos=True)).result(WAIT)
-    with session(own_model) as own:
-        assert finish(own, start(own, code[:30]), 2) == expected
+    with session_of(own_model) as own:
+        assert finish(own, start(own, code[:30], 2), 2) == expected
 
 
 def test_threads_wait_for_each_other_and_a_thread_not_for_itself(model, tokenizer, code, alone):
@@ -126,7 +130,7 @@ def test_threads_wait_for_each_other_and_a_thread_not_for_itself(model, tokenize
     for thread in threads:
         thread.join(WAIT)
     assert found == {bits: tokenizer.decode(new, skip_special_tokens=True) for bits, new in expected.items()}
-    with session(model), pytest.raises(UsageError, match="in the middle of a call"), session(model):
+    with session_of(model), pytest.raises(UsageError, match="in the middle of a call"), session_of(model):
         pass
 
 
@@ -141,8 +145,8 @@ def test_what_the_generation_config_wants_of_logits_is_done(own_model, tokenizer
 
 
 def test_logits_that_are_not_finite_are_an_error(model, code):
-    with session(model) as own:
-        item = start(own, code[:5], rules=lambda _, logits: logits * torch.nan)
+    with session_of(model) as own:
+        item = start(own, code[:5], 4, rules=lambda _, logits: logits * torch.nan)
         with pytest.raises(CheckError, match="not finite"):
             finish(own, item, 4)
         own.finish(item)
@@ -162,15 +166,20 @@ def test_a_model_that_cannot_run_in_batches_is_run_by_transformers(
     assert caplog.text.count("it looks at the moon; transformers' own generate is used") == 1
 
 
-def test_no_memory_leaves_the_model_and_the_session_as_they_were(own_model, code, monkeypatch):
-    with session(own_model) as own:
-        expected = finish(own, start(own, code[:30]), 4)
+def test_no_memory_leaves_the_model_and_the_session_as_they_were(own_model, code, alone, monkeypatch):
+    """Also if some layers had got theirs already."""
+    monkeypatch.setattr("bitstrata.runtime.batching.session.AMPLE", 64)
+    prompts = [code[:30], code[:600]]
+    with session_of(own_model) as own:
+        found = [finish(own, start(own, prompts[0], 4), 4)]
     with monkeypatch.context() as patched:
-        patched.setattr("bitstrata.runtime.batching.memory.free_memory", lambda: 1000)
-        with pytest.raises(ResourceError, match="no memory for keys and values"), session(own_model) as own:
-            start(own, code[:900])
-    with session(own_model) as own:
-        assert finish(own, start(own, code[:30]), 4) == expected
+        left = [10**12] * 5
+        patched.setattr("bitstrata.runtime.batching.memory.free_memory", lambda: left.pop() if left else 1000)
+        with pytest.raises(ResourceError, match="no memory for keys and values"), session_of(own_model) as own:
+            start(own, prompts[1], 4)
+    with session_of(own_model) as own:
+        found += [finish(own, start(own, prompt, 4), 4) for prompt in prompts]
+    assert found == [alone(prompt, 4, NEW) for prompt in (prompts[0], *prompts)]
 
 
 @pytest.mark.parametrize(("bits", "draft_bits", "draft_tokens"), [(4, 2, 3), (4, 3, 1), (3, 2, 15), (4, 2, 40)])
@@ -202,16 +211,16 @@ def test_sampled_drafts_have_the_distribution_of_plain_sampling(model, code, see
     """Third new token, the likeliest few and the rest: chi-square of two samples."""
     monkeypatch.setattr(DraftLength, "next", lambda self: self.most)
     draws, counts, drafted = 400, [Counter(), Counter()], [0, 0]
-    at = bits_state(model).resolve(4)
-    with session(model) as own:
+    at4 = at(model, 4)
+    with session_of(model) as own:
         for draw in range(draws):
             for side in (0, 1):
                 sampler = Sampler(1.5, 0.9, Random(f"{seed} {draw} {side}"))
-                item = own.start(code[:20], most=3, sampler=sampler)
+                item = own.start(code[:20], at4, reuse="off", most=3, sampler=sampler)
                 speculation = Speculation(2, 3)
-                drafts = Drafts(model, speculation, at)
+                drafts = Drafts(model, speculation, at4)
                 while not item.new or item.ended() is None:
-                    own.draft_step(item, at, drafts) if side else own.step(item, at)
+                    own.draft_step(item, at4, drafts) if side else own.step(item, at4)
                 own.finish(item)
                 counts[side][item.new[-1]] += 1
                 drafted = [drafted[0] + speculation.drafted, drafted[1] + speculation.accepted]

@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from ..models import bytes_per_token
 from ..models.compat import set_cached_length
 from ..nn import bits_state
-from ..runtime.batching import Sampler, Session, session
+from ..runtime.batching import Sampler, Session, session_of
 from .clock import captured, wait
 
 
@@ -45,7 +45,8 @@ class SessionDecoder:
     def __init__(self, own: Session, context: int, bits: int) -> None:
         self.model, self._own, self._bits = own.model, own, bits_state(own.model).resolve(bits)
         prompt = torch.arange(context).remainder(int(self.model.config.vocab_size)).tolist()
-        self._text = own.start(prompt, most=sys.maxsize, sampler=Sampler(0.0, 1.0, Random()))
+        sampler = Sampler(0.0, 1.0, Random())
+        self._text = own.start(prompt, self._bits, reuse="off", most=sys.maxsize, sampler=sampler)
         self.step()
 
     def step(self) -> None:
@@ -181,7 +182,7 @@ def decoders(
     model: PreTrainedModel, context: int, bits: Sequence[int], stack: ExitStack
 ) -> Sequence[SessionDecoder | Decoder]:
     """One for each of `bits`, all of the same quantized model, as `generate` runs it until `stack` is closed."""
-    own = stack.enter_context(session(model))
+    own = stack.enter_context(session_of(model))
     if own is None:
         return [Decoder(model, context, value) for value in bits]
     return [SessionDecoder(own, context, value) for value in bits]

@@ -15,6 +15,7 @@ from ..options import ServeOptions, ServerSettings
 from ..plans import Plan, bits_name, choose_bits, parse_bits_or_plan
 from ..progress import log, note
 from ..runtime import Engine, parse_policy
+from ..runtime.batching import check_reuse
 from .sizing import load_sized
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def run(options: ServeOptions) -> None:
         note(f"anyone who reaches {options.host} can use this server: it has no --api-key")
     model = _Model.of(options)
     rule = parse_policy(options.policy)
+    check_reuse(options.reuse)
     with bind(options.host, options.port) as bound:
         folder = resolve(model.target, kind="bitstrata checkpoint")
         if model.plans:
@@ -65,6 +67,7 @@ def run(options: ServeOptions) -> None:
             cache_tokens=cache_tokens,
             max_waiting=options.max_waiting,
             policy=rule,
+            reuse=options.reuse,
         )
         with engine:
             app = create_app(engine, tokenizer, settings)

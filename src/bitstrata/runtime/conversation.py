@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..models import check_text, encode_turns
 from ..nn import BitsOrPlan, bits_state
 from ..options import GenerationSettings
+from .batching import check_reuse
 from .generation import Generation, continue_tokens
 
 
@@ -24,6 +25,8 @@ class Conversation:
         bits: of the next replies; the model's highest if None. Set `bits` to change them.
         system: an instruction before the first turn; needs a chat template.
         max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens: of every reply, as in GenerationSettings.
+        reuse: what of the turns so far is not computed again for a reply: "equal" what the same bits wrote, "any" what
+            any bits wrote, "off" nothing.
 
     Raises:
         UnsupportedBitsError: bits that the model does not have.
@@ -44,8 +47,10 @@ class Conversation:
         seed: int = 0,
         draft_bits: int | None = None,
         draft_tokens: int = 4,
+        reuse: str = "equal",
     ) -> None:
         self._settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens)
+        self._reuse = check_reuse(reuse)
         self.model, self.tokenizer = model, tokenizer
         self._state = bits_state(model)
         self._bits = self._state.resolve(bits)
@@ -93,6 +98,7 @@ class Conversation:
             bits=self._bits,
             settings=settings,
             streamer=streamer,
+            reuse=self._reuse,
         )
         self._turns = [*turns, {"role": "assistant", "content": result.text}]
         return result

@@ -31,7 +31,7 @@ from ..options import GenerationSettings, named
 from ..plans import Plan, bits_name, choose_bits, highest_bits, load
 from ..progress import note
 from ..torch_state import ordinary_torch
-from .batching import Drafts, Sampler, Session, session
+from .batching import Continuation, Drafts, Sampler, Session, session_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Generation:
     """A continuation. `tokens` counts the new tokens; tokens_per_second leaves the prompt's pass out.
 
     `bits` is None for a model that is not quantized, and a plan's name for a plan. acceptance: share of the tokens
-    drafted at `draft_bits` that `bits` agreed with.
+    drafted at `draft_bits` that `bits` agreed with. first_token_seconds: to the first new token; reused_tokens: of the
+    prompt, those that the model had from an earlier call.
     """
 
     prompt: str
@@ -50,6 +51,8 @@ class Generation:
     tokens_per_second: float | None
     draft_bits: int | None = None
     acceptance: float | None = None
+    first_token_seconds: float | None = None
+    reused_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -130,10 +133,12 @@ def continue_tokens(
     bits: BitsOrPlan | Assignment | None,
     settings: GenerationSettings,
     streamer: BaseStreamer | None = None,
+    reuse: str = "equal",
 ) -> Generation:
     """Continue the tokens `ids`, which stand for `prompt`; `bits` None runs a model that is not quantized.
 
-    Ends at every end-of-sequence token that the model's configs or the tokenizer name.
+    Ends at every end-of-sequence token that the model's configs or the tokenizer name. reuse: what of `ids` is not
+    computed again if the model still has it from an earlier call, as of Engine.
 
     Raises InputError for a token beyond the model's vocabulary, or if the prompt fills the model's context.
     """
@@ -149,11 +154,12 @@ def continue_tokens(
     ends = end_tokens(model, tokenizer)
     clock = _Clock(streamer)
     started = time.perf_counter()
-    made = None
+    made, reused = None, 0
     if chosen is not None:
-        with session(model) as own:
+        with session_of(model) as own:
             if own is not None and (own.longest is None or len(ids) + new_tokens <= own.longest):
-                made = _by_session(own, ids, new_tokens, ends, chosen, settings, clock)
+                item = _by_session(own, ids, new_tokens, ends, chosen, settings, clock, reuse)
+                made, reused = item.new, item.reused
     if made is None:
         made = _by_transformers(model, tokenizer, ids, new_tokens, ends, chosen, settings, clock)
     arrived = clock.times[1:]  # the first entry is the prompt
@@ -167,6 +173,8 @@ def continue_tokens(
         tokens_per_second=(len(arrived) - 1) / between if between > 0 else None,
         draft_bits=settings.draft_bits,
         acceptance=None if settings.draft_bits is None else model.speculation.acceptance,  # type: ignore[arg-type, union-attr]
+        first_token_seconds=arrived[0] - started if arrived else None,
+        reused_tokens=reused,
     )
 
 
@@ -178,8 +186,9 @@ def _by_session(
     bits: Assignment,
     settings: GenerationSettings,
     clock: _Clock,
-) -> list[int]:
-    """The new tokens, made by our own steps."""
+    reuse: str,
+) -> Continuation:
+    """The text, made by our own steps."""
     drafts = None
     if settings.draft_bits is not None:
         speculation = Speculation(settings.draft_bits, settings.draft_tokens)
@@ -188,6 +197,8 @@ def _by_session(
     clock.put(torch.tensor([ids]))
     item = own.start(
         ids,
+        bits,
+        reuse=reuse,
         most=new_tokens,
         sampler=Sampler(settings.temperature, settings.top_p, Random(settings.seed)),
         ends=ends,
@@ -202,7 +213,7 @@ def _by_session(
     if drafts is not None:
         drafts.speculation.tokens = len(item.new)
     clock.end()
-    return item.new
+    return item
 
 
 def _by_transformers(

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..nn import Assignment, BitsOrPlan
 from ..runtime import Request, Token
 from .errors import ApiError, closing, translate
-from .replies import Delta, FinishReason, Formatter, PlacedToken, Usage, dump
+from .replies import Delta, FinishReason, Formatter, PlacedToken, PromptDetails, Usage, dump
 from .requests import GenerationBody
 from .service import Service
 from .stream import Arrival, EventStream, Submission, while_connected
@@ -93,7 +93,7 @@ class _Answer:
     def __init__(self, service: Service, body: GenerationBody, spec: GenerationSpec) -> None:
         requests = engine_requests(service, body, spec)
         started = time.perf_counter()
-        self._prompt_tokens = sum(map(len, spec.prompts))
+        self._prompts, self._prompt_tokens = len(spec.prompts), sum(map(len, spec.prompts))
         self._shows_tokens = spec.logprobs is not None or bool(body.return_token_ids)
         self.submission = Submission(service.engine, requests)  # first: it checks the tokens that texts are made from
         self._choices = []
@@ -134,8 +134,16 @@ class _Answer:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=counts.total(),
             total_tokens=self._prompt_tokens + counts.total(),
+            prompt_tokens_details=PromptDetails(cached_tokens=self._cached_tokens),
             bits={bits: counts[bits] for bits in sorted(counts)},
         )
+
+    @property
+    def _cached_tokens(self) -> int:
+        """Of each prompt, what none of its choices had to compute."""
+        found = self.submission.reused_tokens
+        each = len(found) // self._prompts
+        return sum(min(found[at : at + each]) for at in range(0, len(found), each))
 
     @property
     def bits(self) -> int | None:

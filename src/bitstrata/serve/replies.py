@@ -76,10 +76,15 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class PromptDetails(BaseModel):
+    cached_tokens: int = Field(description="tokens of the prompts that earlier requests had left in the cache")
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
     bits: dict[str, int] = Field(description="bits, or a plan's name -> how many of the new tokens they computed")
 
 

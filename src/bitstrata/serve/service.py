@@ -210,10 +210,12 @@ class _EngineCollector(Collector):
             outcomes.add_metric([reason], count)
         yield outcomes
         yield CounterMetricFamily("bitstrata_prompt_tokens", "Tokens of admitted prompts.", stats.prompt_tokens)
+        yield CounterMetricFamily("bitstrata_reused_tokens", "Of these, in the cache already.", stats.reused_tokens)
         yield CounterMetricFamily("bitstrata_new_tokens", "Tokens made.", stats.new_tokens)
         yield CounterMetricFamily("bitstrata_batches", "Batches run.", stats.batches)
         yield GaugeMetricFamily("bitstrata_requests_running", "Requests that are being served.", stats.running)
         yield GaugeMetricFamily("bitstrata_requests_waiting", "Requests in the queue.", stats.waiting)
         yield GaugeMetricFamily("bitstrata_cache_tokens", "Room in the cache, in tokens.", stats.cache_tokens)
         yield GaugeMetricFamily("bitstrata_cache_used_tokens", "Of it, reserved now.", stats.cache_used_tokens)
+        yield GaugeMetricFamily("bitstrata_cache_kept_tokens", "Of ended requests.", stats.cache_kept_tokens)
         yield GaugeMetricFamily("bitstrata_cache_bytes", "Memory of the cache.", stats.cache_bytes)

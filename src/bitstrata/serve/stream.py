@@ -59,6 +59,11 @@ class Submission:
             self._open -= isinstance(arrival.event, Finished)
             yield arrival
 
+    @property
+    def reused_tokens(self) -> list[int]:
+        """Of each request, how many tokens of its prompt the cache had already; known once it has a new token."""
+        return [handle.reused_tokens for handle in self._handles]
+
     def cancel(self, index: int | None = None) -> None:
         """End one request, or all; no-op for those that have ended."""
         for handle in self._handles if index is None else [self._handles[index]]:

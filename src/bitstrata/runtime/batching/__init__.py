@@ -1,13 +1,17 @@
-"""Passes of a model over a cache of its own: many requests in one batch (`Engine`), one caller alone (`session`)."""
+"""Passes of a model over a cache of its own: many requests in one batch (`Engine`), one caller alone (`session_of`)."""
 
+from .continuation import Continuation
 from .drafts import Drafts
 from .engine import Engine
+from .prefixes import REUSE, check_reuse
 from .request import Event, Finished, Handle, Request, Token
 from .sampling import Sampler
-from .session import Session, session
+from .session import Session, session_of
 from .stats import EngineStats
 
 __all__ = [
+    "REUSE",
+    "Continuation",
     "Drafts",
     "Engine",
     "EngineStats",
@@ -18,5 +22,6 @@ __all__ = [
     "Sampler",
     "Session",
     "Token",
-    "session",
+    "check_reuse",
+    "session_of",
 ]

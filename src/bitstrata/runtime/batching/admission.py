@@ -13,12 +13,12 @@ of the cache, rounded down by GROWTH.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..policy import RequestPolicy
 from .continuation import Continuation
-from .memory import TokenPool
+from .prefixes import Prefixes
 from .request import Handle
 
 OVERTAKEN = 32  # times that a request lets another pass
@@ -34,14 +34,18 @@ class Running(Continuation):
     overtaken: int = 0
 
 
-def admit(waiting: Mapping[int, Running], pool: TokenPool, places: int) -> Iterator[Running]:
-    """Reserve room for up to `places` of those that wait, in their order; each is to be taken from `waiting`."""
+def admit(
+    waiting: Mapping[int, Running], prefixes: Prefixes, places: int, running: Collection[Running] = ()
+) -> Iterator[Running]:
+    """Reserve room for up to `places` of those that wait, in their order; each is to be taken from `waiting`.
+
+    running: those that run, which may have computed the beginning of one that waits.
+    """
     passed: list[Running] = []
     for item in list(waiting.values()):
         if not places or (passed and passed[0].overtaken >= OVERTAKEN):  # the first was overtaken most often
             return
-        item.place = pool.reserve(item.room)
-        if item.place is None:
+        if not prefixes.claim(item, item.handle._bits, running):
             passed.append(item)
             continue
         for other in passed:
@@ -50,13 +54,13 @@ def admit(waiting: Mapping[int, Running], pool: TokenPool, places: int) -> Itera
         yield item
 
 
-def grow(running: Iterable[Running], pool: TokenPool) -> list[Running]:
+def grow(running: Iterable[Running], prefixes: Prefixes) -> list[Running]:
     """Get room for the next token of all that have used theirs up; those for which there is none."""
     stalled = []
     for item in running:
         if item.place is None or not item.lacks_room():
             continue
-        larger = pool.grow(item.place, item.past, item.room)
+        larger = prefixes.grow(item.place, item.past, item.room)
         if larger is None:
             stalled.append(item)
         else:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import CheckError
 from ...models import Stops
 from ...nn import Assignment
+from ...nn.bits import Choice
 from .attention import Span
 from .forward import Forward
 from .packing import Segment
@@ -41,8 +42,13 @@ class Continuation:
     grows: bool = True
     rules: Callable[[Tensor, Tensor], Tensor] | None = None
     place: range | None = None
-    past: int = 0
+    written: list[Choice] = field(default_factory=list)  # at what each token that is in the cache was computed
+    reused: int = 0  # of these, the ones that were there before
     new: list[int] = field(default_factory=list)
+
+    @property
+    def past(self) -> int:
+        return len(self.written)
 
     @property
     def room(self) -> int:
@@ -80,9 +86,12 @@ def advance(forward: Forward, items: Sequence[Continuation], batch: Sequence[Seg
         assert item.place is not None
         tokens.append(item.tokens[part.past : part.past + part.length])
         spans.append(Span(item.place.start, part.past, part.length))
-    logits = forward.run(tokens, spans, [part.bits for part in batch])
-    for item, part in zip(items, batch, strict=True):
-        item.past = part.past + part.length
+    bits = [part.bits for part in batch]
+    wrote = [one.choices[0] for one in bits]
+    logits = forward.run(tokens, spans, bits)
+    for item, part, choice in zip(items, batch, wrote, strict=True):
+        # a resize may have come before the pass or after it; nobody asks for no layers
+        item.written += [choice if part.bits.choices[0] is choice else ()] * part.length
     return logits
 
 

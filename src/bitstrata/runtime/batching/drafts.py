@@ -62,7 +62,7 @@ class Drafts:
         accepted, last = accept(drafts, sampled, wanted, lambda one: _draw(one, sampler), sampler.random.random)
         self._length.learn(count, accepted)
         self.speculation.count(count, accepted)
-        item.past += 1 + accepted
+        item.written += [bits.choices[0]] * (1 + accepted)
         return [*drafts[:accepted], last]
 
 

@@ -35,6 +35,7 @@ from .continuation import advance, pick
 from .forward import Forward
 from .memory import BLOCK, TokenPool
 from .packing import Segment, pack
+from .prefixes import Prefixes
 from .request import REASONS, Event, Finished, Handle, Limits, Request, Token
 from .sampling import Sampler, normalised_entropy
 from .session import forget
@@ -54,6 +55,8 @@ class Engine:
             By default 512 for each, or the model's context if that is less, and at least 2,048.
         max_waiting: requests that may wait for a place.
         policy: what lowers requests that have min_bits, for this engine alone; nothing by default.
+        reuse: what of a prompt is not computed again if the cache still has it: "equal" what the same bits wrote, "any"
+            what any bits wrote, "off" nothing.
 
     `limits` says what requests it can take.
 
@@ -73,6 +76,7 @@ class Engine:
         cache_tokens: int | None = None,
         max_waiting: int = 1024,
         policy: Policy | None = None,
+        reuse: str = "equal",
     ) -> None:
         self.model = model
         context = steady_context(model.config)
@@ -94,6 +98,7 @@ class Engine:
         self._tokenizer, self._policy = tokenizer, policy or Policy()
         forget(model)  # its cache of its own, from calls to generate
         self._pool = TokenPool(cache_tokens)
+        self._prefixes = Prefixes(self._pool, self._steady, reuse)
         vocabulary = vocabulary_size(model.config)
         self.limits = Limits(bits_state(model), vocabulary, context, self._pool.tokens, tokenizer is not None)
         self._eos = end_tokens(model, tokenizer)
@@ -104,7 +109,7 @@ class Engine:
         self._number = 0
         self._closing: str | None = None  # "drain" or "drop"
         self._failure: BaseException | None = None
-        self._prompt_tokens = self._new_tokens = self._batches = 0
+        self._prompt_tokens = self._reused_tokens = self._new_tokens = self._batches = 0
         self._finished = Counter(dict.fromkeys(REASONS, 0))
         self._tokens_by_bits: Counter[str] = Counter()
         self._pace = Pace()
@@ -179,10 +184,12 @@ class Engine:
                 running=len(self._running),
                 waiting=len(self._waiting),
                 cache_tokens=self._pool.tokens,
-                cache_used_tokens=self._pool.used_tokens,
+                cache_used_tokens=self._pool.used_tokens - self._prefixes.tokens,
+                cache_kept_tokens=self._prefixes.tokens,
                 cache_bytes=self._pool.bytes,
                 time_per_token=self._pace.mean,
                 prompt_tokens=self._prompt_tokens,
+                reused_tokens=self._reused_tokens,
                 new_tokens=self._new_tokens,
                 tokens_by_bits=dict(sorted(self._tokens_by_bits.items())),
                 batches=self._batches,
@@ -237,11 +244,14 @@ class Engine:
             elif drop or item.handle.cancelled:
                 self._end(item, Finished("cancelled"))
         with self._changed:
-            self._stalled = {item.handle.number for item in grow(self._running.values(), self._pool)}
+            self._stalled = {item.handle.number for item in grow(self._running.values(), self._prefixes)}
             if not self._stalled:
-                for item in admit(self._waiting, self._pool, self.max_requests - len(self._running)):
+                places = self.max_requests - len(self._running)
+                for item in admit(self._waiting, self._prefixes, places, self._running.values()):
                     self._running[item.handle.number] = self._waiting.pop(item.handle.number)
                     self._prompt_tokens += len(item.tokens)
+                    self._reused_tokens += item.reused
+                    item.handle.reused_tokens = item.reused
         if self._running and len(self._stalled) == len(self._running):
             self._end(max(self._running.values(), key=lambda item: len(item.tokens)), Finished("length"))
         return bool(self._running or self._waiting) or self._closing is None
@@ -320,9 +330,7 @@ class Engine:
 
     def _end(self, item: Running, event: Finished) -> None:
         with self._changed:
-            if item.place is not None:
-                self._pool.release(item.place)
-                item.place = None
+            self._prefixes.keep(item)
             if self._running.pop(item.handle.number, None) is None:
                 del self._waiting[item.handle.number]
             self._finished[event.reason] += 1

@@ -2,7 +2,8 @@
 
     layer l:  keys [H, tokens, D], values [H, tokens, D']         H = key-value heads
 
-A request holds one contiguous range of `tokens` from when it is admitted until it ends, long enough for its prompt and
+A request holds one contiguous range of `tokens` from when it is admitted until it ends (and what it wrote stays until
+its place is needed: prefixes.py), long enough for its prompt and
 every token it may still make (or, where it sets no limit, for the next ones: admission.py). So attention reads its keys
 as a view, nothing is allocated while requests run or copied but for those that grow, and an admitted request with a
 limit is never thrown out for lack of memory. The price: room for tokens that are never made stays unused until the
@@ -81,23 +82,35 @@ class TokenPool:
         if larger is None:
             self._free = before
             return None
+        self.copy(taken, larger, used)
+        return larger
+
+    def copy(self, source: range, target: range, tokens: int) -> None:
+        """Put the first `tokens` of the range `source` to the beginning of `target`; the two may overlap."""
         for pair in self._layers.values():
             for held in pair:
-                held[:, larger.start : larger.start + used] = held[:, taken.start : taken.start + used].clone()
-        return larger
+                held[:, target.start : target.start + tokens] = held[:, source.start : source.start + tokens].clone()
 
     def enlarge(self, tokens: int) -> None:
         """Have room for `tokens`; ranges stay what and where they are. Raises ResourceError if there is no memory."""
         before, size = self.tokens, _whole_blocks(tokens)
         if size <= before:
             return
-        for layer, (keys, values) in list(self._layers.items()):  # a layer at a time: both versions of one at once
-            larger = self._make(keys, values, size)
-            for old, new in zip((keys, values), larger, strict=True):
-                new[:, :before] = old
-            self._layers[layer] = larger
-        self.tokens = size
         self.version += 1
+        done: list[int] = []
+        try:
+            for layer, pair in list(self._layers.items()):  # a layer at a time: both versions of one at once
+                larger = self._make(*pair, size)
+                for old, new in zip(pair, larger, strict=True):
+                    new[:, :before] = old
+                self._layers[layer] = larger
+                done.append(layer)
+        except ResourceError:
+            for layer in done:
+                keys, values = self._layers[layer]
+                self._layers[layer] = keys[:, :before].clone(), values[:, :before].clone()
+            raise
+        self.tokens = size
         self._free = self._free_without(range(before, size))
 
     def _free_without(self, taken: range) -> list[range]:

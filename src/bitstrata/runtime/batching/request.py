@@ -170,8 +170,11 @@ class Limits:
 class Handle:
     """A submitted request. Every method may be called from any thread.
 
-    `request` is what was asked for. Events are kept, so `events` may be called more than once and late.
+    `request` is what was asked for; `reused_tokens`, how many tokens of its prompt the cache had already (known from
+    its first new token on). Events are kept, so `events` may be called more than once and late.
     """
+
+    reused_tokens = 0
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """A model run for one caller at a time, without a thread: what `generate`, chats and `bench` are made of.
 
-    with session(model) as own:
-        text = own.start(prompt_ids, most=64, sampler=Sampler(0.0, 1.0, Random()))
+    with session_of(model) as own:
+        text = own.start(prompt_ids, bits, most=64, sampler=Sampler(0.0, 1.0, Random()))
         while text.ended() is None:
             token = own.step(text, bits)
         own.finish(text)
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import BatchError, BitstrataError, UsageError
+from ...errors import BatchError, BitstrataError, ResourceError, UsageError
 from ...models import steady_context
 from ...models.compat import attention_of
 from ...nn import Assignment, bits_state, steady_rows
@@ -33,14 +33,16 @@ from .drafts import Drafts
 from .forward import Forward
 from .memory import BLOCK, TokenPool
 from .packing import pack
+from .prefixes import Prefixes, check_reuse
 from .request import Token
 
 CHUNK = 512  # tokens of a prompt in one pass
+AMPLE = 1024  # tokens of room at least where there is memory, so that several short texts can stay
 HOLDER = "_bitstrata_session"  # the attribute of a model that keeps its session
 
 
 class Session:
-    """Texts that go on in one cache, each step one pass of the model. Made by `session`, and used inside of it only.
+    """Texts that go on in one cache, each step one pass of the model. Made by `session_of`, and used inside of it only.
 
     longest: the most tokens that a text may have here, its new ones included; None for any number.
     """
@@ -52,6 +54,8 @@ class Session:
         self._pool = TokenPool(2 * BLOCK)
         self._forward = Forward(model, self._pool)
         self._steady = steady_rows(model, model.dtype)
+        self._prefixes = Prefixes(self._pool, self._steady)
+        self._live: list[Continuation] = []
         try:
             self._forward.check()
         finally:
@@ -64,15 +68,23 @@ class Session:
         try:
             yield
         finally:
+            for item in list(self._live):
+                self.finish(item)
             self._forward.detach()
 
-    def start(self, tokens: list[int], **settings: Any) -> Continuation:
-        """A text that begins with `tokens`, with room in the cache. settings: of Continuation.
+    def start(self, tokens: list[int], bits: Assignment, *, reuse: str = "equal", **settings: Any) -> Continuation:
+        """A text that begins with `tokens`, with room in the cache, and what this has of it already at `bits`.
+
+        Args:
+            reuse: as of Engine.
+            settings: of Continuation.
 
         Raises ResourceError if there is no memory for it.
         """
         item = Continuation(list(tokens), **settings)
-        self._make_room(item)
+        self._prefixes.reuse = check_reuse(reuse)
+        self._make_room(item, bits)
+        self._live.append(item)
         return item
 
     def step(self, item: Continuation, bits: Assignment) -> Token:
@@ -91,47 +103,55 @@ class Session:
         if item.past < len(item.tokens) - 1:  # the prompt
             return [self.step(item, bits)]
         if item.lacks_room(most := drafts.most(item, self._steady)):
-            self._make_room(item)
+            self._make_room(item, bits)
         made = []
         for token in drafts.cycle(self._forward, item, bits, most):
             item.add(token)
             made.append(Token(token, bits.given))
             if item.ended() is not None:
                 break
-        item.past = min(item.past, len(item.tokens) - 1)  # accepted beyond the end
+        del item.written[len(item.tokens) - 1 :]  # accepted beyond the end
         return made
 
     def finish(self, item: Continuation) -> None:
-        """Give back the room of `item`."""
-        if item.place is not None:
-            self._pool.release(item.place)
-            item.place = None
+        """End `item`; what it has in the cache stays there until its place is needed."""
+        self._live.remove(item)
+        self._prefixes.keep(item)
 
     def _feed(self, item: Continuation, bits: Assignment) -> Tensor:
         """Logits [1, V] after all tokens of `item`."""
         if item.lacks_room():
-            self._make_room(item)
+            self._make_room(item, bits)
         while True:
             (batch,) = pack([item.segment(0, bits)], CHUNK, self._steady)
             logits = advance(self._forward, [item], batch)
             if batch[0].is_last:
                 return logits
 
-    def _make_room(self, item: Continuation) -> None:
-        pool, room = self._pool, item.room
+    def _make_room(self, item: Continuation, bits: Assignment) -> None:
+        pool, prefixes, room = self._pool, self._prefixes, item.room
+        needed = sum(len(other.place) for other in self._live if other.place is not None and other is not item) + room
         # twice as much as is needed, so that a text that goes on does not move at each step; never beyond a context
-        needed = pool.used_tokens + room
-        for size in (pool.tokens, max(needed, min(2 * needed, self.longest or 2 * needed)), pool.tokens + room):
-            pool.enlarge(size)
-            place = pool.reserve(room) if item.place is None else pool.grow(item.place, item.past, room)
-            if place is not None:
+        ample = max(needed, min(max(2 * needed, AMPLE), self.longest or 2 * needed))
+        refused = None
+        for size in (pool.tokens, ample, needed, pool.tokens + room):
+            try:
+                pool.enlarge(size)
+            except ResourceError as error:
+                refused = error
+                continue
+            if item.place is None:
+                if prefixes.claim(item, bits, self._live):
+                    return
+            elif (place := prefixes.grow(item.place, item.past, room)) is not None:
                 item.place = place
                 return
-        raise AssertionError("what was added last is free in one piece")
+        assert refused is not None  # else what was added last is free in one piece
+        raise refused
 
 
 class _Holder:
-    """Where a model keeps its session; a copy of the model has none. user: the thread that is inside `session`."""
+    """Where a model keeps its session; a copy of the model has none. user: the thread that is inside `session_of`."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -145,7 +165,7 @@ class _Holder:
 
 
 @contextmanager
-def session(model: PreTrainedModel) -> Iterator[Session | None]:
+def session_of(model: PreTrainedModel) -> Iterator[Session | None]:
     """The session of `model`, for the calling thread alone; None, with a note, if its architecture cannot have one.
 
     Raises:

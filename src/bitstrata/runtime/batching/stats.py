@@ -13,20 +13,24 @@ WINDOW = 0.5  # seconds: how far back a mean of the recent past looks
 class EngineStats:
     """What an engine is doing and has done.
 
-    cache_tokens, cache_used_tokens: of the cache, and reserved now; cache_bytes: of all layers' tensors.
+    cache_tokens, cache_used_tokens: of the cache, and reserved now; cache_kept_tokens: of what is not reserved, those
+    that hold ended requests' tokens until their place is needed; cache_bytes: of all layers' tensors.
     time_per_token: seconds between two tokens of a request, a mean over the recent past; None if none were made
     since the engine was last without work.
-    prompt_tokens, new_tokens, batches: since the start. tokens_by_bits: new tokens by the bits that computed them,
-    those of requests on a plan under "plan". finished: requests by reason.
+    prompt_tokens, new_tokens, batches: since the start; reused_tokens: of prompts, those that the cache had already.
+    tokens_by_bits: new tokens by the bits that computed them, those of requests on a plan under "plan".
+    finished: requests by reason.
     """
 
     running: int
     waiting: int
     cache_tokens: int
     cache_used_tokens: int
+    cache_kept_tokens: int
     cache_bytes: int
     time_per_token: float | None
     prompt_tokens: int
+    reused_tokens: int
     new_tokens: int
     tokens_by_bits: dict[str, int]
     batches: int
