@@ -59,7 +59,9 @@ def test_rows_at_their_own_bits_equal_all_rows_at_these(native, scales, group_si
     weight, x = stored(scales, group_size, seed), activations(native, seed)
     uniform = {value: native.linear(x, weight, value) for value in ALL_BITS}
     for bits in ((2, 3, 4), (1, 5), ALL_BITS, (8,)):
-        row_bits = torch.tensor(bits)[torch.randint(len(bits), (len(x),), generator=torch.Generator().manual_seed(seed))]
+        row_bits = torch.tensor(bits)[
+            torch.randint(len(bits), (len(x),), generator=torch.Generator().manual_seed(seed))
+        ]
         y = native.linear(x, weight, row_bits)
         for value in row_bits.unique().tolist():
             assert torch.equal(y[row_bits == value], uniform[value][row_bits == value]), f"bits={value} of {bits}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_linear_close, random_weight
 from instruction_sets import ISAS, kernel_of
-from kernel_errors import chunks_of, fewest_levels, int8_errors, promise_of
+from kernel_errors import chunks_of, fewest_levels, int8_errors
 
 from bitstrata.kernels import pack, registry
 from bitstrata.kernels.cpu import blocked as module
