@@ -38,15 +38,6 @@ def test_rows_are_exactly_those_of_the_decoded_weight(N, K, tied, scales, dtype,
         assert torch.equal(module(torch.tensor([N - 1, 0], dtype=torch.int32)), table[[N - 1, 0]])
 
 
-def test_many_rows_are_decoded_a_tile_at_a_time(monkeypatch, seed):
-    from bitstrata.kernels.cpu import blocked
-
-    monkeypatch.setattr(blocked, "TILE_WEIGHTS", 2 * 16 * 96)
-    weight, module, _ = embedding(300, 96, seed=seed)
-    ids = torch.randint(0, 300, (500,), generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(module(ids), decode(weight, 6)[ids])
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("wrong", [-1, 17, 10**6])
 def test_a_token_outside_the_vocabulary_is_an_index_error(tied, wrong):
@@ -98,11 +89,8 @@ def test_only_the_embedding_stores_moves_and_counts_the_planes():
     assert_same_weight(module.plane_weight(), weight)
 
 
-def test_an_embedding_alone_stays_in_the_stored_order():
-    _, module, _ = embedding(33, 64, tied=False)
-    module.pack()
-    assert module.packed.layout == "stored"
-    assert multiplied_layers(module) == []
+def test_an_embedding_alone_multiplies_nothing():
+    assert multiplied_layers(embedding(33, 64, tied=False)[1]) == []
 
 
 def test_a_fixed_layer_runs_and_counts_at_its_own_bits(monkeypatch):

@@ -65,11 +65,6 @@ class PlaneEmbedding(PlaneModule):
         made.packed = StoredWeight(weight)
         return made
 
-    def pack(self, kernel: str | None = None) -> None:
-        """Re-lay the weight if a head multiplies by it; for lookups the stored order is best: a row lies together."""
-        if self.is_tied:
-            super().pack(kernel)
-
     def forward(self, ids: Tensor) -> Tensor:
         dtype = self.get_buffer("weight").dtype
         rows = self.packed.lookup(ids, self.bits[0], dtype)

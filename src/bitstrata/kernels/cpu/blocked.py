@@ -152,19 +152,10 @@ class BlockedWeight(Weight):
         return tile
 
     def rows(self, index: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-        """The blocks that hold the rows are decoded a tile at a time, each block once."""
-        columns, total = self.in_features, self.out_features
-        result = torch.empty(len(index), columns, dtype=dtype, device="cpu")
-        blocks, place = torch.unique(index // BLOCK_ROWS, return_inverse=True)
-        row = place * BLOCK_ROWS + index % BLOCK_ROWS  # where a row lies among the decoded ones
-        step = max(1, TILE_WEIGHTS // columns // BLOCK_ROWS)
-        tile = torch.empty(min(step, len(blocks)) * BLOCK_ROWS, columns, dtype=dtype, device="cpu")
-        for start in range(0, len(blocks), step):
-            for at, block in enumerate(blocks[start : start + step].tolist()):
-                first = block * BLOCK_ROWS
-                self._decode(bits, first, min(first + BLOCK_ROWS, total), tile[at * BLOCK_ROWS :])
-            here = (place >= start) & (place < start + step)
-            result[here] = tile[row[here] - start * BLOCK_ROWS]
+        index, isa = index.contiguous(), isa_of(self.kernel)
+        result = torch.empty(len(index), self.in_features, dtype=dtype, device="cpu")
+        where, threads = (index.data_ptr(), len(index), result.data_ptr()), torch.get_num_threads()
+        self.handle.decode_rows(isa, bits, *where, TYPES[dtype], threads)
         return result
 
 

@@ -69,4 +69,14 @@ void decode(const Kernels& kernels, const Weight& weight, int bits, int first, i
   });
 }
 
+void decode_rows(const Kernels& kernels, const Weight& weight, int bits, const int64_t* index, int count, void* out,
+                 Type type, int threads) {
+  Product().prepare(kernels, weight, Order(nullptr, bits, 0), Staged(), true);  // throws where something is missing
+  const size_t stride = size_t(weight.layout.columns) * size_of(type);
+  parallel_for(size_t(count) * weight.layout.columns < 32768 ? 1 : threads, count, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i)
+      kernels.decode_row(weight, bits, int(index[i]), static_cast<char*>(out) + i * stride, type);
+  });
+}
+
 }  // namespace bitstrata

@@ -23,4 +23,8 @@ void linear(const Kernels& kernels, const std::vector<const Weight*>& weights, c
 void decode(const Kernels& kernels, const Weight& weight, int bits, int first, int last, void* out, Type type,
             int threads);
 
+// Weight rows index[0..count-1] at `bits` into out [count][columns].
+void decode_rows(const Kernels& kernels, const Weight& weight, int bits, const int64_t* index, int count, void* out,
+                 Type type, int threads);
+
 }  // namespace bitstrata

@@ -110,6 +110,16 @@ void run_decode(const Weight& weight, const std::string& isa, int bits, int firs
   decode(kernels, weight, bits, first, last, at<void>(out), type_of(type), threads);
 }
 
+void run_decode_rows(const Weight& weight, const std::string& isa, int bits, uintptr_t index, int count, uintptr_t out,
+                     int type, int threads) {
+  for (int i = 0; i < count; ++i)
+    if (at<const int64_t>(index)[i] < 0 || at<const int64_t>(index)[i] >= weight.layout.rows)
+      throw std::out_of_range("a row that the weight does not have");
+  const Kernels& kernels = kernels_named(isa);
+  nb::gil_scoped_release release;
+  decode_rows(kernels, weight, bits, at<const int64_t>(index), count, at<void>(out), type_of(type), threads);
+}
+
 const Kernels& fastest() {
   for (const Choice& choice : choices())
     if (choice.runs) return *choice.kernels;
@@ -209,5 +219,6 @@ NB_MODULE(_native, m) {
       .def("unpack_plane", &unpack_plane)
       .def("pack_scales", &pack_scales_of)
       .def("unpack_scales", &unpack_scales_of)
-      .def("decode", &run_decode);
+      .def("decode", &run_decode)
+      .def("decode_rows", &run_decode_rows);
 }

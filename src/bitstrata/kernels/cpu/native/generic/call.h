@@ -109,6 +109,8 @@ struct Kernels {
   void (*quantize)(const Layout& layout, const float* staged, int8_t* x, float* x_scale, float* x_sum);
   // A block of weight rows at `bits` -> out [rows of the block][columns] of `type`; stride between rows in elements.
   void (*decode)(const Weight& weight, int bits, int block, void* out, Type type, ptrdiff_t stride);
+  // One row of the weight -> out [columns].
+  void (*decode_row)(const Weight& weight, int bits, int row, void* out, Type type);
   void (*convert)(const float* values, int count, void* out, Type type);
   // The yardstick of memory: reads every byte, see generic/kernels.h.
   uint32_t (*read)(const uint8_t* bytes, size_t count);

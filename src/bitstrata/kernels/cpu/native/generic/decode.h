@@ -119,6 +119,24 @@ void convert(const float* values, int count, void* out, Type type) {
   for (; i < count; ++i) words[i] = float_to_half(values[i]);
 }
 
+// The stored columns of chunk `g` of `unit`: the first one, and how many; 0 where there are none.
+struct Columns {
+  int first, count;
+
+  Columns(const Layout& layout, int unit, int g) {
+    if (layout.groups_per_unit > 1 || layout.units_per_group == 1) {
+      const int group = unit * layout.groups_per_unit + g;
+      first = group * layout.group_size;
+      count = group < layout.stored_groups ? group_columns(layout, group) : 0;
+    } else {
+      const int group = unit / layout.units_per_group, skipped = unit % layout.units_per_group * kUnitColumns;
+      first = group * layout.group_size + skipped;
+      count = group_columns(layout, group) - skipped;
+      if (count > kUnitColumns) count = kUnitColumns;
+    }
+  }
+};
+
 template <class S>
 void decode_block(const Weight& weight, int bits, int block, void* out, Type type, ptrdiff_t stride) {
   const Layout& layout = weight.layout;
@@ -129,21 +147,46 @@ void decode_block(const Weight& weight, int bits, int block, void* out, Type typ
     decode_unit<S>(weight, bits, block, unit, unit_values);
     const int width = kUnitColumns / layout.groups_per_unit;
     for (int g = 0; g < layout.groups_per_unit; ++g) {
-      // the stored columns of this chunk
-      int first, count;
-      if (layout.groups_per_unit > 1 || layout.units_per_group == 1) {
-        const int group = unit * layout.groups_per_unit + g;
-        if (group >= layout.stored_groups) break;
-        first = group * layout.group_size;
-        count = group_columns(layout, group);
-      } else {
-        const int group = unit / layout.units_per_group, skipped = unit % layout.units_per_group * kUnitColumns;
-        first = group * layout.group_size + skipped;
-        count = group_columns(layout, group) - skipped;
-        if (count > kUnitColumns) count = kUnitColumns;
-      }
+      const Columns columns(layout, unit, g);
       for (int row = 0; row < rows; ++row)
-        convert<S>(unit_values[row] + g * width, count, static_cast<char*>(out) + (row * stride + first) * size, type);
+        convert<S>(unit_values[row] + g * width, columns.count,
+                   static_cast<char*>(out) + (row * stride + columns.first) * size, type);
+    }
+  }
+}
+
+// One row of the weight -> out [columns].
+template <class S>
+void decode_row(const Weight& weight, int bits, int row, void* out, Type type) {
+  const Layout& layout = weight.layout;
+  const int size = type == Type::f32 ? 4 : 2, groups = layout.groups_per_unit, width = kUnitColumns / groups;
+  const int block = row / kBlockRows, within = row % kBlockRows;
+  for (int unit = 0; unit < layout.units; ++unit) {
+    const size_t offset = ((size_t(block) * layout.units + unit) * kQuads + within % 4) * kWordBytes + within / 4 * 16;
+    alignas(64) uint8_t high[kUnitColumns] = {}, low[kUnitColumns] = {};
+    for (int i = 0; i < bits; ++i) {
+      const uint8_t* lane = weight.planes[i] + offset;
+      uint8_t* index = i < 4 ? high : low;
+      const int place = 3 - i % 4;
+      for (int s = 0; s < kSlots; ++s)
+        for (int b = 0; b < 16; ++b) index[16 * s + b] |= uint8_t((lane[b] >> s & 1) << place);
+    }
+    alignas(64) float values[kUnitColumns];
+    if (weight.codebook) {
+      const uint16_t* entries =
+          static_cast<const uint16_t*>(weight.scales[bits]) + ((size_t(block) * kBlockRows + within) << bits);
+      for (int k = 0; k < kUnitColumns; ++k)
+        values[k] = half_to_float(entries[(high[k] << 4 | low[k]) >> (8 - bits)]);
+    }
+    for (int g = 0; g < groups; ++g) {
+      if (!weight.codebook) {
+        float scales[kMaxBits + 1];
+        group_scales(weight, bits, block, groups > 1 ? unit * groups + g : unit / layout.units_per_group, within, scales);
+        const Sums sums(scales, bits);
+        for (int k = g * width; k < (g + 1) * width; k += 16) affine_slot<S>(sums, bits, high + k, low + k, values + k);
+      }
+      const Columns columns(layout, unit, g);
+      convert<S>(values + g * width, columns.count, static_cast<char*>(out) + ptrdiff_t(columns.first) * size, type);
     }
   }
 }

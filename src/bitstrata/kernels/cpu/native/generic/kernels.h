@@ -28,7 +28,7 @@ uint32_t read_bytes(const uint8_t* bytes, size_t count) {
 
 template <class S>
 constexpr Kernels kernels_of(const char* name) {
-  return {name, few_rows_function<S>, exact_block<S>, stage<S>, quantize<S>, decode_block<S>, convert<S>, read_bytes<S>,
+  return {name, few_rows_function<S>, exact_block<S>, stage<S>, quantize<S>, decode_block<S>, decode_row<S>, convert<S>, read_bytes<S>,
           choose_codes, rms_norm<S>, rotate<S>, activate<S>, attend<S>, dense_block<S>};
 }
 
