@@ -13,25 +13,27 @@ import argparse
 import json
 import os
 import statistics
-import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import bitstrata
 from bitstrata.calibration import read_text
 from bitstrata.models import load_tokenizer
+from bitstrata.nn import bits_state
+from bitstrata.runtime import GenerationSettings, continue_tokens
 from bitstrata.tables import render
 
 
-def prompts_of(tokenizer: object, text: str, count: int, length: int) -> list[torch.Tensor]:
-    """Openings of documents: int64 [1, length] each."""
+def prompts_of(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int) -> list[list[int]]:
+    """Openings of documents, `length` tokens each."""
     found = []
     for document in read_text(text, part="text"):
-        ids = tokenizer(document, return_tensors="pt", add_special_tokens=False).input_ids[:, :length]  # type: ignore[operator]
-        if ids.shape[1] == length:
+        ids = tokenizer.encode(document, add_special_tokens=False)[:length]
+        if len(ids) == length:
             found.append(ids)
         if len(found) == count:
             break
@@ -54,24 +56,24 @@ def main() -> None:
     model = bitstrata.load(arguments.checkpoint, dtype=getattr(torch, arguments.dtype), device=arguments.device)
     tokenizer = load_tokenizer(Path(arguments.checkpoint))
     prompts = prompts_of(tokenizer, arguments.text, arguments.prompts, arguments.prompt_length)
-    settings = {"max_new_tokens": arguments.tokens, "do_sample": False, "eos_token_id": None}
+    continue_tokens(
+        model, tokenizer, prompts[0], "", bits=bits_state(model).default, settings=GenerationSettings(2)
+    )  # makes the session
     rows = []
     for pair in arguments.pairs.split(","):
         bits, draft_bits = map(int, pair.split(":"))
         plain, drafted, counted = [], [], {"drafted": 0, "accepted": 0, "cycles": 0, "plain": 0, "tokens": 0}
         same = 0
+        settings = {"bits": bits, "reuse": "off"}
         for prompt in prompts:
-            prompt = prompt.to(model.device)
-            began = time.perf_counter()
-            one = model.generate(prompt, bits=bits, **settings)
-            middle = time.perf_counter()
-            other = model.generate(
-                prompt, bits=bits, draft_bits=draft_bits, draft_tokens=arguments.draft_tokens, **settings
+            one = continue_tokens(
+                model, tokenizer, prompt, "", **settings, settings=GenerationSettings(arguments.tokens)
             )
-            ended = time.perf_counter()
-            plain.append(middle - began)
-            drafted.append(ended - middle)
-            same += bool(torch.equal(one, other))
+            drafting = GenerationSettings(arguments.tokens, draft_bits=draft_bits, draft_tokens=arguments.draft_tokens)
+            other = continue_tokens(model, tokenizer, prompt, "", **settings, settings=drafting)
+            plain.append(one.seconds / one.tokens)
+            drafted.append(other.seconds / other.tokens)
+            same += one.text == other.text
             for key in counted:
                 counted[key] += getattr(model.speculation, key)
         rows.append(
@@ -82,7 +84,7 @@ def main() -> None:
                 "drafted_a_cycle": counted["drafted"] / max(1, counted["cycles"]),
                 "plain_share": counted["plain"] / max(1, counted["tokens"]),
                 "same_texts": same / len(prompts),
-                "tokens_per_second": arguments.tokens / statistics.median(plain),
+                "tokens_per_second": 1 / statistics.median(plain),
                 "speed_ratio": statistics.median(plain) / statistics.median(drafted),
             }
         )

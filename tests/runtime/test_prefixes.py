@@ -119,6 +119,19 @@ def test_the_one_of_use_longest_ago_goes_first():
     assert ended(pool, prefixes, second) == 0
 
 
+def test_a_text_for_which_there_is_no_room_costs_nobody_anything():
+    pool = TokenPool(160)
+    prefixes = Prefixes(pool, None)
+    live = text(range(50, 100))
+    assert prefixes.claim(live, AT[4])
+    ended(pool, prefixes, range(40))
+    assert not prefixes.claim(text(range(120)), AT[4])
+    assert ended(pool, prefixes, range(40)) == 39
+    prefixes.keep(live)
+    assert prefixes.claim(text(range(120)), AT[4]), "in the place of both"
+    assert prefixes.tokens == 0
+
+
 def test_a_copy_keeps_the_end_of_the_other_where_there_is_room():
     system = list(range(100, 140))
     one, other = system + [1] * 40, system + [2] * 40

@@ -141,7 +141,9 @@ def test_sigterm_lets_what_is_under_way_finish(processes):
             assert done == "[DONE]"
             assert json.loads(chunks[-1])["choices"][0]["finish_reason"] == "length"
         else:
-            assert json.loads(data)["usage"] | {"prompt_tokens": 0, "total_tokens": 0} == {
+            usage = json.loads(data)["usage"]
+            del usage["prompt_tokens_details"]  # of equal prompts some may be copied from others
+            assert usage | {"prompt_tokens": 0, "total_tokens": 0} == {
                 "prompt_tokens": 0,
                 "total_tokens": 0,
                 "completion_tokens": 400,

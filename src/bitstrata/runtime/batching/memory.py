@@ -15,6 +15,8 @@ and their widths are known.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,14 @@ class TokenPool:
                 self._free[index : index + 1] = [left] if left else []
                 return range(free.start, free.start + size)
         return None
+
+    def longest(self, others: Iterable[range] = ()) -> int:
+        """Tokens of the longest range that would be free if `others` were released."""
+        longest = length = end = 0
+        for item in sorted([*self._free, *others], key=lambda item: item.start):
+            length = length + len(item) if item.start == end else len(item)
+            longest, end = max(longest, length), item.stop
+        return longest
 
     def release(self, taken: range) -> None:
         """Give back what `reserve` returned."""

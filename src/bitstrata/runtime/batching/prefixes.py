@@ -59,6 +59,8 @@ class Prefixes:
 
         running: texts that still go on, to copy from.
         """
+        if item.room > self._pool.longest(kept.place for kept in self._kept):  # before the texts are compared
+            return False
         source, common = self._longest(item.tokens, bits, [*self._kept, *running])
         place = self._reserve(item.room) if source is None else self._place(source, common, item.room)
         if place is None:
