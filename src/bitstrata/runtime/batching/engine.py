@@ -27,12 +27,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
 from ...models import Stops, end_tokens, steady_context, vocabulary_size
-from ...nn import Assignment, bits_state, steady_rows
+from ...nn import Assignment, bits_state
 from ...torch_state import ordinary_torch
 from ..policy import LoadView, Policy, RequestView
 from .admission import Running, admit, grow
 from .continuation import advance, pick
-from .forward import Forward
+from .forward import Forward, steady_rows
 from .memory import BLOCK, TokenPool
 from .packing import Segment, pack
 from .prefixes import Prefixes
@@ -82,7 +82,7 @@ class Engine:
         context = steady_context(model.config)
         if cache_tokens is None:
             cache_tokens = max(2048, max_requests * min(512, context or 512))
-        self._steady = steady_rows(model, model.dtype)
+        self._steady = steady_rows(model)
         least = max(max_requests, 2 * (self._steady or 0) + 2)
         if max_batch_tokens is None:
             max_batch_tokens = max(512, least)

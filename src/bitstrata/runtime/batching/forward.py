@@ -17,10 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import BatchError, BitstrataError, ResourceError, UsageError
+from ...kernels.cpu.blocked import FEW_ROWS
+from ...kernels.cpu.extension import native
 from ...memory import is_out_of_memory
 from ...models import input_device, vocabulary_size
 from ...models.compat import attention_of, can_change_attention
 from ...nn import Assignment, bits_state, together
+from ...nn import steady_rows as kernels_steady_rows
+from ...progress import note
 from .attention import NAME, AttentionCall, FlatBatch, Span
 from .memory import BLOCK, TokenPool
 from .native import NativeStep, Seen, UnfitError, watching
@@ -35,6 +39,17 @@ PROBE_TOLERANCE = 0.05
 STEP_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 0.02}
 
 T = TypeVar("T")
+
+
+def steady_rows(model: PreTrainedModel) -> int | None:
+    """Tokens up to which a batch computes each as if it were alone; None for any number.
+
+    The native step keeps in float32 what modules round, so what it can take must not share a batch with more.
+    """
+    limit = kernels_steady_rows(model, model.dtype)
+    if native is None or model.device.type != "cpu":
+        return limit
+    return FEW_ROWS if limit is None else min(limit, FEW_ROWS)
 
 
 class Forward:
@@ -127,22 +142,24 @@ class Forward:
                 f"forward's by {apart:.1%}",
                 hint="its attention or positions work in a way that the engine does not know",
             )
-        self._try_native()
+        if native is not None and self.model.device.type == "cpu":
+            self._native, self.reason = self._find_native()
+            if self.reason is not None:
+                kind = type(self.model).__name__
+                note(f"{kind} makes its tokens by its modules, not in one native call, which is slower: {self.reason}")
 
-    def _try_native(self) -> None:
-        """Take the native step if it knows the model and computes what the modules do; else say why in `reason`."""
+    def _find_native(self) -> tuple[NativeStep | None, str | None]:
+        """The native step if it knows the model and computes what the modules do; else why not."""
         assert self._calls is not None
         try:
             step = NativeStep(self.model, self.pool, self._calls)
         except UnfitError as error:
-            self.reason = str(error)
-            return
+            return None, str(error)
         with self._state.using(arithmetic="exact"):
             apart = max(self._probe(partial(self._distance, step)))
         if apart <= STEP_TOLERANCE[self.model.dtype]:
-            self._native = step
-        else:
-            self.reason = f"a block or the logits differ from those of the modules by {apart:.1%}"
+            return step, None
+        return None, f"a block or the logits differ from those of the modules by {apart:.1%}"
 
     def _distance(self, step: NativeStep, tokens: list[list[int]], spans: list[Span], bits: list[Assignment]) -> float:
         seen = Seen([], [], torch.empty(0), self.model.dtype)

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 from ...errors import BatchError, BitstrataError, ResourceError, UsageError
 from ...models import steady_context
 from ...models.compat import attention_of
-from ...nn import Assignment, bits_state, steady_rows
+from ...nn import Assignment, bits_state
 from ...progress import note
 from .continuation import Continuation, advance, pick
 from .drafts import Drafts
-from .forward import Forward
+from .forward import Forward, steady_rows
 from .memory import BLOCK, TokenPool
 from .packing import pack
 from .prefixes import Prefixes, check_reuse
@@ -53,7 +53,7 @@ class Session:
         self.longest = steady_context(model.config)
         self._pool = TokenPool(2 * BLOCK)
         self._forward = Forward(model, self._pool)
-        self._steady = steady_rows(model, model.dtype)
+        self._steady = steady_rows(model)
         self._prefixes = Prefixes(self._pool, self._steady)
         self._live: list[Continuation] = []
         try:
