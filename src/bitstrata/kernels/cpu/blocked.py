@@ -14,7 +14,7 @@ byte levels work, and the error they may make, is in native/generic/activations.
     step = (largest - smallest weight that the group's scales can make) / level_max, level_max 252
     or more (120 or more without a byte dot product that takes unsigned levels to 255: avx2)
 
-From 7 bits on activations have a second byte, so that they cost less than the weights: x_scale/256 instead of x_scale/2.
+From 7 bits on activations have a second byte, so that they cost less than the weights: x_scale/256, not x_scale/2.
 """
 
 from __future__ import annotations
