@@ -71,6 +71,8 @@ def level_steps(weight: PlaneWeight, bits: int, level_max: int) -> Tensor:
     return (sum(spans, torch.zeros(weight.out_features, int(group[-1]) + 1).double()) / level_max)[:, group]
 
 
+FINE_BITS = 7  # from which activations have a second byte
+
 # A level is the nearest to a weight but for the table's arithmetic: five numbers rounded to 1/256 of a level and
 # a reciprocal good to 2**-13 of 255 levels.
 LEVEL_ERROR = 0.5 + 5 / 512 + 255 * 2**-13
@@ -87,6 +89,8 @@ def int8_errors(x: Tensor, weight: PlaneWeight, bits: int, level_max: int) -> tu
     largest = torch.zeros(len(x), count).double()
     largest = largest.scatter_reduce(1, chunk.expand(len(x), -1), a, "amax")[:, chunk]  # [rows, K]
     off = torch.where(largest > 1e-30, largest / 254 * (1 + 1e-4), largest)  # of an activation, at most
+    if bits >= FINE_BITS:
+        off = torch.where(largest > 1e-30, largest / 127 / 256 * (1 + 1e-2), largest)
     step = level_steps(weight, bits, level_max)
     level_off = LEVEL_ERROR * step
     worst = off @ W.T + a @ level_off.T + off @ level_off.T

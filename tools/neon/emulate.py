@@ -88,7 +88,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         check = load(build(Path(folder)).read_bytes())
     failed, count, worst = 0, 0, 0.0
-    for what, label in enumerate(("few rows", "decoded tiles", "exact rows")):
+    for what, label in enumerate(("few rows", "decoded tiles", "exact rows", "many rows")):
         for codebook in (0, 1):
             for group_size in (301,) if codebook else (16, 32, 43, 64, 128, 200, 301):
                 for bits in range(1, 9):

@@ -13,6 +13,8 @@ byte levels work, and the error they may make, is in native/generic/activations.
     with x_scale = max|x| / 127 of a chunk (a quarter of a group, at most 32 columns), and
     step = (largest - smallest weight that the group's scales can make) / level_max, level_max 252
     or more (120 or more without a byte dot product that takes unsigned levels to 255: avx2)
+
+From 7 bits on activations have a second byte, so that they cost less than the weights: x_scale/256, not x_scale/2.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ void linear(const Kernels& kernels, const std::vector<const Weight*>& weights, c
     const Order order = all.part(base, rows);
     std::vector<Product> products(weights.size());
     std::vector<int> first_block(weights.size() + 1, 0);
-    staged.resize(layout, rows, exact);
+    staged.resize(layout, rows, exact, order.bits());
     for (size_t i = 0; i < weights.size(); ++i) {
       products[i].prepare(kernels, *weights[i], order, staged, exact);
       first_block[i + 1] = first_block[i] + products[i].blocks();

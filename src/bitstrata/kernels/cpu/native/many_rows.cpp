@@ -17,34 +17,43 @@ size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
 // Rows of x in the order of generic/many_rows.h.
 struct Panels {
-  std::vector<int8_t> x;
+  std::vector<int8_t> x, rest;
   std::vector<float> scale, sum;
+  bool fine = false;  // whether there is a rest
 
-  void resize(const Layout& layout, int count) {
+  void resize(const Layout& layout, int count, bool fine) {
     const size_t rows = size_t(count) * kPanelRows, chunks = rows * layout.chunks;
     x.resize(std::max(x.size(), rows * layout.units * kUnitColumns));  // never less: growing again would clear it
+    if (fine) rest.resize(x.size());
     scale.resize(std::max(scale.size(), chunks * kQuarters));
     sum.resize(std::max(sum.size(), chunks));
+    this->fine = fine;
   }
 
   Panel at(const Layout& layout, int index) {
     const size_t row = size_t(index) * kPanelRows;
-    return {&x[row * layout.units * kUnitColumns], &scale[row * layout.chunks * kQuarters], &sum[row * layout.chunks]};
+    const size_t at = row * layout.units * kUnitColumns;
+    return {&x[at], fine ? &rest[at] : nullptr, &scale[row * layout.chunks * kQuarters], &sum[row * layout.chunks]};
   }
 
   // Row `place` is row 0 of `staged`, or zeros if that is null.
   void put(const Layout& layout, int place, const Staged* staged) {
     const Panel panel = at(layout, place / kPanelRows);
+    const float unit = panel.rest ? kRestUnit : 1;
     const int row = place % kPanelRows, slots = kSlots / layout.groups_per_unit;
     for (int chunk = 0; chunk < layout.chunks; ++chunk) {
-      panel.sum[size_t(chunk) * kPanelRows + row] = staged ? staged->sum[chunk] : 0;
+      panel.sum[size_t(chunk) * kPanelRows + row] = !staged ? 0 : panel.rest ? staged->fine_sum[chunk] : staged->sum[chunk];
       for (int quarter = 0; quarter < kQuarters; ++quarter) {
         const size_t part = size_t(chunk) * kQuarters + quarter;
-        panel.scale[part * kPanelRows + row] = staged ? staged->scale[part] : 0;
+        panel.scale[part * kPanelRows + row] = staged ? staged->scale[part] * unit : 0;
         for (int s = 0; s < slots; ++s) {
-          int8_t* to = panel.x + ((part * slots + s) * kPanelRows + row) * 4;
-          if (staged) std::memcpy(to, &staged->x[(size_t(chunk) * slots + s) * 16 + quarter * 4], 4);
-          else std::memset(to, 0, 4);
+          const size_t to = ((part * slots + s) * kPanelRows + row) * 4, from = (size_t(chunk) * slots + s) * 16 + quarter * 4;
+          auto copy = [&](int8_t* bytes, const int8_t* source) {
+            if (source) std::memcpy(bytes + to, source + from, 4);
+            else std::memset(bytes + to, 0, 4);
+          };
+          copy(panel.x, staged ? staged->x.data() : nullptr);
+          if (panel.rest) copy(panel.rest, staged ? staged->rest.data() : nullptr);
         }
       }
     }
@@ -91,10 +100,10 @@ void many_rows(const Kernels& kernels, const std::vector<const Weight*>& weights
 
   for (int base = 0; base < count; base += kPassRows) {
     const int pass = std::min(kPassRows, count - base), panel_count = (pass + kPanelRows - 1) / kPanelRows;
-    panels.resize(layout, panel_count);
+    panels.resize(layout, panel_count, bits >= kFineBits);
     parallel_for(threads, panel_count, [&](int begin, int end) {
       thread_local Staged staged;
-      staged.resize(layout, 1, false);
+      staged.resize(layout, 1, false, bits);
       for (int place = begin * kPanelRows; place < end * kPanelRows; ++place) {
         if (place < pass) {
           const char* row = static_cast<const char*>(x.data) + rows[base + place] * x.stride * ptrdiff_t(size_of(x.type));

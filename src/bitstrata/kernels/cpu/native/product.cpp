@@ -31,21 +31,25 @@ Order Order::part(int first, int count) const {
   return some;
 }
 
-void Staged::resize(const Layout& layout, int rows, bool exact) {
+void Staged::resize(const Layout& layout, int rows, bool exact, int bits) {
   const size_t columns = size_t(layout.units) * kUnitColumns;
   padded.resize(columns * rows);
   if (exact) return;
   x.resize(columns * rows);
   scale.resize(size_t(layout.chunks) * kQuarters * rows);
   sum.resize(size_t(layout.chunks) * rows);
+  rest.resize(bits < kFineBits ? 0 : x.size());
+  fine_sum.resize(bits < kFineBits ? 0 : sum.size());
 }
 
 void Staged::put(const Kernels& kernels, const Layout& layout, const void* row, Type type, int place, bool exact) {
   float* out = &padded[size_t(layout.units) * kUnitColumns * place];
   kernels.stage(layout, row, type, out);
-  if (!exact)
-    kernels.quantize(layout, out, &x[size_t(layout.units) * kUnitColumns * place],
-                     &scale[size_t(layout.chunks) * kQuarters * place], &sum[size_t(layout.chunks) * place]);
+  if (exact) return;
+  const size_t at = size_t(layout.units) * kUnitColumns * place, chunk = size_t(layout.chunks) * place;
+  const bool fine = !rest.empty();
+  kernels.quantize(layout, out, {&x[at], fine ? &rest[at] : nullptr, &scale[chunk * kQuarters], &sum[chunk],
+                                 fine ? &fine_sum[chunk] : nullptr});
 }
 
 void Product::prepare(const Kernels& kernels, const Weight& weight, const Order& order, const Staged& staged, bool exact) {
@@ -66,9 +70,8 @@ void Product::prepare(const Kernels& kernels, const Weight& weight, const Order&
   call_.segments = segments_.data();
   call_.segment_count = int(segments_.size());
   call_.rows = int(order.rows.size());
-  call_.x = staged.x.data();
-  call_.x_scale = staged.scale.data();
-  call_.x_sum = staged.sum.data();
+  call_.x = staged.x.data(), call_.rest = staged.rest.data();
+  call_.x_scale = staged.scale.data(), call_.x_sum = staged.sum.data(), call_.fine_sum = staged.fine_sum.data();
   call_.x_exact = staged.padded.data();
   function_ = exact ? nullptr : kernels.few_rows(call_);
 }

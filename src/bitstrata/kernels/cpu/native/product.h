@@ -21,10 +21,11 @@ struct Order {
 // Activation rows, padded to a layout and quantized unless `exact`.
 struct Staged {
   std::vector<float> padded;
-  std::vector<int8_t> x;
-  std::vector<float> scale, sum;
+  std::vector<int8_t> x, rest;
+  std::vector<float> scale, sum, fine_sum;
 
-  void resize(const Layout& layout, int rows, bool exact);
+  // `bits`: the highest of the rows, if they are known.
+  void resize(const Layout& layout, int rows, bool exact, int bits = kMaxBits);
   // One row of `type` to place `place`.
   void put(const Kernels& kernels, const Layout& layout, const void* row, Type type, int place, bool exact);
 };

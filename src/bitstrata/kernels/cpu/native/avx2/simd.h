@@ -74,7 +74,8 @@ struct Simd {
   static F repeat4(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
 
   static V add16(V a, V b) { return _mm256_add_epi16(a, b); }
-  static V to_upper_half(V a) { return _mm256_slli_epi32(a, 16); }
+  template <int n>
+  static V left32(V a) { return _mm256_slli_epi32(a, n); }
   static V unpack_low32(V a, V b) { return _mm256_unpacklo_epi32(a, b); }
   static V unpack_high32(V a, V b) { return _mm256_unpackhi_epi32(a, b); }
   static V unpack_low64(V a, V b) { return _mm256_unpacklo_epi64(a, b); }

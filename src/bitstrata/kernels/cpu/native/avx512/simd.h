@@ -64,7 +64,8 @@ struct Simd {
   static F repeat4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 
   static V add16(V a, V b) { return _mm512_add_epi16(a, b); }
-  static V to_upper_half(V a) { return _mm512_slli_epi32(a, 16); }
+  template <int n>
+  static V left32(V a) { return _mm512_slli_epi32(a, n); }
   // Within lanes, as the instructions of the same names.
   static V unpack_low32(V a, V b) { return _mm512_unpacklo_epi32(a, b); }
   static V unpack_high32(V a, V b) { return _mm512_unpackhi_epi32(a, b); }

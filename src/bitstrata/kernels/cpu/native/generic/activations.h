@@ -4,6 +4,9 @@
 // 0-3, 4-7, 8-11 and 12-15: max|x| / 127 of them. (A quarter of the columns; which ones is of no matter, so they are
 // those that the kernels sum up together.) A quarter whose largest magnitude is below 1e-30 counts as zero; one that
 // holds infinity or NaN makes the row's result NaN.
+//
+// Weights of kFineBits or more would lose more by this rounding than by their own. For them what the first byte leaves
+// over, at most half of its unit, is rounded to 1/128 of that unit in a second byte: x = scale * (first + rest / 128).
 #pragma once
 #include "call.h"
 #include "half.h"
@@ -41,11 +44,13 @@ void stage(const Layout& layout, const void* x, Type type, float* out) {
 }
 
 template <class S>
-void quantize(const Layout& layout, const float* staged, int8_t* x, float* x_scale, float* x_sum) {
+void quantize(const Layout& layout, const float* staged, Quantized out) {
   using F = typename S::F;
   constexpr int width = 16, vectors = 4 / S::lanes, step = 4 * S::lanes;  // a chunk is a multiple of the width
   const int columns = kUnitColumns / layout.groups_per_unit;
-  for (int chunk = 0; chunk < layout.chunks; ++chunk, staged += columns, x += columns, x_scale += kQuarters) {
+  for (int chunk = 0; chunk < layout.chunks; ++chunk, staged += columns) {
+    int8_t *x = out.x + size_t(chunk) * columns, *rest = out.rest ? out.rest + size_t(chunk) * columns : nullptr;
+    float* x_scale = out.scale + size_t(chunk) * kQuarters;
     F most[vectors], odd[vectors];
     for (int v = 0; v < vectors; ++v) most[v] = odd[v] = S::floats(0);
     for (int k = 0; k < columns; k += width)
@@ -66,17 +71,28 @@ void quantize(const Layout& layout, const float* staged, int8_t* x, float* x_sca
       x_scale[quarter] = !finite ? float_of(0x7FC00000) : used ? all / 127 : 0;
       for (int j = 4 * quarter; j < 4 * quarter + 4; ++j) inverse[j] = used ? 127 / all : 0;
     }
-    typename S::V total = S::zero();
+    typename S::V total = S::zero(), rests = S::zero();
     for (int k = 0; k < columns; k += width) {
-      for (int v = 0; v < vectors; ++v)
-        S::store_bytes(x + k + v * step, S::to_int(S::mul(S::load_float(staged + k + v * step), S::load_float(inverse + v * step))));
+      for (int v = 0; v < vectors; ++v) {
+        const F scaled = S::mul(S::load_float(staged + k + v * step), S::load_float(inverse + v * step));
+        const typename S::V whole = S::to_int(scaled);
+        S::store_bytes(x + k + v * step, whole);
+        if (rest)
+          S::store_bytes(rest + k + v * step, S::to_int(S::mul(S::sub(scaled, S::to_float(whole)), S::floats(1 / kRestUnit))));
+      }
       total = S::dot(total, S::bytes(1), S::repeat(x + k));  // four neighbours: a quarter
+      if (rest) rests = S::dot(rests, S::bytes(1), S::repeat(rest + k));
     }
-    int32_t sums[4 * S::lanes];
+    int32_t sums[4 * S::lanes], rest_sums[4 * S::lanes];
     S::store(sums, total);
-    float sum = 0;
-    for (int quarter = 0; quarter < kQuarters; ++quarter) sum += x_scale[quarter] * float(sums[quarter]);
-    x_sum[chunk] = sum;
+    S::store(rest_sums, rests);
+    float sum = 0, fine = 0;
+    for (int quarter = 0; quarter < kQuarters; ++quarter) {
+      sum += x_scale[quarter] * float(sums[quarter]);
+      fine += x_scale[quarter] * (float(sums[quarter]) + float(rest_sums[quarter]) * kRestUnit);
+    }
+    out.sum[chunk] = sum;
+    if (rest) out.fine_sum[chunk] = fine;
   }
 }
 

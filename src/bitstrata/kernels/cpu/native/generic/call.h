@@ -37,6 +37,13 @@ struct Segment {
   const float* units;   // of the rows, if the scales are bytes; else null
 };
 
+// Where a row of activations goes as int8, see generic/activations.h; as in FewRows. `rest` and `fine_sum` may be null.
+struct Quantized {
+  int8_t *x, *rest;
+  float *scale, *sum, *fine_sum;
+};
+constexpr float kRestUnit = 1.0f / 128;  // what the rest counts, in units of x
+
 struct FewRows {
   const Layout* layout;
   const uint8_t* planes[kMaxBits];  // as many as `bits`; 4 or 8 if there are several segments
@@ -46,8 +53,10 @@ struct FewRows {
   int segment_count;
   int rows;              // 1..kMaxRows
   const int8_t* x;       // [rows][units][128]
+  const int8_t* rest;    // the same; of rows of kFineBits bits or more
   const float* x_scale;  // [rows][chunks][4]
   const float* x_sum;    // [rows][chunks]: sum of the chunk's x, as quantized
+  const float* fine_sum; // the same with the rest
   const float* x_exact;  // [rows][units][128]; set if activations are not quantized
 };
 
@@ -63,6 +72,7 @@ struct BlockLevels {
 constexpr int kPanelRows = 12;
 struct Panel {
   int8_t* x;
+  int8_t* rest;  // null: there is none, else `scale` is in its units
   float* scale;  // [chunks][4][kPanelRows]
   float* sum;    // [chunks][kPanelRows]
 };
@@ -127,7 +137,7 @@ struct Kernels {
   // A row of x, padded with zeros to the layout: x [columns] of `type` -> out [units][128].
   void (*stage)(const Layout& layout, const void* x, Type type, float* out);
   // A staged row to int8, see activations.h.
-  void (*quantize)(const Layout& layout, const float* staged, int8_t* x, float* x_scale, float* x_sum);
+  void (*quantize)(const Layout& layout, const float* staged, Quantized out);
   // A block of weight rows at `bits` -> out [rows of the block][columns] of `type`; stride between rows in elements.
   void (*decode)(const Weight& weight, int bits, int block, void* out, Type type, ptrdiff_t stride);
   // One row of the weight -> out [columns].

@@ -9,6 +9,8 @@
 //
 // A byte dot product leaves four sums a lane, one for each four neighbouring bytes: the quarters of a group are just
 // these, so finer scales of x cost a multiplication and no further sums.
+//
+// Of kFineBits bits and more x has a second byte, activations.h: the sum of the first bytes times 128 and of the second.
 #pragma once
 #include <type_traits>
 
@@ -77,6 +79,7 @@ void few_rows_block(const FewRows& call, int block, float* out) {
   V sum_before[Groups][halves][kQuads];
 
   auto segment_bits = [&](int i) { return Mixed ? call.segments[i].bits : Planes; };
+  auto fine = [&](int i) { return Planes >= kFineBits && segment_bits(i) >= kFineBits; };
   if constexpr (Codebook) {
     for (int i = 0; i < segments; ++i) {
       const Segment& segment = call.segments[i];
@@ -112,13 +115,14 @@ void few_rows_block(const FewRows& call, int block, float* out) {
       const int used = Mixed && segment_bits(i) <= 4 ? 1 : sets;
       for (int r = begin; r < end; ++r) {
         const float* x_scale = call.x_scale + (size_t(r) * layout.chunks + unit * Groups) * kQuarters;
-        const float* x_sum = call.x_sum + size_t(r) * layout.chunks + unit * Groups;
+        const float* x_sum = (fine(i) ? call.fine_sum : call.x_sum) + size_t(r) * layout.chunks + unit * Groups;
         for (int h = 0; h < halves; ++h) {
           F y = One ? one_total[h] : S::load_float(&total[r][h * half_rows]);
           for (int g = 0; g < Groups; ++g) {
             for (int set = 0; set < used; ++set) {
               const V* part = late ? sum_before[g][h] : sum[r][set][g][h];
-              const F scale = S::repeat4(x_scale + g * kQuarters);
+              F scale = S::repeat4(x_scale + g * kQuarters);
+              if (fine(i)) scale = S::mul(scale, S::floats(kRestUnit));
               auto scaled = [&](int q) { return S::mul(S::to_float(part[q]), scale); };
               const F products = S::sum4(scaled(0), scaled(1), scaled(2), scaled(3));
               y = S::fma(products, S::load_float(&tables[i].step[g][set][h * half_rows]), y);
@@ -145,7 +149,7 @@ void few_rows_block(const FewRows& call, int block, float* out) {
       }
     };
     const size_t word_offset = plane_offset + size_t(unit) * kQuads * kWordBytes;
-    const int8_t* x_unit = call.x + size_t(unit) * kUnitColumns;
+    const size_t x_unit = size_t(unit) * kUnitColumns;
 #pragma GCC unroll 4
     for (int q = 0; q < kQuads; q += together) {
       if (q == (late ? kQuads / 2 : 0)) between();
@@ -169,13 +173,20 @@ void few_rows_block(const FewRows& call, int block, float* out) {
                                                                            h * half_bytes, segment_bits(i), level[t]);
             const int begin = Mixed ? call.segments[i].begin : 0, end = Mixed ? call.segments[i].end : rows;
             for (int r = begin; r < end; ++r) {
-              const int8_t* x = x_unit + r * x_stride;
+              const int8_t* x = call.x + x_unit + r * x_stride;
               for (int g = 0; g < Groups; ++g) {
                 V products[together];
                 for (int t = 0; t < together; ++t) products[t] = S::zero();
-                for (int s = g * kSlots / Groups; s < (g + 1) * kSlots / Groups; ++s) {
-                  const V columns = S::repeat(x + 16 * s);
-                  for (int t = 0; t < together; ++t) products[t] = S::dot(products[t], level[t][s], columns);
+                auto add = [&](const int8_t* from) {
+                  for (int s = g * kSlots / Groups; s < (g + 1) * kSlots / Groups; ++s) {
+                    const V columns = S::repeat(from + 16 * s);
+                    for (int t = 0; t < together; ++t) products[t] = S::dot(products[t], level[t][s], columns);
+                  }
+                };
+                add(x);
+                if (fine(i)) {
+                  for (int t = 0; t < together; ++t) products[t] = S::template left32<7>(products[t]);
+                  add(call.rest + x_unit + r * x_stride);
                 }
                 for (int t = 0; t < together; ++t) sum[r][set.value][g][h][q + t] = products[t];
               }

@@ -27,6 +27,7 @@ constexpr int kQuads = 4;  // words of a plane in a (block, unit)
 constexpr int kQuarters = 4;  // of a chunk of activations, each with a scale of its own
 constexpr int kMaxBits = 8;
 constexpr int kByteBits = 4;  // bits whose scales may be bytes
+constexpr int kFineBits = 7;  // bits from which activations have a second byte
 constexpr int kMaxRows = 16;  // activation rows in one pass over the weight
 
 struct Layout {

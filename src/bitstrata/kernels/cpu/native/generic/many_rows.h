@@ -86,7 +86,7 @@ void block_levels(const FewRows& call, int block, const BlockLevels& out) {
 }
 
 // S::tile_blocks blocks and a panel -> out [kPanelRows][16] of each.
-template <class S, int Groups, int Sets>
+template <class S, int Groups, int Sets, bool Fine>
 void panel_product(const Layout& layout, const BlockLevels* blocks, const Panel& panel, float* const* out) {
   using V = typename S::V;
   using F = typename S::F;
@@ -103,21 +103,29 @@ void panel_product(const Layout& layout, const BlockLevels* blocks, const Panel&
       for (int set = 0; set < Sets; ++set) {
         F products[rows][vectors];
         auto take = [&](int quarter, auto use) {
-          const int8_t* x = panel.x + ((size_t(chunk) * kQuarters + quarter) * slots * kPanelRows + part * rows) * 4;
+          const size_t from = ((size_t(chunk) * kQuarters + quarter) * slots * kPanelRows + part * rows) * 4;
           const size_t at = ((size_t(chunk) * Sets + set) * kQuarters + quarter) * slots * kWordBytes;
           V total[rows][vectors];
           for (auto& row : total)
             for (V& value : row) value = S::zero();
+          auto add = [&](const int8_t* x) {
 #pragma GCC unroll 8
-          for (int s = 0; s < slots; ++s) {
-            V level[vectors];
-            for (int v = 0; v < vectors; ++v)
-              level[v] = S::load(blocks[v / halves].level + at + s * kWordBytes + v % halves * half_bytes);
+            for (int s = 0; s < slots; ++s) {
+              V level[vectors];
+              for (int v = 0; v < vectors; ++v)
+                level[v] = S::load(blocks[v / halves].level + at + s * kWordBytes + v % halves * half_bytes);
 #pragma GCC unroll 16
-            for (int r = 0; r < rows; ++r) {
-              const V columns = S::repeat_word(x + (s * kPanelRows + r) * 4);
-              for (int v = 0; v < vectors; ++v) total[r][v] = S::dot(total[r][v], level[v], columns);
+              for (int r = 0; r < rows; ++r) {
+                const V columns = S::repeat_word(x + (s * kPanelRows + r) * 4);
+                for (int v = 0; v < vectors; ++v) total[r][v] = S::dot(total[r][v], level[v], columns);
+              }
             }
+          };
+          add(panel.x + from);
+          if (Fine) {
+            for (auto& row : total)
+              for (V& value : row) value = S::template left32<7>(value);
+            add(panel.rest + from);
           }
 #pragma GCC unroll 16
           for (int r = 0; r < rows; ++r) {
@@ -161,13 +169,17 @@ void block_levels_of(const FewRows& call, int block, const BlockLevels& out) {
   return (call.bits > 4 ? block_levels_of<S, 8, false> : block_levels_of<S, 4, false>)(call, block, out);
 }
 
+template <class S, int Sets, bool Fine>
+void panel_product_of(const Layout& layout, const BlockLevels* blocks, const Panel& panel, float* const* out) {
+  if (layout.groups_per_unit == 1) return panel_product<S, 1, Sets, Fine>(layout, blocks, panel, out);
+  if (layout.groups_per_unit == 2) return panel_product<S, 2, Sets, Fine>(layout, blocks, panel, out);
+  return panel_product<S, 4, Sets, Fine>(layout, blocks, panel, out);
+}
+
 template <class S>
 void panel_product_of(const Layout& layout, int sets, const BlockLevels* blocks, const Panel& panel, float* const* out) {
-  const bool two = sets > 1;
-  const int groups = layout.groups_per_unit;
-  if (groups == 1) return (two ? panel_product<S, 1, 2> : panel_product<S, 1, 1>)(layout, blocks, panel, out);
-  if (groups == 2) return (two ? panel_product<S, 2, 2> : panel_product<S, 2, 1>)(layout, blocks, panel, out);
-  return (two ? panel_product<S, 4, 2> : panel_product<S, 4, 1>)(layout, blocks, panel, out);
+  if (sets == 1) return (panel.rest ? panel_product_of<S, 1, true> : panel_product_of<S, 1, false>)(layout, blocks, panel, out);
+  return (panel.rest ? panel_product_of<S, 2, true> : panel_product_of<S, 2, false>)(layout, blocks, panel, out);
 }
 
 }  // namespace

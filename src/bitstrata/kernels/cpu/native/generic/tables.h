@@ -63,7 +63,7 @@ inline void level_tables(typename S::V base, const typename S::V* delta, Put put
   auto both = [&](V value) { return S::lookup(value, twice); };
   auto merge = [&](V even, V odd) { return S::select(upper_bytes, odd, S::template right<8>(even)); };
   const V bit1 = delta[Planes - 2], bit0 = both(delta[Planes - 1]);
-  V pairs = S::add16(both(base), S::to_upper_half(bit1));
+  V pairs = S::add16(both(base), S::template left32<16>(bit1));
   auto four = [&](V even) { return merge(even, S::add16(even, bit0)); };
   const V word0 = four(pairs);
   auto finish = [&](V table) { return S::flip(table); };

@@ -66,7 +66,8 @@ struct Simd {
   static V add16(V a, V b) {
     return vreinterpretq_u8_u16(vaddq_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)));
   }
-  static V to_upper_half(V a) { return vreinterpretq_u8_u32(vshlq_n_u32(vreinterpretq_u32_u8(a), 16)); }
+  template <int n>
+  static V left32(V a) { return vreinterpretq_u8_u32(vshlq_n_u32(vreinterpretq_u32_u8(a), n)); }
   static V unpack_low32(V a, V b) {
     return vreinterpretq_u8_u32(vzip1q_u32(vreinterpretq_u32_u8(a), vreinterpretq_u32_u8(b)));
   }

@@ -110,8 +110,9 @@ struct Simd {
   static V add16(const V& a, const V& b) {
     return make<uint16_t>([&](int i) { return word<uint16_t>(a, i) + word<uint16_t>(b, i); });
   }
-  static V to_upper_half(const V& a) {
-    return make<uint32_t>([&](int i) { return word<uint32_t>(a, i) << 16; });
+  template <int n>
+  static V left32(const V& a) {
+    return make<uint32_t>([&](int i) { return word<uint32_t>(a, i) << n; });
   }
   static V unpack_low32(const V& a, const V& b) {
     return make<uint32_t>([&](int i) { return word<uint32_t>(i % 2 ? b : a, i / 2); });
