@@ -1,8 +1,8 @@
 """What int8 activations and byte levels cost: the change of nll on a real model, at each bits.
 
-Generation with few rows quantizes activations to int8 and looks weights up as byte levels; evaluation of whole windows
-does neither. This script evaluates a checkpoint three times a precision, with the kernel forced to float32 arithmetic
-(`<isa>-exact`), to int8 for any number of rows (`<isa>-int8`), and to the reference, and prints the differences.
+A CPU's kernels quantize activations to int8 and look weights up as byte levels. This script evaluates a checkpoint
+three times a precision, with the kernel forced to float32 arithmetic (`<isa>-exact`), to int8 (`<isa>-int8`), and to
+the reference, and prints the differences.
 
     python benchmarks/activations.py OUT --text heldout.txt [--max-tokens N] [--json FILE]
 """

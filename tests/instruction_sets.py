@@ -45,6 +45,6 @@ def kernel_of(isa: str, variant: str = "") -> Forced:
     return Forced(isa, variant)
 
 
-# An instruction set's plain kernel is its -int8 one up to 16 rows and torch's product with decoded tiles beyond; all
-# -exact kernels compile the same loops. test_instruction_sets.py compares those that are left out with these.
+# An instruction set's plain kernel is its -int8 one; all -exact kernels compile the same loops.
+# test_instruction_sets.py compares those that are left out with these.
 DISTINCT = ["reference", *(f"{isa}-int8" for isa in ISAS), *([f"{BEST}-exact"] if BEST else [])]

@@ -90,8 +90,8 @@ def test_each_row_at_its_own_bits(kernel, check_rows, scales, group_size, dtype,
 
 @cases
 @pytest.mark.skipif(not BEST, reason="the native kernels are not built")
-@pytest.mark.parametrize("kernel", [BEST], indirect=True)
-def test_more_rows_go_through_the_decoded_weight(promise, check_rows, scales, group_size, dtype, seed):
+@pytest.mark.parametrize("kernel", [BEST, f"{BEST}-exact"], indirect=True)
+def test_more_rows_than_a_pass(promise, check_rows, scales, group_size, dtype, seed):
     weight = make(scales, group_size, seed)
     for rows in (17, 33, 64, 65):
         x, row_bits = activations(rows, dtype, seed + rows), row_bits_for(rows, seed + rows)

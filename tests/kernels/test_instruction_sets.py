@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_linear_close, random_weight
 from instruction_sets import ISAS, kernel_of
-from kernel_errors import chunks_of, fewest_levels, int8_errors, promise_of
+from kernel_errors import chunks_of, fewest_levels, int8_errors
 
 from bitstrata.kernels import pack, registry
 from bitstrata.kernels.cpu import blocked as module
@@ -78,22 +78,16 @@ def test_exact_results_are_those_of_the_decoded_weight(isa, seed):
 
 
 @isas
-def test_the_plain_kernel_is_the_int8_one_for_few_rows_and_the_decoded_weight_for_more(isa, seed):
+def test_the_plain_kernel_is_the_int8_one(isa, seed):
     for case in range(seed, seed + 4):
         weight, _ = random_problem(case)
         generator = torch.Generator().manual_seed(case)
         for rows, bits in ((1, 2), (module.FEW_ROWS, 5), (module.FEW_ROWS + 1, 3), (40, 8)):
             x = torch.randn(rows, weight.in_features, generator=generator)
             row_bits = torch.randint(1, 9, (rows,), generator=generator)
-            y, mixed = kernel_of(isa).linear(x, weight, bits), kernel_of(isa).linear(x, weight, row_bits)
-            if rows <= module.FEW_ROWS:
-                assert torch.equal(y, kernel_of(isa, "int8").linear(x, weight, bits))
-                assert torch.equal(mixed, kernel_of(isa, "int8").linear(x, weight, row_bits))
-                continue
-            assert_linear_close(y, x, decode(weight, bits, torch.float64), f"case={case} rows={rows}")
-            for value in row_bits.unique().tolist():
-                chosen = row_bits == value
-                promise_of(kernel_of(isa), weight, value)(mixed[chosen], x[chosen], f"case={case} mixed")
+            for chosen in (bits, row_bits):
+                y = kernel_of(isa).linear(x, weight, chosen)
+                assert torch.equal(y, kernel_of(isa, "int8").linear(x, weight, chosen))
 
 
 def evenly_spaced(bits, N, groups, generator):
@@ -136,7 +130,7 @@ def test_what_int8_and_levels_can_hold_is_computed_exactly(isa, group_size, seed
         size,
     )
     kernel = kernel_of(isa, "int8")
-    for rows in (1, 7, 18):
+    for rows in (1, 7, 18, 31):
         row_bits = torch.randint(1, 9, (rows,), generator=generator)
         x = on_the_grid(rows, weight, 8, generator)
         together = kernel.linear(x, weight, row_bits)
@@ -172,12 +166,15 @@ def test_a_forced_kernel_really_runs(isa, name, monkeypatch):
 
 
 @isas
-def test_many_rows_are_decoded_by_the_forced_instruction_set(isa):
-    packed = pack(random_weight(5, 70), kernel=isa)
+def test_exact_calls_of_many_rows_are_decoded_by_the_forced_instruction_set(isa, monkeypatch):
+    packed = pack(random_weight(5, 70), kernel=f"{isa}-exact")
     handle, called = packed.handle, []
     spy = SimpleNamespace(decode=lambda *arguments: (called.append(arguments[0]), handle.decode(*arguments)))
+    with monkeypatch.context() as patch:
+        patch.setattr(module.BlockedWeight, "_from_tiles", None)
+        packed.linear(torch.randn(module.FEW_ROWS, 70), 2)
     packed.handle = spy
-    packed.linear(torch.randn(17, 70), 2)
+    packed.linear(torch.randn(module.FEW_ROWS + 1, 70), 2)
     assert called == [isa]
 
 

@@ -1,7 +1,7 @@
 """In which arithmetic a model's products were computed while it was measured.
 
     exact   activations as they are
-    int8    activations as a decoding step on a CPU makes them, four scales for each group of columns
+    int8    activations as a CPU's kernels make them, four scales for each group of columns
 
 A kernel may compute calls of few rows in one and longer ones in the other (`Kernel.arithmetic`).
 """

@@ -3,10 +3,11 @@
 The same bits and the same fp16 numbers in another order, padded to blocks of 16 rows and units of
 128 columns; `stored` gives the original back, bit for bit.
 
-    up to FEW_ROWS rows   in native code from the planes, with int8 activations and byte levels
-    more                  through tiles of the decoded weight and the platform's matrix product
+    int8    any number of rows in native code: from the planes, or from blocks decoded to bytes while many rows pass by
+    exact   up to FEW_ROWS rows in native code, more through tiles of the decoded weight and torch's matrix product
 
-How int8 activations and byte levels work, and the error they may make, is in native/generic/activations.h and tables.h:
+With int8 activations a row's result is the same, number for number, in a call of any size. How int8 activations and
+byte levels work, and the error they may make, is in native/generic/activations.h and tables.h:
 
     |y - x W^T| <= sum over chunks of x_scale/2 * sum|W| + step/2 * sum|x|
     with x_scale = max|x| / 127 of a chunk (a quarter of a group, at most 32 columns), and

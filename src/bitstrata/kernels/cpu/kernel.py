@@ -1,9 +1,9 @@
 """The CPU kernels as the registry knows them: one for each instruction set, in three variants.
 
-    <isa>         up to FEW_ROWS rows from the planes, with int8 activations and byte levels;
-                  more rows through tiles of the decoded weight and the platform's matrix product
-    <isa>-int8    any number of rows from the planes: shows what int8 activations cost
-    <isa>-exact   any number of rows from the planes with float32 activations and weights, for checking
+    <isa>         int8 activations and byte levels, whatever the number of rows
+    <isa>-int8    the same under the name of its arithmetic
+    <isa>-exact   activations and weights as they are: up to FEW_ROWS rows from the planes in float32, more rows
+                  through tiles of the decoded weight and the platform's matrix product
 
 The variants only run when they are forced.
 """
@@ -28,9 +28,9 @@ def cpu_kernels() -> list[Kernel]:
     for index, (isa, runs, needs) in enumerate(sets):
         reason = partial(_reason, None if runs else f"this processor lacks {needs}")
         for suffix, priority, activations, steady_rows in (
-            ("", 10 * (len(sets) - index), "int8", FEW_ROWS),
+            ("", 10 * (len(sets) - index), "int8", None),
             ("-int8", -1, "int8", None),
-            ("-exact", -1, "exact", None),
+            ("-exact", -1, "exact", FEW_ROWS),
         ):
             name, layout = isa + suffix, BlockedWeight.layout
             kernels.append(Kernel(name, layout, priority, activations, steady_rows, reason))

@@ -1,7 +1,7 @@
 """Which tokens go through the model together.
 
-A kernel may compute calls of up to `steady` rows in one arithmetic and longer ones in another (on CPUs: int8
-activations against tiles of the decoded weight). A request must not notice with whom it shares a batch, so a batch
+A kernel may compute calls of up to `steady` rows in one way and longer ones in another (the CPU's exact ones: from the
+planes, and through tiles of the decoded weight). A request must not notice with whom it shares a batch, so a batch
 holds either segments of at most `steady` tokens, together at most `steady`, or only segments that are longer: then
 every row is computed as if its request were alone.
 """

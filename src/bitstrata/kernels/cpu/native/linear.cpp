@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "many_rows.h"
 #include "product.h"
 #include "threads.h"
 
@@ -19,12 +20,24 @@ void linear(const Kernels& kernels, const std::vector<const Weight*>& weights, c
   for (const Weight* weight : weights)
     if (weight->layout.columns != layout.columns || weight->layout.group_size != layout.group_size)
       throw std::invalid_argument("weights that share activations must have equal columns and groups");
-  const Order all(row_bits, bits, x.rows);  // over all rows, so that few passes mix bits
+  const Order sorted(row_bits, bits, x.rows);
+  Order all(nullptr, 0, 0);  // rows of bits that few rows have, so that few passes mix bits
+  all.segments.clear();
+  for (const Segment& segment : sorted.segments) {
+    const int begin = int(all.rows.size()), count = segment.end - segment.begin;
+    if (!exact && count > kMaxRows) {
+      many_rows(kernels, weights, x, &sorted.rows[segment.begin], count, segment.bits, y, threads);
+      continue;
+    }
+    all.rows.insert(all.rows.end(), sorted.rows.begin() + segment.begin, sorted.rows.begin() + segment.end);
+    all.segments.push_back({segment.bits, begin, begin + count, nullptr, nullptr});
+  }
+  const int few = int(all.rows.size());
   thread_local Staged own;
   Staged& staged = own;  // other threads mean this one's too
 
-  for (int base = 0; base < x.rows; base += kMaxRows) {
-    const int rows = std::min(kMaxRows, x.rows - base);
+  for (int base = 0; base < few; base += kMaxRows) {
+    const int rows = std::min(kMaxRows, few - base);
     const Order order = all.part(base, rows);
     std::vector<Product> products(weights.size());
     std::vector<int> first_block(weights.size() + 1, 0);

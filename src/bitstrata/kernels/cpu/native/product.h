@@ -39,6 +39,7 @@ class Product {
   int blocks() const { return weight_->layout.blocks; }
   // out [rows in the order][16]
   void run(int block, float* out) const;
+  const FewRows& call() const { return call_; }
 
  private:
   const Kernels* kernels_ = nullptr;

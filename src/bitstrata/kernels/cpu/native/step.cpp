@@ -131,44 +131,52 @@ class Call {
 
 // What a step writes on its way, kept for the next one.
 struct Step::Memory {
-  Call call, other;
-  std::vector<float> qkv, mlp, gate, row, queries, piece_most, piece_total, piece_out;
-  std::vector<int> first_piece;
+  Call call, down;
+  std::vector<float> row, qkv, queries, mlp, piece_most, piece_total, piece_out;
+  std::vector<int> first_piece;  // of each row
 };
 
 Step::Step(const Kernels& kernels, int hidden) : kernels_(kernels), hidden_(hidden), memory_(new Memory) {}
 
-void Step::run(const Rows& rows, const std::vector<Cache>& caches, int threads, bool exact) {
-  if (caches.size() != blocks.size()) throw std::invalid_argument("one cache for each block");
-  const Kernels& kernels = kernels_;
-  const int count = rows.count, hidden = hidden_;
-  Memory& memory = *memory_;
-  const Awake awake(threads);
-  memory.row.resize(size_t(count) * hidden);
-  float* x = rows.x;
+namespace {
 
-  const auto each_row = [&](auto body) {
-    parallel_for(count > 1 ? threads : 1, count, [&](int begin, int end) {
+// One step on its way through the blocks.
+template <class Memory>
+struct Run {
+  const Kernels& kernels;
+  const Rows& rows;
+  Memory& memory;
+  const int hidden, threads;
+  const bool exact;
+
+  float* x(int r) const { return rows.x + size_t(r) * hidden; }
+
+  template <class Body>
+  void each_row(Body body) const {
+    parallel_for(rows.count > 1 ? threads : 1, rows.count, [&](int begin, int end) {
       for (int r = begin; r < end; ++r) body(r);
     });
-  };
-  const auto normed = [&](const Norm& norm, int r) -> const float* {
-    if (!norm.weight) return x + size_t(r) * hidden;
-    float* row = &memory.row[size_t(r) * hidden];
-    kernels.rms_norm(x + size_t(r) * hidden, norm.weight, norm.epsilon, hidden, row);
-    return row;
-  };
-  const auto over_blocks = [&](const Call& call, auto use) {
+  }
+
+  template <class Use>
+  void over_blocks(const Call& call, Use use) const {
     parallel_for(threads, call.blocks(), [&](int begin, int end) {
       for (int at = begin; at < end; ++at) call.run(at, use);
     });
-  };
-  // x += layer(input), through `after` if there is such a norm
-  const auto add_product = [&](Call& call, const Norm& after) {
+  }
+
+  const float* normed(const Norm& norm, int r) const {
+    if (!norm.weight) return x(r);
+    float* row = &memory.row[size_t(r) * hidden];
+    kernels.rms_norm(x(r), norm.weight, norm.epsilon, hidden, row);
+    return row;
+  }
+
+  // x += what `call` makes of its input, through `after` if there is such a norm.
+  void add_product(const Call& call, const Norm& after) const {
     if (!after.weight) {
       over_blocks(call, [&](size_t, int r, int first, int n, const float* y) {
-        float* to = x + size_t(r) * hidden + first;
-        for (int i = 0; i < n; ++i) to[i] += y[i];
+        for (int i = 0; i < n; ++i) x(r)[first + i] += y[i];
       });
       return;
     }
@@ -178,163 +186,194 @@ void Step::run(const Rows& rows, const std::vector<Cache>& caches, int threads, 
     each_row([&](int r) {
       float* y = &memory.row[size_t(r) * hidden];
       kernels.rms_norm(y, after.weight, after.epsilon, hidden, y);
-      for (int i = 0; i < hidden; ++i) x[size_t(r) * hidden + i] += y[i];
+      for (int i = 0; i < hidden; ++i) x(r)[i] += y[i];
     });
-  };
+  }
 
-  for (int b = rows.first_block; b < rows.last_block; ++b) {
-    const Block& block = blocks[b];
-    const Cache& cache = caches[b];
-    const int width = block.width, wide = padded(width), heads = block.heads, key_heads = block.key_heads;
-    const int together = heads / key_heads, qkv_width = (heads + 2 * key_heads) * width;
-    Call& call = memory.call;
-
-    // queries, keys and values
+  // Queries, keys and values of every row, one after the other in memory.qkv.
+  void project(const Block& block) const {
     std::vector<const Linear*> layers;
     for (const Linear& layer : block.qkv) layers.push_back(&layer);
-    call.prepare(kernels, layers, rows.bits, count, exact);
-    each_row([&](int r) { call.input.put(kernels, r, normed(block.before_attention, r)); });
-    memory.qkv.resize(size_t(count) * qkv_width);
-    const int starts[] = {0, heads * width, (heads + key_heads) * width};
-    over_blocks(call, [&](size_t i, int r, int first, int n, const float* y) {
-      std::memcpy(&memory.qkv[size_t(r) * qkv_width + starts[i] + first], y, size_t(n) * sizeof(float));
+    memory.call.prepare(kernels, layers, rows.bits, rows.count, exact);
+    each_row([&](int r) { memory.call.input.put(kernels, r, normed(block.before_attention, r)); });
+    const int starts[] = {0, block.heads * block.width, (block.heads + block.key_heads) * block.width};
+    memory.qkv.resize(size_t(rows.count) * block.qkv_width());
+    over_blocks(memory.call, [&](size_t i, int r, int first, int n, const float* y) {
+      std::memcpy(&memory.qkv[size_t(r) * block.qkv_width() + starts[i] + first], y, size_t(n) * sizeof(float));
     });
+  }
 
-    // turned, and into the cache
-    memory.queries.assign(size_t(count) * heads * wide, 0.0f);
-    const auto place = [&](int r, int h) {
-      const float *cosine = nullptr, *sine = nullptr;
-      if (block.rotary >= 0) {
-        cosine = rows.cosine[block.rotary] + size_t(r) * block.rotated;
-        sine = rows.sine[block.rotary] + size_t(r) * block.rotated;
-      }
-      float* own = &memory.qkv[size_t(r) * qkv_width];
-      float *key = own + (heads + h) * width, *value = own + (heads + key_heads + h) * width;
-      const size_t at = (size_t(h) * cache.tokens + rows.start[r] + rows.position[r]) * width * size_of(cache.type);
-      if (block.key_norm.weight) kernels.rms_norm(key, block.key_norm.weight, block.key_norm.epsilon, width, key);
-      if (cosine) kernels.rotate(key, cosine, sine, block.rotated);
-      kernels.convert(key, width, static_cast<char*>(cache.keys) + at, cache.type);
-      kernels.convert(value, width, static_cast<char*>(cache.values) + at, cache.type);
-      for (int g = h * together; g < (h + 1) * together; ++g) {
-        float* query = own + g * width;
-        if (block.query_norm.weight)
-          kernels.rms_norm(query, block.query_norm.weight, block.query_norm.epsilon, width, query);
-        if (cosine) kernels.rotate(query, cosine, sine, block.rotated);
-        std::memcpy(&memory.queries[(size_t(r) * heads + g) * wide], query, size_t(width) * sizeof(float));
-      }
+  // Row r's key and value of key head `h` into the cache, and the queries that look at them into memory.queries; all
+  // turned by the row's position.
+  void place(const Block& block, const Cache& cache, int r, int h) const {
+    const int width = block.width, together = block.heads / block.key_heads;
+    const float *cosine = nullptr, *sine = nullptr;
+    if (block.rotary >= 0) {
+      cosine = rows.cosine[block.rotary] + size_t(r) * block.rotated;
+      sine = rows.sine[block.rotary] + size_t(r) * block.rotated;
+    }
+    const auto turn = [&](float* head, const Norm& norm) {
+      if (norm.weight) kernels.rms_norm(head, norm.weight, norm.epsilon, width, head);
+      if (cosine) kernels.rotate(head, cosine, sine, block.rotated);
     };
+    float* own = &memory.qkv[size_t(r) * block.qkv_width()];
+    float *key = own + (block.heads + h) * width, *value = key + block.key_heads * width;
+    turn(key, block.key_norm);
+    const size_t at = (size_t(h) * cache.tokens + rows.start[r] + rows.position[r]) * width * size_of(cache.type);
+    kernels.convert(key, width, static_cast<char*>(cache.keys) + at, cache.type);
+    kernels.convert(value, width, static_cast<char*>(cache.values) + at, cache.type);
+    for (int g = h * together; g < (h + 1) * together; ++g) {
+      turn(own + g * width, block.query_norm);
+      float* query = &memory.queries[(size_t(r) * block.heads + g) * padded(width)];
+      std::memcpy(query, own + g * width, size_t(width) * sizeof(float));
+    }
+  }
 
-    // attention, a piece of the positions at a time
+  int64_t seen(const Block& block, int r) const {
+    const int64_t all = rows.position[r] + 1;
+    return block.window ? std::min<int64_t>(all, block.window) : all;
+  }
+
+  // Row r's queries of key head `h` against one piece of the positions that it sees.
+  void attend(const Block& block, const Cache& cache, int r, int piece, int h) const {
+    const int width = block.width, together = block.heads / block.key_heads;
+    const size_t head = size_t(h) * cache.tokens * width * size_of(cache.type);
+    const size_t mine = size_t(memory.first_piece[r] + piece) * block.heads + h * together;
+    const int64_t used = seen(block, r);
+    Attend part{};
+    part.keys = static_cast<char*>(cache.keys) + head;
+    part.values = static_cast<char*>(cache.values) + head;
+    part.type = cache.type;
+    part.first = int(rows.start[r] + rows.position[r] + 1 - used + piece * kPiece);
+    part.count = int(std::min<int64_t>(kPiece, used - piece * kPiece));
+    part.heads = together, part.width = part.value_width = width;
+    part.scale = block.scale, part.softcap = block.softcap;
+    part.query = &memory.queries[(size_t(r) * block.heads + h * together) * padded(width)];
+    part.most = &memory.piece_most[mine], part.total = &memory.piece_total[mine];
+    part.out = &memory.piece_out[mine * padded(width)];
+    kernels.attend(part);
+  }
+
+  // All of that; in one loop where no row sees another one of this step, and each sees a single piece.
+  void attend_all(const Block& block, const Cache& cache) const {
     memory.first_piece.assign(1, 0);
-    bool apart = true;  // rows see no row of this step but themselves
-    for (int r = 0; r < count; ++r) {
-      const int64_t seen = rows.position[r] + 1, used = block.window ? std::min<int64_t>(seen, block.window) : seen;
-      memory.first_piece.push_back(memory.first_piece[r] + int((used + kPiece - 1) / kPiece));
+    bool apart = true;
+    for (int r = 0; r < rows.count; ++r) {
+      memory.first_piece.push_back(memory.first_piece[r] + int((seen(block, r) + kPiece - 1) / kPiece));
       for (int other = 0; other < r; ++other) apart &= rows.start[other] != rows.start[r];
     }
-    const int pieces = memory.first_piece.back();
-    memory.piece_most.resize(size_t(pieces) * heads), memory.piece_total.resize(size_t(pieces) * heads);
-    memory.piece_out.resize(size_t(pieces) * heads * wide);
-    const auto attend = [&](int r, int piece, int h) {
-      const int64_t seen = rows.position[r] + 1, used = block.window ? std::min<int64_t>(seen, block.window) : seen;
-      const size_t mine = size_t(memory.first_piece[r] + piece) * heads + h * together;
-      Attend part{};
-      part.keys = static_cast<char*>(cache.keys) + size_t(h) * cache.tokens * width * size_of(cache.type);
-      part.values = static_cast<char*>(cache.values) + size_t(h) * cache.tokens * width * size_of(cache.type);
-      part.type = cache.type;
-      part.first = int(rows.start[r] + seen - used + piece * kPiece);
-      part.count = int(std::min<int64_t>(kPiece, used - piece * kPiece));
-      part.heads = together, part.width = part.value_width = width;
-      part.scale = block.scale, part.softcap = block.softcap;
-      part.query = &memory.queries[(size_t(r) * heads + h * together) * wide];
-      part.most = &memory.piece_most[mine], part.total = &memory.piece_total[mine];
-      part.out = &memory.piece_out[mine * wide];
-      kernels.attend(part);
-    };
-    const bool at_once = apart && pieces == count;
-    parallel_for(threads, count * key_heads, [&](int begin, int end) {
+    const int pieces = memory.first_piece.back(), wide = padded(block.width);
+    memory.queries.assign(size_t(rows.count) * block.heads * wide, 0.0f);
+    memory.piece_most.resize(size_t(pieces) * block.heads), memory.piece_total.resize(size_t(pieces) * block.heads);
+    memory.piece_out.resize(size_t(pieces) * block.heads * wide);
+    const bool at_once = apart && pieces == rows.count;
+    parallel_for(threads, rows.count * block.key_heads, [&](int begin, int end) {
       for (int at = begin; at < end; ++at) {
-        place(at / key_heads, at % key_heads);
-        if (at_once) attend(at / key_heads, 0, at % key_heads);
+        place(block, cache, at / block.key_heads, at % block.key_heads);
+        if (at_once) attend(block, cache, at / block.key_heads, 0, at % block.key_heads);
       }
     });
-    if (!at_once)
-      parallel_for(threads, pieces * key_heads, [&](int begin, int end) {
-        for (int at = begin; at < end; ++at) {
-          const int piece = at / key_heads;
-          const int r = int(std::upper_bound(memory.first_piece.begin(), memory.first_piece.end(), piece) -
-                            memory.first_piece.begin()) - 1;
-          attend(r, piece - memory.first_piece[r], at % key_heads);
-        }
-      });
+    if (at_once) return;
+    parallel_for(threads, pieces * block.key_heads, [&](int begin, int end) {
+      for (int at = begin; at < end; ++at) {
+        const int piece = at / block.key_heads;
+        const auto after = std::upper_bound(memory.first_piece.begin(), memory.first_piece.end(), piece);
+        const int r = int(after - memory.first_piece.begin()) - 1;
+        attend(block, cache, r, piece - memory.first_piece[r], at % block.key_heads);
+      }
+    });
+  }
 
-    // pieces put together, and the output projection
-    call.prepare(kernels, {&block.out}, rows.bits, count, exact);
+  // Row r's pieces put together: out [heads][width].
+  void join(const Block& block, int r, float* out) const {
+    const int width = block.width, wide = padded(width);
+    for (int h = 0; h < block.heads; ++h, out += width) {
+      float most = block.sinks ? block.sinks[h] : -INFINITY, total = 0;
+      for (int piece = memory.first_piece[r]; piece < memory.first_piece[r + 1]; ++piece)
+        most = std::max(most, memory.piece_most[size_t(piece) * block.heads + h]);
+      if (block.sinks) total = std::exp(block.sinks[h] - most);
+      std::fill_n(out, width, 0.0f);
+      for (int piece = memory.first_piece[r]; piece < memory.first_piece[r + 1]; ++piece) {
+        const size_t at = size_t(piece) * block.heads + h;
+        const float share = std::exp(memory.piece_most[at] - most);
+        total += share * memory.piece_total[at];
+        for (int i = 0; i < width; ++i) out[i] += share * memory.piece_out[at * wide + i];
+      }
+      for (int i = 0; i < width; ++i) out[i] /= total;
+    }
+  }
+
+  void attention(const Block& block, const Cache& cache) const {
+    project(block);
+    attend_all(block, cache);
+    memory.call.prepare(kernels, {&block.out}, rows.bits, rows.count, exact);
     each_row([&](int r) {
-      float* out = &memory.qkv[size_t(r) * qkv_width];  // its queries are not needed any more
-      for (int h = 0; h < heads; ++h) {
-        float most = block.sinks ? block.sinks[h] : -INFINITY, total = 0;
-        for (int piece = memory.first_piece[r]; piece < memory.first_piece[r + 1]; ++piece)
-          most = std::max(most, memory.piece_most[size_t(piece) * heads + h]);
-        if (block.sinks) total = std::exp(block.sinks[h] - most);
-        std::fill_n(out + h * width, width, 0.0f);
-        for (int piece = memory.first_piece[r]; piece < memory.first_piece[r + 1]; ++piece) {
-          const size_t at = size_t(piece) * heads + h;
-          const float share = std::exp(memory.piece_most[at] - most);
-          total += share * memory.piece_total[at];
-          for (int i = 0; i < width; ++i) out[h * width + i] += share * memory.piece_out[at * wide + i];
-        }
-        for (int i = 0; i < width; ++i) out[h * width + i] /= total;
-      }
-      call.input.put(kernels, r, out);
+      float* out = &memory.qkv[size_t(r) * block.qkv_width()];  // its queries are not needed any more
+      join(block, r, out);
+      memory.call.input.put(kernels, r, out);
     });
-    add_product(call, block.after_attention);
+    add_product(memory.call, block.after_attention);
+  }
 
-    // feed-forward: a block of gates and of what they let through in one piece of work
-    layers.clear();
+  // A block of gates and of what they let through is one piece of work.
+  void feed_forward(const Block& block) const {
+    std::vector<const Linear*> layers;
     for (const Linear& layer : block.gate_up) layers.push_back(&layer);
-    call.prepare(kernels, layers, rows.bits, count, exact);
-    each_row([&](int r) { call.input.put(kernels, r, normed(block.before_mlp, r)); });
+    memory.call.prepare(kernels, layers, rows.bits, rows.count, exact);
+    each_row([&](int r) { memory.call.input.put(kernels, r, normed(block.before_mlp, r)); });
     const bool split = block.gate_up.size() == 2;
-    const int inner = block.down.columns(), inner_blocks = (inner + kBlockRows - 1) / kBlockRows;
-    memory.mlp.resize(size_t(count) * inner);
-    parallel_for(threads, inner_blocks, [&](int begin, int end) {
+    const int inner = block.down.columns(), blocks = (inner + kBlockRows - 1) / kBlockRows;
+    memory.mlp.resize(size_t(rows.count) * inner);
+    parallel_for(threads, blocks, [&](int begin, int end) {
       alignas(64) float gates[kMaxRows * kBlockRows];
       for (int at = begin; at < end; ++at) {
-        call.run(0, at, [&](size_t, int r, int, int n, const float* y) {
+        memory.call.run(0, at, [&](size_t, int r, int, int n, const float* y) {
           std::memcpy(gates + r * kBlockRows, y, size_t(n) * sizeof(float));
         });
-        call.run(split ? 1 : 0, split ? at : inner_blocks + at, [&](size_t, int r, int, int n, const float* y) {
-          kernels.activate(block.activation, gates + r * kBlockRows, y, n,
-                           &memory.mlp[size_t(r) * inner + at * kBlockRows]);
+        memory.call.run(split ? 1 : 0, split ? at : blocks + at, [&](size_t, int r, int, int n, const float* y) {
+          float* to = &memory.mlp[size_t(r) * inner + at * kBlockRows];
+          kernels.activate(block.activation, gates + r * kBlockRows, y, n, to);
         });
       }
     });
-    Call& down = memory.other;
-    down.prepare(kernels, {&block.down}, rows.bits, count, exact);
-    each_row([&](int r) { down.input.put(kernels, r, &memory.mlp[size_t(r) * inner]); });
-    add_product(down, block.after_mlp);
+    memory.down.prepare(kernels, {&block.down}, rows.bits, rows.count, exact);
+    each_row([&](int r) { memory.down.input.put(kernels, r, &memory.mlp[size_t(r) * inner]); });
+    add_product(memory.down, block.after_mlp);
   }
 
-  if (rows.wanted_count == 0) return;
-  // the head, for the rows whose logits are wanted, as a call of so many rows
-  const int wanted = rows.wanted_count;
-  std::vector<int8_t> bits(wanted);
-  Linear own = head;
-  if (own.planes) {
-    for (int w = 0; w < wanted; ++w) bits[w] = rows.bits[size_t(head.place) * count + rows.wanted[w]];
-    own.place = 0;
+  // Logits of the rows that are wanted, as a call of so many rows.
+  void logits(const Linear& head, const Norm& last, float softcap) const {
+    const int wanted = rows.wanted_count;
+    std::vector<int8_t> bits(wanted);
+    Linear own = head;
+    if (own.planes) {
+      for (int w = 0; w < wanted; ++w) bits[w] = rows.bits[size_t(head.place) * rows.count + rows.wanted[w]];
+      own.place = 0;
+    }
+    memory.call.prepare(kernels, {&own}, bits.data(), wanted, exact);
+    for (int w = 0; w < wanted; ++w) memory.call.input.put(kernels, w, normed(last, rows.wanted[w]));
+    const size_t vocabulary = size_t(own.rows());
+    over_blocks(memory.call, [&](size_t, int w, int first, int n, const float* y) {
+      float* to = rows.logits + w * vocabulary + first;
+      std::memcpy(to, y, size_t(n) * sizeof(float));
+      if (softcap > 0)
+        for (int i = 0; i < n; ++i) to[i] = softcap * std::tanh(to[i] / softcap);
+    });
   }
-  Call& call = memory.call;
-  call.prepare(kernels, {&own}, bits.data(), wanted, exact);
-  for (int w = 0; w < wanted; ++w) call.input.put(kernels, w, normed(last, rows.wanted[w]));
-  const size_t vocabulary = size_t(own.rows());
-  over_blocks(call, [&](size_t, int w, int first, int n, const float* y) {
-    float* to = rows.logits + w * vocabulary + first;
-    if (logit_softcap > 0)
-      for (int i = 0; i < n; ++i) to[i] = logit_softcap * std::tanh(y[i] / logit_softcap);
-    else std::memcpy(to, y, size_t(n) * sizeof(float));
-  });
+};
+
+}  // namespace
+
+void Step::run(const Rows& rows, const std::vector<Cache>& caches, int threads, bool exact) {
+  if (caches.size() != blocks.size()) throw std::invalid_argument("one cache for each block");
+  const Awake awake(threads);
+  memory_->row.resize(size_t(rows.count) * hidden_);
+  const Run<Memory> run{kernels_, rows, *memory_, hidden_, threads, exact};
+  for (int b = rows.first_block; b < rows.last_block; ++b) {
+    run.attention(blocks[b], caches[b]);
+    run.feed_forward(blocks[b]);
+  }
+  if (rows.wanted_count > 0) run.logits(head, last, logit_softcap);
 }
 
 }  // namespace bitstrata

@@ -2,7 +2,7 @@
 // the output head, with one team of threads that stays awake meanwhile.
 //
 // A block is x += attention(norm(x)), x += mlp(norm(x)), with further norms where a model has them; x stays in float32.
-// What a model is made of is found out in Python (runtime/native_step.py), which also keeps the memory alive.
+// What a model is made of is found out in Python (runtime/batching/native.py), which also keeps the memory alive.
 #pragma once
 #include <memory>
 #include <vector>
@@ -40,6 +40,8 @@ struct Block {
   float scale = 1, softcap = 0;
   const float* sinks = nullptr;  // [heads]
   Activation activation = Activation::silu;
+
+  int qkv_width() const { return (heads + 2 * key_heads) * width; }
 };
 
 // Where a block's keys and values lie: [key_heads][tokens][width] of `type`.

@@ -4,12 +4,15 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace bitstrata {
 namespace {  // every instruction set has its own Simd, and its own copies of what is built on it
 
 struct Simd {
   static constexpr int lanes = 2;
+  // Of a product of many rows: blocks, and rows of x, whose sums stay in registers.
+  static constexpr int tile_blocks = 1, panel_rows = 4;
   static constexpr int level_bias = 0;
 #ifdef __AVXVNNI__
   static constexpr int level_most = 255;
@@ -25,6 +28,11 @@ struct Simd {
   static V load(const void* p) { return _mm256_loadu_si256(static_cast<const V*>(p)); }
   static void store(void* p, V v) { _mm256_storeu_si256(static_cast<V*>(p), v); }
   static V repeat(const void* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+  static V repeat_word(const void* p) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    return _mm256_set1_epi32(word);
+  }
   static V bytes(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
   static V upper_bytes() { return _mm256_set1_epi16(static_cast<short>(0xFF00)); }
   static V zero() { return _mm256_setzero_si256(); }
@@ -56,7 +64,13 @@ struct Simd {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(levels, x), _mm256_set1_epi16(1)));
 #endif
   }
-  static F sum4(F a, F b, F c, F d) { return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); }
+  static F sum4(F a, F b, F c, F d) {
+    __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)), cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d));
+    F first = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), second = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+    ab = _mm256_castps_pd(_mm256_unpackhi_ps(a, b)), cd = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
+    F third = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), fourth = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+    return _mm256_add_ps(_mm256_add_ps(_mm256_add_ps(first, second), third), fourth);
+  }
   static F repeat4(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
 
   static V add16(V a, V b) { return _mm256_add_epi16(a, b); }
@@ -68,6 +82,11 @@ struct Simd {
 
   static F to_float(V v) { return _mm256_cvtepi32_ps(v); }
   static V to_int(F v) { return _mm256_cvtps_epi32(v); }
+  // The lowest bytes of the elements of v, which fit there; of NaN anything.
+  static void store_bytes(int8_t* p, V v) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
   static F floats(float v) { return _mm256_set1_ps(v); }
   static F load_float(const float* p) { return _mm256_loadu_ps(p); }
   static void store_float(float* p, F v) { _mm256_storeu_ps(p, v); }
@@ -85,7 +104,12 @@ struct Simd {
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F rounded(F a) {
+    asm("" : "+x"(a));
+    return a;
+  }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static F ratio(F a, F b) {
     return _mm256_and_ps(_mm256_div_ps(a, b), _mm256_cmp_ps(b, _mm256_setzero_ps(), _CMP_GT_OQ));

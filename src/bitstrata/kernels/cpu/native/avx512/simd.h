@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace bitstrata {
 namespace {  // every instruction set has its own Simd, and its own copies of what is built on it
@@ -11,6 +12,8 @@ struct Simd {
   static constexpr int lanes = 4;
   static constexpr int level_bias = 0;
   static constexpr int level_most = 255;
+  // Of a product of many rows: blocks, and rows of x, whose sums stay in registers.
+  static constexpr int tile_blocks = 2, panel_rows = 6;
   // Largest level of a table of `planes` planes: uniform spacings fall on whole levels.
   static constexpr int level_max(int planes) { return planes == 3 ? 252 : 255; }
 
@@ -20,6 +23,11 @@ struct Simd {
   static V load(const void* p) { return _mm512_loadu_si512(p); }
   static void store(void* p, V v) { _mm512_storeu_si512(p, v); }
   static V repeat(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+  static V repeat_word(const void* p) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    return _mm512_set1_epi32(word);
+  }
   static V bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
   static V upper_bytes() { return _mm512_set1_epi16(static_cast<short>(0xFF00)); }
   static V zero() { return _mm512_setzero_si512(); }
@@ -44,13 +52,14 @@ struct Simd {
   }
 
   static V dot(V sum, V levels, V x) { return _mm512_dpbusd_epi32(sum, levels, x); }
-  // Element 4 * lane + q of the result is the sum of the four elements of that lane of the q-th argument.
+  // Element 4 * lane + q of the result is the sum of the four elements of that lane of the q-th argument, added up one
+  // after the other.
   static F sum4(F a, F b, F c, F d) {
-    F ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    F cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    __m512d even = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    __m512d odd = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    return _mm512_add_ps(_mm512_castpd_ps(even), _mm512_castpd_ps(odd));
+    __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
+    F first = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), second = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    ab = _mm512_castps_pd(_mm512_unpackhi_ps(a, b)), cd = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+    F third = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), fourth = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    return _mm512_add_ps(_mm512_add_ps(_mm512_add_ps(first, second), third), fourth);
   }
   static F repeat4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 
@@ -65,6 +74,8 @@ struct Simd {
   static F to_float(V v) { return _mm512_cvtepi32_ps(v); }
   static V flip(V v) { return v; }
   static V to_int(F v) { return _mm512_cvtps_epi32(v); }
+  // The lowest bytes of the elements of v, which fit there; of NaN anything.
+  static void store_bytes(int8_t* p, V v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   static F floats(float v) { return _mm512_set1_ps(v); }
   static F load_float(const float* p) { return _mm512_loadu_ps(p); }
   static void store_float(float* p, F v) { _mm512_storeu_ps(p, v); }
@@ -79,7 +90,13 @@ struct Simd {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  // A product as it is rounded: the compiler must not make one operation of it and a sum that follows.
+  static F rounded(F a) {
+    asm("" : "+v"(a));
+    return a;
+  }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F abs(F a) { return _mm512_abs_ps(a); }
   static void store_half(uint16_t* p, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

@@ -42,39 +42,40 @@ void stage(const Layout& layout, const void* x, Type type, float* out) {
 
 template <class S>
 void quantize(const Layout& layout, const float* staged, int8_t* x, float* x_scale, float* x_sum) {
-  constexpr int width = 16;  // a chunk is a multiple of it
-  constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  using F = typename S::F;
+  constexpr int width = 16, vectors = 4 / S::lanes, step = 4 * S::lanes;  // a chunk is a multiple of the width
   const int columns = kUnitColumns / layout.groups_per_unit;
   for (int chunk = 0; chunk < layout.chunks; ++chunk, staged += columns, x += columns, x_scale += kQuarters) {
-    float most[width] = {}, inverse[width];
-    uint32_t odd[width] = {};
+    F most[vectors], odd[vectors];
+    for (int v = 0; v < vectors; ++v) most[v] = odd[v] = S::floats(0);
     for (int k = 0; k < columns; k += width)
-      for (int j = 0; j < width; ++j) {
-        const uint32_t magnitude = bits_of(staged[k + j]) & 0x7FFFFFFF;
-        most[j] = most[j] < float_of(magnitude) ? float_of(magnitude) : most[j];
-        odd[j] |= magnitude >= 0x7F800000;
+      for (int v = 0; v < vectors; ++v) {
+        const F value = S::load_float(staged + k + v * step);
+        most[v] = S::max(S::abs(value), most[v]);
+        odd[v] = S::add(odd[v], S::sub(value, value));  // of infinity and NaN: NaN
       }
-    for (int quarter = 0; quarter < kQuarters; ++quarter) {
-      float largest = 0;
-      bool finite = true;
-      for (int j = 4 * quarter; j < 4 * quarter + 4; ++j) {
-        largest = largest < most[j] ? most[j] : largest;
-        finite &= !odd[j];
-      }
-      const bool used = finite && largest > 1e-30f;
-      x_scale[quarter] = !finite ? float_of(0x7FC00000) : used ? largest / 127 : 0;
-      for (int j = 4 * quarter; j < 4 * quarter + 4; ++j) inverse[j] = used ? 127 / largest : 0;
+    alignas(64) float largest[width], unknown[width], inverse[width];
+    for (int v = 0; v < vectors; ++v) {
+      S::store_float(largest + v * step, most[v]);
+      S::store_float(unknown + v * step, odd[v]);
     }
-    int total[width] = {};
-    for (int k = 0; k < columns; k += width)
-      for (int j = 0; j < width; ++j) {
-        const float scaled = odd[j] ? 0 : staged[k + j] * inverse[j];
-        const int value = int(bits_of(scaled + round)) - int(bits_of(round));
-        x[k + j] = int8_t(value);
-        total[j] += value;
-      }
+    for (int quarter = 0; quarter < kQuarters; ++quarter) {
+      const float *a = largest + 4 * quarter, *u = unknown + 4 * quarter;
+      const float ab = a[0] < a[1] ? a[1] : a[0], cd = a[2] < a[3] ? a[3] : a[2], all = ab < cd ? cd : ab;
+      const bool finite = (u[0] + u[1]) + (u[2] + u[3]) == 0, used = finite && all > 1e-30f;
+      x_scale[quarter] = !finite ? float_of(0x7FC00000) : used ? all / 127 : 0;
+      for (int j = 4 * quarter; j < 4 * quarter + 4; ++j) inverse[j] = used ? 127 / all : 0;
+    }
+    typename S::V total = S::zero();
+    for (int k = 0; k < columns; k += width) {
+      for (int v = 0; v < vectors; ++v)
+        S::store_bytes(x + k + v * step, S::to_int(S::mul(S::load_float(staged + k + v * step), S::load_float(inverse + v * step))));
+      total = S::dot(total, S::bytes(1), S::repeat(x + k));  // four neighbours: a quarter
+    }
+    int32_t sums[4 * S::lanes];
+    S::store(sums, total);
     float sum = 0;
-    for (int j = 0; j < width; ++j) sum += x_scale[j / 4] * float(total[j]);
+    for (int quarter = 0; quarter < kQuarters; ++quarter) sum += x_scale[quarter] * float(sums[quarter]);
     x_sum[chunk] = sum;
   }
 }

@@ -51,6 +51,22 @@ struct FewRows {
   const float* x_exact;  // [rows][units][128]; set if activations are not quantized
 };
 
+// A block of weight rows as byte levels, see generic/many_rows.h.
+struct BlockLevels {
+  uint8_t* level;
+  float* step;         // [chunks][sets][16]
+  float* low;          // [chunks][16]
+  const float* units;  // [16], if the scales are bytes; else null
+};
+
+// kPanelRows quantized rows of x, see generic/many_rows.h.
+constexpr int kPanelRows = 12;
+struct Panel {
+  int8_t* x;
+  float* scale;  // [chunks][4][kPanelRows]
+  float* sum;    // [chunks][kPanelRows]
+};
+
 // Rows 16 * block .. + 15 of y for all rows of x: out [rows][16].
 using BlockFunction = void (*)(const FewRows& call, int block, float* out);
 
@@ -101,6 +117,11 @@ constexpr int kCodeLanes = 32;  // rows at a time
 struct Kernels {
   const char* name;
   BlockFunction (*few_rows)(const FewRows& call);
+  // Many rows: a block of the weight of `call`, whose rows of x are not looked at; and `tile_blocks` blocks times a panel
+  // -> out [kPanelRows][16] of each. Weights of more than four bits have two sets of levels, those of a codebook one.
+  void (*levels)(const FewRows& call, int block, const BlockLevels& out);
+  void (*panel)(const Layout& layout, int sets, const BlockLevels* blocks, const Panel& panel, float* const* out);
+  int tile_blocks;
   // The same from float activations and weights, from `call.x_exact`.
   void (*exact)(const FewRows& call, const Weight& weight, int block, float* out);
   // A row of x, padded with zeros to the layout: x [columns] of `type` -> out [units][128].

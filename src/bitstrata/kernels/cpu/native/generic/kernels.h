@@ -5,6 +5,7 @@
 #include "codes.h"
 #include "decode.h"
 #include "few_rows.h"
+#include "many_rows.h"
 
 namespace bitstrata {
 namespace {
@@ -28,8 +29,9 @@ uint32_t read_bytes(const uint8_t* bytes, size_t count) {
 
 template <class S>
 constexpr Kernels kernels_of(const char* name) {
-  return {name, few_rows_function<S>, exact_block<S>, stage<S>, quantize<S>, decode_block<S>, decode_row<S>, convert<S>, read_bytes<S>,
-          choose_codes, rms_norm<S>, rotate<S>, activate<S>, attend<S>, dense_block<S>};
+  return {name, few_rows_function<S>, block_levels_of<S>, panel_product_of<S>, S::tile_blocks, exact_block<S>, stage<S>,
+          quantize<S>, decode_block<S>, decode_row<S>, convert<S>, read_bytes<S>, choose_codes, rms_norm<S>, rotate<S>,
+          activate<S>, attend<S>, dense_block<S>};
 }
 
 }  // namespace

@@ -4,12 +4,15 @@
 #include <arm_neon.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace bitstrata {
 namespace {  // every instruction set has its own Simd, and its own copies of what is built on it
 
 struct Simd {
   static constexpr int lanes = 1;
+  // Of a product of many rows: blocks, and rows of x, whose sums stay in registers.
+  static constexpr int tile_blocks = 1, panel_rows = 4;
   static constexpr int level_bias = 128;
   static constexpr int level_most = 255;
   static constexpr int level_max(int planes) { return planes == 3 ? 252 : 255; }
@@ -20,6 +23,11 @@ struct Simd {
   static V load(const void* p) { return vld1q_u8(static_cast<const uint8_t*>(p)); }
   static void store(void* p, V v) { vst1q_u8(static_cast<uint8_t*>(p), v); }
   static V repeat(const void* p) { return load(p); }
+  static V repeat_word(const void* p) {
+    uint32_t word;
+    std::memcpy(&word, p, 4);
+    return vreinterpretq_u8_u32(vdupq_n_u32(word));
+  }
   static V bytes(int value) { return vdupq_n_u8(static_cast<uint8_t>(value)); }
   static V upper_bytes() { return vreinterpretq_u8_u16(vdupq_n_u16(0xFF00)); }
   static V zero() { return vdupq_n_u8(0); }
@@ -46,7 +54,13 @@ struct Simd {
     return vreinterpretq_u8_s32(
         vdotq_s32(vreinterpretq_s32_u8(sum), vreinterpretq_s8_u8(levels), vreinterpretq_s8_u8(x)));
   }
-  static F sum4(F a, F b, F c, F d) { return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)); }
+  static F sum4(F a, F b, F c, F d) {
+    float64x2_t ab = vreinterpretq_f64_f32(vzip1q_f32(a, b)), cd = vreinterpretq_f64_f32(vzip1q_f32(c, d));
+    F first = vreinterpretq_f32_f64(vzip1q_f64(ab, cd)), second = vreinterpretq_f32_f64(vzip2q_f64(ab, cd));
+    ab = vreinterpretq_f64_f32(vzip2q_f32(a, b)), cd = vreinterpretq_f64_f32(vzip2q_f32(c, d));
+    F third = vreinterpretq_f32_f64(vzip1q_f64(ab, cd)), fourth = vreinterpretq_f32_f64(vzip2q_f64(ab, cd));
+    return vaddq_f32(vaddq_f32(vaddq_f32(first, second), third), fourth);
+  }
   static F repeat4(const float* p) { return vld1q_f32(p); }
 
   static V add16(V a, V b) {
@@ -68,6 +82,12 @@ struct Simd {
 
   static F to_float(V v) { return vcvtq_f32_s32(vreinterpretq_s32_u8(v)); }
   static V to_int(F v) { return vreinterpretq_u8_s32(vcvtnq_s32_f32(v)); }
+  // The lowest bytes of the elements of v, which fit there; of NaN anything.
+  static void store_bytes(int8_t* p, V v) {
+    const int16x4_t words = vqmovn_s32(vreinterpretq_s32_u8(v));
+    const int8x8_t bytes = vqmovn_s16(vcombine_s16(words, words));
+    std::memcpy(p, &bytes, 4);
+  }
   static F floats(float v) { return vdupq_n_f32(v); }
   static F load_float(const float* p) { return vld1q_f32(p); }
   static void store_float(float* p, F v) { vst1q_f32(p, v); }
@@ -82,7 +102,12 @@ struct Simd {
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
+  static F rounded(F a) {
+    asm("" : "+w"(a));
+    return a;
+  }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F max(F a, F b) { return vmaxq_f32(a, b); }
   static F abs(F a) { return vabsq_f32(a); }
   static F ratio(F a, F b) {
     return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(vdivq_f32(a, b)), vcgtq_f32(b, vdupq_n_f32(0))));

@@ -11,6 +11,8 @@ namespace {  // every instruction set has its own Simd, and its own copies of wh
 
 struct Simd {
   static constexpr int lanes = 1;
+  // Of a product of many rows: blocks, and rows of x, whose sums stay in registers.
+  static constexpr int tile_blocks = 1, panel_rows = 4;
   static constexpr int level_bias = 0;
   static constexpr int level_most = 255;
   static constexpr int level_max(int planes) { return planes == 3 ? 252 : 255; }
@@ -50,6 +52,11 @@ struct Simd {
   }
   static void store(void* p, const V& v) { std::memcpy(p, &v, 16); }
   static V repeat(const void* p) { return load(p); }
+  static V repeat_word(const void* p) {
+    V v;
+    for (int i = 0; i < 16; i += 4) std::memcpy(v.byte + i, p, 4);
+    return v;
+  }
   static V bytes(int value) {
     return make<uint8_t>([&](int) { return value; });
   }
@@ -96,7 +103,7 @@ struct Simd {
   }
   static F sum4(const F& a, const F& b, const F& c, const F& d) {
     const F* part[4] = {&a, &b, &c, &d};
-    return each([&](int i) { return (part[i]->at[0] + part[i]->at[1]) + (part[i]->at[2] + part[i]->at[3]); });
+    return each([&](int i) { return ((part[i]->at[0] + part[i]->at[1]) + part[i]->at[2]) + part[i]->at[3]; });
   }
   static F repeat4(const float* p) { return load_float(p); }
 
@@ -125,6 +132,10 @@ struct Simd {
   static V to_int(const F& v) {
     return make<int32_t>([&](int i) { return std::isfinite(v.at[i]) ? std::lrint(v.at[i]) : 0; });
   }
+  // The lowest bytes of the elements of v, which fit there; of NaN anything.
+  static void store_bytes(int8_t* p, const V& v) {
+    for (int i = 0; i < 4; ++i) p[i] = static_cast<int8_t>(word<int32_t>(v, i));
+  }
   static F floats(float v) { return {{v, v, v, v}}; }
   static F load_float(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
   static void store_float(float* p, const F& v) { std::memcpy(p, &v, sizeof(F)); }
@@ -149,8 +160,17 @@ struct Simd {
   static F mul(const F& a, const F& b) {
     return each([&](int i) { return a.at[i] * b.at[i]; });
   }
+  static F rounded(F a) {
+#if defined(__aarch64__)
+    for (float& value : a.at) asm("" : "+w"(value));
+#endif
+    return a;
+  }
   static F fma(const F& a, const F& b, const F& c) {
     return each([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
+  }
+  static F max(const F& a, const F& b) {
+    return each([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
   }
   static F abs(const F& a) {
     return each([&](int i) { return std::fabs(a.at[i]); });
