@@ -13,9 +13,10 @@ of the cache, rounded down by GROWTH.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from ...nn import Assignment
 from ..policy import RequestPolicy
 from .continuation import Continuation
 from .prefixes import Prefixes
@@ -35,17 +36,21 @@ class Running(Continuation):
 
 
 def admit(
-    waiting: Mapping[int, Running], prefixes: Prefixes, places: int, running: Collection[Running] = ()
+    waiting: Mapping[int, Running],
+    prefixes: Prefixes,
+    places: int,
+    running: Collection[Running],
+    bits_of: Callable[[Running], Assignment],
 ) -> Iterator[Running]:
     """Reserve room for up to `places` of those that wait, in their order; each is to be taken from `waiting`.
 
-    running: those that run, which may have computed the beginning of one that waits.
+    running: those that run, which may have computed the beginning of one that waits. bits_of: at what one would begin.
     """
     passed: list[Running] = []
     for item in list(waiting.values()):
         if not places or (passed and passed[0].overtaken >= OVERTAKEN):  # the first was overtaken most often
             return
-        if not prefixes.claim(item, item.handle._bits, running):
+        if not prefixes.claim(item, bits_of(item), running):
             passed.append(item)
             continue
         for other in passed:

@@ -247,7 +247,7 @@ class Engine:
             self._stalled = {item.handle.number for item in grow(self._running.values(), self._prefixes)}
             if not self._stalled:
                 places = self.max_requests - len(self._running)
-                for item in admit(self._waiting, self._prefixes, places, self._running.values()):
+                for item in admit(self._waiting, self._prefixes, places, self._running.values(), self._first_bits):
                     self._running[item.handle.number] = self._waiting.pop(item.handle.number)
                     self._prompt_tokens += len(item.tokens)
                     self._reused_tokens += item.reused
@@ -279,12 +279,7 @@ class Engine:
         """At what the running requests run in the round that begins now."""
         running, state = list(self._running.values()), self.limits.state
         asked = [item.handle._bits for item in running]
-        views = [
-            RequestView(bits.given, item.handle.request.min_bits, state.supported, len(item.new), item.entropy)
-            if isinstance(bits.given, int)
-            else None
-            for item, bits in zip(running, asked, strict=True)
-        ]
+        views = [self._view(item, bits) for item, bits in zip(running, asked, strict=True)]
         with self._changed:
             waiting = len(self._waiting)
         most = max((len(view.ladder) - 1 for view in views if view is not None), default=0)
@@ -293,6 +288,19 @@ class Engine:
             bits if view is None else state.resolve(view.lowered(item.policy(view)))
             for item, bits, view in zip(running, asked, views, strict=True)
         ]
+
+    def _view(self, item: Running, bits: Assignment) -> RequestView | None:
+        """What policies see of a request at `bits`; None for one on a plan, which none lowers."""
+        if not isinstance(bits.given, int):
+            return None
+        request, supported = item.handle.request, self.limits.state.supported
+        return RequestView(bits.given, request.min_bits, supported, len(item.new), item.entropy)
+
+    def _first_bits(self, item: Running) -> Assignment:
+        """At what the prompt of `item` would be computed if it began now."""
+        bits = item.handle._bits
+        view = self._view(item, bits)
+        return bits if view is None else self.limits.state.resolve(view.lowered(self._policy.start()(view)))
 
     def _run(self, batch: list[Segment]) -> None:
         items = [self._running[segment.owner] for segment in batch]
