@@ -1,4 +1,5 @@
-"""Whole models beside llama.cpp and torch: tokens a second of greedy decoding, one sequence, in one run, taking turns.
+"""Whole models beside llama.cpp and torch: tokens a second of greedy decoding, one sequence, and of a prompt's pass, in
+one run, taking turns.
 
     pip install .[peers]
     python benchmarks/model_peers.py [--shape llama-3.2-1b] [--threads 2] [--peers ours,torch,llama.cpp]
@@ -51,12 +52,16 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Contender:
-    """A model continuing a sequence. bytes: that one token reads. bits: which of our precisions it is compared to."""
+    """A model continuing a sequence. bytes: that one token reads. bits: which of our precisions it is compared to.
+
+    prompt: runs a prompt of so many tokens; afterwards `step` cannot be called any more.
+    """
 
     name: str
     bytes: int
     bits: int | None
     step: Callable[[], object]
+    prompt: Callable[[int], object]
 
 
 def main() -> None:
@@ -81,17 +86,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=64, help="tokens before the first that is timed")
     parser.add_argument("--tokens", type=int, default=16, help="in each turn")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompts that are timed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="two blocks, two short rounds: does everything run?")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.blocks, arguments.tokens, arguments.rounds = arguments.blocks or 2, 4, 2
+        arguments.prompt = min(arguments.prompt, 64)
     return arguments
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    for name in ("threads", "group_size", "context", "tokens", "rounds"):
+    for name in ("threads", "group_size", "context", "tokens", "rounds", "prompt"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     names = [name for name in arguments.peers.split(",") if name]
@@ -117,16 +124,19 @@ def _run(arguments: argparse.Namespace) -> None:
         contenders, close = _contenders(arguments, config, names, Path(folder))
         others, bandwidth = OtherProcesses(), Bandwidth(arguments.threads)
         timings = _race(contenders, arguments.rounds, arguments.tokens, bandwidth)
+        prompts = _race_prompts(contenders, min(arguments.rounds, 5), arguments.prompt)
         busy = others.cores()
         for function in close:
             function()
     rows = _compare(contenders, timings)
+    prompt_rows = _compare(contenders, prompts)
     head = f"{arguments.shape}, {config.num_hidden_layers} blocks, one sequence after {arguments.context} tokens"
     print(f"\n{_table(head, rows)}\n\nx bf16: speed over torch's. ours: our speed over this one's at the same bits")
+    print(f"\n{_table(f'a prompt of {arguments.prompt} tokens', prompt_rows)}\n")
     print(f"memory streams {bandwidth.bytes_per_second / 1e9:.1f} GB/s with {arguments.threads} threads")
     if warning := others.warning(busy):
         print(warning)
-    keys = ("shape", "threads", "group_size", "context", "tokens", "rounds", "seed", "quick")
+    keys = ("shape", "threads", "group_size", "context", "tokens", "rounds", "prompt", "seed", "quick")
     settings = {key: getattr(arguments, key) for key in keys} | {"blocks": config.num_hidden_layers}
     report = {
         "machine": machine,
@@ -135,6 +145,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "cores_busy_with_other_processes": round(busy, 2),
         "skipped": skipped,
         "results": rows,
+        "prompts": prompt_rows,
     }
     path = arguments.json
     if path is None and not arguments.quick:
@@ -174,13 +185,14 @@ def _contenders(
                 path,
                 vocabulary=config.vocab_size,
                 context=arguments.context,
-                most_tokens=arguments.context + arguments.rounds * (arguments.tokens + 1) + 1,
+                most_tokens=max(arguments.context + arguments.rounds * (arguments.tokens + 1), arguments.prompt) + 1,
+                prompt=arguments.prompt,
                 threads=arguments.threads,
             )
             if not (np.isfinite(scales.logits).all() and scales.logits.std() > 0):
                 raise CheckError(f"llama.cpp gives unusable logits with {kind}", hint="nothing is reported")
             close.append(scales.close)
-            found.append(Contender(f"llama.cpp {kind}", size, bits, scales.step))
+            found.append(Contender(f"llama.cpp {kind}", size, bits, scales.step, scales.prompt))
     return found, close
 
 
@@ -192,7 +204,7 @@ def _check_logits(name: str, model: PreTrainedModel, bits: int | None) -> None:
 
 
 def _contender(name: str, decoder: Decoder | SessionDecoder, bits: int | None) -> Contender:
-    return Contender(name, bytes_per_token(decoder.model, bits), bits, decoder.step)
+    return Contender(name, bytes_per_token(decoder.model, bits), bits, decoder.step, decoder.prompt)
 
 
 def _race(contenders: list[Contender], rounds: int, tokens: int, bandwidth: Bandwidth) -> list[Timing]:
@@ -208,6 +220,19 @@ def _race(contenders: list[Contender], rounds: int, tokens: int, bandwidth: Band
             started = time.perf_counter()
             for _ in range(tokens):
                 step()
+            times[index].append((time.perf_counter() - started) / tokens)
+    return [Timing(tuple(samples)) for samples in times]
+
+
+def _race_prompts(contenders: list[Contender], rounds: int, tokens: int) -> list[Timing]:
+    """Seconds a token of a prompt of `tokens`."""
+    shuffle = np.random.default_rng(1).permutation
+    times: list[list[float]] = [[] for _ in contenders]
+    for _ in range(rounds):
+        for index in shuffle(len(contenders)):
+            time.sleep(SETTLE)
+            started = time.perf_counter()
+            contenders[index].prompt(tokens)
             times[index].append((time.perf_counter() - started) / tokens)
     return [Timing(tuple(samples)) for samples in times]
 

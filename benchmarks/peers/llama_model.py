@@ -93,7 +93,9 @@ def _describe(writer: Any, config: PreTrainedConfig) -> None:
 class LlamaDecoder:
     """A sequence being continued greedily by llama.cpp, one token a step, after `context` tokens."""
 
-    def __init__(self, path: Path, *, vocabulary: int, context: int, most_tokens: int, threads: int) -> None:
+    def __init__(
+        self, path: Path, *, vocabulary: int, context: int, most_tokens: int, threads: int, prompt: int = 0
+    ) -> None:
         import llama_cpp
 
         self._library, self._vocabulary = llama_cpp, vocabulary
@@ -103,7 +105,7 @@ class LlamaDecoder:
         if not self._model:
             raise ResourceError(f"llama.cpp cannot load {path}", hint="is there enough memory?")
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch = most_tokens, context
+        params.n_ctx, params.n_batch = most_tokens, max(context, prompt)
         params.n_threads = params.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
@@ -112,6 +114,11 @@ class LlamaDecoder:
 
     def step(self) -> None:
         self._token = self._run([self._token])
+
+    def prompt(self, tokens: int) -> None:
+        """A prompt of so many tokens, in the place of the sequence."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        self._run([index % self._vocabulary for index in range(tokens)])
 
     def _run(self, tokens: list[int]) -> int:
         ids = (self._library.llama_token * len(tokens))(*tokens)

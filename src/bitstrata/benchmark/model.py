@@ -55,6 +55,13 @@ class SessionDecoder:
     def rewind(self) -> None:
         """It goes on where it was."""
 
+    def prompt(self, tokens: int) -> None:
+        """Another text of so many tokens, up to its first new one."""
+        ids = torch.arange(tokens).remainder(int(self.model.config.vocab_size)).tolist()
+        text = self._own.start(ids, self._bits, reuse="off", most=1, sampler=Sampler(0.0, 1.0, Random()))
+        self._own.step(text, self._bits)
+        self._own.finish(text)
+
 
 class Decoder:
     """The same through the model's own forward and a cache of transformers: of dense models."""
@@ -80,6 +87,12 @@ class Decoder:
 
     def rewind(self) -> None:
         """Start over where memory is bounded."""
+
+    def prompt(self, tokens: int) -> None:
+        """Another sequence of so many tokens, in the place of this one."""
+        self.cache = self._new_cache(tokens)
+        ids = torch.arange(tokens, device=self.model.device).remainder(int(self.model.config.vocab_size))
+        self.token = self._run(ids.unsqueeze(0))
 
 
 class StaticDecoder(Decoder):
