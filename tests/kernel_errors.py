@@ -18,11 +18,10 @@ from bitstrata.planes import Codebook, PlaneWeight, decode, group_count
 Check = Callable[[Tensor, Tensor, str], None]
 
 
-def int8_rows(kernel: Any) -> float:
-    """Up to how many rows `kernel` makes activations int8."""
-    if kernel.activations == "exact":
-        return 0
-    return float("inf") if kernel.steady_rows is None else kernel.steady_rows
+def int8_rows(kernel: Any, dtype: torch.dtype) -> float:
+    """Up to how many rows of `dtype` `kernel` makes activations int8."""
+    limit = kernel.steady(dtype)
+    return 0 if kernel.activations == "exact" else float("inf") if limit is None else limit
 
 
 def fewest_levels(kernel: Any) -> int:
@@ -37,7 +36,7 @@ def promise_of(kernel: Any, weight: PlaneWeight, bits: int) -> Check:
     def check(y: Tensor, x: Tensor, label: str) -> None:
         rows = x.shape[:-1].numel()
         label = f"{label} bits={bits} rows={rows}"
-        if 0 < rows <= int8_rows(kernel):
+        if 0 < rows <= int8_rows(kernel, x.dtype):
             assert_int8_close(y, x, weight, bits, fewest_levels(kernel), label)
         else:
             assert_linear_close(y, x, W, label)

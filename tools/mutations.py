@@ -54,7 +54,7 @@ MUTATIONS = [
              "        total[:, : max(1, groups - 1)] += more[:, : max(1, groups - 1)]", PLANES),
     # kernels, Python
     Mutation("few-rows", "16 rows go through the decoded weight", CPU,
-             "rows <= kernel.steady_rows", "rows < kernel.steady_rows",
+             "rows <= limit:", "rows < limit:",
              ("tests/kernels/test_instruction_sets.py", *KERNELS)),
     Mutation("table-padding", "padding of packed codebooks is not zero", CPU,
              "room.view(SCALE_DTYPE).zero_()[:", "room.view(SCALE_DTYPE)[:",
@@ -85,7 +85,7 @@ MUTATIONS = [
              "S::floats(2 / most)", "S::floats(2 / (most + 1))", ("tests/kernels/test_int8.py", *KERNELS)),
     Mutation("native-activations", "activations are scaled to 128, which a byte does not hold",
              f"{NATIVE}/generic/activations.h",
-             "used ? largest / 127 : 0", "used ? largest / 128 : 0",
+             "used ? all / 127 : 0", "used ? all / 128 : 0",
              ("tests/kernels/test_instruction_sets.py", *KERNELS)),
     Mutation("native-last-unit", "the last columns are not added up", f"{NATIVE}/generic/few_rows.h",
              "  if (late) finish(layout.units - 1, *tables);",

@@ -68,7 +68,7 @@ def test_int8_is_what_decoding_steps_compute(
     for row in found.results:
         mine = losses[int(row.bits)]
         assert row.nll == pytest.approx(sum(mine) / len(mine), rel=2e-3)
-    kernel = select("cpu", torch.float32).name
+    kernel = f"{select('cpu', torch.float32).name}-int8"
     assert (found.arithmetic, found.kernel) == ("int8", kernel)
     again = forced(monkeypatch, kernel, checkpoint, text, seq_len=seq_len, max_tokens=60)
     assert again.results == found.results
@@ -91,13 +91,14 @@ def test_exact_is_what_the_decoded_weights_compute(model: Path, quantized: Path,
 @native
 def test_by_default_it_is_what_runs_and_the_result_says_so(quantized: Path, text: Path) -> None:
     plain = select("cpu", torch.float32).name
-    by_default = evaluate(quantized, text, device="cpu")
-    exact = evaluate(quantized, text, arithmetic="exact", device="cpu")
-    for found, arithmetic, kernel in ((by_default, "int8", plain), (exact, "exact", f"{plain}-exact")):
-        assert (found.arithmetic, found.kernel) == (arithmetic, kernel)
+    many = evaluate(quantized, text, device="cpu")
+    assert (many.arithmetic, many.kernel) == ("exact", plain)
+    few = evaluate(quantized, text, seq_len=9, max_tokens=5, device="cpu")
+    assert (few.arithmetic, few.kernel) == ("int8", plain)
+    for found, arithmetic in ((many, "exact"), (few, "int8")):
         assert found.to_json()["arithmetic"] == arithmetic
-        assert f"in {arithmetic} arithmetic (kernel {kernel})" in str(found)
-        assert json.loads(json.dumps(found.to_json()))["kernel"] == kernel
+        assert f"in {arithmetic} arithmetic (kernel {plain})" in str(found)
+        assert json.loads(json.dumps(found.to_json()))["kernel"] == plain
 
 
 def test_a_forced_kernel_is_named_and_never_replaced(

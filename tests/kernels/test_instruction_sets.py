@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_linear_close, random_weight
 from instruction_sets import ISAS, kernel_of
-from kernel_errors import chunks_of, fewest_levels, int8_errors
+from kernel_errors import chunks_of, fewest_levels, int8_errors, promise_of
 
 from bitstrata.kernels import pack, registry
 from bitstrata.kernels.cpu import blocked as module
@@ -78,16 +78,23 @@ def test_exact_results_are_those_of_the_decoded_weight(isa, seed):
 
 
 @isas
-def test_the_plain_kernel_is_the_int8_one(isa, seed):
+def test_the_plain_kernel_is_the_int8_one_for_few_rows_and_the_decoded_weight_for_more(isa, seed):
+    """In float32; in 16 bits it is the int8 one for more as well."""
     for case in range(seed, seed + 4):
         weight, _ = random_problem(case)
         generator = torch.Generator().manual_seed(case)
         for rows, bits in ((1, 2), (module.FEW_ROWS, 5), (module.FEW_ROWS + 1, 3), (40, 8)):
             x = torch.randn(rows, weight.in_features, generator=generator)
             row_bits = torch.randint(1, 9, (rows,), generator=generator)
-            for chosen in (bits, row_bits):
-                y = kernel_of(isa).linear(x, weight, chosen)
-                assert torch.equal(y, kernel_of(isa, "int8").linear(x, weight, chosen))
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for chosen in (bits, row_bits):
+                    y = kernel_of(isa).linear(x.to(dtype), weight, chosen)
+                    if dtype != torch.float32 or rows <= module.FEW_ROWS:
+                        assert torch.equal(y, kernel_of(isa, "int8").linear(x.to(dtype), weight, chosen))
+                        continue
+                    for value in [bits] if chosen is bits else row_bits.unique().tolist():
+                        these = row_bits == value if chosen is row_bits else slice(None)
+                        promise_of(kernel_of(isa), weight, value)(y[these], x[these], f"case={case} rows={rows}")
 
 
 def evenly_spaced(bits, N, groups, generator):

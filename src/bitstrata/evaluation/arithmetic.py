@@ -43,7 +43,7 @@ class Ran:
         asked = None if held.bits_state is None else held.bits_state.arithmetic
         rows = x.shape[:-1].numel()
         kernel = held.packed.kernel_for(rows, x.dtype, asked)
-        self._arithmetics.add(kernel.arithmetic(rows))
+        self._arithmetics.add(kernel.arithmetic(rows, x.dtype))
         self._kernels.add(kernel.name)
 
     def names(self) -> tuple[str, str]:

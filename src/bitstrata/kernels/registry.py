@@ -30,6 +30,7 @@ class Kernel:
         steady_rows: calls of up to so many rows compute in `activations`, longer ones exactly and in another order of
             sums, so that a row's result depends on which side its call falls; None if it never does. Whoever batches
             the rows of several users must heed it.
+        steady_dtypes: of activations for which that holds; None for all. The others never do.
         runs: (device type, dtype of activations, forced) -> None if it can run there, else the reason in one clause.
         forced: somebody asked for this one by name.
     """
@@ -41,10 +42,16 @@ class Kernel:
     steady_rows: int | None
     runs: Callable[[str, torch.dtype, bool], str | None] = field(repr=False)
     forced: bool = False
+    steady_dtypes: frozenset[torch.dtype] | None = None
 
-    def arithmetic(self, rows: int) -> str:
-        """What a call of so many rows makes of the activations: "exact", or "int8"."""
-        return "exact" if self.steady_rows is not None and rows > self.steady_rows else self.activations
+    def steady(self, dtype: torch.dtype) -> int | None:
+        """`steady_rows` for activations of `dtype`."""
+        return self.steady_rows if self.steady_dtypes is None or dtype in self.steady_dtypes else None
+
+    def arithmetic(self, rows: int, dtype: torch.dtype = torch.float32) -> str:
+        """What a call of so many rows of `dtype` makes of the activations: "exact", or "int8"."""
+        limit = self.steady(dtype)
+        return "exact" if limit is not None and rows > limit else self.activations
 
     def can_run(self, device: str, dtype: torch.dtype) -> str | None:
         """None if it can run with tensors on a device of this type and such activations, else the reason."""
@@ -126,16 +133,16 @@ def of_layout(layout: str, name: str, device: str) -> Kernel:
     raise KernelError(f"no kernel here reads weights in the layout {layout!r} on {device}")
 
 
-def in_arithmetic(kernel: Kernel, arithmetic: str, rows: int) -> Kernel:
+def in_arithmetic(kernel: Kernel, arithmetic: str, rows: int, dtype: torch.dtype = torch.float32) -> Kernel:
     """`kernel` if it computes so many rows in this arithmetic, else its variant that does.
 
     Raises KernelError if there is none, or `kernel` was forced.
     """
-    if kernel.arithmetic(rows) == arithmetic:
+    if kernel.arithmetic(rows, dtype) == arithmetic:
         return kernel
     if kernel.forced:
         raise KernelError(
-            f"{ENVIRONMENT}={kernel.name} computes {rows} rows in {kernel.arithmetic(rows)} arithmetic, "
+            f"{ENVIRONMENT}={kernel.name} computes {rows} rows in {kernel.arithmetic(rows, dtype)} arithmetic, "
             f"not in {arithmetic}",
             hint=f"unset {ENVIRONMENT}",
         )

@@ -183,7 +183,7 @@ class Weight(ABC):
     def kernel_for(self, rows: int, dtype: torch.dtype, arithmetic: str | None = None) -> Kernel:
         """The kernel that multiplies so many rows of `dtype`; raises KernelError as `linear` does."""
         kernel = self.kernel if dtype in self.dtypes else registry.reference(dtype)
-        return kernel if arithmetic is None else registry.in_arithmetic(kernel, arithmetic, rows)
+        return kernel if arithmetic is None else registry.in_arithmetic(kernel, arithmetic, rows, dtype)
 
     def check_pages(self, bits: int, planes: Sequence[Tensor], scales: Scales) -> None:
         """Raise ValueError unless `with_pages` can use these: kernels trust the addresses they get."""

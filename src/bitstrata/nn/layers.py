@@ -21,7 +21,7 @@ def steady_rows(model: nn.Module, dtype: torch.dtype) -> int | None:
     A call of more rows may round differently, each row the same whatever the others are.
     """
     held = [layer if isinstance(layer, PlaneLinear) else layer.embedding for layer in multiplied_layers(model)]
-    limits = [module.packed.kernel_for(1, dtype).steady_rows for module in held]
+    limits = [module.packed.kernel_for(1, dtype).steady(dtype) for module in held]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

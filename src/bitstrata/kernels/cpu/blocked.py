@@ -116,7 +116,8 @@ class BlockedWeight(Weight):
         rows = x.shape[:-1].numel()
         if rows == 0:
             return [x.new_empty(*x.shape[:-1], weight.out_features) for weight in weights]
-        if kernel.steady_rows is None or rows <= kernel.steady_rows:
+        limit = kernel.steady(x.dtype)
+        if limit is None or rows <= limit:
             return _from_planes(x, rows, weights, bits, kernel)
         flat = x.reshape(rows, x.shape[-1])
         ys = [weight._from_tiles(flat, bits, kernel) for weight in weights]

@@ -1,7 +1,8 @@
 """The CPU kernels as the registry knows them: one for each instruction set, in three variants.
 
-    <isa>         int8 activations and byte levels, whatever the number of rows
-    <isa>-int8    the same under the name of its arithmetic
+    <isa>         int8 activations and byte levels, in 16-bit dtypes whatever the number of rows; in float32 more than
+                  FEW_ROWS as `-exact`, since who computes in float32 wants its digits
+    <isa>-int8    int8 activations and byte levels, whatever the number of rows and the dtype
     <isa>-exact   activations and weights as they are: up to FEW_ROWS rows from the planes in float32, more rows
                   through tiles of the decoded weight and the platform's matrix product
 
@@ -28,12 +29,13 @@ def cpu_kernels() -> list[Kernel]:
     for index, (isa, runs, needs) in enumerate(sets):
         reason = partial(_reason, None if runs else f"this processor lacks {needs}")
         for suffix, priority, activations, steady_rows in (
-            ("", 10 * (len(sets) - index), "int8", None),
+            ("", 10 * (len(sets) - index), "int8", FEW_ROWS),
             ("-int8", -1, "int8", None),
             ("-exact", -1, "exact", FEW_ROWS),
         ):
             name, layout = isa + suffix, BlockedWeight.layout
-            kernels.append(Kernel(name, layout, priority, activations, steady_rows, reason))
+            dtypes = frozenset({torch.float32}) if activations == "int8" else None
+            kernels.append(Kernel(name, layout, priority, activations, steady_rows, reason, steady_dtypes=dtypes))
     return kernels
 
 
