@@ -11,7 +11,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 # A user's `pip install` goes on without the kernels when they cannot be built; here that is an error, unless there is no compiler at all.
 export BITSTRATA_REQUIRE_NATIVE ?= $(if $(shell command -v $(CXX)),1,0)
 
-.PHONY: demo test test-slow test-browser fuzz speed check lint types format docs wheel sanitize cross clean
+.PHONY: demo test test-slow test-browser fuzz speed gpu-report check lint types format docs wheel sanitize cross clean
 
 demo: $(READY)  ## the main job on the bundled model, offline
 	$(BIN)/bitstrata demo
@@ -36,6 +36,10 @@ fuzz: SEED := $(or $(TEST_SEED),$(shell date +%s))
 fuzz: $(READY)  ## other random cases and more of them, of a new seed or of TEST_SEED
 	@echo "TEST_SEED=$(SEED)"
 	TEST_SEED=$(SEED) $(PYTEST) $(PARALLEL) -m "(random or fuzz) and not speed" --hypothesis-seed=$(SEED)
+
+# No environment is made: the machine has torch for CUDA and Triton, and this takes its Python.
+gpu-report:  ## all that a GPU is asked, in eight minutes at most: build/gpu-report.json
+	$(PYTHON) benchmarks/gpu_report.py
 
 check: $(READY)  ## what must be clean before a commit: .pre-commit-config.yaml, on all files
 	VENV="$(VENV)" PRE_COMMIT_HOME="$(abspath $(VENV))/pre-commit" $(BIN)/pre-commit run --all-files
