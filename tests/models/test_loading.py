@@ -41,7 +41,8 @@ def test_dtype_and_device_map_never_touch_planes_or_scales(dtype, device_map, ou
     for key, value in expected.items():
         assert torch.equal(model.state_dict()[key], value), key
     with torch.no_grad():
-        logits = model(ids, bits=3).logits
+        with bits_state(model).using(arithmetic="exact"):  # of these, float32 alone computes many rows so by itself
+            logits = model(ids, bits=3).logits
         assert logits.dtype == dtype
         gap = (logits.float() - reference(ids, bits=3).logits).abs().max()
     assert gap <= {torch.float32: 0.0, torch.bfloat16: 1.0, torch.float16: 0.1}[dtype]
