@@ -1,7 +1,9 @@
-"""Types of the native extension, native/module.cpp.
+"""Types of the native extension, native/module.cpp and step_module.cpp.
 
 Addresses are `Tensor.data_ptr()`; types are 0 fp32, 1 fp16, 2 bf16.
 """
+
+from typing import Any
 
 class Weight:
     def __init__(self, rows: int, columns: int, group_size: int, codebook: bool, bytes: bool) -> None: ...
@@ -14,7 +16,37 @@ class Weight:
     def unpack_plane(self, plane: int, words: int, threads: int) -> None: ...
     def pack_scales(self, bits: int, scale: int, offset: int, unit: int, out: int) -> None: ...
     def unpack_scales(self, bits: int, scale: int, offset: int, unit: int) -> None: ...
+    def decode_rows(self, isa: str, bits: int, index: int, count: int, out: int, type: int, threads: int) -> None: ...
     def decode(self, isa: str, bits: int, first: int, last: int, out: int, type: int, threads: int) -> None: ...
+
+class Step:
+    """A step of a whole model; the dictionaries have the names of native/step.h's members."""
+
+    def __init__(
+        self,
+        isa: str,
+        hidden: int,
+        blocks: list[dict[str, Any]],
+        last: dict[str, Any],
+        head: dict[str, Any],
+        logit_softcap: float,
+    ) -> None: ...
+    def set_caches(self, keys: list[int], values: list[int], type: int, tokens: int) -> None: ...
+    def run(
+        self,
+        x: int,
+        start: list[int],
+        position: list[int],
+        bits: int,
+        cosine: list[int],
+        sine: list[int],
+        first_block: int,
+        last_block: int,
+        wanted: list[int],
+        logits: int,
+        threads: int,
+        exact: bool,
+    ) -> None: ...
 
 def instruction_sets() -> tuple[tuple[str, bool, str], ...]: ...
 def read_all(address: int, bytes: int, threads: int) -> int: ...

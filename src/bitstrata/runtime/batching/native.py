@@ -276,7 +276,6 @@ class _Parts:
             "rotated": self.angles[rotary].width if rotary >= 0 else 0,
             "scale": width**-0.5 if call.scale is None else call.scale,
             "softcap": call.softcap or 0.0,
-            "sinks": 0,
             "activation": _activation(mlp.get("act_fn") or mlp.get("activation_fn")),
         }
 

@@ -8,11 +8,6 @@
 #include "threads.h"
 
 namespace bitstrata {
-namespace {
-
-size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
-
-}  // namespace
 
 void linear(const Kernels& kernels, const std::vector<const Weight*>& weights, const Activations& x, int bits,
             const int8_t* row_bits, const std::vector<void*>& y, int threads, bool exact) {

@@ -13,8 +13,6 @@ constexpr int kPassRows = 44 * kPanelRows;  // whose panels lie in memory at a t
 constexpr int kPartRows = 5 * kPanelRows;   // fewest for which a block's levels are made once more, so that every thread has work
 constexpr size_t kStagger = 192;  // between blocks: side by side in the cache, not in the same sets
 
-size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
-
 // Rows of x in the order of generic/many_rows.h.
 struct Panels {
   std::vector<int8_t> x, rest;

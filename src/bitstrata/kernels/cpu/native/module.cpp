@@ -16,6 +16,7 @@
 #include <thread>
 #include <tuple>
 
+#include "bindings.h"
 #include "dispatch.h"
 #include "layout.h"
 #include "linear.h"
@@ -28,16 +29,6 @@ namespace bitstrata {
 void bind_step(nb::module_& m);  // step_module.cpp
 
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Type type_of(int number) {
-  if (number < 0 || number > 2) throw std::invalid_argument("unknown type");
-  return static_cast<Type>(number);
-}
 
 void check_plane(int index) {
   if (index < 0 || index >= kMaxBits) throw std::out_of_range("planes are numbered 0 to 7");

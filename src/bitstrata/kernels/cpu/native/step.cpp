@@ -10,8 +10,6 @@
 namespace bitstrata {
 namespace {
 
-size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
-
 // Rows of numbers that products read: in the order of each layer's bits, or as they are for dense matrices.
 class Input {
  public:
@@ -41,14 +39,16 @@ class Input {
         if (int(forms_.size()) < used_) forms_.emplace_back();
         forms_[found].layout = &layer.planes->layout;
         forms_[found].order = order;
-        forms_[found].staged.resize(layer.planes->layout, rows, exact);
+        forms_[found].bits = 0;
       }
       form_[i] = found;
+      forms_[found].bits = std::max(forms_[found].bits, order.bits());
       orders_.resize(std::max(orders_.size(), i + 1), Order(nullptr, 0, 0));
       orders_[i] = std::move(order);
     }
     if (is_dense_) dense_.resize(size_t(rows) * columns_);
     for (int f = 0; f < used_; ++f) {
+      forms_[f].staged.resize(*forms_[f].layout, rows, exact, forms_[f].bits);
       forms_[f].place.resize(rows);
       for (int place = 0; place < rows; ++place) forms_[f].place[forms_[f].order.rows[place]] = place;
     }
@@ -69,6 +69,7 @@ class Input {
   struct Form {
     const Layout* layout = nullptr;
     Order order{nullptr, 0, 0};
+    int bits = 0;  // the highest among its layers
     Staged staged;
     std::vector<int> place;  // of each row
   };
@@ -246,7 +247,7 @@ struct Run {
     part.type = cache.type;
     part.first = int(rows.start[r] + rows.position[r] + 1 - used + piece * kPiece);
     part.count = int(std::min<int64_t>(kPiece, used - piece * kPiece));
-    part.heads = together, part.width = part.value_width = width;
+    part.heads = together, part.width = width;
     part.scale = block.scale, part.softcap = block.softcap;
     part.query = &memory.queries[(size_t(r) * block.heads + h * together) * padded(width)];
     part.most = &memory.piece_most[mine], part.total = &memory.piece_total[mine];
@@ -288,10 +289,9 @@ struct Run {
   void join(const Block& block, int r, float* out) const {
     const int width = block.width, wide = padded(width);
     for (int h = 0; h < block.heads; ++h, out += width) {
-      float most = block.sinks ? block.sinks[h] : -INFINITY, total = 0;
+      float most = -INFINITY, total = 0;
       for (int piece = memory.first_piece[r]; piece < memory.first_piece[r + 1]; ++piece)
         most = std::max(most, memory.piece_most[size_t(piece) * block.heads + h]);
-      if (block.sinks) total = std::exp(block.sinks[h] - most);
       std::fill_n(out, width, 0.0f);
       for (int piece = memory.first_piece[r]; piece < memory.first_piece[r + 1]; ++piece) {
         const size_t at = size_t(piece) * block.heads + h;

@@ -38,7 +38,6 @@ struct Block {
   int rotary = 0;    // which of the step's tables of angles; -1: positions are not turned
   int rotated = 0;   // numbers of a head that are turned
   float scale = 1, softcap = 0;
-  const float* sinks = nullptr;  // [heads]
   Activation activation = Activation::silu;
 
   int qkv_width() const { return (heads + 2 * key_heads) * width; }

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings.h"
 #include "dispatch.h"
 #include "step.h"
 
@@ -16,18 +17,8 @@ namespace bitstrata {
 namespace {
 
 template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <class T>
 T get(const nb::dict& from, const char* key) {
   return nb::cast<T>(from[key]);
-}
-
-Type type_of(int number) {
-  if (number < 0 || number > 2) throw std::invalid_argument("unknown type");
-  return static_cast<Type>(number);
 }
 
 Norm norm_of(const nb::dict& from) {
@@ -76,7 +67,6 @@ Block block_of(const nb::dict& from, int hidden) {
   block.width = get<int>(from, "width"), block.window = get<int>(from, "window");
   block.rotary = get<int>(from, "rotary"), block.rotated = get<int>(from, "rotated");
   block.scale = get<float>(from, "scale"), block.softcap = get<float>(from, "softcap");
-  block.sinks = at<const float>(get<uintptr_t>(from, "sinks"));
   block.activation = static_cast<Activation>(get<int>(from, "activation"));
 
   const int inner = block.down.columns();

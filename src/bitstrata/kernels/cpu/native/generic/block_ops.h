@@ -121,8 +121,7 @@ inline void totals_of_four(typename S::F a, typename S::F b, typename S::F c, ty
 
 // `Heads` queries of a group from `first` on, against the positions of a call; keys and values whole vectors wide.
 template <class S, int Heads, class Keys>
-void attend_heads(const Attend& call, int first, const Keys& keys, const Keys& values, int width, int value_width,
-                  float* scores) {
+void attend_heads(const Attend& call, int first, const Keys& keys, const Keys& values, int width, float* scores) {
   using F = typename S::F;
   constexpr int step = 4 * S::lanes, at_once = 4;
   const int count = call.count;
@@ -156,51 +155,50 @@ void attend_heads(const Attend& call, int first, const Keys& keys, const Keys& v
     call.most[first + h] = most;
     call.total[first + h] = total_of(total);
   }
-  for (int k = 0; k < value_width; k += step) {
+  for (int k = 0; k < width; k += step) {
     F sum[Heads];
     for (int h = 0; h < Heads; ++h) sum[h] = S::floats(0);
     for (int t = 0; t < count; ++t) {
-      const F value = values.load(size_t(t) * value_width + k);
+      const F value = values.load(size_t(t) * width + k);
       for (int h = 0; h < Heads; ++h) sum[h] = S::fma(S::floats(scores[size_t(h) * kPiece + t]), value, sum[h]);
     }
-    for (int h = 0; h < Heads; ++h) S::store_float(call.out + size_t(first + h) * padded(call.value_width) + k, sum[h]);
+    for (int h = 0; h < Heads; ++h) S::store_float(call.out + size_t(first + h) * padded(call.width) + k, sum[h]);
   }
 }
 
 template <class S, class Keys>
-void attend_all(const Attend& call, const Keys& keys, const Keys& values, int width, int value_width) {
+void attend_all(const Attend& call, const Keys& keys, const Keys& values, int width) {
   float scores[4 * kPiece];
   int head = 0;
-  for (; head + 4 <= call.heads; head += 4) attend_heads<S, 4>(call, head, keys, values, width, value_width, scores);
+  for (; head + 4 <= call.heads; head += 4) attend_heads<S, 4>(call, head, keys, values, width, scores);
   const int left = call.heads - head;
-  if (left == 3) attend_heads<S, 3>(call, head, keys, values, width, value_width, scores);
-  if (left == 2) attend_heads<S, 2>(call, head, keys, values, width, value_width, scores);
-  if (left == 1) attend_heads<S, 1>(call, head, keys, values, width, value_width, scores);
+  if (left == 3) attend_heads<S, 3>(call, head, keys, values, width, scores);
+  if (left == 2) attend_heads<S, 2>(call, head, keys, values, width, scores);
+  if (left == 1) attend_heads<S, 1>(call, head, keys, values, width, scores);
 }
 
 template <class S>
 void attend(const Attend& call) {
-  const int width = call.width, value_width = call.value_width;
-  const size_t first = size_t(call.first);
+  const int width = call.width;
   with_type<S>(call.type, call.keys, [&](auto keys) {
     auto values = keys;
     values.p = static_cast<decltype(values.p)>(call.values);
-    keys.p += first * width, values.p += first * value_width;
-    if (width % kWidth == 0 && value_width % kWidth == 0) {
-      attend_all<S>(call, keys, values, width, value_width);
+    keys.p += size_t(call.first) * width, values.p += size_t(call.first) * width;
+    if (width % kWidth == 0) {
+      attend_all<S>(call, keys, values, width);
       return;
     }
     // heads that vectors do not divide: as float32, padded with zeros
-    const int wide = padded(width), value_wide = padded(value_width);
+    const int wide = padded(width);
     thread_local std::vector<float> room;
-    room.assign(size_t(call.count) * (wide + value_wide), 0.0f);
+    room.assign(2 * size_t(call.count) * wide, 0.0f);
     float *wide_keys = room.data(), *wide_values = wide_keys + size_t(call.count) * wide;
-    for (int t = 0; t < call.count; ++t) {
-      for (int k = 0; k < width; ++k) wide_keys[size_t(t) * wide + k] = keys.one(size_t(t) * width + k);
-      for (int k = 0; k < value_width; ++k)
-        wide_values[size_t(t) * value_wide + k] = values.one(size_t(t) * value_width + k);
-    }
-    attend_all<S>(call, Floats<S>{wide_keys}, Floats<S>{wide_values}, wide, value_wide);
+    for (int t = 0; t < call.count; ++t)
+      for (int k = 0; k < width; ++k) {
+        wide_keys[size_t(t) * wide + k] = keys.one(size_t(t) * width + k);
+        wide_values[size_t(t) * wide + k] = values.one(size_t(t) * width + k);
+      }
+    attend_all<S>(call, Floats<S>{wide_keys}, Floats<S>{wide_values}, wide);
   });
 }
 

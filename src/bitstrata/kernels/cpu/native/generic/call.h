@@ -7,6 +7,7 @@
 namespace bitstrata {
 
 enum class Type { f32, f16, bf16 };
+constexpr size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
 // A weight in the blocked layout; the memory belongs to the caller.
 struct Weight {
@@ -104,13 +105,13 @@ enum class Activation { silu, gelu_tanh, gelu, relu };
 constexpr int kPiece = 256;
 constexpr int padded(int count) { return (count + 15) / 16 * 16; }
 struct Attend {
-  const void *keys, *values;  // [positions][width], [positions][value_width] of `type`
+  const void *keys, *values;  // [positions][width] of `type`
   Type type;
-  int first, count, heads, width, value_width;
+  int first, count, heads, width;
   float scale, softcap;  // softcap 0: none
   const float* query;    // [heads][width]
   float *most, *total;   // [heads]
-  float* out;            // [heads][value_width]
+  float* out;            // [heads][width]
 };
 
 // Codes of a group, column by column. `given`: start from the codes there are, see solvers/joint.py.
