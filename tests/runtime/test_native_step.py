@@ -176,6 +176,16 @@ def test_what_it_does_not_know_takes_the_modules(tmp_path):
     act, block.mlp.act_fn = block.mlp.act_fn, nn.Tanh()
     assert "Tanh" in reason()
     block.mlp.act_fn = act
+    rotary = model.model.rotary_emb
+    plain = type(rotary).forward
+
+    def needs_hidden_states(self, x, position_ids):
+        assert x.dim() == 3, "hidden states"
+        return plain(self, x, position_ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(rotary), "forward", needs_hidden_states)
+        assert "looking at its parts ends with AssertionError('hidden states'" in reason()
     forward = block.mlp.forward
     block.mlp.forward = lambda x: 1.1 * forward(x)  # what no look at the parts shows
     assert "differ from those of the modules" in reason()

@@ -153,10 +153,14 @@ class Forward:
         assert self._calls is not None
         try:
             step = NativeStep(self.model, self.pool, self._calls)
+            with self._state.using(arithmetic="exact"):
+                apart = max(self._probe(partial(self._distance, step)))
         except UnfitError as error:
             return None, str(error)
-        with self._state.using(arithmetic="exact"):
-            apart = max(self._probe(partial(self._distance, step)))
+        except Exception as error:  # a part that is called in a way of its own, say
+            if is_out_of_memory(error):
+                raise
+            return None, f"looking at its parts ends with {error!r}"
         if apart <= STEP_TOLERANCE[self.model.dtype]:
             return step, None
         return None, f"a block or the logits differ from those of the modules by {apart:.1%}"

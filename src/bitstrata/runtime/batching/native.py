@@ -90,7 +90,9 @@ class NativeStep:
             raise UnfitError(str(error)) from error
         self._blocks = len(parts.blocks)
         pairs = [pool.layer(index) for index in range(len(parts.blocks))]
-        if any(pair[0].dtype not in TYPES or pair[0].shape[2] != pair[1].shape[2] for pair in pairs):
+        if any(pair[0].dtype not in TYPES for pair in pairs):
+            raise UnfitError(f"keys are kept in {pairs[0][0].dtype}")
+        if any(pair[0].shape[2] != pair[1].shape[2] for pair in pairs):
             raise UnfitError("keys and values differ in width")
         self._pairs, self._pool, self._made_for = pairs, pool, pool.version
         keys, values = ([pair[side].data_ptr() for pair in pairs] for side in (0, 1))
