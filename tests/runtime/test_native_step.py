@@ -185,7 +185,7 @@ def test_what_it_does_not_know_takes_the_modules(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(rotary), "forward", needs_hidden_states)
-        assert "looking at its parts ends with AssertionError('hidden states'" in reason()
+        assert "looking at its parts ends with AssertionError" in reason()
     forward = block.mlp.forward
     block.mlp.forward = lambda x: 1.1 * forward(x)  # what no look at the parts shows
     assert "differ from those of the modules" in reason()
