@@ -61,9 +61,11 @@ class _Recorded:
 
 def recorded(kernel: str, call: Callable[[], object], monkeypatch: Any) -> _Recorded:
     """The arguments with which `call` launches `kernel`, a name in the package's launch module."""
-    record = _Recorded()
     with monkeypatch.context() as patched:
-        patched.setattr(launch, kernel, record)
+        for name, held in list(vars(launch).items()):
+            if isinstance(held, triton.JITFunction):
+                patched.setattr(launch, name, _Recorded())
+        record: _Recorded = getattr(launch, kernel)
         call()
     return record
 
@@ -82,6 +84,8 @@ def compile_for(capability: int, kernel: str, record: _Recorded, folder: Path) -
         elif isinstance(value, tuple):
             signature[name] = tuple(POINTERS[tensor.dtype] for tensor in value)
             attributes |= {(index, at): aligned for at in range(len(value))}
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(index,)] = aligned

@@ -97,3 +97,35 @@ def test_decoding(compiled, capability, kind):
     result = compiled(capability, "decode_rows", lambda: launch.decode(weight, 4, BF16))
     assert result.spills == 0
     assert result.registers <= 128
+
+
+ATTENTION = {  # query heads, key heads, width, dtype, the longest row
+    "8b": (32, 8, 128, BF16, 4096),
+    "8b-short": (32, 8, 128, BF16, 512),
+    "small": (9, 3, 64, BF16, 4096),
+    "wide": (8, 4, 256, FP16, 4096),
+    "fp32": (9, 3, 64, torch.float32, 4096),
+}
+
+
+@pytest.mark.parametrize(
+    ("capability", "case"), [*((90, case) for case in ATTENTION), *((80, case) for case in ("8b", "wide"))]
+)
+def test_attention(compiled, capability, case):
+    heads, key_heads, width, dtype, longest = ATTENTION[case]
+    rows, tokens = 4, 8192
+    keys, values = (torch.empty(key_heads, tokens, width, dtype=dtype, device="meta") for _ in range(2))
+    query = torch.empty(rows, heads, width, dtype=dtype, device="meta").transpose(0, 1)
+    new = torch.empty(rows, key_heads, width, dtype=dtype, device="meta").transpose(0, 1)
+    starts = torch.empty(rows, dtype=torch.int64, device="meta")
+
+    def attend():
+        launch.attend(query, keys, values, starts, starts, longest, 0.1, 0, 30.0)
+
+    result = compiled(capability, "attend_chunk", attend)
+    assert result.spills == 0
+    assert result.shared <= 99 * 1024  # two programs on a multiprocessor
+    results = [compiled(capability, "append_rows", lambda: launch.append(keys, values, new, new, starts, starts))]
+    if longest > launch.ATTENTION_CHUNK:
+        results.append(compiled(capability, "attend_whole", attend))
+    assert all(result.spills == 0 for result in results)

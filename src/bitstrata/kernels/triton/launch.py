@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from . import config as configs
+from .attention import append as append_rows
+from .attention import attend_chunk, attend_whole
 from .decoding import decode_rows, many_rows
 from .few_rows import few_rows_affine, few_rows_codebook
 from .tiled import CHUNK, TiledWeight
@@ -15,6 +17,8 @@ from .tiled import CHUNK, TiledWeight
 SIGN_BITS = 0x80008000 - (1 << 32)  # of the two halves of a word
 MINUS_ONE = {torch.float16: 0xBC00BC00 - (1 << 32), torch.bfloat16: 0xBF80BF80 - (1 << 32)}
 DECODE_WARPS = 4
+ATTENTION_CHUNK = 512  # positions that one program attends to
+ATTENTION_STEP = 16  # chunks that are put together at a time
 
 
 def _groups(weight: TiledWeight) -> dict[str, Any]:
@@ -108,3 +112,56 @@ def tiles(x: Tensor, weight: TiledWeight, bits: int, config: configs.ManyRows | 
         ROWS=config.rows, BLOCKS=config.blocks, WARPS=config.warps, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y
+
+
+def append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: Tensor, lengths: Tensor) -> None:
+    """As kernels.attention.append."""
+    key, value = _rows_together(key), _rows_together(value)
+    heads, rows, width = key.shape
+    append_rows[(rows, heads)](
+        key, value, keys, values, starts, lengths,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1), keys.stride(0), values.stride(0),
+        D=width, DV=value.shape[2], WIDTH=_power_of_two(max(width, value.shape[2])), num_warps=1,
+    )  # fmt: skip
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor,
+    longest: int, scale: float, window: int, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """As kernels.attention.attend; window 0: none."""
+    query = _rows_together(query)
+    heads, rows, width = query.shape
+    key_heads, width_v = keys.shape[0], values.shape[2]
+    chunks = _ceil(longest, ATTENTION_CHUNK)
+    if window:
+        chunks = min(chunks, _ceil(window - 1, ATTENTION_CHUNK) + 1)  # where it lies worst
+    out = torch.empty(rows, heads, width_v, dtype=query.dtype, device=query.device)
+    parts = sums = out  # anything: they are not used
+    if chunks > 1:
+        parts = torch.empty(rows, heads, chunks, width_v, dtype=torch.float32, device=query.device)
+        sums = torch.empty(rows, heads, chunks, 2, dtype=torch.float32, device=query.device)
+    widths: dict[str, Any] = {"DV": width_v, "WIDTH_V": max(16, _power_of_two(width_v))}
+    small = keys.element_size() * max(width, width_v) > 256  # two tiles in registers and shared memory
+    attend_chunk[(rows * key_heads, chunks)](
+        query, keys, values, starts, lengths, out, parts, sums,
+        query.stride(0), query.stride(1), keys.stride(0), values.stride(0), scale, softcap or 1.0,
+        HEADS=key_heads, GROUPS=heads // key_heads, WINDOW=window, CAPPED=softcap is not None, ALONE=chunks == 1,
+        D=width, WIDTH=max(16, _power_of_two(width)), **widths, ROWS=max(16, _power_of_two(heads // key_heads)),
+        STEP=32 if small else 64, CHUNK=ATTENTION_CHUNK, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if chunks > 1:
+        attend_whole[(rows, heads)](
+            parts, sums, lengths, out, chunks,
+            WINDOW=window, **widths, STEP=ATTENTION_STEP, CHUNK=ATTENTION_CHUNK, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _rows_together(x: Tensor) -> Tensor:
+    """x, its last dimension contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

@@ -31,6 +31,15 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def bound(x):
+    """x, a number, as the bound of a loop; the interpreter has arrays of one number, which Python's range refuses."""
+    if INTERPRETED:
+        return x.handle.data.item()
+    else:
+        return x
+
+
+@triton.jit
 def stored_column(column, group_size, WIDTH: tl.constexpr):
     """Where a column of groups padded to WIDTH is stored, and whether it is there at all."""
     group = column // WIDTH
