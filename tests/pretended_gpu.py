@@ -3,6 +3,9 @@
 What a real device refuses is refused here, so that a CPU-only assumption fails in the ordinary test run: operations
 on tensors of two devices, addresses and numpy arrays of device memory, a generator of the wrong device. Everything
 else computes on the CPU, with the same numbers. `Pretended.waits` has what would make the host wait for the device.
+
+A graph is the list of the operations that were recorded; a replay runs them again, over the same memory, and nothing of
+Python. What waits, or copies from the host, cannot be recorded.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bitstrata.kernels import attention as attention_kernels
 from bitstrata.kernels import ops, registry
 from bitstrata.kernels.triton import KERNEL, TiledWeight
 from bitstrata.planes import PlaneWeight, decode
@@ -134,14 +138,21 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], waits: lis
     masked = packet in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
     if crossing or (ours and (masked or packet in WAITING)):
         waits.append(str(function))
+        if Graph.recording is not None:
+            raise RuntimeError(f"{function}: operation not permitted when stream is capturing")
 
     given = {id(leaf.host): leaf for leaf in ours}  # what is changed in place is handed back as it came
     if asked is not None and there:
-        kwargs = {**kwargs, "device": torch.device("cpu"), "pin_memory": False}
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if kwargs.get("pin_memory") is not None:
+        kwargs = {**kwargs, "pin_memory": False}
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory" or packet is not aten._to_copy}
-    result = function(*map(_host, args), **{key: _host(value) for key, value in kwargs.items()})
+    on_host = tuple(map(_host, args)), {key: _host(value) for key, value in kwargs.items()}
+    result = function(*on_host[0], **on_host[1])
     if not there:
         return result
+    if Graph.recording is not None:
+        Graph.recording.operations.append((function, *on_host, result))
 
     def placed(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -157,6 +168,36 @@ def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
 
 def _host(value: Any) -> Any:
     return _mapped(lambda part: part.host if isinstance(part, DeviceTensor) else part, value)
+
+
+class Graph:
+    """In the place of torch.cuda.CUDAGraph."""
+
+    recording: ClassVar[Graph | None] = None
+    replays: ClassVar[int] = 0  # of all graphs
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    @classmethod
+    @contextlib.contextmanager
+    def capture(cls, graph: Graph, **_: object) -> Iterator[None]:
+        """torch.cuda.graph."""
+        assert cls.recording is None
+        cls.recording = graph
+        try:
+            yield
+        finally:
+            cls.recording = None
+
+    def replay(self) -> None:
+        Graph.replays += 1
+        for function, args, kwargs, results in self.operations:
+            again = function(*args, **kwargs)
+            pairs = zip(results, again, strict=True) if type(results) in SEQUENCES else [(results, again)]
+            for old, new in pairs:
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # not a view, nor in place
+                    old.copy_(new)
 
 
 class Pretended(TorchDispatchMode):
@@ -257,6 +298,7 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     def on_gpu(device: str, dtype: torch.dtype, forced: bool) -> str | None:
         return None if device == "cuda" else "a GPU"
 
+    stream = SimpleNamespace(wait_stream=lambda _: None, record=lambda: None, synchronize=lambda: None)
     with patch.context() as patched:
         for name, value in {
             "is_available": True,
@@ -269,9 +311,18 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
             "set_device": None,
             "synchronize": None,
             "empty_cache": None,
+            "graph_pool_handle": (0, 1),
+            "current_stream": stream,
+            "Stream": stream,
+            "Event": stream,
         }.items():
             patched.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
         patched.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patched.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        patched.setattr(torch.cuda, "CUDAGraph", Graph)
+        patched.setattr(torch.cuda, "graph", Graph.capture)
+        patched.setattr(attention_kernels, "append", attention_kernels.append_reference)
+        patched.setattr(attention_kernels, "attend", attention_kernels.attend_reference)
         patched.setattr(torch, "Generator", Generator)
         patched.setattr(nn.functional, "scaled_dot_product_attention", attention)
         patched.setattr(TiledWeight, "_product", product)

@@ -76,7 +76,7 @@ class Running:
         self.model, self.pool = model, TokenPool(tokens)
         self.forward = Forward(model, self.pool)
         self.forward.check()
-        self.step = self.forward._native
+        self.step = self.forward._step
         for layer in range(model.config.get_text_config().num_hidden_layers):
             for held in self.pool.layer(layer):
                 held.fill_(torch.nan)
@@ -87,10 +87,10 @@ class Running:
         assignments = [state.resolve(one) for one in bits]
         found, caches = [], []
         for step in (self.step, None):
-            self.forward._native = step
+            self.forward._step = step
             found.append(self.forward.run(tokens, spans, assignments))
             caches.append([held.clone() for layer in (0, 1) for held in self.pool.layer(layer)])
-        self.forward._native = self.step
+        self.forward._step = self.step
         for one, other in zip(*caches, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
         return found
@@ -203,7 +203,7 @@ def test_a_resized_model_runs_its_new_pages(tmp_path):
     assert not running.step.is_current
     after = running.forward.run([[5, 6]], [Span(place.start, 0, 2)], [bits_state(model).resolve(None)])
     running.step = None
-    running.forward._native = None
+    running.forward._step = None
     modules = running.forward.run([[5, 6]], [Span(place.start, 0, 2)], [bits_state(model).resolve(None)])
     torch.testing.assert_close(after, modules, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(after, before, atol=1e-2)

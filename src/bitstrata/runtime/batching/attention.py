@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...errors import BatchError
+from ...kernels import attention as kernels
 from .memory import TokenPool
 
 NAME = "bitstrata_batch"
@@ -72,6 +73,24 @@ class FlatBatch:
         return self.padded[window]
 
 
+@dataclass
+class RowBatch:
+    """A batch of one token a row, as a graph has it. starts, lengths, longest: as in kernels/attention.py."""
+
+    pool: TokenPool
+    starts: Tensor
+    lengths: Tensor
+    longest: int
+    calls = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        """query [1, H, rows, D], key and value [1, H / groups, rows, D] -> [1, rows, H, D']. settings: as kernels'."""
+        keys, values = self.pool.layer(layer)
+        where = keys, values, self.starts, self.lengths
+        kernels.append(keys, values, key[0], value[0], self.starts, self.lengths)
+        return kernels.attend(query[0], *where, longest=self.longest, **settings)[None]
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -82,7 +101,7 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    bitstrata_batch: FlatBatch | None = None,
+    bitstrata_batch: FlatBatch | RowBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, H / groups, T, D] of a flat batch -> [1, T, H, D].
@@ -100,6 +119,9 @@ def attend(
     if wanted or attention_mask is not None:
         what = ", ".join(wanted) or "a mask of its own"
         raise BatchError(f"attention with {what} cannot run in an engine's batches")
+    if isinstance(batch, RowBatch):
+        settings = {"scale": scaling, "window": sliding_window, "softcap": softcap}
+        return batch.attend(module.layer_idx, query, key, value, **settings), None  # type: ignore[arg-type]
     if batch.calls is not None:
         shape = key.shape[1], key.shape[3]
         batch.calls[int(module.layer_idx)] = AttentionCall(*shape, scaling, sliding_window, softcap, wanted)  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from ...nn import Assignment, bits_state, together
 from ...nn import steady_rows as kernels_steady_rows
 from ...progress import note
 from .attention import NAME, AttentionCall, FlatBatch, Span
+from .graph import GraphStep
 from .memory import BLOCK, TokenPool
 from .native import NativeStep, Seen, UnfitError, watching
 
@@ -65,7 +66,7 @@ class Forward:
         self._own_attention: str | None = None
         self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._calls: dict[int, AttentionCall] | None = None
-        self._native: NativeStep | None = None
+        self._step: NativeStep | GraphStep | None = None
         self.reason: str | None = None  # why steps go through the model's modules
 
     def attach(self) -> None:
@@ -85,13 +86,22 @@ class Forward:
 
     def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment]) -> Tensor:
         """Logits [spans, V] float32 after the last token of each span; each span's tokens run at its own bits."""
-        if self._native is not None and self._native.fits(sum(span.length for span in spans)):
-            with self._state.step(together(bits, [span.length for span in spans])):
-                if not self._native.is_current:
-                    assert self._calls is not None
-                    self._native = NativeStep(self.model, self.pool, self._calls)
-                return self._native.run(tokens, spans, bits)
+        if self._step is not None and self._step.fits(sum(span.length for span in spans)):
+            try:
+                with self._state.step(together(bits, [span.length for span in spans])):
+                    if not self._step.is_current:
+                        assert self._calls is not None
+                        self._step = type(self._step)(self.model, self.pool, self._calls)
+                    return self._step.run(tokens, spans, bits)
+            except UnfitError as error:
+                self._go_without_step(str(error))
         return self._through_modules(tokens, spans, bits)
+
+    def _go_without_step(self, reason: str) -> None:
+        self._step, self.reason = None, reason
+        what = "native call" if self.model.device.type == "cpu" else "graph"
+        kind = type(self.model).__name__
+        note(f"{kind} makes its tokens by its modules, not in one {what}, which is slower: {reason}")
 
     def _through_modules(
         self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment]
@@ -142,11 +152,13 @@ class Forward:
                 f"forward's by {apart:.1%}",
                 hint="its attention or positions work in a way that the engine does not know",
             )
-        if native is not None and self.model.device.type == "cpu":
-            self._native, self.reason = self._find_native()
-            if self.reason is not None:
-                kind = type(self.model).__name__
-                note(f"{kind} makes its tokens by its modules, not in one native call, which is slower: {self.reason}")
+        reason = None
+        if self.model.device.type == "cuda":
+            self._step, reason = self._find_graph()
+        elif native is not None and self.model.device.type == "cpu":
+            self._step, reason = self._find_native()
+        if reason is not None:
+            self._go_without_step(reason)
 
     def _find_native(self) -> tuple[NativeStep | None, str | None]:
         """The native step if it knows the model and computes what the modules do; else why not."""
@@ -164,6 +176,20 @@ class Forward:
         if apart <= STEP_TOLERANCE[self.model.dtype]:
             return step, None
         return None, f"a block or the logits differ from those of the modules by {apart:.1%}"
+
+    def _find_graph(self) -> tuple[GraphStep | None, str | None]:
+        """The same of the step as a graph."""
+        assert self._calls is not None
+        try:
+            step = GraphStep(self.model, self.pool, self._calls)
+            expected = torch.cat(self._probe(self._through_modules))
+            with self._state.step():
+                found = torch.cat(self._probe(step.run))
+        except UnfitError as error:
+            return None, str(error)
+        apart = float(((found - expected).norm() / expected.norm()).nan_to_num(torch.inf))
+        tolerance = STEP_TOLERANCE[torch.float32] if self.model.dtype == torch.float32 else PROBE_TOLERANCE
+        return (step, None) if apart <= tolerance else (None, f"its logits differ from the modules' by {apart:.1%}")
 
     def _distance(self, step: NativeStep, tokens: list[list[int]], spans: list[Span], bits: list[Assignment]) -> float:
         seen = Seen([], [], torch.empty(0), self.model.dtype)
