@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bitstrata.kernels import attention as attention_kernels
 from bitstrata.kernels import ops, registry
@@ -192,12 +192,13 @@ class Graph:
 
     def replay(self) -> None:
         Graph.replays += 1
-        for function, args, kwargs, results in self.operations:
-            again = function(*args, **kwargs)
-            pairs = zip(results, again, strict=True) if type(results) in SEQUENCES else [(results, again)]
-            for old, new in pairs:
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # not a view, nor in place
-                    old.copy_(new)
+        with _disable_current_modes():
+            for function, args, kwargs, results in self.operations:
+                again = function(*args, **kwargs)
+                pairs = zip(results, again, strict=True) if type(results) in SEQUENCES else [(results, again)]
+                for old, new in pairs:
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # not a view, nor in place
+                        old.copy_(new)
 
 
 class Pretended(TorchDispatchMode):
@@ -270,17 +271,21 @@ def attention(
 def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     """A machine with one GPU. Its kernel is the reference, from weights in the layout of the Triton kernels."""
 
-    kept: dict[int, Any] = {}  # a weight that a caller holds, by identity: as stored, and decoded
+    # a weight, by its tensors, of which an op makes a new one at each call: these, as stored, and decoded
+    kept: dict[tuple[int, ...], Any] = {}
+
+    def kept_of(weight: TiledWeight) -> tuple[Any, PlaneWeight, dict[Any, Tensor]]:
+        tensors = *weight.planes, *weight.scales.values()
+        key = tuple(map(id, tensors))
+        if key not in kept:
+            kept[key] = tensors, weight.stored(), {}
+        return kept[key]
 
     def stored_of(weight: TiledWeight) -> PlaneWeight:
-        if id(weight) not in kept:
-            kept[id(weight)] = weight, weight.stored(), {}
-        stored: PlaneWeight = kept[id(weight)][1]
-        return stored
+        return kept_of(weight)[1]
 
     def dense_of(weight: TiledWeight, bits: int, dtype: torch.dtype) -> Tensor:
-        stored = stored_of(weight)
-        decoded: dict[Any, Tensor] = kept[id(weight)][2]
+        _, stored, decoded = kept_of(weight)
         if (bits, dtype) not in decoded:
             decoded[bits, dtype] = decode(stored, bits, dtype)
         return decoded[bits, dtype]
