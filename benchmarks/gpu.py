@@ -9,8 +9,8 @@ over the bandwidth of a copy, measured between the others. Several weights take 
 cache, because a model does not find its weights there either; all calls of a round are in one CUDA graph, as in
 serving, so that what is measured is the device and not Python. Each number is the median of rounds in which all take
 turns: planes at each bits, rows that take the bits in turn ("mixed"), torch's dense product in bf16 and fp32, and
-torch's int4 product. Then tokens a second of whole models over a static cache, a step one CUDA graph: at each bits, in
-bf16, and of one graph for all bits.
+torch's int4 product. Then tokens a second of whole models, a step one CUDA graph: at each bits as `generate` makes
+them, and in bf16 over transformers' static cache.
 
 Before a kernel is timed its result is compared with float64; if one is wrong nothing is reported and the exit code is
 5. The last line of standard output is one JSON object; --output FILE writes it there too.

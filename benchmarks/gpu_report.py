@@ -3,10 +3,10 @@
     make gpu-report                                    into build/gpu-report.json; needs torch for CUDA and Triton
     python benchmarks/gpu_report.py --output FILE      nothing has to be installed: src/ is used as it is
 
-Parts, in the order of their worth: what is there; kernels against float64; one row at 2, 3 and 4 bits beside the
-bandwidth of a copy; the same with the shapes of the programs searched first; a whole model, a step one graph, beside
-bf16. Each is a process with a limit of its own, so that one that fails or hangs leaves the others; FILE is written
-after each.
+Parts, in the order of their worth: what is there; kernels, and the step of a whole model, beside the CPU's results; one
+row at 2, 3 and 4 bits beside the bandwidth of a copy; the same with the shapes of the programs searched first; a whole
+model as `generate` runs it, a step one graph for all bits, beside bf16. Each is a process with a limit of its own, so
+that one that fails or hangs leaves the others; FILE is written after each.
 """
 
 from __future__ import annotations

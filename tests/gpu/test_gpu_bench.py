@@ -1,16 +1,18 @@
-"""`bitstrata bench` with device cuda, on a pretended one: everything but the capturing of graphs."""
+"""`bitstrata bench` with device cuda, on a pretended one."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from pretended_gpu import DeviceTensor, on_a_real_one
+from transformers import AutoModelForCausalLM
 
 import bitstrata
 from bitstrata.benchmark import bench, clock, linear, model, random_model, run, tune
@@ -18,6 +20,7 @@ from bitstrata.benchmark.model import StaticDecoder
 from bitstrata.cli.main import run as command
 from bitstrata.errors import CheckError
 from bitstrata.kernels.triton import TiledWeight, config
+from bitstrata.runtime.batching.graph import GraphStep
 
 QUICK = {"rounds": 1, "bits": "2,3"}
 TINY = {
@@ -56,8 +59,6 @@ def cache(tmp_path, monkeypatch):
 def small(gpu, monkeypatch):
     """The device, with sets of copies that a CPU gets through."""
     if is_pretended(gpu):
-        monkeypatch.setattr(clock, "captured", lambda work: work)
-        monkeypatch.setattr(model, "captured", lambda work: work)
         monkeypatch.setattr(clock, "device_seconds", host_seconds)
         monkeypatch.setattr(run, "bench_model", partial(model.bench_model, context=8, tokens=2, rounds=1))
         monkeypatch.setattr(linear, "MEMORY_BYTES", 1 << 14)
@@ -110,62 +111,46 @@ def test_a_wrong_kernel_is_not_timed(small, monkeypatch):
 @on_a_real_one
 def test_a_whole_model_and_a_checkpoint(small, checkpoint):
     result = bench(shapes="tiny", whole=True, head_bits=6, rows="1", regimes=["cache"], device=small, **QUICK)
-    names = ["tiny 2 bits", "tiny 3 bits", "tiny bf16", "tiny 2 bits, graph for any", "tiny 3 bits, graph for any"]
-    assert [row.name for row in result.models] == names
+    assert [row.name for row in result.models] == ["tiny 2 bits", "tiny 3 bits", "tiny bf16"]
     assert all(row.tokens_per_second > 0 and row.bytes > 0 for row in result.models)
-    assert result.models[0].bytes == result.models[3].bytes < result.models[1].bytes
-    assert [row.switch is None for row in result.models] == [True] * 3 + [False] * 2
+    assert result.models[0].bytes < result.models[1].bytes
+    assert [row.switch is None for row in result.models] == [False, False, True]
     result = bench(checkpoint, bits="2", rows="1", regimes=["cache"], rounds=1, device=small)
-    assert len(result.models) == 3
+    assert len(result.models) == 2
 
 
-@on_a_real_one
-def test_a_decoder_in_place_makes_the_tokens_of_generate(gpu, checkpoint):
-    """At bits of its own, and at those in a tensor that changes while the addresses stay."""
+def test_what_is_timed_is_what_generate_runs(gpu, checkpoint):
+    """The same step and cache, at all bits in turn, each of whose texts goes on where it was; a graph on a GPU."""
     loaded = bitstrata.load(checkpoint, device=gpu, dtype=torch.float32)
-    ids = torch.arange(8, device=gpu).unsqueeze(0)
-    held = torch.tensor([4], device=gpu)
-    shared = StaticDecoder(loaded, 8, held, room=4)
-    for bits in (4, 2):
-        settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        expected = loaded.generate(ids, bits=bits, max_new_tokens=4, **settings)[0, 8:].tolist()
-        own = StaticDecoder(loaded, 8, bits, room=4)
-        for scales in (own, shared):
-            held.fill_(bits)
-            scales.rewind()
-            if scales is shared:  # its prompt ran at 4 bits; the same keys and values as of `own` from here on
-                for mine, other in zip(scales.cache.layers, own.cache.layers, strict=True):
-                    mine.keys.copy_(other.keys)
-                    mine.values.copy_(other.values)
-                scales.token.copy_(own.first)
-            address = scales.token
-            made = [scales.token.item()]
-            for _ in range(3):
-                scales.step()
-                made.append(scales.token.item())
-            assert scales.token is address
-            assert made == expected
-            own.rewind()
+    ids = torch.arange(8).unsqueeze(0)
+    here = bitstrata.load(checkpoint, device="cpu", dtype=torch.float64)
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with ExitStack() as stack:
+        timed = model.decoders(loaded, 8, (4, 2), stack)
+        for _ in range(3):
+            for decoder in timed:
+                decoder.step()
+        assert isinstance(timed[0]._own._forward._step, GraphStep)
+        for bits, decoder in zip((4, 2), timed, strict=True):
+            assert decoder._text.new == here.generate(ids, bits=bits, max_new_tokens=4, **settings)[0, 8:].tolist()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_captured_step_survives_a_switch(checkpoint):
-    loaded = bitstrata.load(checkpoint, device="cuda:0", dtype=torch.bfloat16)
-    held = torch.tensor([4], device="cuda:0")
-    eager, graphed = (StaticDecoder(loaded, 8, held, room=4) for _ in range(2))
-    step = clock.captured(graphed.step)
-    for bits in (4, 2, 3, 4):
-        held.fill_(bits)
-        made = []
-        for scales, move in ((eager, eager.step), (graphed, step)):
-            scales.rewind()
-            tokens = []
-            for _ in range(3):
-                move()
-                tokens.append(scales.token.item())
-            made.append(tokens)
-        assert made[0] == made[1]
+def test_a_dense_decoder_in_place_makes_the_tokens_of_generate(gpu, source):
+    """Again after it was rewound, while the addresses stay."""
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = torch.arange(8).unsqueeze(0)
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = dense.generate(ids, max_new_tokens=4, **settings)[0, 8:].tolist()
+    decoder = StaticDecoder(dense.to(gpu), 8, room=4)
+    address = decoder.token
+    for _ in range(2):
+        decoder.rewind()
+        made = [decoder.token.item()]
+        for _ in range(3):
+            decoder.step()
+            made.append(decoder.token.item())
+        assert made == expected
+    assert decoder.token is address
 
 
 TUNE = ["bench", "--shapes", "48x128", "--bits", "2,3", "--regime", "cache", "--rounds", "1", "--tune", "--json"]
@@ -275,7 +260,7 @@ def test_the_benchmark_script(small, launched, script, tmp_path, capfd, monkeypa
         assert {rows: {row["name"] for row in wide if row["rows"] == rows} for rows in (1, 17)} == names
         by_name = {row["name"]: row for row in wide if row["rows"] == 17}
         assert by_name["3 bits"]["bytes"] < by_name["mixed bits"]["bytes"] < 2 * by_name["3 bits"]["bytes"]
-    assert len(report["models"]) == 5
+    assert len(report["models"]) == 3
     assert len(report["tuned"]) == 8
     assert any("int4" in note for note in report["notes"])
 

@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from ..runtime.batching import captured
+
 ROUND_SECONDS = 0.01  # a round on the CPU
 GRAPH_CALLS = 20  # at least so many in a graph
 
@@ -52,21 +54,8 @@ def _graph_timer(call: Callable[[int], object], copies: int) -> Callable[[], flo
             for index in range(copies):
                 call(index)
 
-    run = captured(work)
+    run, _ = captured(work)
     return lambda: device_seconds(run) / (around * copies)
-
-
-def captured(work: Callable[[], object]) -> Callable[[], None]:
-    """`work` as a CUDA graph: a function that runs it again. It runs once before, and nothing in it may wait."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles kernels, and lets libraries allocate what they keep
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 def device_seconds(run: Callable[[], object]) -> float:

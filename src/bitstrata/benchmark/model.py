@@ -18,8 +18,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from ..models import bytes_per_token
 from ..models.compat import set_cached_length
 from ..nn import bits_state
-from ..runtime.batching import Sampler, Session, session_of
-from .clock import captured, wait
+from ..runtime.batching import Sampler, Session, captured, session_of
+from .clock import wait
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ModelResult:
     """A model at `bits` (None: an unquantized twin in `name`). Times in seconds.
 
     bytes: that one token reads: planes and decoders of the quantized layers, and every other matrix.
-    switch: time of changing to these bits between two tokens; None for a dense model, and for a graph of its own.
+    switch: time of changing to these bits between two tokens; None for a dense model.
     """
 
     name: str
@@ -66,7 +66,7 @@ class SessionDecoder:
 class Decoder:
     """The same through the model's own forward and a cache of transformers: of dense models."""
 
-    def __init__(self, model: PreTrainedModel, context: int, bits: int | Tensor | None) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, bits: int | None) -> None:
         self.model, self.bits = model, bits
         self.cache = self._new_cache(context)
         ids = torch.arange(context, device=model.device).remainder(int(model.config.vocab_size)).unsqueeze(0)
@@ -96,21 +96,23 @@ class Decoder:
 
 
 class StaticDecoder(Decoder):
-    """The same in place, over a static cache with room for `room` tokens: a step can be captured in a CUDA graph.
+    """The same of a dense model in place, over a static cache with room for `room` tokens: a step is a CUDA graph."""
 
-    bits may be an integer tensor [1] on the model's device: a captured step then runs at what it holds at the time.
-    """
-
-    def __init__(self, model: PreTrainedModel, context: int, bits: int | Tensor | None, room: int) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, room: int) -> None:
         self.context, self.room = context, room
-        super().__init__(model, context, bits)
+        super().__init__(model, context, None)
         self.first = self.token.clone()
+        self._replay, _ = captured(self.in_place)
 
     def _new_cache(self, context: int) -> Cache:
         return StaticCache(config=self.model.config, max_cache_len=context + self.room)
 
-    def step(self) -> None:
+    def in_place(self) -> None:
+        """What is recorded."""
         self.token.copy_(self._run(self.token))
+
+    def step(self) -> None:
+        self._replay()
 
     def rewind(self) -> None:
         """Back to the end of the prompt; the addresses that a graph knows stay."""
@@ -120,14 +122,12 @@ class StaticDecoder(Decoder):
 
 @dataclass(frozen=True)
 class _Run:
-    """What is timed: `step` makes a token; `prepare` comes before a round. bits None: a dense model."""
+    """What is timed. bits None: a dense model."""
 
     label: str
     bits: int | None
     decoder: Decoder | SessionDecoder
-    step: Callable[[], object]
-    prepare: Callable[[], object]
-    switch: Callable[[], float] | None
+    switch: Callable[[], float] | None = None
 
 
 def bench_model(
@@ -143,24 +143,21 @@ def bench_model(
 ) -> list[ModelResult]:
     """Tokens a second of `model` at each of `bits`, and of `dense`, taking turns round by round.
 
-    On a CPU a step is what `generate` runs. On a GPU it is a CUDA graph: one for each of `bits`, and one more that runs
-    at any of them, whichever a tensor on the device holds, so that it survives a switch.
+    A step is what `generate` runs: a native call on a CPU, a CUDA graph on a GPU, the same at all bits. There `dense`
+    runs over transformers' static cache, a step a graph too.
     """
     speeds: list[list[float]] = []
     with ExitStack() as stack:
-        if model.device.type == "cuda":
-            contenders = _graph_runs(model, name, bits, dense, context, tokens)
-        else:
-            contenders = _eager_runs(model, name, bits, dense, context, stack)
+        contenders = _runs(model, name, bits, dense, context, tokens, stack)
         speeds = [[] for _ in contenders]
         for _ in range(rounds):
             for index, run in enumerate(contenders):
-                run.prepare()
-                run.step()
+                run.decoder.rewind()
+                run.decoder.step()
                 wait(model.device)
                 started = time.perf_counter()
                 for _ in range(tokens):
-                    run.step()
+                    run.decoder.step()
                 wait(model.device)
                 speeds[index].append(tokens / (time.perf_counter() - started))
     results = []
@@ -172,22 +169,23 @@ def bench_model(
     return results
 
 
-def _eager_runs(
+def _runs(
     model: PreTrainedModel,
     name: str,
     bits: Sequence[int],
     dense: PreTrainedModel | None,
     context: int,
+    tokens: int,
     stack: ExitStack,
 ) -> list[_Run]:
     """`stack` ends what holds the model."""
     runs = []
     for value, decoder in zip(bits, decoders(model, context, bits, stack), strict=True):
-        switch = partial(switch_time, model, value)
-        runs.append(_Run(f"{name} {value} bits", value, decoder, decoder.step, decoder.rewind, switch))
+        runs.append(_Run(f"{name} {value} bits", value, decoder, partial(switch_time, model, value)))
     if dense is not None:
-        own = Decoder(dense, context, None)
-        runs.append(_Run(f"{name} {dtype_name(dense)}", None, own, own.step, own.rewind, None))
+        on_gpu = dense.device.type == "cuda"
+        own = StaticDecoder(dense, context, tokens + 1) if on_gpu else Decoder(dense, context, None)
+        runs.append(_Run(f"{name} {dtype_name(dense)}", None, own))
     return runs
 
 
@@ -199,32 +197,6 @@ def decoders(
     if own is None:
         return [Decoder(model, context, value) for value in bits]
     return [SessionDecoder(own, context, value) for value in bits]
-
-
-def _graph_runs(
-    model: PreTrainedModel, name: str, bits: Sequence[int], dense: PreTrainedModel | None, context: int, tokens: int
-) -> list[_Run]:
-    room = tokens + 1
-
-    def run(label: str, value: int | None, decoder: StaticDecoder) -> _Run:
-        return _Run(f"{name} {label}", value, decoder, captured(decoder.step), decoder.rewind, None)
-
-    runs = [run(f"{value} bits", value, StaticDecoder(model, context, value, room)) for value in bits]
-    if dense is not None:
-        runs.append(run(dtype_name(dense), None, StaticDecoder(dense, context, None, room)))
-    anything = torch.tensor([max(bits)], dtype=torch.int32, device=model.device)
-    shared = StaticDecoder(model, context, anything, room)
-    step = captured(shared.step)
-
-    def prepare(value: int) -> None:
-        anything.fill_(value)
-        shared.rewind()
-
-    for value in bits:
-        switch = partial(_fill_time, anything, value)
-        label = f"{name} {value} bits, graph for any"
-        runs.append(_Run(label, value, shared, step, partial(prepare, value), switch))
-    return runs
 
 
 def dtype_name(model: PreTrainedModel) -> str:
@@ -242,14 +214,4 @@ def switch_time(model: nn.Module, bits: int, repeats: int = 1000) -> float:
         state.value = bits
         samples.append(time.perf_counter() - started)
     state.value = before
-    return statistics.median(samples)
-
-
-def _fill_time(held: Tensor, bits: int, repeats: int = 200) -> float:
-    """Seconds that the host takes to ask for other bits of a graph, the median of `repeats`."""
-    samples = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        held.fill_(bits)
-        samples.append(time.perf_counter() - started)
     return statistics.median(samples)

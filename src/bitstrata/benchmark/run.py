@@ -114,7 +114,8 @@ def bench(options: BenchOptions) -> Bench:
     """Check the kernels against float64, then time them.
 
     Of a checkpoint its layers' shapes and the whole model are measured, else layers of the shapes NxK that `shapes`
-    lists or that a known model has. On a GPU calls are timed in CUDA graphs, and whole models over a static cache.
+    lists or that a known model has. On a GPU calls are timed in CUDA graphs; whole models are run as `generate` runs
+    them.
 
     Raises:
         UsageError: arguments that cannot be used; KernelError, one of them, if there is nothing to tune.

@@ -3,6 +3,7 @@
 from .continuation import Continuation
 from .drafts import Drafts
 from .engine import Engine
+from .graph import captured
 from .prefixes import REUSE, check_reuse
 from .request import Event, Finished, Handle, Request, Token
 from .sampling import Sampler
@@ -22,6 +23,7 @@ __all__ = [
     "Sampler",
     "Session",
     "Token",
+    "captured",
     "check_reuse",
     "session_of",
 ]
