@@ -16,6 +16,7 @@ and their widths are known.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +35,19 @@ class TokenPool:
     """Room for the keys and values of `tokens` tokens, rounded up to whole blocks. Not thread-safe.
 
     version: changes when the tensors are others.
+
+    A model that cannot run in batches keeps something else: `states`, by where the range of each text starts
+    (alone.py). kept_as: what may be used again of a range that ended: any "beginning" of it, the "whole", "nothing".
     """
 
     version = 0
+    kept_as = "beginning"
 
     def __init__(self, tokens: int) -> None:
         self.tokens = _whole_blocks(tokens)
         self._free = [range(0, self.tokens)]  # ascending, never touching
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.states: dict[int, Any] = {}
 
     @property
     def used_tokens(self) -> int:
@@ -50,8 +56,9 @@ class TokenPool:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all layers' tensors."""
-        return sum(tensor.nbytes for pair in self._layers.values() for tensor in pair)
+        """Bytes of all layers' tensors, and of what texts have beside them."""
+        own: int = sum(state.bytes for state in list(self.states.values()))
+        return own + sum(tensor.nbytes for pair in self._layers.values() for tensor in pair)
 
     def reserve(self, tokens: int) -> range | None:
         """The first free range of `tokens`, rounded up to blocks; None if there is none now."""
@@ -73,6 +80,7 @@ class TokenPool:
 
     def release(self, taken: range) -> None:
         """Give back what `reserve` returned."""
+        self.states.pop(taken.start, None)
         self._free = self._free_without(taken)
 
     def grow(self, taken: range, used: int, tokens: int) -> range | None:
@@ -93,6 +101,8 @@ class TokenPool:
             self._free = before
             return None
         self.copy(taken, larger, used)
+        if taken.start in self.states and larger.start != taken.start:
+            self.states[larger.start] = self.states.pop(taken.start)
         return larger
 
     def copy(self, source: range, target: range, tokens: int) -> None:
@@ -172,4 +182,5 @@ class TokenPool:
     def clear(self) -> None:
         """Drop the tensors."""
         self._layers.clear()
+        self.states.clear()
         self.version += 1
