@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -138,6 +139,8 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], waits: lis
     masked = packet in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
     if crossing or (ours and (masked or packet in WAITING)):
         waits.append(str(function))
+        if Graph.warns:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
         if Graph.recording is not None:
             raise RuntimeError(f"{function}: operation not permitted when stream is capturing")
 
@@ -174,6 +177,7 @@ class Graph:
     """In the place of torch.cuda.CUDAGraph."""
 
     recording: ClassVar[Graph | None] = None
+    warns: ClassVar[bool] = False  # torch.cuda.set_sync_debug_mode
     replays: ClassVar[int] = 0  # of all graphs
 
     def __init__(self) -> None:
@@ -323,6 +327,8 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
         }.items():
             patched.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
         patched.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patched.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+        patched.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(Graph, "warns", mode == "warn"))
         patched.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         patched.setattr(torch.cuda, "CUDAGraph", Graph)
         patched.setattr(torch.cuda, "graph", Graph.capture)

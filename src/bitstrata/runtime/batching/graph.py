@@ -13,6 +13,9 @@ there is no memory, say; Forward goes on without graphs.
 
 from __future__ import annotations
 
+import itertools
+import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -29,7 +32,9 @@ from .memory import TokenPool
 from .native import UnfitError
 
 ROWS = (1, 2, 4, 8, 16)
-LENGTHS = (512, 2048, 8192, 32768)  # and no bound
+MOST_ROWS = ROWS[-1]
+LENGTHS = (512, 2048, 8192, 32768)  # and the whole cache
+SYNCHRONIZES = "called a synchronizing"  # what torch warns
 MOST = 16  # graphs at a time; the one that was not used for longest makes room
 
 T = TypeVar("T")
@@ -40,7 +45,8 @@ def captured(
 ) -> tuple[Callable[[], None], T]:
     """`work` as a CUDA graph of the current device: what runs it again, and its result, which each run writes anew.
 
-    It runs once before, and nothing in it may wait for the device.
+    It runs once before. Raises RuntimeError if it makes the host wait for the device: found then, since a recording
+    that breaks off leaves torch's allocator and random generators in disorder.
 
     Args:
         pool: of memory, shared with other graphs of the same stream; one of its own by default.
@@ -50,12 +56,38 @@ def captured(
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        work()  # compiles kernels, and lets libraries allocate what they keep
+        waits = _waits_of(work)  # compiles kernels too, and lets libraries allocate what they keep
+        if waits:
+            raise RuntimeError(f"the host waits for the device at {waits[0]}")
         # thread_local: what other threads do meanwhile, with other models, is no part of this
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             result = work()
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, result
+
+
+def _waits_of(work: Callable[[], object]) -> list[str]:
+    """Run `work`; where in the sources it made the host wait for the device, as torch warns on request."""
+    found: list[str] = []
+    thread, before = threading.get_ident(), torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
+            if SYNCHRONIZES not in str(message):
+                shown(message, category, filename, lineno, *rest)
+            elif threading.get_ident() == thread:
+                found.append(f"{filename}:{lineno}")
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.filterwarnings("always", message=f".*{SYNCHRONIZES}")
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")  # is a prototype, it says
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return found
 
 
 class GraphStep:
@@ -68,8 +100,7 @@ class GraphStep:
     """
 
     def __init__(self, model: PreTrainedModel, pool: TokenPool, calls: Mapping[int, AttentionCall]) -> None:
-        self._device = model.device
-        self._model, self._pool, self._state = model, pool, bits_state(model)
+        self._model, self._pool, self._state, self._device = model, pool, bits_state(model), model.device
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         if self._device.type != "cuda" or len(devices) > 1:
             raise UnfitError(f"the model is on {', '.join(sorted(map(str, devices)))}, not on one GPU")
@@ -80,10 +111,11 @@ class GraphStep:
             if (why := reason(pool.layer(layer)[0].dtype)) is not None:
                 raise UnfitError(why)
         self._version, self._made_for = self._state.version, pool.version
-        self._graphs: dict[tuple[int, int], _Recorded] = {}
+        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}  # what replays it, and its logits
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()  # a step that this takes the place of may still run
             self._stream, self._memory = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self._inputs = _Inputs(len(self._state.layers), self._device)
 
     @property
     def is_current(self) -> bool:
@@ -92,90 +124,88 @@ class GraphStep:
 
     def fits(self, rows: int) -> bool:
         """Whether one step takes so many tokens."""
-        return rows <= ROWS[-1]
+        return rows <= MOST_ROWS
 
     def run(self, tokens: Sequence[Sequence[int]], spans: Sequence[Span], bits: Sequence[Assignment]) -> Tensor:
-        """As Forward.run, of at most ROWS[-1] tokens; raises UnfitError if there is no graph and none can be made."""
+        """As Forward.run, of at most MOST_ROWS tokens; raises UnfitError if there is no graph and none can be made."""
         ids = [token for part in tokens for token in part]
         positions = [span.past + step for span in spans for step in range(span.length)]
         starts = [span.start for span in spans for _ in range(span.length)]
         choices = [one.choices[0] for one, span in zip(bits, spans, strict=True) for _ in range(span.length)]
         rows = next(rows for rows in ROWS if rows >= len(ids))
-        longest = next((length for length in LENGTHS if length > max(positions)), self._pool.tokens)
+        longest = min([length for length in LENGTHS if length > max(positions)] + [self._pool.tokens])
         with torch.cuda.device(self._device):
-            logits = self._graph(rows, min(longest, self._pool.tokens)).run(ids, positions, starts, choices)
+            replay, logits = self._graph(rows, longest)
+            self._inputs.send(ids, positions, starts, choices)
+            replay()
         if len(spans) == len(ids):
             return logits[: len(ids)].clone()  # the next replay writes there
-        ends = torch.tensor([span.length for span in spans]).cumsum(0) - 1
-        return torch.stack([logits[end] for end in ends.tolist()])
+        ends = itertools.accumulate(span.length for span in spans)
+        return torch.stack([logits[end - 1] for end in ends])
 
-    def _graph(self, rows: int, longest: int) -> _Recorded:
+    def _graph(self, rows: int, longest: int) -> tuple[Callable[[], None], Tensor]:
+        """For so many rows, none of which is longer than `longest`."""
         key = rows, longest
-        graph = self._graphs.pop(key, None)
-        if graph is None:
+        found = self._graphs.pop(key, None)
+        if found is None:
             if len(self._graphs) >= MOST:
-                torch.cuda.synchronize(self._device)  # the memory of what may still run is given to others
+                torch.cuda.synchronize()  # its memory is given to others
                 del self._graphs[next(iter(self._graphs))]
             try:
-                graph = _Recorded(self, rows, longest)
+                found = self._recorded(rows, longest)
             except Exception as error:
                 raise UnfitError(f"recording a graph of {rows} rows ends with {error!r}") from error
-        self._graphs[key] = graph  # the last is the latest
-        return graph
+        self._graphs[key] = found  # the last is the latest
+        return found
 
-
-class _Recorded:
-    """One graph, for `rows` rows none of which is longer than `longest`, and the buffers that it reads."""
-
-    def __init__(self, step: GraphStep, rows: int, longest: int) -> None:
-        state, device = step._state, step._device
-        self._rows, self._layers = rows, len(state.layers)
-        size = 4 * 8 * rows + self._layers * rows
-        self._here = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
-        self._there = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._sent = torch.cuda.Event()
-        self._columns: dict[Choice, Tensor] = {}
-        numbers, table = self._parts(self._there)
-        ids, positions, starts, lengths = numbers
-        batch = RowBatch(step._pool, starts, lengths, longest)
-        bits = BitsOfRows(table, [held[0] if len(held) == 1 else None for held in state.layers.values()])
-        # as padding has it, in the first run and in the one that is recorded
-        self._fill([], [], [], [state.resolve(None).choices[0]])
+    def _recorded(self, rows: int, longest: int) -> tuple[Callable[[], None], Tensor]:
+        ids, positions, starts, lengths = self._inputs.numbers[:, :rows]
+        batch = RowBatch(self._pool, starts, lengths, longest)
+        only = [held[0] if len(held) == 1 else None for held in self._state.layers.values()]
+        bits = BitsOfRows(self._inputs.bits[:, :rows], only)
+        self._inputs.send([], [], [], [self._state.resolve(None).choices[0]])  # nothing but padding
 
         def work() -> Tensor:
-            logits: Tensor = step._model(
+            logits: Tensor = self._model(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, bitstrata_batch=batch, bits=bits
             ).logits
             return logits[0].float()
 
-        self._replay, self._logits = captured(work, step._memory, step._stream)
+        return captured(work, self._memory, self._stream)
 
-    def run(
-        self, ids: Sequence[int], positions: Sequence[int], starts: Sequence[int], choices: Sequence[Choice]
-    ) -> Tensor:
-        """Logits [rows, V] float32, until the next run; what comes after the given rows is of no use."""
-        self._fill(ids, positions, starts, choices)
-        self._replay()
-        return self._logits
+
+class _Inputs:
+    """What graphs read, for MOST_ROWS rows: one buffer on the device, filled by one copy.
+
+    numbers: tokens, positions, starts, lengths, int64 [4, rows]. bits: int8 [layers, rows]. Each line begins at a
+    multiple of 16 bytes, which kernels are compiled for.
+    """
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        size = MOST_ROWS * (4 * 8 + layers)
+        self._layers = layers
+        self._here = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+        self._there = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._sent = torch.cuda.Event()
+        self._columns: dict[Choice, Tensor] = {}
+        self.numbers, self.bits = self._parts(self._there)
 
     def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens, positions, starts and lengths: int64 [4, rows]; bits: int8 [layers, rows]."""
-        split = 4 * 8 * self._rows
-        numbers, table = buffer[:split].view(torch.int64), buffer[split:].view(torch.int8)
-        return numbers.view(4, self._rows), table.view(self._layers, self._rows)
+        split = MOST_ROWS * 4 * 8
+        numbers, bits = buffer[:split].view(torch.int64), buffer[split:].view(torch.int8)
+        return numbers.view(4, MOST_ROWS), bits.view(self._layers, MOST_ROWS)
 
-    def _fill(
+    def send(
         self, ids: Sequence[int], positions: Sequence[int], starts: Sequence[int], choices: Sequence[Choice]
     ) -> None:
-        """Send these; padding runs at the bits of the first row."""
+        """Of each row; the rest is padding, at the bits of the first."""
         self._sent.synchronize()  # what is written over has arrived
-        numbers, table = self._parts(self._here)
-        padding = [0] * (self._rows - len(ids))
+        numbers, bits = self._parts(self._here)
+        padding = [0] * (MOST_ROWS - len(ids))
         lengths = [position + 1 for position in positions]
         numbers.copy_(torch.tensor([[*part, *padding] for part in (ids, positions, starts, lengths)]))
         columns = [self._column(choice) for choice in choices]
-        columns += [columns[0]] * (self._rows - len(columns))
-        table.copy_(torch.stack(columns, 1))
+        bits.copy_(torch.stack(columns + columns[:1] * (MOST_ROWS - len(columns)), 1))
         self._there.copy_(self._here, non_blocking=True)
         self._sent.record()
 
