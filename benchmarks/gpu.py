@@ -40,6 +40,8 @@ from bitstrata.errors import BitstrataError, UsageError
 from bitstrata.kernels import select
 from bitstrata.models.load import pick_device
 from bitstrata.plans import parse_bits
+from bitstrata.progress import notes as said
+from bitstrata.progress import own_notes
 
 LAYERS = "4096x14336,14336x4096,8192x28672,4096x4096"  # out_features x in_features
 GROUP_SIZE = 128
@@ -120,14 +122,17 @@ def layers(options: argparse.Namespace, bandwidth: Bandwidth, notes: list[str]) 
     return [result.beside(bandwidth.bytes_per_second) for result in results]
 
 
-def models(options: argparse.Namespace, bandwidth: Bandwidth) -> list[ModelResult]:
+def models(options: argparse.Namespace, bandwidth: Bandwidth, notes: list[str]) -> list[ModelResult]:
+    """notes: why steps were no graphs, if so, is added."""
     if options.model == "none":
         return []
     config, device = shape_config(options.model), options.device
     shape: dict[str, Any] = {"blocks": options.blocks, "device": device}
     planes = random_model(config, options.bits, group_size=GROUP_SIZE, head_bits=options.head_bits, **shape)
     dense = dense_model(config, **shape)
-    results = bench_model(planes, options.model, options.bits, bandwidth.bytes_per_second, dense=dense)
+    with own_notes():
+        results = bench_model(planes, options.model, options.bits, bandwidth.bytes_per_second, dense=dense)
+        notes += said()
     for result in results:
         print(f"{result.name:>40} {result.tokens_per_second:8.1f} tokens/s {result.share:6.1%} of ceiling", flush=True)
     return results
@@ -164,7 +169,7 @@ def measured(options: argparse.Namespace, kernel: str) -> dict[str, Any]:
         "group_size": GROUP_SIZE,
         "tuned": [asdict(item) for item in tuned],
         "linear": [asdict(result) for result in linear],
-        "models": [asdict(result) for result in models(options, bandwidth)],
+        "models": [asdict(result) for result in models(options, bandwidth, notes)],
         "blocks": options.blocks,
         "notes": notes,
     }

@@ -3,10 +3,10 @@
     make gpu-report                                    into build/gpu-report.json; needs torch for CUDA and Triton
     python benchmarks/gpu_report.py --output FILE      nothing has to be installed: src/ is used as it is
 
-Parts, in the order of their worth: what is there; kernels, and the step of a whole model, beside the CPU's results; one
-row at 2, 3 and 4 bits beside the bandwidth of a copy; the same with the shapes of the programs searched first; a whole
-model as `generate` runs it, a step one graph for all bits, beside bf16. Each is a process with a limit of its own, so
-that one that fails or hangs leaves the others; FILE is written after each.
+Parts, in the order of their worth: what is there; kernels against float64; steps of whole models, jobs and bench beside
+the CPU's results; one row at 2, 3 and 4 bits beside the bandwidth of a copy; the same with the shapes of the programs
+searched first; a whole model as `generate` runs it, a step one graph for all bits, beside bf16. Each is a process with a
+limit of its own, so that one that fails or hangs leaves the others; FILE is written after each.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ def parts(python: str, folder: Path) -> list[tuple[str, list[str], float]]:
     rows = ["--shapes", SHAPES, "--rows", "1,16", "--model", "none", "--rounds", "7"]
     tuning = ["--tune", "--shapes", "4096x14336,4096x4096", "--rows", "1", "--model", "none", "--rounds", "7"]
     whole = ["--shapes", "4096x4096", "--rows", "1", "--model", "llama-3.1-8b", "--rounds", "7"]
-    return [
-        ("environment", [python, "-m", "bitstrata.cli.main", "env", "--json"], 40),
-        ("correctness", [python, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels", "tests/gpu", "-x"], 110),
-        ("one row", [*gpu, *rows, "--output", str(folder / "rows.json")], 100),
-        ("tuned", [*gpu, *tuning, "--output", str(folder / "tuned.json")], 120),
-        ("whole model", [*gpu, *whole, "--output", str(folder / "whole.json")], 150),
+    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "--maxfail", "8"]
+    return [  # 480 seconds together
+        ("environment", [python, "-m", "bitstrata.cli.main", "env", "--json"], 30),
+        ("kernels", [*tests, "tests/kernels"], 70),
+        ("models", [*tests, "tests/gpu/test_gpu_step.py", "tests/gpu"], 80),
+        ("one row", [*gpu, *rows, "--output", str(folder / "rows.json")], 80),
+        ("tuned", [*gpu, *tuning, "--output", str(folder / "tuned.json")], 80),
+        ("whole model", [*gpu, *whole, "--output", str(folder / "whole.json")], 140),
     ]
 
 
