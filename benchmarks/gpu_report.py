@@ -5,8 +5,8 @@
 
 Parts, in the order of their worth: what is there; kernels against float64; steps of whole models, jobs and bench beside
 the CPU's results; one row at 2, 3 and 4 bits beside the bandwidth of a copy; the same with the shapes of the programs
-searched first; a whole model as `generate` runs it, a step one graph for all bits, beside bf16. Each is a process with a
-limit of its own, so that one that fails or hangs leaves the others; FILE is written after each.
+searched first; a whole model as `generate` runs it, a step one graph for all bits, beside bf16. Each is a process of its
+own with a limit, so that one that fails or hangs leaves the others; FILE is written after each.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = "4096x14336,14336x4096,8192x28672"
+MODELS = ("step", "runtime", "resize", "bench", "graphs", "quantize")  # tests, in the order of their worth
 SECONDS = 480.0  # in all
 
 
@@ -37,7 +38,7 @@ def parts(python: str, folder: Path) -> list[tuple[str, list[str], float]]:
     return [  # 480 seconds together
         ("environment", [python, "-m", "bitstrata.cli.main", "env", "--json"], 30),
         ("kernels", [*tests, "tests/kernels"], 70),
-        ("models", [*tests, "tests/gpu/test_gpu_step.py", "tests/gpu"], 80),
+        ("models", [*tests, *(f"tests/gpu/test_gpu_{name}.py" for name in MODELS)], 80),
         ("one row", [*gpu, *rows, "--output", str(folder / "rows.json")], 80),
         ("tuned", [*gpu, *tuning, "--output", str(folder / "tuned.json")], 80),
         ("whole model", [*gpu, *whole, "--output", str(folder / "whole.json")], 140),
