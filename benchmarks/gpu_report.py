@@ -5,8 +5,8 @@
 
 Parts, in the order of their worth: what is there; kernels against float64; steps of whole models, jobs and bench beside
 the CPU's results; one row at 2, 3 and 4 bits beside the bandwidth of a copy; the same with the shapes of the programs
-searched first; a whole model as `generate` runs it, a step one graph for all bits, beside bf16. Each is a process of its
-own with a limit, so that one that fails or hangs leaves the others; FILE is written after each.
+searched first; a whole model as `generate` runs it, a step one graph for all bits, beside bf16. Each is a process
+with a limit of its own, so that one that fails or hangs leaves the others; FILE is written after each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = "4096x14336,14336x4096,8192x28672"
-MODELS = ("step", "runtime", "resize", "bench", "graphs", "quantize")  # tests, in the order of their worth
+MODELS = ("step", "runtime", "resize", "bench", "quantize")  # tests, in the order of their worth
 SECONDS = 480.0  # in all
 
 
