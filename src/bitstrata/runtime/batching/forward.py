@@ -124,6 +124,16 @@ class Forward:
             ResourceError: there is no memory for it.
         """
         self._require_plain_attention()
+        whole, self.pool = self.pool, TokenPool(2 * BLOCK)  # which keeps what the model computes as it is
+        try:
+            self._check()
+            whole.make_as(self.pool)
+        finally:
+            self.pool = whole
+        if self._native is not None:
+            self._native.use(whole)
+
+    def _check(self) -> None:
         try:
             with bits_state(self.model).step():
                 apart = self._difference()

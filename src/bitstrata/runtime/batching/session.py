@@ -47,11 +47,11 @@ class Session:
     longest: the most tokens that a text may have here, its new ones included; None for any number.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, kv_cache_dtype: str = "auto") -> None:
         """Raises BatchError for an architecture that cannot run in batches, and what else Forward.check raises."""
         self.model = model
         self.longest = steady_context(model.config)
-        self._pool = TokenPool(2 * BLOCK)
+        self._pool = TokenPool(2 * BLOCK, kv_cache_dtype)
         self._forward = Forward(model, self._pool)
         self._steady = steady_rows(model)
         self._prefixes = Prefixes(self._pool, self._steady)
@@ -165,11 +165,14 @@ class _Holder:
 
 
 @contextmanager
-def session_of(model: PreTrainedModel) -> Iterator[Session | None]:
+def session_of(model: PreTrainedModel, kv_cache_dtype: str = "auto") -> Iterator[Session | None]:
     """The session of `model`, for the calling thread alone; None, with a note, if its architecture cannot have one.
 
+    kv_cache_dtype: as of Engine; a session that has another one ends.
+
     Raises:
-        UsageError: the model is not quantized, an engine holds it, or the thread is inside already.
+        UsageError: the model is not quantized, an engine holds it, the thread is inside already, or there is no such
+            kv_cache_dtype. BatchError, one of them: it is not "auto", and the architecture cannot have a session.
         ResourceError: there is no memory to run it.
     """
     holder: _Holder = model.__dict__.setdefault(HOLDER, _Holder())
@@ -179,7 +182,7 @@ def session_of(model: PreTrainedModel) -> Iterator[Session | None]:
         holder.user = threading.get_ident()
         try:
             with torch.no_grad():
-                found = _current(holder, model)
+                found = _current(holder, model, kv_cache_dtype)
                 if found is None:
                     yield None
                     return
@@ -197,14 +200,16 @@ def forget(model: PreTrainedModel) -> None:
         holder.lock.release()
 
 
-def _current(holder: _Holder, model: PreTrainedModel) -> Session | None:
-    made_of = _fingerprint(model)
+def _current(holder: _Holder, model: PreTrainedModel, kv_cache_dtype: str) -> Session | None:
+    made_of = (kv_cache_dtype, *_fingerprint(model))
     if made_of != holder.made_of:
         holder.session = holder.refused = None
     if holder.session is None and holder.refused is None:
         try:
-            holder.session = Session(model)
+            holder.session = Session(model, kv_cache_dtype)
         except BatchError as error:
+            if kv_cache_dtype != "auto":
+                raise
             holder.refused = error
             note(f"{error.message}; transformers' own generate is used, which is slower")
         holder.made_of = made_of
