@@ -132,13 +132,25 @@ struct Meanings {
  private:
   static void read(const Attend& call, const uint16_t* from, float* step, float* offset) {
     const float base = call.bits == 8 ? kByteBase : 0.0f;
-    from += 2 * size_t(call.first);
+    uint32_t both[kPiece];  // two bf16 are the upper halves of two floats
+    std::memcpy(both, from + 2 * size_t(call.first), size_t(call.count) * sizeof(uint32_t));
     for (int t = 0; t < call.count; ++t) {
-      step[t] = bfloat_to_float(from[2 * t]);
-      offset[t] = bfloat_to_float(from[2 * t + 1]) + base * step[t];
+      step[t] = float_of(both[t] << 16);
+      offset[t] = float_of(both[t] & 0xFFFF0000u) + base * step[t];
     }
   }
 };
+
+inline float largest_of(const float* values, int count) {
+  float most[kWidth];
+  for (int j = 0; j < kWidth; ++j) most[j] = values[0];
+  int t = 0;
+  for (; t + kWidth <= count; t += kWidth)
+    for (int j = 0; j < kWidth; ++j) most[j] = values[t + j] > most[j] ? values[t + j] : most[j];
+  for (; t < count; ++t) most[0] = values[t] > most[0] ? values[t] : most[0];
+  for (int j = 1; j < kWidth; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
+  return most[0];
+}
 
 inline float dot_of(const float* a, const float* b, int count) {
   float sums[kWidth] = {};
@@ -147,6 +159,27 @@ inline float dot_of(const float* a, const float* b, int count) {
     for (int j = 0; j < kWidth; ++j) sums[j] += a[k + j] * b[k + j];
   for (; k < count; ++k) sums[0] += a[k] * b[k];
   return total_of(sums);
+}
+
+// `Vectors` of numbers from k on of what `Heads` queries see: values times scores, added up position by position.
+template <class S, int Heads, int Vectors, class Values>
+void weigh(const Attend& call, int first, const Values& values, int k, int stride, const float* lift, const float* scores) {
+  using F = typename S::F;
+  constexpr int step = 4 * S::lanes;
+  F sum[Heads][Vectors];
+  for (int h = 0; h < Heads; ++h)
+    for (int v = 0; v < Vectors; ++v) sum[h][v] = S::floats(lift[h]);
+  for (int t = 0; t < call.count; ++t) {
+    F value[Vectors];
+    for (int v = 0; v < Vectors; ++v) value[v] = values.load(size_t(t) * stride + k + v * step);
+    for (int h = 0; h < Heads; ++h) {
+      const F score = S::floats(scores[size_t(h) * kPiece + t]);
+      for (int v = 0; v < Vectors; ++v) sum[h][v] = S::fma(score, value[v], sum[h][v]);
+    }
+  }
+  for (int h = 0; h < Heads; ++h)
+    for (int v = 0; v < Vectors; ++v)
+      S::store_float(call.out + size_t(first + h) * padded(call.width) + k + v * step, sum[h][v]);
 }
 
 // `Heads` queries of a group from `first` on, against the positions of a call; keys and values whole vectors wide,
@@ -171,7 +204,7 @@ void attend_heads(const Attend& call, const Meanings* meanings, int first, const
     for (int h = 0; h < Heads; ++h) {
       float total[4];
       totals_of_four<S>(sum[h][0], sum[h][1], sum[h][2], sum[h][3], total);
-      for (int i = 0; i < at_once && t + i < count; ++i) scores[size_t(h) * kPiece + t + i] = total[i] * call.scale;
+      for (int i = 0; i < at_once; ++i) scores[size_t(h) * kPiece + t + i] = total[i] * call.scale;  // kPiece is in fours
     }
   }
   float lift[Heads] = {};  // of every number of a head: what offsets add
@@ -179,15 +212,16 @@ void attend_heads(const Attend& call, const Meanings* meanings, int first, const
     float* score = scores + size_t(h) * kPiece;
     if constexpr (Coded) {
       const float* own = query + size_t(h) * padded(call.width);
-      float sum = 0;
-      for (int k = 0; k < width; ++k) sum += own[k];
-      sum *= call.scale;
+      float sums[kWidth] = {};
+      for (int k = 0; k < width; k += kWidth)
+        for (int j = 0; j < kWidth; ++j) sums[j] += own[k + j];
+      const float sum = total_of(sums) * call.scale;
       for (int t = 0; t < count; ++t) score[t] = meanings->key_step[t] * score[t] + meanings->key_offset[t] * sum;
     }
     if (call.softcap > 0)
       for (int t = 0; t < count; ++t) score[t] = call.softcap * tanh_of(score[t] / call.softcap);
-    float most = score[0], total[kWidth] = {};
-    for (int t = 1; t < count; ++t) most = score[t] > most ? score[t] : most;
+    const float most = largest_of(score, count);
+    float total[kWidth] = {};
     int t = 0;
     for (; t + kWidth <= count; t += kWidth)
       for (int j = 0; j < kWidth; ++j) total[j] += score[t + j] = exp_of(score[t + j] - most);
@@ -199,15 +233,10 @@ void attend_heads(const Attend& call, const Meanings* meanings, int first, const
       for (t = 0; t < count; ++t) score[t] *= meanings->value_step[t];
     }
   }
-  for (int k = 0; k < width; k += step) {
-    F sum[Heads];
-    for (int h = 0; h < Heads; ++h) sum[h] = S::floats(lift[h]);
-    for (int t = 0; t < count; ++t) {
-      const F value = values.load(size_t(t) * stride + k);
-      for (int h = 0; h < Heads; ++h) sum[h] = S::fma(S::floats(scores[size_t(h) * kPiece + t]), value, sum[h]);
-    }
-    for (int h = 0; h < Heads; ++h) S::store_float(call.out + size_t(first + h) * padded(call.width) + k, sum[h]);
-  }
+  constexpr int wide = Heads > 2 ? 2 : 4;  // sums that do not wait for each other
+  int k = 0;
+  for (; k + wide * step <= width; k += wide * step) weigh<S, Heads, wide>(call, first, values, k, stride, lift, scores);
+  for (; k < width; k += step) weigh<S, Heads, 1>(call, first, values, k, stride, lift, scores);
 }
 
 template <class S, bool Coded, class Keys>

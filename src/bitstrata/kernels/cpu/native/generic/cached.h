@@ -10,12 +10,25 @@
 namespace bitstrata {
 namespace {
 
+// Sums and differences of neighbours `Half` apart, if they are in one block.
+template <int Half>
+inline void mix_by(float* head, int width, int block) {
+  if (Half >= block) return;
+  for (int first = 0; first < width; first += 2 * Half) {
+    float* at = head + first;
+    float sum[Half], difference[Half];
+    for (int j = 0; j < Half; ++j) sum[j] = at[j] + at[j + Half], difference[j] = at[j] - at[j + Half];
+    for (int j = 0; j < Half; ++j) at[j] = sum[j], at[j + Half] = difference[j];
+  }
+}
+
 // Walsh-Hadamard transforms, orthonormal, of as many neighbours as the largest power of two that divides the width: its
 // own inverse.
 template <class S>
 void mix(float* head, int width) {
   const int block = width & -width;
-  for (int half = 1; half < block; half *= 2)
+  mix_by<1>(head, width, block), mix_by<2>(head, width, block), mix_by<4>(head, width, block), mix_by<8>(head, width, block);
+  for (int half = 16; half < block; half *= 2)
     for (int first = 0; first < width; first += 2 * half)
       for (int j = first; j < first + half; ++j) {
         const float one = head[j], other = head[j + half];
