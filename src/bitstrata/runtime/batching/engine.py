@@ -63,7 +63,8 @@ class Engine:
     `limits` says what requests it can take.
 
     Raises:
-        UsageError: a model that is not quantized or that another engine holds; numbers that cannot be used.
+        UsageError: a model that is not quantized or that another engine holds; numbers or a kv_cache_dtype that
+            cannot be used.
             BatchError, one of them: a model whose architecture cannot run in batches.
         ResourceError: there is no memory for the cache, or for a batch.
     """
