@@ -129,7 +129,6 @@ def speed(ids: list[int], arguments: argparse.Namespace) -> list[dict[str, Any]]
             for _ in range(arguments.rounds):
                 for kind, model in models.items():
                     with session_of(model, kind) as own:
-                        assert own is not None
                         assigned = bits_state(model).resolve(bits)
                         item = own.start(ids[:history], assigned, most=4096, sampler=Sampler(0.0, 1.0, Random(0)))
                         own.step(item, assigned)

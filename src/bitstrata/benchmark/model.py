@@ -198,7 +198,7 @@ def decoders(
 ) -> Sequence[SessionDecoder | Decoder]:
     """One for each of `bits`, all of the same quantized model, as `generate` runs it until `stack` is closed."""
     own = stack.enter_context(session_of(model, kv_cache_dtype))
-    if own is None:
+    if not own.drafts:  # nothing can be taken back
         return [Decoder(model, context, value) for value in bits]
     return [SessionDecoder(own, context, value) for value in bits]
 

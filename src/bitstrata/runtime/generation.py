@@ -166,7 +166,8 @@ def continue_tokens(
     made, reused = None, 0
     if chosen is not None:
         with session_of(model, kv_cache_dtype) as own:
-            if own is not None and (own.longest is None or len(ids) + new_tokens <= own.longest):
+            long = own.longest is not None and len(ids) + new_tokens > own.longest
+            if not long and (own.drafts or settings.draft_bits is None):
                 item = _by_session(own, ids, new_tokens, ends, chosen, settings, clock, reuse)
                 made, reused = item.new, item.reused
     if made is None:
@@ -241,7 +242,7 @@ def _by_transformers(
     settings: GenerationSettings,
     clock: _Clock,
 ) -> list[int]:
-    """The same by transformers' generate: of dense models, and of those that cannot run in batches."""
+    """The same by transformers' generate: of dense models, and of drafts for models that cannot run in batches."""
     extra: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     random_numbers: AbstractContextManager[None] = nullcontext()
     if settings.temperature > 0:

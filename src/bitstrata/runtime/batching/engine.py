@@ -31,8 +31,9 @@ from ...nn import Assignment, bits_state
 from ...torch_state import ordinary_torch
 from ..policy import LoadView, Policy, RequestView
 from .admission import Running, admit, grow
+from .alone import passes
 from .continuation import advance, pick
-from .forward import Forward, steady_rows
+from .forward import steady_rows
 from .memory import BLOCK, TokenPool
 from .packing import Segment, pack
 from .prefixes import Prefixes
@@ -64,8 +65,7 @@ class Engine:
 
     Raises:
         UsageError: a model that is not quantized or that another engine holds; numbers or a kv_cache_dtype that
-            cannot be used.
-            BatchError, one of them: a model whose architecture cannot run in batches.
+            cannot be used. BatchError, one of them: a kv_cache_dtype for a model that cannot run in batches.
         ResourceError: there is no memory for the cache, or for a batch.
     """
 
@@ -117,13 +117,8 @@ class Engine:
         self._finished = Counter(dict.fromkeys(REASONS, 0))
         self._tokens_by_bits: Counter[str] = Counter()
         self._pace = Pace()
-        self._forward = Forward(model, self._pool)
-        try:
-            with ordinary_torch(), torch.no_grad():
-                self._forward.check()
-        except BaseException:
-            self._forward.detach()
-            raise
+        with ordinary_torch(), torch.no_grad():
+            self._forward = passes(model, self._pool)
         self._thread = threading.Thread(target=self._work, name="bitstrata-engine", daemon=True)
         self._thread.start()
 
@@ -268,7 +263,8 @@ class Engine:
             for (number, item), bits in zip(self._running.items(), self._bits(started), strict=True)
             if number not in self._stalled
         ]
-        for batch in pack(segments, self.max_batch_tokens, self._steady):
+        most = self.max_batch_tokens if self._forward.splits else self._pool.tokens
+        for batch in pack(segments, most, self._steady):
             try:
                 self._run(batch)
             except Exception as error:  # out of memory, say: these requests end, the others go on

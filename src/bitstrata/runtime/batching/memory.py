@@ -16,6 +16,7 @@ and their widths are known.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -36,15 +37,20 @@ class TokenPool:
 
     kv_cache_dtype: auto, the dtype in which they come; int8 or int4. version: changes when the tensors are others.
 
+    A model that cannot run in batches keeps something else: `states`, by where the range of each text starts
+    (alone.py). kept_as: what may be used again of a range that ended: any "beginning" of it, the "whole", "nothing".
+
     Raises UsageError for another kv_cache_dtype.
     """
 
     version = 0
+    kept_as = "beginning"
 
     def __init__(self, tokens: int, kv_cache_dtype: str = "auto") -> None:
         self.tokens, self.kv_cache_dtype = _whole_blocks(tokens), check_kv_cache_dtype(kv_cache_dtype)
         self._free = [range(0, self.tokens)]  # ascending, never touching
         self._layers: dict[int, tuple[Stored, Stored]] = {}
+        self.states: dict[int, Any] = {}
 
     @property
     def used_tokens(self) -> int:
@@ -53,8 +59,9 @@ class TokenPool:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all layers' tensors."""
-        return sum(held.nbytes for layer in self._layers for held in self.layer(layer))
+        """Bytes of all layers' tensors, and of what texts have beside them."""
+        own: int = sum(state.bytes for state in list(self.states.values()))
+        return own + sum(held.nbytes for layer in self._layers for held in self.layer(layer))
 
     def reserve(self, tokens: int) -> range | None:
         """The first free range of `tokens`, rounded up to blocks; None if there is none now."""
@@ -76,6 +83,7 @@ class TokenPool:
 
     def release(self, taken: range) -> None:
         """Give back what `reserve` returned."""
+        self.states.pop(taken.start, None)
         self._free = self._free_without(taken)
 
     def grow(self, taken: range, used: int, tokens: int) -> range | None:
@@ -96,6 +104,8 @@ class TokenPool:
             self._free = before
             return None
         self.copy(taken, larger, used)
+        if taken.start in self.states and larger.start != taken.start:
+            self.states[larger.start] = self.states.pop(taken.start)
         return larger
 
     def copy(self, source: range, target: range, tokens: int) -> None:
@@ -188,4 +198,5 @@ class TokenPool:
     def clear(self) -> None:
         """Drop the tensors."""
         self._layers.clear()
+        self.states.clear()
         self.version += 1
