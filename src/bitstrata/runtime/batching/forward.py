@@ -128,12 +128,14 @@ class Forward:
             ResourceError: there is no memory for it.
         """
         self._require_plain_attention()
-        whole, self.pool = self.pool, TokenPool(2 * BLOCK)  # which keeps what the model computes as it is
+        whole, small = self.pool, TokenPool(2 * BLOCK)  # which keeps what the model computes as it is
+        self.pool = small
         try:
             self._check()
-            whole.make_as(self.pool)
+            whole.make_as(small)
         finally:
             self.pool = whole
+            small.clear()  # a step that was made for it is not current
         if self._native is not None:
             self._native.use(whole)
 
