@@ -114,7 +114,7 @@ class _Text:
 def passes(model: PreTrainedModel, pool: TokenPool) -> Passes:
     """What runs `model`: batches if it can run in them, else each text alone, with a note. It holds the model.
 
-    Raises what Forward.check raises but BatchError, and what the model itself raises.
+    Raises what Forward.check raises, BatchError only where `pool` keeps codes, and what the model itself raises.
     """
     forward = Forward(model, pool)
     made: Forward | Alone = forward
@@ -122,6 +122,11 @@ def passes(model: PreTrainedModel, pool: TokenPool) -> Passes:
         try:
             forward.check()
         except BatchError as error:
+            if pool.kv_cache_dtype != "auto":
+                raise BatchError(
+                    f"{error.message}; it then has a cache of its own, which cannot be kept in {pool.kv_cache_dtype}",
+                    hint="leave kv_cache_dtype (--kv-cache-dtype) out",
+                ) from error
             forward.detach()
             pool.clear()
             note(f"{error.message}; each text runs by itself, which is slower where several do")

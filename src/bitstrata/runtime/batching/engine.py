@@ -58,11 +58,14 @@ class Engine:
         policy: what lowers requests that have min_bits, for this engine alone; nothing by default.
         reuse: what of a prompt is not computed again if the cache still has it: "equal" what the same bits wrote, "any"
             what any bits wrote, "off" nothing.
+        kv_cache_dtype: how the cache keeps keys and values: "auto" in the model's dtype, "int8" or "int4" as codes of
+            so many bits (kernels/cached.py).
 
     `limits` says what requests it can take.
 
     Raises:
-        UsageError: a model that is not quantized or that another engine holds; numbers that cannot be used.
+        UsageError: a model that is not quantized or that another engine holds; numbers or a kv_cache_dtype that
+            cannot be used. BatchError, one of them: a kv_cache_dtype for a model that cannot run in batches.
         ResourceError: there is no memory for the cache, or for a batch.
     """
 
@@ -77,6 +80,7 @@ class Engine:
         max_waiting: int = 1024,
         policy: Policy | None = None,
         reuse: str = "equal",
+        kv_cache_dtype: str = "auto",
     ) -> None:
         self.model = model
         context = steady_context(model.config)
@@ -96,8 +100,8 @@ class Engine:
                 raise UsageError(f"{name}={given} cannot be used", hint=f"{name} must be at least {smallest}")
         self.max_requests, self.max_batch_tokens, self.max_waiting = max_requests, max_batch_tokens, max_waiting
         self._tokenizer, self._policy = tokenizer, policy or Policy()
+        self._pool = TokenPool(cache_tokens, kv_cache_dtype)
         forget(model)  # its cache of its own, from calls to generate
-        self._pool = TokenPool(cache_tokens)
         self._prefixes = Prefixes(self._pool, self._steady, reuse)
         vocabulary = vocabulary_size(model.config)
         self.limits = Limits(bits_state(model), vocabulary, context, self._pool.tokens, tokenizer is not None)

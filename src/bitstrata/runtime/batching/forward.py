@@ -138,6 +138,21 @@ class Forward:
             ResourceError: there is no memory for it.
         """
         self._require_plain_attention()
+        whole, small = self.pool, TokenPool(2 * BLOCK)  # which keeps what the model computes as it is
+        self.pool = small
+        try:
+            self._check()
+            whole.make_as(small)
+        finally:
+            self.pool = whole
+            small.clear()  # a step that was made for it is not current
+        if self._step is not None:
+            try:
+                self._step.use(whole)
+            except UnfitError as error:
+                self._go_without_step(str(error))
+
+    def _check(self) -> None:
         try:
             with bits_state(self.model).step():
                 apart = self._difference()

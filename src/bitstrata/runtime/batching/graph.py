@@ -100,22 +100,30 @@ class GraphStep:
     """
 
     def __init__(self, model: PreTrainedModel, pool: TokenPool, calls: Mapping[int, AttentionCall]) -> None:
-        self._model, self._pool, self._state, self._device = model, pool, bits_state(model), model.device
+        self._model, self._state, self._device = model, bits_state(model), model.device
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         if self._device.type != "cuda" or len(devices) > 1:
             raise UnfitError(f"the model is on {', '.join(sorted(map(str, devices)))}, not on one GPU")
         for module in model.modules():
             if has_hooks(module):
                 raise UnfitError(f"a {type(module).__name__} has hooks")
-        for layer in calls:
-            if (why := reason(pool.layer(layer)[0].dtype)) is not None:
-                raise UnfitError(why)
-        self._version, self._made_for = self._state.version, pool.version
+        self._layers, self._version = list(calls), self._state.version
         self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}  # what replays it, and its logits
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()  # a step that this takes the place of may still run
             self._stream, self._memory = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             self._inputs = _Inputs(len(self._state.layers), self._device)
+        self.use(pool)
+
+    def use(self, pool: TokenPool) -> None:
+        """Keep keys and values in `pool`, which has the tensors of every layer. Raises UnfitError for int8 and int4."""
+        if pool.kv_cache_dtype != "auto":
+            raise UnfitError(f"keys and values are kept in {pool.kv_cache_dtype}")
+        for layer in self._layers:
+            if (why := reason(pool.layer(layer)[0].dtype)) is not None:
+                raise UnfitError(why)
+        self._graphs.clear()
+        self._pool, self._made_for = pool, pool.version
 
     @property
     def is_current(self) -> bool:

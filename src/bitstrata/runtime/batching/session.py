@@ -47,11 +47,11 @@ class Session:
     longest: the most tokens that a text may have here, its new ones included; None for any number.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, kv_cache_dtype: str = "auto") -> None:
         """Raises as `passes`."""
         self.model = model
         self.longest = steady_context(model.config)
-        self._pool = TokenPool(2 * BLOCK)
+        self._pool = TokenPool(2 * BLOCK, kv_cache_dtype)
         self._forward = passes(model, self._pool)
         self._forward.detach()
         self._steady = steady_rows(model)
@@ -167,11 +167,14 @@ class _Holder:
 
 
 @contextmanager
-def session_of(model: PreTrainedModel) -> Iterator[Session]:
+def session_of(model: PreTrainedModel, kv_cache_dtype: str = "auto") -> Iterator[Session]:
     """The session of `model`, for the calling thread alone.
 
+    kv_cache_dtype: as of Engine; a session that has another one ends.
+
     Raises:
-        UsageError: the model is not quantized, an engine holds it, or the thread is inside already.
+        UsageError: the model is not quantized, an engine holds it, the thread is inside already, or there is no such
+            kv_cache_dtype. BatchError, one of them: it is not "auto", and the model cannot run in batches.
         ResourceError: there is no memory to run it.
     """
     holder: _Holder = model.__dict__.setdefault(HOLDER, _Holder())
@@ -181,7 +184,7 @@ def session_of(model: PreTrainedModel) -> Iterator[Session]:
         holder.user = threading.get_ident()
         try:
             with torch.no_grad():
-                found = _current(holder, model)
+                found = _current(holder, model, kv_cache_dtype)
                 with found.attached():
                     yield found
         finally:
@@ -196,11 +199,11 @@ def forget(model: PreTrainedModel) -> None:
         holder.lock.release()
 
 
-def _current(holder: _Holder, model: PreTrainedModel) -> Session:
-    made_of = _fingerprint(model)
+def _current(holder: _Holder, model: PreTrainedModel, kv_cache_dtype: str) -> Session:
+    made_of = (kv_cache_dtype, *_fingerprint(model))
     if holder.session is None or made_of != holder.made_of:
         holder.session = None  # frees what it holds
-        holder.session, holder.made_of = Session(model), made_of
+        holder.session, holder.made_of = Session(model, kv_cache_dtype), made_of
     return holder.session
 
 
