@@ -15,7 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint import is_checkpoint
 from ..checkpoint.reader import regular_file
@@ -23,7 +23,7 @@ from ..checkpoint.schema import SAFETENSORS_DTYPES
 from ..errors import ModelError, first_line
 from ..memory import is_out_of_memory
 from ..planes.weights import all_finite
-from .compat import tied_parameters
+from .compat import new_model, tied_parameters
 from .config import causal_class, check_causal
 from .hub import resolve
 from .source_files import AGAIN, FileWatch, bind, check_adapter, entry_file, indexed_files, share
@@ -106,9 +106,10 @@ class SourceModel:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that transformers loads the model in: the config's, else that of its first floating tensor."""
-        declared = getattr(causal_class(self.config)[1], "dtype", None)
-        if isinstance(declared, torch.dtype):
-            return declared
+        own = causal_class(self.config)[1]
+        for config in (own, own.get_text_config(decoder=True)):
+            if isinstance(declared := getattr(config, "dtype", None), torch.dtype):
+                return declared
         return next((self.spec(name)[0] for name in self.files if self.spec(name)[0].is_floating_point), torch.float32)
 
     def digests(self) -> dict[str, str]:
@@ -150,9 +151,8 @@ class SourceModel:
         try:
             with init_empty_weights(include_buffers=False):
                 # a copy, because transformers writes the dtype into the config it is given
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(self.config), dtype=torch.float32
-                )
+                kind, own = causal_class(copy.deepcopy(self.config))
+                model = new_model(kind, own)
             model.tie_weights()
         except Exception as error:
             if is_out_of_memory(error):
@@ -287,7 +287,8 @@ def load_reference(
 def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     folder = resolve(reference, kind="reference model")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        loaded: Any = causal_class(config)[0].from_pretrained(
             str(folder),
             dtype=dtype,
             local_files_only=True,
