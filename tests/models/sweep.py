@@ -98,9 +98,7 @@ def attempt(name: str, folder: Path) -> Outcome:
     original.save_pretrained(folder / "source")
     tiny_tokenizer().save_pretrained(folder / "source")
     try:
-        report = bitstrata.quantize(
-            folder / "source", folder / "out", bits=list(BITS), method="rtn", group_size=GROUP
-        )
+        report = bitstrata.quantize(folder / "source", folder / "out", bits=list(BITS), method="rtn", group_size=GROUP)
     except BitstrataError as error:
         return Outcome(name, kind, _reason(error))
     _compare(original, type(original), folder)

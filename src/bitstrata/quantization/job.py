@@ -88,7 +88,11 @@ def _assemble(job: Job, report: Report) -> None:
     entries: list[TensorEntry] = []
     for name, stored in prepared.common.items():
         dtype, shape = source.spec(stored)
-        entries.append(TensorEntry(name, dtype, shape, lambda stored=stored: source.map(stored)))  # type: ignore[misc]
+        if stored in source.packed:
+            dtype = source.dtype  # as transformers gives it back
+        entries.append(
+            TensorEntry(name, dtype, shape, lambda stored=stored, dtype=dtype: source.map(stored).to(dtype))  # type: ignore[misc]
+        )
     parts = [(index, [linear.name for linear in discovery.of_block(index)]) for index in range(len(discovery.blocks))]
     for part, names in [*parts, *((layer.role, [layer.name]) for layer in prepared.head)]:
         entries.extend(job.state.entries(part, names))
