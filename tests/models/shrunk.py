@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-VOCABULARY, CONTEXT = 96, 64
+VOCABULARY, CONTEXT = 64, 64  # tokens, those of tiny_models.py among them
 
 # the name of a field -> its size, the first that matches
 SIZES: list[tuple[re.Pattern[str], int]] = [
     (re.compile(pattern), size)
     for pattern, size in [
-        (r"pad_token_id", 0), (r"bos_token_id", 1), (r"eos_token_id", 2),
+        (r"bos_token_id", 0), (r"eos_token_id", 1), (r"pad_token_id", 2),
         (r"(decoder_|unpadded_|audio_|mel_)?vocab_size(_per_layer_input)?|vocab_offset|vocab_dim", VOCABULARY),
         (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length|seq_length", CONTEXT),
         (r"original_max_position_embeddings|max_(target|source)_positions", CONTEXT),
@@ -64,7 +64,7 @@ _HALVES = (  # the decoder of an encoder-decoder, alone
     "prophetnet", "trocr", "whisper",
 )  # fmt: skip
 _THREE_AXES = (  # rotary positions in time, height and width
-    "glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl",
+    "glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl",
 )  # fmt: skip
 # model type -> what is set beside that; a value of None takes a field out
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -72,20 +72,27 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"is_decoder": True} for name in _ENCODERS},
     **{name: {"is_decoder": True, "is_encoder_decoder": False} for name in _HALVES},
     **{name: {"text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}}} for name in _THREE_AXES},
+    "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 32},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [2, 1, 1]}}},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"head_dim": 32},
     "mistral4": {"head_dim": 32},
     "musicgen": {"is_encoder_decoder": False},
     "nemotron": {"num_key_value_heads": 2, "start": {"num_key_value_heads": 8}},
+    "qwen2_5_omni_thinker": {
+        "vision_start_token_id": 60, "text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}},
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 48], "local_attn_chunk_length": 8,
     },
     "xlm": {"causal": True},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
+    "xlstm": {"qk_dim_factor": 0.5, "v_dim_factor": 1.0, "num_heads": 4, "embedding_dim": 64, "head_dim": None},
     "zamba2": {"layer_types": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip

@@ -31,6 +31,7 @@ from tiny_models import tiny_tokenizer
 
 import bitstrata
 from bitstrata.errors import BitstrataError
+from bitstrata.models import load_tokenizer
 from bitstrata.models.config import causal_class
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
@@ -128,11 +129,12 @@ def _compare(original: Any, kind: Any, folder: Path) -> None:
     later[:, -1] = (ids[:, -1] - 3 + 41) % 57 + 3
     torch.testing.assert_close(_logits(source, later)[:, :-1], exact[:, :-1], rtol=1e-3, atol=1e-3)
     said = bitstrata.generate(ours, PROMPT, bits=4, max_new_tokens=NEW_TOKENS)
-    tokenizer = tiny_tokenizer()
+    tokenizer = load_tokenizer(folder / "out")
     prompt = torch.tensor([tokenizer(PROMPT).input_ids])
     with torch.no_grad():
-        whole = theirs.generate(prompt, bits=4, max_new_tokens=NEW_TOKENS, do_sample=False)
-    assert said.text == tokenizer.decode(whole[0, prompt.shape[1] :], skip_special_tokens=True)
+        whole = theirs.generate(prompt, bits=4, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=1)
+    expected = tokenizer.decode(whole[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert said.text == expected, f"{said.text!r} is not {expected!r}"
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
