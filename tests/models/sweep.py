@@ -79,23 +79,24 @@ def names() -> list[str]:
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
+def build(name: str) -> tuple[Any, str]:
+    """A tiny random model of `name`, of the class that sees and hears if there is one; and the name of that class."""
+    config = shrunk(name)
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        if name in mapping and hasattr(transformers, str(mapping[name])):
+            config.architectures = [str(mapping[name])]
+            break
+    kind, own = causal_class(config)
+    torch.manual_seed(0)
+    return randomized(kind(own), 0), kind.__name__
+
+
 def attempt(name: str, folder: Path) -> Outcome:
     """Take `name` through everything in `folder`. Raises AssertionError where a result is wrong."""
-    kind = name
     try:
-        config = shrunk(name)
-        found, own = causal_class(config)
-        for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-            if name in mapping and hasattr(transformers, str(mapping[name])):
-                kind = str(mapping[name])
-                config.architectures = [kind]
-                found, own = causal_class(config)
-                break
-        kind = found.__name__
-        torch.manual_seed(0)
-        original = randomized(found(own), 0)
+        original, kind = build(name)
     except Exception:
-        return Outcome(name, kind, UNMADE)
+        return Outcome(name, "", UNMADE)
     original.save_pretrained(folder / "source")
     tiny_tokenizer().save_pretrained(folder / "source")
     try:

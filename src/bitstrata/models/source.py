@@ -217,6 +217,14 @@ class SourceModel:
             )
         return SAFETENSORS_DTYPES[dtype], tuple(part.get_shape())
 
+    def kept_as(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """(dtype, shape) of a stored tensor in a checkpoint that does not quantize it.
+
+        What was stored in few bits gets the model's dtype, as transformers gives it back.
+        """
+        dtype, shape = self.spec(stored)
+        return (self.dtype if stored in self.packed else dtype), shape
+
     def map(self, stored: str) -> Tensor:
         """A stored tensor, memory-mapped: for reading once, not for keeping."""
         if stored in self.packed:

@@ -30,6 +30,7 @@ from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from .companions import checkpoint_config, copy_companions
 from .context import Job, Prepared, megabytes
+from .mtp import write_mtp
 from .preflight import prepare
 from .report import Report, make_report
 from .settings import Settings
@@ -87,9 +88,7 @@ def _assemble(job: Job, report: Report) -> None:
     prepared, source, discovery = job.prepared, job.prepared.source, job.discovery
     entries: list[TensorEntry] = []
     for name, stored in prepared.common.items():
-        dtype, shape = source.spec(stored)
-        if stored in source.packed:
-            dtype = source.dtype  # as transformers gives it back
+        dtype, shape = source.kept_as(stored)
         entries.append(
             TensorEntry(name, dtype, shape, lambda stored=stored, dtype=dtype: source.map(stored).to(dtype))  # type: ignore[misc]
         )
@@ -99,6 +98,7 @@ def _assemble(job: Job, report: Report) -> None:
         entries.extend(TensorEntry.of(guard_name(name), torch.empty(0, dtype=source.dtype)) for name in names)
     output = prepared.settings.output
     copy_companions(source, output)
+    write_mtp(source, prepared.mtp, prepared.settings)
     config = checkpoint_config(source)
     config["quantization_config"] = prepared.spec().model_dump(exclude_none=True)
     source.check_unchanged()  # what is copied and written from here on is compared as it is read
