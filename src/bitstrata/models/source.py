@@ -26,7 +26,7 @@ from ..planes.weights import all_finite
 from .compat import new_model, tied_parameters
 from .config import causal_class, check_causal
 from .hub import resolve
-from .packed import BESIDE, METHODS, Packed, Spec, find_packed
+from .packed import BESIDE, METHODS, FewBits, Joined, Packed, Spec, find_packed
 from .source_files import AGAIN, FileWatch, bind, check_adapter, entry_file, indexed_files, share
 
 READ_BYTES = 1 << 26
@@ -35,7 +35,8 @@ READ_BYTES = 1 << 26
 class SourceModel:
     """A causal language model folder with safetensors weights.
 
-    packed: stored name -> how it is stored in few bits (packed.py). Everything here takes and gives it as numbers.
+    packed: name of a tensor that is stored in few bits, or in pieces -> how (packed.py). Everything here takes and
+        gives it as one tensor of numbers.
     untied: pairs (head, embedding) that the config ties though their stored tensors differ. Both are
         kept, as transformers does; `config` then ties nothing. Known after `skeleton`.
 
@@ -54,7 +55,8 @@ class SourceModel:
         self.config = self._read_config()
         self.packed: dict[str, Packed] = {}
         self._raw: dict[str, str] = {}  # every tensor of the files -> its file
-        self.files = self._read_files()
+        self._few: dict[str, FewBits] = {}
+        self._read = self.files = self._read_files()
         self.untied: list[tuple[str, str]] = []
         self._stored: dict[str, str] = {}
 
@@ -107,12 +109,13 @@ class SourceModel:
             parts = {key: opened.get_slice(key) for key in keys if self.settings or key.endswith("weight")}
             specs.update({key: (part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()})
         self._raw = dict(files)
-        self.packed = find_packed(specs, self.settings)
-        for name, packed in self.packed.items():
+        self._few = find_packed(specs, self.settings)
+        self.packed = dict(self._few)
+        for name, packed in self._few.items():
             for part in packed.parts:
                 files.pop(part, None)
             files[name] = self._raw[packed.parts[0]]
-        return {name: file for name, file in files.items() if not (self.packed and name.endswith(BESIDE))}
+        return {name: file for name, file in files.items() if not (self._few and name.endswith(BESIDE))}
 
     def _open(self, file: str) -> safe_open:
         path = regular_file(self.folder / file, ModelError)
@@ -149,17 +152,30 @@ class SourceModel:
         """
         model = self._build()
         ties = list(tied_parameters(model).items())
-        bound = bind(model, self.files)
+        bound = self._bind(model)
         self.untied = [(head, other) for head, other in ties if self._differ(bound.get(head), bound.get(other))]
         if self.untied:
             for config in (self.config, *_sub_configs(self.config)):
                 if getattr(config, "tie_word_embeddings", False):
                     config.tie_word_embeddings = False
             model = self._build()
-            bound = bind(model, self.files)
+            bound = self._bind(model)
         self._stored = share(bound, ties)
         model.eval().requires_grad_(False)
         return model
+
+    def _bind(self, model: PreTrainedModel) -> dict[str, str]:
+        """State-dict name -> stored name; tensors stored in pieces are in `files` under their own names from now on."""
+        bound, pieces = bind(model, self._read)
+        self.packed = dict(self._few)
+        self.files = dict(self._read)
+        for name, parts in pieces.items():
+            specs = [self.spec(part) for part in parts]
+            self.packed[name] = Joined(parts, specs[0][0], tuple(shape for _, shape in specs))
+            self.files[name] = self.files[parts[0]]
+            for part in parts:
+                del self.files[part]
+        return bound
 
     def _build(self) -> PreTrainedModel:
         whole = causal_class(self.config)[1]
@@ -208,7 +224,7 @@ class SourceModel:
     def spec(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """(dtype, shape) of a stored tensor, from the header; of one in few bits those of its numbers."""
         if stored in self.packed:
-            return torch.float32, self.packed[stored].shape
+            return self.packed[stored].dtype, self.packed[stored].shape
         part = self._open(self.files[stored]).get_slice(stored)
         dtype = part.get_dtype()
         if dtype not in SAFETENSORS_DTYPES:
@@ -223,7 +239,7 @@ class SourceModel:
         What was stored in few bits gets the model's dtype, as transformers gives it back.
         """
         dtype, shape = self.spec(stored)
-        return (self.dtype if stored in self.packed else dtype), shape
+        return (self.dtype if stored in self._few else dtype), shape
 
     def map(self, stored: str) -> Tensor:
         """A stored tensor, memory-mapped: for reading once, not for keeping."""
@@ -235,7 +251,8 @@ class SourceModel:
     def rows(self, stored: str, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 of a stored tensor, copied out of the file."""
         if stored in self.packed:
-            return self.packed[stored].rows(start, stop, self._rows)
+            packed = self.packed[stored]
+            return packed.rows(start, stop, self.rows if isinstance(packed, Joined) else self._rows)
         return self._rows(stored, start, stop)
 
     def _rows(self, stored: str, start: int, stop: int) -> Tensor:
