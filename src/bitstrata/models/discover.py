@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import LayerSpec
 from ..errors import CheckpointError, ModelError, UsageError
 from ..nn import BitsOrPlan, PlaneLinear, TiedHead
+from .compat import name_changes
 from .kinds import LinearInfo, head_width, is_experts, linear_info, parameter_reason, place_reason, size_reason
 
 
@@ -228,16 +229,23 @@ def local_name(model: PreTrainedModel, name: str) -> str:
     """What the layer that a checkpoint calls `name` is called in `model`.
 
     As transformers has it for tensors: an encoder alone lacks the prefix that it has inside a model with a head, and
-    the other way round. A name that is not there either way stays as it is.
+    the other way round; the text model of a wrapper alone lacks that of its place there. A name that is not there
+    in any way stays as it is.
     """
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        return candidate
-    return name
+        if _has(model, candidate):
+            return candidate
+    renamed = name_changes(model)(f"{name}.weight")[0].removesuffix(".weight")
+    return renamed if _has(model, renamed) else name
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def linear_of(model: nn.Module, name: str, layer: LayerSpec) -> Any:

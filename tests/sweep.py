@@ -27,7 +27,7 @@ from bitstrata.models import load_tokenizer
 from bitstrata.models.config import causal_class
 from bitstrata.nn import bits_state
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
 BITS, GROUP = (2, 3, 4, 8), 16
 PROMPT, NEW_TOKENS = "a cat and a dog ", 12
 # why a row has no model: it is none of text, or none could be made by the rules of shrunk.py
