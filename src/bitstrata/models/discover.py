@@ -55,16 +55,17 @@ class Discovery:
 def find_blocks(model: PreTrainedModel) -> str:
     """Name of the ModuleList that holds the decoder blocks. Raises ModelError if there is none.
 
-    It is the list of the right length with the most weights in linears, of those that the text model
-    itself owns: the innermost transformers model around it has the text model's kind of config, and
-    a vision or audio tower of equal depth has its own.
+    It is the list of the right length (`num_hidden_layers`, or `num_layers` where that is another) with the most
+    weights in linears, of those that the text model itself owns: the innermost transformers model around it has the
+    text model's kind of config, and a vision or audio tower of equal depth has its own.
     """
     text = model.config.get_text_config(decoder=True)
     layers = getattr(text, "num_hidden_layers", None)
+    depths = (layers, getattr(text, "num_layers", layers))  # some count the attentions of a block as layers
     owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) != layers:
+        if not isinstance(module, nn.ModuleList) or len(module) not in depths:
             continue
         owner = next(part for part in _ancestors(name) if part in owners)
         linears = [info for child in module.modules() if (info := linear_info("", child, 0)) is not None]
