@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import INDEX_FILE, SINGLE_FILE
 from ..errors import JobError, ModelError
-from .compat import name_changes
+from .compat import concatenations, name_changes
 
 ADAPTER = "adapter_config.json"
 AGAIN = "download the model again"
@@ -91,20 +91,28 @@ def check_adapter(folder: Path) -> None:
         )
 
 
-def bind(model: PreTrainedModel, stored_names: Iterable[str]) -> dict[str, str]:
-    """State-dict name -> stored name.
+def bind(model: PreTrainedModel, stored_names: Iterable[str]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """State-dict name -> stored name; and names of tensors that are stored in pieces -> the pieces' names, in order.
 
     Names may differ by the base model's prefix and by the renamings that transformers applies to
-    older files. Of a pair that the config ties, one name may be stored for both. Raises ModelError
-    for tensors that transformers would merge or split.
+    older files. Of a pair that the config ties, one name may be stored for both. What transformers only puts one after
+    the other has its own name for a stored name. Raises ModelError for tensors that transformers would otherwise merge
+    or split.
     """
     expected = set(model.state_dict())
     prefix = f"{model.base_model_prefix}."
-    changed = name_changes(model)
+    changed, piece_of = name_changes(model), concatenations(model)
     names: dict[str, str] = {}
+    pieces: dict[str, dict[int, str]] = {}
+    counts: dict[str, int] = {}
     for stored in sorted(stored_names):
         renamed, is_split = changed(stored)
-        if is_split:
+        piece = piece_of(renamed) if is_split else None
+        if piece is not None:
+            whole, index, counts[piece[0]] = piece
+            pieces.setdefault(whole, {})[index] = stored
+            renamed, stored = whole, whole
+        elif is_split:
             raise ModelError(
                 f"{stored} is stored in pieces that transformers merges or splits when it loads them, as those of a "
                 "mixture of experts",
@@ -114,7 +122,9 @@ def bind(model: PreTrainedModel, stored_names: Iterable[str]) -> dict[str, str]:
             if candidate in expected:
                 names[candidate] = stored
                 break
-    return names
+    whole_ones = {name: found for name, found in pieces.items() if len(found) == counts[name]}
+    names = {name: stored for name, stored in names.items() if stored not in pieces or stored in whole_ones}
+    return names, {name: tuple(found[index] for index in sorted(found)) for name, found in whole_ones.items()}
 
 
 def share(names: dict[str, str], ties: Iterable[tuple[str, str]]) -> dict[str, str]:
