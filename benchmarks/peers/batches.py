@@ -70,7 +70,8 @@ class DenseBatch:
         return count * tokens / (time.perf_counter() - started)
 
     def _step(self, ids: Tensor, cache: DynamicCache) -> Tensor:
-        logits: Tensor = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        keep = torch.tensor([ids.shape[1] - 1])  # as benchmark.model.Decoder
+        logits: Tensor = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
         return logits[:, -1:].argmax(-1)
 
 
