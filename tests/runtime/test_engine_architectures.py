@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import sweep
 import torch
+from tiny_models import save
 
 import bitstrata
 from bitstrata.errors import UsageError
@@ -76,6 +78,30 @@ def test_texts_that_cannot_share_passes_run_one_at_a_time(tmp_path, seed, exact_
         assert engine.stats().cache_bytes > 0
     assert caplog.text.count("chunked_attention cannot run in an engine's batches; each text runs by itself") == 1
     assert by_generate(model, *requests[3]) == expected[3]  # the model is free again
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1", "mamba2"])
+def test_recurrent_layers_run_alone_and_go_on_where_they_were(name, tmp_path, seed, exact_kernel, caplog):
+    save(sweep.build(name)[0], tmp_path / "source")
+    bitstrata.quantize(tmp_path / "source", tmp_path / "out", bits="2,8", method="rtn", group_size=16)
+    model = bitstrata.load(tmp_path / "out", dtype=torch.float32)
+    size, chance = model.config.get_text_config().vocab_size, random.Random(seed)
+    prompts = [[chance.randrange(3, size) for _ in range(length)] for length in (1, 16, 17, 30)]
+    expected = [by_generate(model, prompt, bits, 6) for prompt in prompts for bits in (2, 8)]
+    with Engine(model) as engine:
+        handles = [
+            engine.submit(Request(prompt, bits=bits, max_new_tokens=6, ignore_eos=True))
+            for prompt in prompts
+            for bits in (2, 8)
+        ]
+        made = [handle.result(120) for handle in handles]
+        assert [one[: len(other)] for one, other in zip(made, expected, strict=True)] == expected
+        longer = prompts[-1] + made[-1] + [chance.randrange(3, size) for _ in range(20)]
+        goes_on = engine.submit(Request(longer, bits=8, max_new_tokens=6))
+        found = goes_on.result(120)
+        assert goes_on.reused_tokens == 35
+    assert found == by_generate(model, longer, 8, 6)
+    assert "each text runs by itself" in caplog.text
 
 
 def test_a_chat_that_runs_alone_goes_on_where_it_was(tmp_path, seed, exact_kernel, caplog):
