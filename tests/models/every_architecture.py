@@ -95,42 +95,21 @@ RIGHT: dict[str, dict[str, Any]] = {
     "xmod": {"is_decoder": True, "default_language": "en_XX", "languages": ("en_XX",)},
 }  # fmt: skip
 
-_MERGED = "mixture of experts"
 _DIMENSIONS = "3 dimensions"
 
 # model type -> settings, and words of the refusal
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    **dict.fromkeys(("bailing_hybrid", "hrm_text", "inkling2_text"), ({}, "merges or splits")),
+    **dict.fromkeys(("jamba", "nemotron_h", "olmo_hybrid"), ({}, _DIMENSIONS)),
+    "kimi_linear": (_LATENT, "merges or splits"),
+    "longcat_flash": (_LATENT, _DIMENSIONS),
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_next"), (_EXPERTS, _DIMENSIONS)),
     **dict.fromkeys(
-        (
-            "afmoe", "bailing_hybrid", "cohere2_moe", "deepseek_v4", "ernie4_5_moe", "exaone_moe", "flex_olmo",
-            "hrm_text", "inkling2_text", "jamba", "laguna", "mellum", "minimax", "minimax_m2", "mixtral", "nemotron_h",
-            "olmo_hybrid", "olmoe", "phimoe",
-        ),
-        ({}, _MERGED),
-    ),
-    **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v2", "dots3_note_text", "glm4_moe_lite", "kimi_linear", "longcat_flash"),
-        (_LATENT, _MERGED),
-    ),
-    **dict.fromkeys(
-        (
-            "glm4_moe", "hy_v3", "kolibri1", "mimo_v2_flash", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe",
-            "qwen3_next", "qwen4_exp_text", "solar_open",
-        ),
-        (_EXPERTS, _MERGED),
-    ),
-    **dict.fromkeys(
-        (
-            "aria_text", "falcon_h1", "falcon_mamba", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoeshared",
-            "jetmoe", "lfm3", "llama4_text", "mamba", "minimax_m3_vl_text", "qwen3_5_text", "recurrent_gemma", "rwkv",
-            "zaya",
-        ),
+        ("falcon_h1", "falcon_mamba", "jetmoe", "lfm3", "mamba", "qwen3_5_text", "recurrent_gemma", "rwkv", "zaya"),
         ({}, _DIMENSIONS),
     ),
     "bamba": ({**_MAMBA, "attn_layer_indices": [1]}, _DIMENSIONS),
     "granitemoehybrid": ({**_MAMBA, **_EXPERTS, "layer_types": ["mamba", "attention"]}, _DIMENSIONS),
-    "hunyuan_v1_moe": ({**_EXPERTS, "head_dim": 12}, _MERGED),
-    "hy_v4": (_EXPERTS, _DIMENSIONS),
     "inkling_text": (_EXPERTS, _DIMENSIONS),
     "lfm2_moe": ({**_EXPERTS, "layer_types": ["conv", "full_attention"]}, _DIMENSIONS),
     "mamba2": ({"num_heads": 6, "head_dim": 16, "state_size": 8, "n_groups": 1}, _DIMENSIONS),
@@ -145,7 +124,7 @@ REPRESENTATIVE = {
     "bart", "bert", "bloom", "codegen", "cohere2", "deepseek_v3", "falcon", "fuyu", "gemma2", "gemma3", "gemma3n_text",
     "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "lfm2", "llama", "mpt", "olmo2", "opt", "persimmon", "phi3",
     "qwen3", "reformer", "whisper", "xlm", "xlstm",
-    "bamba", "cpmant", "gpt_oss", "kimi_linear", "llama4_text", "mamba", "mixtral", "qwen2_moe",
+    "bamba", "cpmant", "jetmoe", "kimi_linear", "mamba",
 }  # fmt: skip
 
 

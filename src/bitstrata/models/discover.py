@@ -213,6 +213,10 @@ def local_name(model: PreTrainedModel, name: str) -> str:
     As transformers has it for tensors: an encoder alone lacks the prefix that it has inside a model with a head, and
     the other way round. A name that is not there either way stays as it is.
     """
+    return _local(model, name) or name
+
+
+def _local(model: PreTrainedModel, name: str) -> str | None:
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         try:
@@ -220,7 +224,10 @@ def local_name(model: PreTrainedModel, name: str) -> str:
         except AttributeError:
             continue
         return candidate
-    return name
+    # a projection of experts is no module before planes are in its place
+    parent, _, leaf = name.rpartition(".")
+    around = _local(model, parent) if parent.endswith("experts") else None
+    return None if around is None else f"{around}.{leaf}"
 
 
 def linear_of(model: nn.Module, name: str, layer: LayerSpec) -> Any:
@@ -251,6 +258,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def bytes_per_token(model: PreTrainedModel, bits: BitsOrPlan | None) -> int:
     """Bytes of weights that one decoding step reads; of the input embedding only a row, which is left out.
 
+    Of experts it reads the active ones; where they differ in bytes, as on average.
+
     bits may be None for a model that is not quantized.
     """
     total = 0
@@ -258,7 +267,7 @@ def bytes_per_token(model: PreTrainedModel, bits: BitsOrPlan | None) -> int:
     for module in model.modules():
         if isinstance(module, (PlaneLinear, TiedHead)):
             assert bits is not None
-            total += module.bytes_read(bits)
+            total += round(module.share * module.bytes_read(bits))
         elif module is not embedding:  # a tied head is a module of its own
             total += sum(parameter.nbytes for parameter in module._parameters.values() if parameter is not None)
     return total

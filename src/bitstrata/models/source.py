@@ -25,6 +25,7 @@ from ..memory import is_out_of_memory
 from ..planes.weights import all_finite
 from .compat import tied_parameters
 from .config import causal_class, check_causal
+from .experts import Part, split_experts
 from .hub import resolve
 from .source_files import AGAIN, FileWatch, bind, check_adapter, entry_file, indexed_files, share
 
@@ -52,6 +53,7 @@ class SourceModel:
         self.files = self._read_files()
         self.untied: list[tuple[str, str]] = []
         self._stored: dict[str, str] = {}
+        self._parts: dict[str, Part] = {}  # names that `stored_name` gives to parts of tensors of all experts
 
     def _read_config(self) -> PreTrainedConfig:
         path = regular_file(self.folder / "config.json", ModelError)
@@ -122,21 +124,29 @@ class SourceModel:
     def skeleton(self) -> PreTrainedModel:
         """The model with every parameter on meta; buffers such as rotary frequencies are real, fp32.
 
+        Experts are linears of their own (models/experts.py).
+
         Raises ModelError if the config describes no model, or one with tensors that are merged when they are loaded.
         """
         model = self._build()
         ties = list(tied_parameters(model).items())
-        bound = bind(model, self.files)
+        bound = self._bind(model)
         self.untied = [(head, other) for head, other in ties if self._differ(bound.get(head), bound.get(other))]
         if self.untied:
             for config in (self.config, *_sub_configs(self.config)):
                 if getattr(config, "tie_word_embeddings", False):
                     config.tie_word_embeddings = False
             model = self._build()
-            bound = bind(model, self.files)
+            bound = self._bind(model)
         self._stored = share(bound, ties)
         model.eval().requires_grad_(False)
         return model
+
+    def _bind(self, model: PreTrainedModel) -> dict[str, str]:
+        """State-dict name -> what `stored_name` says of it, after the experts of `model` were split."""
+        bound, parts = bind(model, self.files, split_experts(model), lambda stored: self.spec(stored)[1])
+        self._parts = {f"{part.stored} of {name}": part for name, part in parts.items()}
+        return bound | {name: f"{part.stored} of {name}" for name, part in parts.items()}
 
     def _build(self) -> PreTrainedModel:
         whole = causal_class(self.config)[1]
@@ -180,11 +190,20 @@ class SourceModel:
         return False
 
     def stored_name(self, name: str) -> str | None:
-        """The stored name of state-dict entry `name`; None if it is not stored. Needs `skeleton` first."""
+        """The stored name of state-dict entry `name`; None if it is not stored. Needs `skeleton` first.
+
+        Of what is a part of a stored tensor, a name of its own, which the methods here take as they take others.
+        """
         return self._stored.get(name)
+
+    def tensor_of(self, stored: str) -> str:
+        """The tensor in the files that `stored` is, or is a part of."""
+        return self._parts[stored].stored if stored in self._parts else stored
 
     def spec(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """(dtype, shape) of a stored tensor, from the header."""
+        if stored in self._parts:
+            return self.spec(self._parts[stored].stored)[0], self._parts[stored].shape
         part = self._open(self.files[stored]).get_slice(stored)
         dtype = part.get_dtype()
         if dtype not in SAFETENSORS_DTYPES:
@@ -195,11 +214,15 @@ class SourceModel:
 
     def map(self, stored: str) -> Tensor:
         """A stored tensor, memory-mapped: for reading once, not for keeping."""
+        if stored in self._parts:
+            return self._part(self._parts[stored])
         tensor: Tensor = self._open(self.files[stored]).get_tensor(stored)
         return tensor
 
     def rows(self, stored: str, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 of a stored tensor, copied out of the file."""
+        if stored in self._parts:
+            return self._part(self._parts[stored])[start:stop].clone()
         with self._open(self.files[stored]) as file:
             part: Tensor = file.get_slice(stored)[start:stop].clone()
         self._watch.check(self.files[stored])
@@ -208,6 +231,8 @@ class SourceModel:
     def read(self, stored: str) -> Tensor:
         """A stored tensor, copied out of the file so that nothing stays mapped."""
         dtype, shape = self.spec(stored)
+        if stored in self._parts:
+            return self._part(self._parts[stored]).clone(memory_format=torch.contiguous_format)
         if not shape:
             return self.map(stored).clone()
         result = torch.empty(shape, dtype=dtype, device="cpu")
@@ -218,6 +243,12 @@ class SourceModel:
                 result[start : start + step] = file.get_slice(stored)[start : start + step]
         self._watch.check(self.files[stored])
         return result
+
+    def _part(self, part: Part) -> Tensor:
+        """One expert's part of a tensor; no other is read."""
+        with self._open(self.files[part.stored]) as file:
+            entry: Tensor = file.get_slice(part.stored)[part.expert]
+        return part.of(entry)
 
     def materialise(self, module: nn.Module, prefix: str, skip: Iterable[str] = ()) -> None:
         """Fill the meta parameters and persistent buffers of `module`, at `prefix` in the skeleton, in fp32.

@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import INDEX_FILE, SINGLE_FILE
 from ..errors import JobError, ModelError
-from .compat import name_changes
+from .compat import expert_changes, name_changes
+from .experts import Layout, Part, expert_index, linear_name, parts_of
 
 ADAPTER = "adapter_config.json"
 AGAIN = "download the model again"
@@ -91,30 +93,47 @@ def check_adapter(folder: Path) -> None:
         )
 
 
-def bind(model: PreTrainedModel, stored_names: Iterable[str]) -> dict[str, str]:
-    """State-dict name -> stored name.
+def bind(
+    model: PreTrainedModel, stored_names: Iterable[str], experts: Mapping[str, Layout], shape: Callable[[str], Any]
+) -> tuple[dict[str, str], dict[str, Part]]:
+    """State-dict name -> stored name, and state-dict name -> its part in a stored tensor of all experts.
 
     Names may differ by the base model's prefix and by the renamings that transformers applies to
     older files. Of a pair that the config ties, one name may be stored for both. Raises ModelError
-    for tensors that transformers would merge or split.
+    for tensors that transformers would merge or split, other than those of experts.
+
+    Args:
+        experts: names of the modules of `model` that `split_experts` has made, and their layouts.
+        shape: of a stored tensor.
     """
     expected = set(model.state_dict())
+    merged = {f"{name}.{key}": (name, layout, key) for name, layout in experts.items() for key in layout.merged}
     prefix = f"{model.base_model_prefix}."
-    changed = name_changes(model)
+    changed, of_expert = name_changes(model), expert_changes(model)
     names: dict[str, str] = {}
+    parts: dict[str, Part] = {}
     for stored in sorted(stored_names):
         renamed, is_split = changed(stored)
         if is_split:
-            raise ModelError(
-                f"{stored} is stored in pieces that transformers merges or splits when it loads them, as those of a "
-                "mixture of experts",
-                hint="such models cannot be quantized yet",
-            )
+            found, expert = of_expert(renamed), expert_index(renamed)
+            if found is not None and not found[2]:
+                renamed = found[0]
+            elif found is not None and expert is not None:
+                renamed = linear_name(found[0], expert, *found[1:])
+            else:
+                raise ModelError(
+                    f"{stored} is stored in pieces that transformers merges or splits when it loads them",
+                    hint="such models cannot be quantized yet",
+                )
         for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
             if candidate in expected:
                 names[candidate] = stored
                 break
-    return names
+            if candidate in merged:
+                module, layout, key = merged[candidate]
+                parts |= parts_of(module, layout, key, stored, shape(stored))
+                break
+    return names, parts
 
 
 def share(names: dict[str, str], ties: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_checkpoint, write_checkpoint
+from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_checkpoint, merge_experts, write_checkpoint
 from ..checkpoint.schema import REPORT_FILE, guard_name
 from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
 from ..memory import memory_errors, peak_memory
@@ -96,9 +96,10 @@ def _assemble(job: Job, report: Report) -> None:
     output = prepared.settings.output
     copy_companions(source, output)
     config = checkpoint_config(source)
-    config["quantization_config"] = prepared.spec().model_dump(exclude_none=True)
+    spec = prepared.spec()
+    config["quantization_config"] = spec.model_dump(exclude_none=True)
     source.check_unchanged()  # what is copied and written from here on is compared as it is read
-    write_checkpoint(output, config, entries, report.saved())
+    write_checkpoint(output, config, merge_experts(spec, entries), report.saved())
 
 
 def _already_done(prepared: Prepared) -> Report | None:

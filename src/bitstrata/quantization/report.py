@@ -156,7 +156,7 @@ def make_report(
         rows.append(
             {
                 "bits": bits,
-                "bpw_read": 8 * size / spec.weight_count,
+                "bpw_read": 8 * size / spec.weights_read,
                 "bytes": size,
                 **{name: getattr(mine, name, None) for name in MEASURES},
                 "rtn": None if rtn is None else {name: getattr(rtn, name) for name in MEASURES},
@@ -172,7 +172,7 @@ def make_report(
         results=tuple(rows),
         reference=None if original is None else {"nll": original.nll, "perplexity": original.perplexity},
         heldout_tokens=0 if original is None else original.tokens,
-        layer_error={name: layer_error[name] for name in spec.layers if name in layer_error},
+        layer_error={name: layer_error[name] for name in spec.linears if name in layer_error},
         left_out=tuple({"name": x.name, "shape": list(x.shape), "reason": x.reason} for x in discovery.left_out),
         tied=discovery.tied,
         notes=tuple(notes),
