@@ -136,10 +136,10 @@ def only_renamings(conversions: list[Any]) -> list[Any]:
     return [conversion for conversion in conversions if not isinstance(conversion, WeightConverter)]
 
 
-def has_own_gate(experts: nn.Module) -> bool:
-    """Whether experts have an activation of their own for gate and up, other than act_fn(gate) * up."""
-    gate = getattr(type(experts), "_apply_gate", None)
-    return gate is not None and gate.__name__ != DEFAULT_GATE
+def own_gate(experts: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
+    """What experts make of gate and up, called with them and [n, 2I]; None where that is act_fn(gate) * up."""
+    gate: Any = getattr(type(experts), "_apply_gate", None)
+    return None if gate is None or gate.__name__ == DEFAULT_GATE else gate
 
 
 def is_presorted(experts: nn.Module) -> bool:

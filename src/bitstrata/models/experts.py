@@ -26,7 +26,7 @@ from ..checkpoint import LayerSpec
 from ..checkpoint.schema import expert_name
 from ..errors import CheckpointError
 from ..nn import BitsState, Experts, StoredExperts
-from .compat import has_own_gate, is_presorted
+from .compat import is_presorted, own_gate
 
 # what configs call the number of experts of a token
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
@@ -121,7 +121,7 @@ def _experts(module: nn.Module, layout: Layout) -> Experts:
         count=layout.count,
         gated=layout.gated,
         interleaved=layout.interleaved,
-        own_activation=has_own_gate(module),
+        activation=own_gate(module),
         presorted=layout.presorted,
         merged=layout.merged,
     )

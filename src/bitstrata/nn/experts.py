@@ -15,7 +15,7 @@ Sorting looks at the router's choice, for which a GPU waits, and which a compile
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -113,8 +113,8 @@ class Experts(nn.Module):
         original: gives all that is not a matrix; it is not used any more.
         count: how many experts there are.
         gated: whether there is a gate_proj beside up_proj and down_proj.
-        interleaved: whether the original's own activation takes gate and up in turns, and not one after the other.
-        own_activation: whether the original has one; else it is act_fn(gate) * up, or act_fn(up).
+        activation: what the original makes of gate and up [n, 2I]; None for act_fn(gate) * up, or act_fn(up).
+        interleaved: whether that takes gate and up in turns, and not one after the other.
         presorted: whether the module is called with the inputs of each expert alone, [E x T, H], scores in them; those
             that an expert does not get are 0.
         merged: names of the original's merged parameters.
@@ -126,8 +126,8 @@ class Experts(nn.Module):
         *,
         count: int,
         gated: bool,
+        activation: Callable[[nn.Module, Tensor], Tensor] | None,
         interleaved: bool,
-        own_activation: bool,
         presorted: bool,
         merged: Sequence[str],
     ) -> None:
@@ -138,9 +138,8 @@ class Experts(nn.Module):
             own: dict[str, Any] = self.__dict__[kind]
             own.update({key: value for key, value in getattr(original, kind).items() if key not in merged})
         self.train(original.training)
-        self._original: Any = type(original)
         self.expert_count, self.projections = count, ("gate_proj", "up_proj", "down_proj")[not gated :]
-        self._interleaved, self._own_activation, self._presorted = interleaved, own_activation, presorted
+        self._interleaved, self._activation, self._presorted = interleaved, activation, presorted
         self.register_state_dict_post_hook(_merge_experts)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_split_experts)  # type: ignore[no-untyped-call]
 
@@ -251,14 +250,11 @@ class Experts(nn.Module):
 
     def between(self, *outputs: Tensor) -> Tensor:
         """What down_proj reads where gate_proj and up_proj, or up_proj alone, gave this."""
-        activation: Any = getattr(self, "act_fn", None)
-        if len(outputs) == 1:
-            inner: Tensor = activation(outputs[0])
-        elif self._own_activation:
+        if len(outputs) == 2 and self._activation is not None:
             joined = torch.stack(outputs, -1).flatten(-2) if self._interleaved else torch.cat(outputs, -1)
-            inner = self._original._apply_gate(self, joined)
-        else:
-            inner = activation(outputs[0]) * outputs[1]
+            return self._activation(self, joined)
+        act: Any = getattr(self, "act_fn", None)
+        inner: Tensor = act(outputs[0]) * outputs[1] if len(outputs) == 2 else act(outputs[0])
         return inner
 
 

@@ -188,12 +188,14 @@ class Job:
     """A job that runs: its durable state, and what its stages leave in memory for each other.
 
     layer_error: layer -> bits -> ||W - W_bits||^2 / ||W||^2.
+    routing: module of experts -> how many tokens of the learning windows each expert gets in the original.
     measured: what the final check found, by chain name.
     """
 
     prepared: Prepared
     state: JobState
     layer_error: dict[str, dict[str, float]] = field(default_factory=dict)
+    routing: dict[str, list[int]] = field(default_factory=dict)
     measured: dict[str, Metrics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

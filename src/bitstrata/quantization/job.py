@@ -73,7 +73,7 @@ def quantize(options: QuantizeOptions) -> Report:
         with memory_errors("while quantizing", hint=MORE_MEMORY):
             for stage in prepared.stages:
                 stage.run(job)
-            report = make_report(prepared, notes(), job.measured, job.layer_error)
+            report = make_report(prepared, notes(), job.measured, job.layer_error, job.routing)
             _assemble(job, report)
     except BaseException:
         job.state.close()
