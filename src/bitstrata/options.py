@@ -116,6 +116,7 @@ class QuantizeOptions:
         Mapping[str, Any] | None, Argument("Method option NAME=VALUE; repeatable.", flag="--option", each=named_values)
     ] = None
     skip: Annotated[str | Sequence[str], Argument("Layers to leave: a glob, or re:REGEX; repeatable.", each=texts)] = ()
+    drop_mtp: Annotated[bool, Argument("Leave out layers that predict further tokens (MTP).")] = False
     seed: Annotated[int, Argument("Decides windows and training order.")] = 0
     device: Device = "auto"
     dry_run: Annotated[bool, Argument("Check and list everything; write nothing.")] = False

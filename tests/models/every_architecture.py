@@ -45,6 +45,8 @@ RIGHT: dict[str, dict[str, Any]] = {
             "ministral3", "mistral", "modernbert-decoder", "moshi", "mpt", "nanochat", "nemotron", "olmo", "olmo2",
             "olmo3", "openai-gpt", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3",
             "starcoder2", "vaultgemma", "xglm",
+            # a small convolution, a recurrent state
+            "falcon_h1", "falcon_mamba", "lfm3", "mamba", "qwen3_5_text", "recurrent_gemma", "rwkv",
         ),
         _PLAIN,
     ),
@@ -79,6 +81,8 @@ RIGHT: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 12},
     "hunyuan_v1_dense": {"head_dim": 12},
     "ministral": {"head_dim": 12},
+    "mamba2": {"num_heads": 6, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "prophetnet": {
         "num_hidden_layers": None, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
         "num_decoder_attention_heads": 4, "encoder_ffn_dim": 72, "decoder_ffn_dim": 72, "is_encoder_decoder": False,
@@ -95,25 +99,13 @@ RIGHT: dict[str, dict[str, Any]] = {
     "xmod": {"is_decoder": True, "default_language": "en_XX", "languages": ("en_XX",)},
 }  # fmt: skip
 
-_DIMENSIONS = "3 dimensions"
+_UNKNOWN = "mixture of experts"
 
 # model type -> settings, and words of the refusal
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    **dict.fromkeys(("bailing_hybrid", "hrm_text", "inkling2_text"), ({}, "merges or splits")),
-    **dict.fromkeys(("jamba", "nemotron_h", "olmo_hybrid"), ({}, _DIMENSIONS)),
-    "kimi_linear": (_LATENT, "merges or splits"),
-    "longcat_flash": (_LATENT, _DIMENSIONS),
-    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_next"), (_EXPERTS, _DIMENSIONS)),
-    **dict.fromkeys(
-        ("falcon_h1", "falcon_mamba", "jetmoe", "lfm3", "mamba", "qwen3_5_text", "recurrent_gemma", "rwkv", "zaya"),
-        ({}, _DIMENSIONS),
-    ),
-    "bamba": ({**_MAMBA, "attn_layer_indices": [1]}, _DIMENSIONS),
-    "granitemoehybrid": ({**_MAMBA, **_EXPERTS, "layer_types": ["mamba", "attention"]}, _DIMENSIONS),
-    "inkling_text": (_EXPERTS, _DIMENSIONS),
-    "lfm2_moe": ({**_EXPERTS, "layer_types": ["conv", "full_attention"]}, _DIMENSIONS),
-    "mamba2": ({"num_heads": 6, "head_dim": 16, "state_size": 8, "n_groups": 1}, _DIMENSIONS),
-    "zamba2": ({"layer_types": ["mamba", "hybrid"]}, _DIMENSIONS),
+    **dict.fromkeys(("hrm_text", "inkling2_text"), ({}, "merges or splits")),
+    "jetmoe": ({}, _UNKNOWN),
+    "longcat_flash": (_LATENT, _UNKNOWN),
     "cpmant": ({}, "sees later tokens"),
     **{name: ({}, "sees later tokens") for name, more in RIGHT.items() if more is _ENCODER},
     **{name: ({**more, "causal": False}, "sees later tokens") for name, more in RIGHT.items() if name == "xlm"},
@@ -122,9 +114,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 # One of each way to hold blocks, projections, tied heads and experts; the others run with make test-slow.
 REPRESENTATIVE = {
     "bart", "bert", "bloom", "codegen", "cohere2", "deepseek_v3", "falcon", "fuyu", "gemma2", "gemma3", "gemma3n_text",
-    "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "lfm2", "llama", "mpt", "olmo2", "opt", "persimmon", "phi3",
-    "qwen3", "reformer", "whisper", "xlm", "xlstm",
-    "bamba", "cpmant", "jetmoe", "kimi_linear", "mamba",
+    "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "lfm2", "lfm3", "llama", "mpt", "olmo2", "opt", "persimmon",
+    "phi3", "qwen3", "qwen3_5_text", "reformer", "whisper", "xlm", "xlstm",
+    "bamba", "cpmant", "jetmoe", "mamba",
 }  # fmt: skip
 
 

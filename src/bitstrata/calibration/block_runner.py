@@ -86,7 +86,7 @@ class BlockRunner:
         self._blocks: list[nn.Module] = list(model.get_submodule(self._list_name).children())
         self._batch = max(1, TOKENS_PER_BATCH // seq_len)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._in_tuple = False
+        self._beside: int | None = None  # how many values blocks return after hidden states; None: no tuple
         self._alone = self._probed = False
 
     @contextmanager
@@ -127,6 +127,8 @@ class BlockRunner:
 
         `window`: tokens int64 [1, S] of a text.
         """
+        if getattr(self.model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+            raise self._unsupported("its later blocks read the keys and values of earlier ones")
         self._record(window, window.flip(-1))
         hidden = self.embed(window)
         with self.block(0) as block:
@@ -158,12 +160,12 @@ class BlockRunner:
         return torch.cat(first)
 
     def _record(self, window: Tensor, other: Tensor | None = None) -> None:
-        """Note what each block is called with. Blocks return hidden states, bare or first in a tuple.
+        """Note what each block is called with. Blocks return hidden states, bare or first in a tuple of up to two.
 
         Raises ModelError if that cannot be done, or if blocks are given something else for the tokens of `other`.
         """
         reason: Exception | None = None
-        for self._in_tuple in (False, True):
+        for self._beside in (None, 0, 1):
             try:
                 self._calls = self._recorded(window)
                 break
@@ -207,7 +209,7 @@ class BlockRunner:
         return calls
 
     def _returned(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._in_tuple else hidden
+        return hidden if self._beside is None else (hidden, *[None] * self._beside)
 
     def _here(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in (weights or {}).items()}
@@ -264,7 +266,7 @@ class BlockRunner:
             return torch.cat([self.call(index, block, window) for window in hidden.split(1)])
         args, kwargs = self._calls[index]
         output = block(hidden, *args, **kwargs)
-        if self._in_tuple and isinstance(output, (tuple, list)):
+        if self._beside is not None and isinstance(output, (tuple, list)):
             output = output[0]
         if not isinstance(output, Tensor) or output.shape != hidden.shape:
             raise ModelError(

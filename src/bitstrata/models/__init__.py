@@ -1,10 +1,11 @@
 """Joining to transformers: which linears, loading and saving, source models."""
 
 from .config import context_limit, steady_context
-from .discover import Discovery, LeftOut, LinearInfo, bytes_per_token, discover, input_device
+from .discover import Discovery, LeftOut, bytes_per_token, discover, input_device
 from .head import HeadLayer, find_head
 from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .hub import resolve
+from .kinds import LinearInfo
 from .load import OpenCheckpoint, open_checkpoint, pick_device
 from .rules import score_rules
 from .source import SourceModel, load_reference

@@ -8,6 +8,7 @@ transformers 5.17 to 5.23.
 from __future__ import annotations
 
 import inspect
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -33,6 +41,24 @@ def causal_classes() -> Mapping[Any, Any]:
     """Class of a config -> what AutoModelForCausalLM makes of it. Listing the keys imports every architecture."""
     mapping: Mapping[Any, Any] = AutoModelForCausalLM._model_mapping
     return mapping
+
+
+def wrapper_classes() -> Mapping[Any, Any]:
+    """Class of a config -> the model that also sees or hears which transformers makes of it."""
+    images, more = AutoModelForImageTextToText._model_mapping, AutoModelForMultimodalLM._model_mapping
+    return ChainMap(images, more)
+
+
+def new_model(kind: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of class `kind` in fp32, as `from_config` of transformers' auto classes makes it."""
+    model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
+    return model
+
+
+def ignored_tensors(kind: Any) -> list[str]:
+    """Patterns of stored names that models of class `kind` do without, such as those of layers for drafting."""
+    found = getattr(kind, "_keys_to_ignore_on_load_unexpected", None)
+    return list(found or ())
 
 
 def attention_of(model: PreTrainedModel) -> str | None:

@@ -4,11 +4,13 @@ transformers reads them and believes them. Here they are looked at first, so tha
 error that names it: no JSON, values of a type that fails later, more blocks than there are weights for, a model that
 is no causal language model. `AutoModelForCausalLM` gives a class for many that are none: it drops a classifier's
 head, puts a random one on an encoder, or keeps half of an encoder-decoder. What was trained is what `architectures`
-says; what an encoder may see is what its config says.
+says, and that class is made, with the towers of one that also sees or hears; what an encoder may see is what its
+config says.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from ..checkpoint import CheckpointReader
 from ..checkpoint.reader import read_json
 from ..errors import CheckpointError, ModelError, first_line
-from .compat import causal_classes
+from .compat import causal_classes, wrapper_classes
 
 DECODERS = "bitstrata quantizes decoder-only causal language models"
 # a base model counts: with tied embeddings it is the whole language model
@@ -31,6 +33,9 @@ CAUSAL = re.compile(r".*(CausalLM|LMHeadModel|WithLMHead|ForConditionalGeneratio
 BIDIRECTIONAL = ("cpmant", "xlnet")
 # what has `is_decoder` in its config and never looks at it
 ALWAYS_CAUSAL = ("gpt_neox", "gpt_neox_japanese", "whisper")
+
+# what asks for an image in its code, not in its signature
+NEEDS_IMAGES = ("idefics", "kosmos-2", "kosmos-2.5", "pix2struct", "vision-encoder-decoder")
 
 STRETCHED = ("linear", "dynamic", "yarn")  # rope types whose length is factor x the original one
 GENERATION_FILE = "generation_config.json"
@@ -45,13 +50,19 @@ _TokenId = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]  # -1 stands for non
 
 
 def causal_class(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
-    """The class that AutoModelForCausalLM makes of `config`, and the config that this class takes.
+    """The class of the model that `config` describes, and the config that this class takes.
 
-    The second is the text part of `config` where the class is that of the text model alone.
+    It is the one that was trained, which may also see or hear, where `architectures` names one that transformers makes
+    of such a config; else the first that it makes. If that is of the text model alone, so is the config. Raises
+    KeyError if there is none.
     """
-    found = causal_classes()[type(config)]
-    if isinstance(found, (tuple, list)):
-        found = found[0]
+    mappings = (causal_classes(), wrapper_classes())
+    known = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    kinds = [kind for one in known for kind in (one if isinstance(one, (tuple, list)) else [one])]
+    if not kinds:
+        raise KeyError(type(config))
+    named = config.architectures if isinstance(config.architectures, list) else []
+    found = next((kind for kind in kinds if kind.__name__ in named), kinds[0])
     text = config.sub_configs.get("text_config")
     if text is not None and getattr(found, "config_class", None) == text:
         return found, config.get_text_config()
@@ -60,13 +71,15 @@ def causal_class(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
 
 def check_causal(folder: Path, config: PreTrainedConfig) -> None:
     """Raise ModelError, naming the architecture, unless `config` is of a model that predicts the next token."""
-    if type(config) not in causal_classes():
+    try:
+        kind, _ = causal_class(config)
+    except KeyError:
         raise ModelError(
             f"{folder}: {config.model_type!r} is not a causal language model of transformers", hint=DECODERS
-        )
+        ) from None
     named = config.architectures
     trained = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    own = causal_class(config)[0].__name__
+    own = kind.__name__
     if trained and own not in trained and not any(CAUSAL.fullmatch(name) for name in trained):
         raise ModelError(
             f"{folder} holds a {trained[0]}, which is not a causal language model: its head would be lost",
@@ -79,6 +92,20 @@ def check_causal(folder: Path, config: PreTrainedConfig) -> None:
             f"{folder} holds a {(trained or [own])[0]} that sees later tokens: an encoder, not a causal language model",
             hint=DECODERS,
         )
+    wanted = _beside_text(kind, config)
+    if wanted:
+        raise ModelError(f"{folder} holds a {own}, which cannot be given text alone: it needs {wanted}", hint=DECODERS)
+
+
+def _beside_text(kind: Any, config: PreTrainedConfig) -> str:
+    """What a model of class `kind` must be given beside tokens, in words; "" if nothing."""
+    if config.model_type in NEEDS_IMAGES:
+        return "an image with every text"
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    needed = [
+        item.name for item in parameters if item.default is item.empty and item.kind is item.POSITIONAL_OR_KEYWORD
+    ]
+    return ", ".join(name for name in needed if name != "input_ids")
 
 
 def _sees_later_tokens(config: PreTrainedConfig) -> bool:

@@ -2,8 +2,8 @@
 
 The decoder blocks are the `ModuleList` with one entry a hidden layer (`num_hidden_layers`) in the
 text model; what sees or hears is never touched. Every `nn.Linear` and every transformers `Conv1D`
-(GPT-2's transposed linear) inside a block is a candidate. Everything else that holds a matrix is
-left out and named with a reason, never silently.
+(GPT-2's transposed linear) inside a block is a candidate; kinds.py says which of them stay as they
+are. Everything that does is named with a reason, never silently.
 """
 
 from __future__ import annotations
@@ -17,27 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint import LayerSpec
 from ..errors import CheckpointError, ModelError, UsageError
 from ..nn import BitsOrPlan, PlaneLinear, TiedHead
-from .compat import is_plain_linear
-
-
-@dataclass(frozen=True)
-class LinearInfo:
-    """A quantizable linear layer: y = x @ W^T + bias with W [out_features, in_features].
-
-    `transposed` says that the source stores W^T (Conv1D).
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    bias: bool
-    transposed: bool
-    block: int
+from .kinds import LinearInfo, head_width, is_experts, linear_info, parameter_reason, place_reason, size_reason
 
 
 @dataclass(frozen=True)
@@ -65,16 +49,6 @@ class Discovery:
     def weight_count(self) -> int:
         """Weights in the quantized layers."""
         return sum(linear.in_features * linear.out_features for linear in self.linears)
-
-
-def linear_info(name: str, module: nn.Module, block: int) -> LinearInfo | None:
-    """`module` as a LinearInfo, or None if it is not a linear layer we know."""
-    if isinstance(module, Conv1D):
-        columns, rows = module.weight.shape
-        return LinearInfo(name, columns, rows, module.bias is not None, True, block)
-    if isinstance(module, nn.Linear) and is_plain_linear(type(module)):
-        return LinearInfo(name, module.in_features, module.out_features, module.bias is not None, False, block)
-    return None
 
 
 def find_blocks(model: PreTrainedModel) -> str:
@@ -117,50 +91,90 @@ def discover(model: PreTrainedModel, skip: Sequence[str] = ()) -> Discovery:
 
     Args:
         skip: patterns of layer names to leave out: shell-style globs, or `re:` and a regular
-            expression that must match the whole name.
+            expression that must match the whole name. What is left out anyway may be among them.
 
     Raises:
         ModelError: no decoder blocks, or nothing left to quantize.
         UsageError: a skip pattern that matches no linear layer.
     """
     blocks = find_blocks(model)
+    names = tuple(f"{blocks}.{name}" for name, _ in model.get_submodule(blocks).named_children())
+    shared = {name for group in _tied(model) for name in group}
+    patterns = _Skips(skip)
     linears: list[LinearInfo] = []
-    skipped: dict[str, str] = {}
-    unmatched = set(skip)
-    for index, block in enumerate(model.get_submodule(blocks).children()):
-        for name, parameter in block.named_parameters():
-            if parameter.dim() > 2:
-                raise ModelError(
-                    f"{blocks}.{index}.{name} has {parameter.dim()} dimensions: experts merged into one tensor, or a "
-                    "convolution",
-                    hint="such models cannot be quantized yet",
-                )
-        for name, module in block.named_modules():
-            full = f"{blocks}.{index}.{name}"
-            info = linear_info(full, module, index)
-            if info is None:
-                continue
-            if not info.in_features or not info.out_features:
-                raise ModelError(
-                    f"config.json describes no model: {full} would be [{info.out_features}, {info.in_features}]",
-                    hint="download it again",
-                )
-            hits = [pattern for pattern in skip if _matches(pattern, full)]
-            unmatched.difference_update(hits)
-            if hits:
-                skipped[full] = f"skipped by --skip {hits[0]}"
-            else:
+    kept: dict[str, str] = {}  # parameter -> why it stays as it is
+    for index, block in enumerate(names):
+        for info, reason in _candidates(model, block, index, kept):
+            if reason is None and f"{info.name}.weight" in shared:
+                reason = "shared by several layers"
+            hit = patterns.first(info.name)
+            if reason is None and hit is not None:
+                reason = f"skipped by --skip {hit}"
+            if reason is None:
                 linears.append(info)
-    if unmatched:
+            else:
+                kept[f"{info.name}.weight"] = reason
+    for name in kept:
+        patterns.first(name.rpartition(".")[0])
+    if patterns.unmatched:
         raise UsageError(
-            "no linear layer matches --skip " + ", ".join(sorted(unmatched)),
+            "no linear layer matches --skip " + ", ".join(sorted(patterns.unmatched)),
             hint="`bitstrata quantize MODEL -o OUT --dry-run` lists the layers",
         )
     if not linears:
         raise ModelError("nothing is left to quantize", hint="check the --skip patterns")
-    names = tuple(f"{blocks}.{name}" for name, _ in model.get_submodule(blocks).named_children())
     quantized = {linear.name for linear in linears}
-    return Discovery(names, tuple(linears), tuple(_left_out(model, quantized, skipped)), tuple(_tied(model)))
+    return Discovery(names, tuple(linears), tuple(_left_out(model, quantized, kept)), tuple(_tied(model)))
+
+
+class _Skips:
+    """The patterns of --skip; `unmatched` are those that no name has matched yet."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self.patterns, self.unmatched = patterns, set(patterns)
+
+    def first(self, name: str) -> str | None:
+        """The first pattern that matches `name`."""
+        hits = [pattern for pattern in self.patterns if _matches(pattern, name)]
+        self.unmatched.difference_update(hits)
+        return hits[0] if hits else None
+
+
+def _candidates(
+    model: PreTrainedModel, block: str, index: int, kept: dict[str, str]
+) -> Iterator[tuple[LinearInfo, str | None]]:
+    """The linears of a block, each with the reason why it is not quantized, if there is one.
+
+    What is no linear and needs a reason gets it in `kept`.
+    """
+    root = model.get_submodule(block)
+    for name, module in root.named_modules():
+        full = f"{block}.{name}" if name else block
+        found = _linears_of(full, module, index)
+        for info in found:
+            yield info, place_reason(root, name) or size_reason(info, head_width(root, name))
+        for key, _ in () if found else module.named_parameters(recurse=False):
+            reason = parameter_reason(root, f"{name}.{key}" if name else key, module)
+            if reason is not None:
+                kept[f"{full}.{key}"] = reason
+
+
+def _linears_of(name: str, module: nn.Module, block: int) -> tuple[LinearInfo, ...]:
+    """The linears that `module`, called `name`, is: one, or those of its experts; none for anything else."""
+    if is_experts(module):
+        raise ModelError(
+            f"{name} is a mixture of experts, merged into tensors of three dimensions",
+            hint="such models cannot be quantized yet",
+        )
+    info = linear_info(name, module, block)
+    if info is None:
+        return ()
+    if not info.in_features or not info.out_features:
+        raise ModelError(
+            f"config.json describes no model: {name} would be [{info.out_features}, {info.in_features}]",
+            hint="download it again",
+        )
+    return (info,)
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -169,27 +183,25 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _left_out(model: PreTrainedModel, quantized: set[str], skipped: dict[str, str]) -> Iterator[LeftOut]:
+def _left_out(model: PreTrainedModel, quantized: set[str], kept: dict[str, str]) -> Iterator[LeftOut]:
     head = model.get_output_embeddings()
     copies = {name: group[0] for group in _tied(model) for name in group[1:]}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() < 2 or name in quantized:
+            full = f"{name}.{key}"
+            if name in quantized or (parameter.dim() < 2 and full not in kept):
                 continue
-            if f"{name}.{key}" in copies:
-                reason = f"output head, tied to {copies[f'{name}.{key}']}" if module is head else "tied"
-            elif name in skipped:
-                reason = skipped[name]
+            if full in kept:
+                reason = kept[full]
+            elif full in copies:
+                reason = f"output head, tied to {copies[full]}" if module is head else "tied"
             elif module is head:
                 reason = "output head"
             elif isinstance(module, nn.Embedding):
                 reason = "embedding"
-            elif isinstance(module, nn.Linear):
-                outside = is_plain_linear(type(module))
-                reason = "outside the decoder blocks" if outside else f"a {type(module).__name__}, no plain nn.Linear"
             else:
-                reason = f"unknown module {type(module).__name__}"
-            yield LeftOut(f"{name}.{key}", tuple(parameter.shape), reason)
+                reason = "outside the decoder blocks"
+            yield LeftOut(full, tuple(parameter.shape), reason)
 
 
 def _tied(model: PreTrainedModel) -> Iterator[tuple[str, ...]]:

@@ -16,7 +16,8 @@ from ..checkpoint import LayerSpec
 from ..errors import CheckpointError, ModelError
 from ..nn import BitsState, PlaneEmbedding, TiedHead
 from .compat import embedding_scale, is_scaled_embedding, tied_parameters, untie
-from .discover import linear_info, set_submodule, submodule
+from .discover import set_submodule, submodule
+from .kinds import linear_info
 
 HINT = "leave --head-bits out: the head and the embedding then stay as they are"
 

@@ -15,7 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint import is_checkpoint
 from ..checkpoint.reader import regular_file
@@ -23,10 +23,11 @@ from ..checkpoint.schema import SAFETENSORS_DTYPES
 from ..errors import ModelError, first_line
 from ..memory import is_out_of_memory
 from ..planes.weights import all_finite
-from .compat import tied_parameters
+from .compat import new_model, tied_parameters
 from .config import causal_class, check_causal
 from .experts import Part, split_experts
 from .hub import resolve
+from .packed import BESIDE, METHODS, Packed, Spec, find_packed
 from .source_files import AGAIN, FileWatch, bind, check_adapter, entry_file, indexed_files, share
 
 READ_BYTES = 1 << 26
@@ -35,6 +36,7 @@ READ_BYTES = 1 << 26
 class SourceModel:
     """A causal language model folder with safetensors weights.
 
+    packed: stored name -> how it is stored in few bits (packed.py). Everything here takes and gives it as numbers.
     untied: pairs (head, embedding) that the config ties though their stored tensors differ. Both are
         kept, as transformers does; `config` then ties nothing. Known after `skeleton`.
 
@@ -49,7 +51,10 @@ class SourceModel:
             raise ModelError(f"{folder} is already quantized by bitstrata", hint="quantize the original model instead")
         check_adapter(folder)
         self._watch = FileWatch(folder)
+        self.settings: dict[str, Any] = {}  # the quantization_config of a model in few bits
         self.config = self._read_config()
+        self.packed: dict[str, Packed] = {}
+        self._raw: dict[str, str] = {}  # every tensor of the files -> its file
         self.files = self._read_files()
         self.untied: list[tuple[str, str]] = []
         self._stored: dict[str, str] = {}
@@ -74,8 +79,18 @@ class SourceModel:
                 hint="is this the folder of a causal language model that this version of transformers knows?",
             ) from error
         check_causal(self.folder, config)
-        if getattr(config, "quantization_config", None):
-            raise ModelError(f"{self.folder} is already quantized", hint="quantize the original model instead")
+        for part in (config, *_sub_configs(config)):
+            found = getattr(part, "quantization_config", None)
+            if not found:
+                continue
+            found = found if isinstance(found, dict) else found.to_dict()
+            if found.get("quant_method") not in METHODS:
+                raise ModelError(
+                    f"{self.folder} is already quantized ({found.get('quant_method', 'by an unnamed method')})",
+                    hint="quantize the original model instead",
+                )
+            self.settings = found
+            del part.quantization_config  # its weights are read as what they stand for
         return config
 
     def _read_files(self) -> dict[str, str]:
@@ -83,13 +98,23 @@ class SourceModel:
         entry = entry_file(self.folder, getattr(self.config, "transformers_weights", None))
         listed = indexed_files(self.folder / entry) if entry.endswith(".json") else {}
         files: dict[str, str] = {}
+        specs: dict[str, Spec] = {}
         for file in sorted(set(listed.values())) or [entry]:
-            keys = self._keys(file)
+            opened = self._open(file)
+            keys = list(opened.keys())
             missing = {name for name, home in listed.items() if home == file}.difference(keys)
             if missing:
                 raise ModelError(f"{self.folder / file} lacks {min(missing)} that the index promises", hint=AGAIN)
             files.update(dict.fromkeys(keys, file))
-        return files
+            parts = {key: opened.get_slice(key) for key in keys if self.settings or key.endswith("weight")}
+            specs.update({key: (part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()})
+        self._raw = dict(files)
+        self.packed = find_packed(specs, self.settings)
+        for name, packed in self.packed.items():
+            for part in packed.parts:
+                files.pop(part, None)
+            files[name] = self._raw[packed.parts[0]]
+        return {name: file for name, file in files.items() if not (self.packed and name.endswith(BESIDE))}
 
     def _open(self, file: str) -> safe_open:
         path = regular_file(self.folder / file, ModelError)
@@ -102,20 +127,18 @@ class SourceModel:
         self._watch.check(file)
         return opened
 
-    def _keys(self, file: str) -> list[str]:
-        return list(self._open(file).keys())
-
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that transformers loads the model in: the config's, else that of its first floating tensor."""
-        declared = getattr(causal_class(self.config)[1], "dtype", None)
-        if isinstance(declared, torch.dtype):
-            return declared
+        own = causal_class(self.config)[1]
+        for config in (own, own.get_text_config(decoder=True)):
+            if isinstance(declared := getattr(config, "dtype", None), torch.dtype):
+                return declared
         return next((self.spec(name)[0] for name in self.files if self.spec(name)[0].is_floating_point), torch.float32)
 
     def digests(self) -> dict[str, str]:
         """sha256 of the config and of every weight file, for provenance and for resuming safely."""
-        return {file: self._watch.digest(file) for file in ["config.json", *sorted(set(self.files.values()))]}
+        return {file: self._watch.digest(file) for file in ["config.json", *sorted(set(self._raw.values()))]}
 
     def check_unchanged(self) -> None:
         """Raise JobError, naming the file, unless all files are those that `digests` has seen."""
@@ -160,9 +183,8 @@ class SourceModel:
         try:
             with init_empty_weights(include_buffers=False):
                 # a copy, because transformers writes the dtype into the config it is given
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(self.config), dtype=torch.float32
-                )
+                kind, own = causal_class(copy.deepcopy(self.config))
+                model = new_model(kind, own)
             model.tie_weights()
         except Exception as error:
             if is_out_of_memory(error):
@@ -201,9 +223,11 @@ class SourceModel:
         return self._parts[stored].stored if stored in self._parts else stored
 
     def spec(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """(dtype, shape) of a stored tensor, from the header."""
+        """(dtype, shape) of a stored tensor, from the header; of one in few bits those of its numbers."""
         if stored in self._parts:
             return self.spec(self._parts[stored].stored)[0], self._parts[stored].shape
+        if stored in self.packed:
+            return torch.float32, self.packed[stored].shape
         part = self._open(self.files[stored]).get_slice(stored)
         dtype = part.get_dtype()
         if dtype not in SAFETENSORS_DTYPES:
@@ -212,43 +236,52 @@ class SourceModel:
             )
         return SAFETENSORS_DTYPES[dtype], tuple(part.get_shape())
 
+    def kept_as(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """(dtype, shape) of a stored tensor in a checkpoint that does not quantize it.
+
+        What was stored in few bits gets the model's dtype, as transformers gives it back.
+        """
+        dtype, shape = self.spec(stored)
+        return (self.dtype if self.tensor_of(stored) in self.packed else dtype), shape
+
     def map(self, stored: str) -> Tensor:
         """A stored tensor, memory-mapped: for reading once, not for keeping."""
-        if stored in self._parts:
-            return self._part(self._parts[stored])
+        if stored in self._parts or stored in self.packed:
+            return self.read(stored)
         tensor: Tensor = self._open(self.files[stored]).get_tensor(stored)
         return tensor
 
     def rows(self, stored: str, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 of a stored tensor, copied out of the file."""
         if stored in self._parts:
-            return self._part(self._parts[stored])[start:stop].clone()
-        with self._open(self.files[stored]) as file:
-            part: Tensor = file.get_slice(stored)[start:stop].clone()
-        self._watch.check(self.files[stored])
-        return part
+            return self.read(stored)[start:stop]
+        if stored in self.packed:
+            return self.packed[stored].rows(start, stop, self._rows)
+        return self._rows(stored, start, stop)
+
+    def _rows(self, stored: str, start: int, stop: int) -> Tensor:
+        file = self._raw[stored]
+        with self._open(file) as opened:
+            part = opened.get_slice(stored)
+            rows: Tensor = part[start:stop].clone() if part.get_shape() else opened.get_tensor(stored).clone()
+        self._watch.check(file)
+        return rows
 
     def read(self, stored: str) -> Tensor:
         """A stored tensor, copied out of the file so that nothing stays mapped."""
         dtype, shape = self.spec(stored)
         if stored in self._parts:
-            return self._part(self._parts[stored]).clone(memory_format=torch.contiguous_format)
+            part = self._parts[stored]  # of one expert; no other is read
+            entry = self.rows(part.stored, part.expert, part.expert + 1)[0]
+            return part.of(entry).clone(memory_format=torch.contiguous_format)
         if not shape:
             return self.map(stored).clone()
         result = torch.empty(shape, dtype=dtype, device="cpu")
         step = max(1, READ_BYTES // max(1, result[:1].nbytes))
         for start in range(0, shape[0], step):
             # opened anew for each stretch, so that only one stretch of the file is resident at a time
-            with self._open(self.files[stored]) as file:
-                result[start : start + step] = file.get_slice(stored)[start : start + step]
-        self._watch.check(self.files[stored])
+            result[start : start + step] = self.rows(stored, start, min(start + step, shape[0]))
         return result
-
-    def _part(self, part: Part) -> Tensor:
-        """One expert's part of a tensor; no other is read."""
-        with self._open(self.files[part.stored]) as file:
-            entry: Tensor = file.get_slice(part.stored)[part.expert]
-        return part.of(entry)
 
     def materialise(self, module: nn.Module, prefix: str, skip: Iterable[str] = ()) -> None:
         """Fill the meta parameters and persistent buffers of `module`, at `prefix` in the skeleton, in fp32.
@@ -279,6 +312,15 @@ class SourceModel:
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
                 owner._buffers[leaf] = value
+
+    def whole(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The whole model in memory, in `dtype`; for a moment also in fp32."""
+        model = self.skeleton()
+        self.materialise(model, "")
+        model.tie_weights()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model
 
 
 def _sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
@@ -318,7 +360,10 @@ def load_reference(
 def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     folder = resolve(reference, kind="reference model")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            return SourceModel(folder).whole(dtype)  # transformers runs few bits on some machines only
+        loaded: Any = causal_class(config)[0].from_pretrained(
             str(folder),
             dtype=dtype,
             local_files_only=True,
@@ -326,6 +371,8 @@ def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedMode
             trust_remote_code=False,
             output_loading_info=True,
         )
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"the reference {folder} cannot be loaded: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]

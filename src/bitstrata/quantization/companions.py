@@ -61,6 +61,8 @@ def checkpoint_config(source: SourceModel) -> dict[str, Any]:
     """
     config = _without_code(read_json(source.folder / CONFIG_FILE))
     config.pop("transformers_weights", None)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.pop("quantization_config", None)  # of a source in few bits, which were read as numbers
     name = str(source.dtype).removeprefix("torch.")
     nested = [key for key in source.config.sub_configs if isinstance(config.get(key), dict)]
     text = source.config.get_text_config(decoder=True)

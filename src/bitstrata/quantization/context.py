@@ -77,6 +77,7 @@ class Prepared:
 
     common: state-dict name -> stored name of what is copied unchanged.
     head: the output head and the embedding, if they are quantized too.
+    mtp: stored names of layers beside the model that predict further tokens.
     fingerprint: everything the result depends on; decides whether a job may be resumed.
     """
 
@@ -89,6 +90,7 @@ class Prepared:
     common: dict[str, str]
     fingerprint: dict[str, Any]
     head: tuple[HeadLayer, ...] = ()
+    mtp: tuple[str, ...] = ()
 
     @property
     def vocabulary(self) -> int:
@@ -139,7 +141,8 @@ class Prepared:
         the stages' results + the checkpoint: planes and scales, unquantized tensors, files beside the weights.
         """
         spec, source = self.spec(), self.source
-        found = [source.spec(stored) for stored in self.common.values()]
+        kept = () if self.settings.drop_mtp else self.mtp
+        found = [source.kept_as(stored) for stored in (*self.common.values(), *kept)]
         copied = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in found)
         copied += sum(path.stat().st_size for path in [source.folder / CONFIG_FILE, *companions(source)])
         tensors = len(self.common) + sum(len(spec.layer_tensors(name)) + 1 for name in spec.layers)

@@ -30,6 +30,7 @@ from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from .companions import checkpoint_config, copy_companions
 from .context import Job, Prepared, megabytes
+from .mtp import write_mtp
 from .preflight import prepare
 from .report import Report, make_report
 from .settings import Settings
@@ -87,14 +88,17 @@ def _assemble(job: Job, report: Report) -> None:
     prepared, source, discovery = job.prepared, job.prepared.source, job.discovery
     entries: list[TensorEntry] = []
     for name, stored in prepared.common.items():
-        dtype, shape = source.spec(stored)
-        entries.append(TensorEntry(name, dtype, shape, lambda stored=stored: source.map(stored)))  # type: ignore[misc]
+        dtype, shape = source.kept_as(stored)
+        entries.append(
+            TensorEntry(name, dtype, shape, lambda stored=stored, dtype=dtype: source.map(stored).to(dtype))  # type: ignore[misc]
+        )
     parts = [(index, [linear.name for linear in discovery.of_block(index)]) for index in range(len(discovery.blocks))]
     for part, names in [*parts, *((layer.role, [layer.name]) for layer in prepared.head)]:
         entries.extend(job.state.entries(part, names))
         entries.extend(TensorEntry.of(guard_name(name), torch.empty(0, dtype=source.dtype)) for name in names)
     output = prepared.settings.output
     copy_companions(source, output)
+    write_mtp(source, prepared.mtp, prepared.settings)
     config = checkpoint_config(source)
     spec = prepared.spec()
     config["quantization_config"] = spec.model_dump(exclude_none=True)

@@ -44,6 +44,7 @@ from ..solvers.grouping import check_weight
 from ..version import __version__
 from .companions import note_companions
 from .context import Prepared, Stage, megabytes
+from .mtp import Unused, sort_unused, with_mtp
 from .settings import Settings
 from .state import JOB_FOLDER, is_job
 
@@ -90,9 +91,10 @@ def prepare(settings: Settings, stages: Sequence[Stage], earlier: Sequence[Bitst
     settings = _within_layers(settings, discovery)
     head = () if settings.head_bits is None else problems.attempt(lambda: find_head(model)) or ()
     discovery = _without(discovery, head)
-    common = _check_tensors(source, model, discovery, head, problems)
+    common, unused = _check_tensors(source, model, discovery, head, problems)
+    discovery = with_mtp(discovery, source, unused.mtp, settings)
     note_companions(source)
-    prepared = Prepared(settings, tuple(stages), source, model, discovery, windows, common, {}, head)
+    prepared = Prepared(settings, tuple(stages), source, model, discovery, windows, common, {}, head, unused.mtp)
     problems.extend(_check_resources(prepared))
     if not problems and windows is not None:  # it takes memory, and a model that is whole
         runner = BlockRunner(source, model, discovery, settings.seq_len, settings.device)
@@ -201,8 +203,8 @@ def _check_tensors(
     discovery: Discovery,
     head: Sequence[HeadLayer],
     problems: list[BitstrataError],
-) -> dict[str, str]:
-    """Compare stored tensors with the model; returns state-dict name -> stored name of unquantized ones."""
+) -> tuple[dict[str, str], Unused]:
+    """Compare stored tensors with the model: state-dict name -> stored name of unquantized ones, and unused ones."""
     # what is quantized -> what to do where it cannot be
     quantized = {f"{linear.name}.weight": "leave the layer out with --skip" for linear in discovery.linears}
     quantized |= {f"{layer.name}.weight": "leave --head-bits out" for layer in head}
@@ -226,12 +228,16 @@ def _check_tensors(
             common[name] = stored
     for one, other in source.untied:
         note(f"the config ties {one} to {other}, but the stored tensors differ: both are kept, tied no longer")
-    unused = sorted(set(source.files) - used)
+    left = sorted(set(source.files) - used)
+    unused = sort_unused(left, discovery, type(model))
     if missing:
-        problems.append(missing_tensors(source.folder, type(model).__name__, missing, unused))
-    elif unused:
-        note(f"{len(unused)} stored tensors are not part of the model and are dropped: {', '.join(unused[:5])}")
-    return common
+        problems.append(missing_tensors(source.folder, type(model).__name__, missing, left))
+    elif unused.others:
+        note(
+            f"{len(unused.others)} stored tensors are not part of the model and are dropped: "
+            f"{', '.join(unused.others[:5])}"
+        )
+    return common, unused
 
 
 def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantize: str | None) -> None:

@@ -42,6 +42,7 @@ class Settings:
     seed: int
     device: torch.device
     head_bits: int | None = None
+    drop_mtp: bool = False
 
     @classmethod
     def parse(cls, options: QuantizeOptions, problems: list[BitstrataError] | None = None) -> Settings:
@@ -80,6 +81,7 @@ class Settings:
             "seed": number("seed", 0),
             "head_bits": attempt(lambda: _head_bits(options.head_bits), None),
             "calibration": None,
+            "drop_mtp": bool(options.drop_mtp),
         }
         if options.calibration is not None:
             parsed["calibration"] = path("--calibration", options.calibration, TEXT_HINT)
@@ -105,6 +107,7 @@ class Settings:
             "seed": self.seed,
             "device": self.device.type,
             **({} if self.head_bits is None else {"head_bits": self.head_bits}),
+            **({"drop_mtp": True} if self.drop_mtp else {}),
         }
 
 
