@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import with_decoded_weights
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import bitstrata
 from bitstrata.checkpoint import CheckpointReader, validate
@@ -177,3 +179,30 @@ def test_bytes_of_a_token_are_those_of_the_active_experts(out):
         if name != "model.embed_tokens.weight" and "weight" in name
     )
     assert bytes_per_token(model, 2) == spec.bytes_read(2) + unquantized
+
+
+def test_experts_in_mxfp4_are_quantized_as_their_numbers_are(tmp_path):
+    dense = tmp_path / "dense"
+    build("gpt_oss", hidden_size=64, intermediate_size=64, head_dim=16).save_pretrained(dense)
+    tensors, few = load_file(dense / "model.safetensors"), tmp_path / "few"
+    few.mkdir()
+    packed = dict(tensors)
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors[name].shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(122, 126, (experts, outputs, inputs // 32), generator=generator, dtype=torch.uint8)
+        tensors[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+        del packed[name]
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    save_file(packed, few / "model.safetensors", {"format": "pt"})
+    config = json.loads((dense / "config.json").read_text())
+    (few / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    reports = [
+        bitstrata.quantize(folder, tmp_path / f"{folder.name}-out", bits="2,4", method="rtn", group_size=32)
+        for folder in (dense, few)
+    ]
+    assert reports[0].layer_error == reports[1].layer_error
+    one, other = (CheckpointReader(tmp_path / f"{folder.name}-out").state_dict() for folder in (dense, few))
+    assert all(torch.equal(one[name], other[name]) for name in one if ".experts." in name)
