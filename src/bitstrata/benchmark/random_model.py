@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from ..models import attach, discover, find_head
 from ..models.discover import set_submodule
+from ..models.experts import split_experts
 from ..nn import BitsState, PlaneEmbedding, PlaneLinear, TiedHead
 from ..planes import AffineScales, PlaneWeight, group_count, words_per_row
 
@@ -161,13 +162,14 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model of `config`, of only `blocks` decoder blocks if given.
 
-    Its parameters are on meta, its buffers, such as rotary frequencies, on `device`.
+    Its experts are linears. Its parameters are on meta, its buffers, such as rotary frequencies, on `device`.
     """
     config = copy.deepcopy(config)
     if blocks is not None:
         config.num_hidden_layers = blocks
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    split_experts(model)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)

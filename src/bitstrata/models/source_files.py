@@ -125,7 +125,8 @@ def bind(
                     f"{stored} is stored in pieces that transformers merges or splits when it loads them",
                     hint="such models cannot be quantized yet",
                 )
-        for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
+        # a name that a pattern for older files happens to match may be the model's own
+        for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix), stored):
             if candidate in expected:
                 names[candidate] = stored
                 break

@@ -186,6 +186,12 @@ class Experts(nn.Module):
         y = (y * scores.reshape(-1, 1)).view(tokens, k, -1).sum(1)
         return y.to(hidden_states.dtype).view(*hidden_states.shape[:-1], -1)
 
+    def tokens_of(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+        """How many tokens each expert gets in a call with these arguments: int64 [E]."""
+        if self._presorted:
+            return hidden_states.reshape(self.expert_count, -1, hidden_states.shape[-1]).any(-1).sum(1)
+        return routing[0].reshape(-1).bincount(minlength=self.expert_count)[: self.expert_count]
+
     def _on_presorted(self, x: Tensor) -> Tensor:
         each = x.view(self.expert_count, -1, x.shape[-1])  # [E, T, H]
         least = self._least_rows(each.shape[1], x.dtype)

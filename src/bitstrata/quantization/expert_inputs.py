@@ -194,9 +194,8 @@ def counting(block: nn.Module) -> Iterator[dict[str, list[tuple[int, Tensor]]]]:
                     experts: nn.Module, arguments: tuple[Tensor, ...], mine: list[tuple[int, Tensor]] = mine
                 ) -> None:
                     assert isinstance(experts, Experts)
-                    call = Routed.of(experts, arguments)
-                    got = call.chosen[call.scores > 0].flatten()
-                    mine.append((len(call.inputs), got.bincount(minlength=experts.expert_count).cpu()))
+                    rows = arguments[0].shape[:-1].numel() // (1 if len(arguments) > 1 else experts.expert_count)
+                    mine.append((rows, experts.tokens_of(*arguments).cpu()))
 
                 stack.callback(module.register_forward_pre_hook(hook).remove)
         yield calls
