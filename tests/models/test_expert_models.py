@@ -206,3 +206,20 @@ def test_experts_in_mxfp4_are_quantized_as_their_numbers_are(tmp_path):
     assert reports[0].layer_error == reports[1].layer_error
     one, other = (CheckpointReader(tmp_path / f"{folder.name}-out").state_dict() for folder in (dense, few))
     assert all(torch.equal(one[name], other[name]) for name in one if ".experts." in name)
+
+
+@pytest.mark.parametrize("skip", ["*.experts.*", "*.experts.1.*", "*.0.mlp.experts.*.down_proj"])
+def test_skipped_experts_are_refused_before_anything_is_written(tmp_path, skip):
+    build("mixtral").save_pretrained(tmp_path / "source")
+    with pytest.raises(PreflightError, match="the experts of a layer are quantized together"):
+        bitstrata.quantize(tmp_path / "source", tmp_path / "out", bits=2, method="rtn", group_size=16, skip=skip)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_router_may_be_named_in_skip(tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "source")
+    settings = {"bits": 2, "method": "rtn", "group_size": 16, "skip": "*.mlp.gate"}
+    report = bitstrata.quantize(tmp_path / "source", tmp_path / "out", **settings)
+    routers = [entry for entry in report.left_out if entry["name"].endswith("mlp.gate.weight")]
+    assert len(routers) == 2
+    assert all("router" in entry["reason"] for entry in routers)

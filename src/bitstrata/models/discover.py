@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import LayerSpec
 from ..errors import CheckpointError, ModelError, UsageError
 from ..nn import BitsOrPlan, PlaneLinear, TiedHead
+from .experts import check_all_experts
 from .kinds import LinearInfo, head_width, is_experts, linear_info, parameter_reason, place_reason, size_reason
 
 
@@ -95,7 +96,7 @@ def discover(model: PreTrainedModel, skip: Sequence[str] = ()) -> Discovery:
 
     Raises:
         ModelError: no decoder blocks, or nothing left to quantize.
-        UsageError: a skip pattern that matches no linear layer.
+        UsageError: a skip pattern that matches no linear layer, or experts.
     """
     blocks = find_blocks(model)
     names = tuple(f"{blocks}.{name}" for name, _ in model.get_submodule(blocks).named_children())
@@ -121,6 +122,7 @@ def discover(model: PreTrainedModel, skip: Sequence[str] = ()) -> Discovery:
             "no linear layer matches --skip " + ", ".join(sorted(patterns.unmatched)),
             hint="`bitstrata quantize MODEL -o OUT --dry-run` lists the layers",
         )
+    check_all_experts(model, {f"{linear.name}.weight" for linear in linears}, kept)
     if not linears:
         raise ModelError("nothing is left to quantize", hint="check the --skip patterns")
     quantized = {linear.name for linear in linears}

@@ -15,7 +15,7 @@ which case each is a tensor like any other, or merged, in which case `Part` says
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint import LayerSpec
 from ..checkpoint.schema import expert_name
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
 from ..nn import BitsState, Experts, StoredExperts
 from .compat import is_presorted, own_gate
 
@@ -161,6 +161,25 @@ def experts_of(names: Iterable[str], model: nn.Module) -> dict[str, tuple[str, i
         if module in counts:
             found[name] = f"{module}.{projection}", counts[module]
     return found
+
+
+def check_all_experts(model: nn.Module, quantized: Container[str], kept: Mapping[str, str]) -> None:
+    """Raise UsageError unless every linear of experts is quantized: they are stored, and put in place, together.
+
+    Args:
+        quantized: names of the weights that are; kept: of the others, why not.
+    """
+    for around, module in model.named_modules():
+        if not isinstance(module, Experts):
+            continue
+        for name, _ in module.named_parameters():
+            full = f"{around}.{name}"
+            if name.endswith("_proj.weight") and full in kept and full not in quantized:
+                raise UsageError(
+                    f"{full.removesuffix('.weight')} would stay as it is ({kept[full]}), but the experts of a layer are "
+                    "quantized together",
+                    hint="leave experts out of --skip; a plan may give each expert bits of its own",
+                )
 
 
 def active_experts(config: PreTrainedConfig, count: int) -> int | None:
