@@ -131,8 +131,9 @@ class PreflightError(BitstrataError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what an error says, with the next if it ends in a colon; or the error's type."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextmanager

@@ -66,6 +66,15 @@ _HALVES = (  # the decoder of an encoder-decoder, alone
 _THREE_AXES = (  # rotary positions in time, height and width
     "glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl",
 )  # fmt: skip
+_ROTATED: dict[str, Any] = {
+    "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+    }
+}
+_INDEXER: dict[str, Any] = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
 # model type -> what is set beside that; a value of None takes a field out
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
@@ -73,10 +82,27 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"is_decoder": True, "is_encoder_decoder": False} for name in _HALVES},
     **{name: {"text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}}} for name in _THREE_AXES},
     "bamba": {"attn_layer_indices": [1]},
+    "chameleon": {"vocabulary_map": {"<image>": 60}},
+    "cohere_compass": {"text_config": _ROTATED},
+    "cohere_compass_text": _ROTATED,
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32},
+    "dots3_note": {"text_config": {"head_dim": 32}},
+    "dots3_note_text": {"head_dim": 32},
+    "emu3": {"vocabulary_map": {"<image>": 60, "<|extra_200|>": 61}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "qwen4_exp_text": _INDEXER,
+    "qwen4_exp": {"text_config": _INDEXER},
+    "zamba": {
+        "num_hidden_layers": 3, "attention_hidden_size": 128, "attention_head_dim": 32,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+    },
     "blt": {"encoder_hash_byte_group_vocab": 32},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [2, 1, 1]}}},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention"]}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"head_dim": 32},
     "mistral4": {"head_dim": 32},
@@ -92,8 +118,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "xlm": {"causal": True},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
-    "xlstm": {"qk_dim_factor": 0.5, "v_dim_factor": 1.0, "num_heads": 4, "embedding_dim": 64, "head_dim": None},
-    "zamba2": {"layer_types": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "attention_head_dim": 32},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
+    "zamba2": {
+        "layer_types": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
@@ -133,21 +162,27 @@ def _small(config: dict[str, Any]) -> dict[str, Any]:
             small[key] = _small(value)
         elif key in lists:
             small[key] = [_of_field(str(key), value[index], barred) for index in kept]
-        elif isinstance(value, list) and depth is not None and all(type(item) is int for item in value):
-            small[key] = [item for item in value if item < len(kept)] if str(key).endswith(("s", "ids")) else value
+        elif depth is not None and _are_layers(str(key), value, depth):
+            small[key] = [item for item in value if item < len(kept)] or [len(kept) - 1]
         elif DEPTHS.fullmatch(str(key)) and type(value) is int:
             small[key] = len(kept)
         else:
             small[key] = _of_field(str(key), value, barred)
-    if {"kv_lora_rank", "qk_nope_head_dim"} & small.keys() or small.get("num_key_value_heads") == (
-        config.get("num_attention_heads")
-    ):
-        small["num_key_value_heads"] = small.get("num_attention_heads", 4)
+    if "num_attention_heads" in config and "num_key_value_heads" in config:
+        is_latent = bool({"kv_lora_rank", "qk_nope_head_dim"} & small.keys())
+        if is_latent or config["num_key_value_heads"] == config["num_attention_heads"]:
+            small["num_key_value_heads"] = small["num_attention_heads"]
     for rope in (small.get("rope_parameters"), small.get("rope_scaling")):
         if isinstance(rope, dict) and "mrope_section" in rope:
             half = int(16 * rope.get("partial_rotary_factor", 1.0)) // 2
             rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
     return small
+
+
+def _are_layers(name: str, value: Any, depth: int) -> bool:
+    """Whether these are indices of layers."""
+    called_so = name.endswith(("layers", "ids", "idxs", "indexes", "indices"))
+    return called_so and bool(value) and isinstance(value, list) and all(item in range(depth) for item in value)
 
 
 def _kept(kinds: dict[str, list[str]], depth: int | None) -> list[int]:

@@ -273,3 +273,35 @@ def test_nothing_unpromised_is_used_outside_of_the_one_file():
 def test_a_planted_name_is_caught(planted):
     assert foreign_names(planted, OF_TORCH)
     assert not foreign_names("self._own = model.config.vocab_size", {"_own"})
+
+
+def test_a_config_of_a_model_that_sees_has_the_class_of_the_whole():
+    """Else a wrapper's text part is made in its place, and its towers are lost."""
+    assert compat.wrapper_classes()[transformers.Gemma3Config] is transformers.Gemma3ForConditionalGeneration
+    assert transformers.LlamaConfig not in compat.wrapper_classes()
+
+
+def test_a_model_is_made_of_a_class_in_fp32():
+    """Else a source's skeleton has another dtype than what is read into it."""
+    config = transformers.LlamaConfig(**tiny().config.to_dict() | {"dtype": torch.bfloat16})
+    assert compat.new_model(transformers.LlamaForCausalLM, config).lm_head.weight.dtype == torch.float32
+
+
+def test_a_class_says_which_tensors_it_does_without():
+    """Else layers that predict further tokens are dropped as if they were nothing."""
+    assert any("mtp" in pattern for pattern in compat.ignored_tensors(transformers.Qwen3NextForCausalLM))
+    assert compat.ignored_tensors(transformers.LlamaForCausalLM) == []
+
+
+def test_what_is_only_put_together_is_told_from_what_is_merged():
+    """Else a convolution that is stored in three pieces is refused, or experts are taken for one matrix."""
+    config = transformers.OlmoHybridConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"], pad_token_id=None,
+    )  # fmt: skip
+    with torch.device("meta"):
+        piece = compat.concatenations(transformers.OlmoHybridForCausalLM(config))
+    base = "model.layers.0.linear_attn"
+    assert piece(f"{base}.k_conv1d.weight") == (f"{base}.conv1d.weight", 1, 3)
+    assert piece(f"{base}.o_proj.weight") is None

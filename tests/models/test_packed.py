@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sweep
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama
@@ -19,7 +20,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import bitstrata
 from bitstrata.errors import ModelError, PreflightError
 from bitstrata.models import SourceModel
-from bitstrata.models.packed import find_packed
+from bitstrata.models.packed import Joined, find_packed
 
 BLOCK = (16, 32)
 FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -111,6 +112,36 @@ def test_mxfp4_is_exact_and_lies_as_transformers_has_it(step: int) -> None:
                 expected[expert, column, row] = number * 2.0 ** (int(scales[expert, row, column // 32]) - 127)
     assert torch.equal(found.double(), expected)
     assert torch.equal(found.bfloat16(), convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 20])
+def test_what_is_stored_in_pieces_is_read_in_any_stretch(step: int) -> None:
+    parts = {name: torch.randn(rows, 2) for name, rows in (("a", 4), ("b", 1), ("c", 5))}
+    found = Joined(tuple(parts), torch.float32, tuple(tuple(part.shape) for part in parts.values()))
+    rows = [
+        found.rows(start, min(start + step, 10), lambda name, first, last: parts[name][first:last])
+        for start in range(0, 10, step)
+    ]
+    assert found.shape == (10, 2)
+    assert torch.equal(torch.cat(rows), torch.cat(list(parts.values())))
+
+
+@pytest.mark.parametrize("dropped", [None, "k_conv1d"])
+def test_a_convolution_that_is_stored_in_pieces_is_put_together(dropped: str | None, tmp_path: Path) -> None:
+    model, _ = sweep.build("olmo_hybrid")
+    model.save_pretrained(tmp_path / "source")
+    stored = load_file(tmp_path / "source" / "model.safetensors")
+    name = "model.layers.0.linear_attn.conv1d.weight"
+    assert name not in stored
+    if dropped is not None:
+        kept = {key: value for key, value in stored.items() if dropped not in key}
+        save_file(kept, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(PreflightError, match=f"stores no tensor for {name}"):
+            bitstrata.quantize(tmp_path / "source", tmp_path / "out", bits=8, method="rtn", group_size=16)
+        return
+    report = bitstrata.quantize(tmp_path / "source", tmp_path / "out", bits=8, method="rtn", group_size=16)
+    assert not any("not part of the model" in note for note in report.notes)
+    assert torch.equal(load_file(tmp_path / "out" / "model-common.safetensors")[name], model.state_dict()[name])
 
 
 @pytest.mark.parametrize(

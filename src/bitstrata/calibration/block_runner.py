@@ -160,12 +160,12 @@ class BlockRunner:
         return torch.cat(first)
 
     def _record(self, window: Tensor, other: Tensor | None = None) -> None:
-        """Note what each block is called with. Blocks return hidden states, bare or first in a tuple of up to two.
+        """Note what each block is called with. Blocks return hidden states, bare or first in a tuple of up to three.
 
         Raises ModelError if that cannot be done, or if blocks are given something else for the tokens of `other`.
         """
         reason: Exception | None = None
-        for self._beside in (None, 0, 1):
+        for self._beside in (None, 0, 1, 2):
             try:
                 self._calls = self._recorded(window)
                 break

@@ -173,6 +173,32 @@ def is_presorted(experts: nn.Module) -> bool:
     return f"{type(experts).__module__}.{type(experts).__qualname__}" in PRESORTED
 
 
+def concatenations(model: PreTrainedModel) -> Callable[[str], tuple[str, int, int] | None]:
+    """What transformers puts one after the other, along the first dimension, into one tensor of `model`.
+
+    Called with a name that `name_changes` has renamed: (the whole tensor, which of its pieces this is, of how many);
+    None for what is not just put together.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import Concatenate, WeightConverter
+
+    joining = [
+        transform
+        for transform in get_model_conversion_mapping(model)
+        if isinstance(transform, WeightConverter)
+        and [(type(op), getattr(op, "dim", None)) for op in transform.operations] == [(Concatenate, 0)]
+    ]
+
+    def piece(name: str) -> tuple[str, int, int] | None:
+        for converter in joining:
+            whole, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                return whole, converter.source_patterns.index(pattern), len(converter.source_patterns)
+        return None
+
+    return piece
+
+
 def embedding_scale(module: nn.Module) -> tuple[float | None, bool]:
     """The number by which an embedding multiplies its rows, None if it does not, and whether it is rounded first.
 

@@ -73,6 +73,11 @@ def find_blocks(model: PreTrainedModel) -> str:
     if sizes:
         return max(sizes, key=lambda name: sizes[name])
     others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"})
+    if layers is None:
+        raise ModelError(
+            f"the config of {type(model).__name__} has no num_hidden_layers, so its decoder blocks cannot be told",
+            hint="this architecture cannot be quantized yet",
+        )
     raise ModelError(
         f"found no list of {layers} decoder blocks with linear layers in the text model of {type(model).__name__}"
         + (f"; its linear layers are {', '.join(others)}" if others else ""),

@@ -176,8 +176,8 @@ def check_all_experts(model: nn.Module, quantized: Container[str], kept: Mapping
             full = f"{around}.{name}"
             if name.endswith("_proj.weight") and full in kept and full not in quantized:
                 raise UsageError(
-                    f"{full.removesuffix('.weight')} would stay as it is ({kept[full]}), but the experts of a layer are "
-                    "quantized together",
+                    f"{full.removesuffix('.weight')} would stay as it is ({kept[full]}), but the experts of a layer "
+                    "are quantized together",
                     hint="leave experts out of --skip; a plan may give each expert bits of its own",
                 )
 

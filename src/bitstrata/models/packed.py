@@ -1,4 +1,4 @@
-"""Weights of a source that are stored in few bits, read as the numbers they stand for.
+"""Tensors of a source that are stored in few bits or in pieces, read as the numbers they stand for.
 
     fp8 with block scales     weight fp8 [..., N, K] and weight_scale_inv [..., ceil(N / n), ceil(K / k)], a scale for
                               each block of n x k (128 x 128 as a rule), each row, or the whole tensor
@@ -7,6 +7,8 @@
                               <name> is [E, 32 G, N], the other way round
 
     weight = number x scale, in fp32: exact where the scale is a power of two, else rounded once
+
+    in pieces                 rows of one tensor that transformers puts together, in the dtype they have
 
 A scale may be any floating dtype, or a byte that is an exponent (E8M0). A stretch of rows is read at a time. Every
 other layout of few bits is refused by name.
@@ -44,6 +46,7 @@ class BlockScaled:
     shape: tuple[int, ...]
     grid: tuple[int, ...]
     block: tuple[int, int]
+    dtype = torch.float32
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -74,6 +77,7 @@ class MicroScaled:
 
     name: str
     shape: tuple[int, ...]
+    dtype = torch.float32
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -87,7 +91,31 @@ class MicroScaled:
         return numbers.flatten(-2).transpose(-1, -2)
 
 
-Packed = BlockScaled | MicroScaled
+@dataclass(frozen=True)
+class Joined:
+    """A tensor that is stored in pieces, one after the other along the first dimension."""
+
+    parts: tuple[str, ...]
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return sum(shape[0] for shape in self.shapes), *self.shapes[0][1:]
+
+    def rows(self, start: int, stop: int, stored: Rows) -> Tensor:
+        """Rows start..stop-1."""
+        found, first = [], 0
+        for part, shape in zip(self.parts, self.shapes, strict=True):
+            begin, end = max(start - first, 0), min(stop - first, shape[0])
+            if begin < end:
+                found.append(stored(part, begin, end))
+            first += shape[0]
+        return torch.cat(found)
+
+
+FewBits = BlockScaled | MicroScaled
+Packed = FewBits | Joined
 
 
 def _scales(stored: Tensor) -> Tensor:
@@ -95,7 +123,7 @@ def _scales(stored: Tensor) -> Tensor:
     return torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
 
 
-def find_packed(specs: Mapping[str, Spec], settings: Mapping[str, Any]) -> dict[str, Packed]:
+def find_packed(specs: Mapping[str, Spec], settings: Mapping[str, Any]) -> dict[str, FewBits]:
     """Name of every weight that is stored in few bits -> how.
 
     Args:
@@ -104,7 +132,7 @@ def find_packed(specs: Mapping[str, Spec], settings: Mapping[str, Any]) -> dict[
 
     Raises ModelError, naming the tensor, for one without scales or with scales that do not fit it.
     """
-    found: dict[str, Packed] = {}
+    found: dict[str, FewBits] = {}
     for name, (dtype, shape) in specs.items():
         if dtype in FP8:
             found[name] = _block_scaled(name, shape, specs, settings)

@@ -27,7 +27,7 @@ from .compat import new_model, tied_parameters
 from .config import causal_class, check_causal
 from .experts import Part, split_experts
 from .hub import resolve
-from .packed import BESIDE, METHODS, Packed, Spec, find_packed
+from .packed import BESIDE, METHODS, FewBits, Joined, Packed, Spec, find_packed
 from .source_files import AGAIN, FileWatch, bind, check_adapter, entry_file, indexed_files, share
 
 READ_BYTES = 1 << 26
@@ -36,7 +36,8 @@ READ_BYTES = 1 << 26
 class SourceModel:
     """A causal language model folder with safetensors weights.
 
-    packed: stored name -> how it is stored in few bits (packed.py). Everything here takes and gives it as numbers.
+    packed: name of a tensor that is stored in few bits, or in pieces -> how (packed.py). Everything here takes and
+        gives it as one tensor of numbers.
     untied: pairs (head, embedding) that the config ties though their stored tensors differ. Both are
         kept, as transformers does; `config` then ties nothing. Known after `skeleton`.
 
@@ -55,7 +56,8 @@ class SourceModel:
         self.config = self._read_config()
         self.packed: dict[str, Packed] = {}
         self._raw: dict[str, str] = {}  # every tensor of the files -> its file
-        self.files = self._read_files()
+        self._few: dict[str, FewBits] = {}
+        self._read = self.files = self._read_files()
         self.untied: list[tuple[str, str]] = []
         self._stored: dict[str, str] = {}
         self._parts: dict[str, Part] = {}  # names that `stored_name` gives to parts of tensors of all experts
@@ -109,12 +111,13 @@ class SourceModel:
             parts = {key: opened.get_slice(key) for key in keys if self.settings or key.endswith("weight")}
             specs.update({key: (part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()})
         self._raw = dict(files)
-        self.packed = find_packed(specs, self.settings)
-        for name, packed in self.packed.items():
+        self._few = find_packed(specs, self.settings)
+        self.packed = dict(self._few)
+        for name, packed in self._few.items():
             for part in packed.parts:
                 files.pop(part, None)
             files[name] = self._raw[packed.parts[0]]
-        return {name: file for name, file in files.items() if not (self.packed and name.endswith(BESIDE))}
+        return {name: file for name, file in files.items() if not (self._few and name.endswith(BESIDE))}
 
     def _open(self, file: str) -> safe_open:
         path = regular_file(self.folder / file, ModelError)
@@ -166,8 +169,19 @@ class SourceModel:
         return model
 
     def _bind(self, model: PreTrainedModel) -> dict[str, str]:
-        """State-dict name -> what `stored_name` says of it, after the experts of `model` were split."""
-        bound, parts = bind(model, self.files, split_experts(model), lambda stored: self.spec(stored)[1])
+        """State-dict name -> what `stored_name` says of it, after the experts of `model` were split.
+
+        Tensors stored in pieces are in `files` under their own names from now on.
+        """
+        bound, pieces, parts = bind(model, self._read, split_experts(model), lambda stored: self.spec(stored)[1])
+        self.packed = dict(self._few)
+        self.files = dict(self._read)
+        for name, of in pieces.items():
+            specs = [self.spec(part) for part in of]
+            self.packed[name] = Joined(of, specs[0][0], tuple(shape for _, shape in specs))
+            self.files[name] = self.files[of[0]]
+            for part in of:
+                del self.files[part]
         self._parts = {f"{part.stored} of {name}": part for name, part in parts.items()}
         return bound | {name: f"{part.stored} of {name}" for name, part in parts.items()}
 
@@ -227,7 +241,7 @@ class SourceModel:
         if stored in self._parts:
             return self.spec(self._parts[stored].stored)[0], self._parts[stored].shape
         if stored in self.packed:
-            return torch.float32, self.packed[stored].shape
+            return self.packed[stored].dtype, self.packed[stored].shape
         part = self._open(self.files[stored]).get_slice(stored)
         dtype = part.get_dtype()
         if dtype not in SAFETENSORS_DTYPES:
@@ -242,7 +256,7 @@ class SourceModel:
         What was stored in few bits gets the model's dtype, as transformers gives it back.
         """
         dtype, shape = self.spec(stored)
-        return (self.dtype if self.tensor_of(stored) in self.packed else dtype), shape
+        return (self.dtype if self.tensor_of(stored) in self._few else dtype), shape
 
     def map(self, stored: str) -> Tensor:
         """A stored tensor, memory-mapped: for reading once, not for keeping."""
@@ -256,7 +270,8 @@ class SourceModel:
         if stored in self._parts:
             return self.read(stored)[start:stop]
         if stored in self.packed:
-            return self.packed[stored].rows(start, stop, self._rows)
+            packed = self.packed[stored]
+            return packed.rows(start, stop, self.rows if isinstance(packed, Joined) else self._rows)
         return self._rows(stored, start, stop)
 
     def _rows(self, stored: str, start: int, stop: int) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import INDEX_FILE, SINGLE_FILE
 from ..errors import JobError, ModelError
-from .compat import expert_changes, name_changes
+from .compat import concatenations, expert_changes, name_changes
 from .experts import Layout, Part, expert_index, linear_name, parts_of
 
 ADAPTER = "adapter_config.json"
@@ -95,12 +95,16 @@ def check_adapter(folder: Path) -> None:
 
 def bind(
     model: PreTrainedModel, stored_names: Iterable[str], experts: Mapping[str, Layout], shape: Callable[[str], Any]
-) -> tuple[dict[str, str], dict[str, Part]]:
-    """State-dict name -> stored name, and state-dict name -> its part in a stored tensor of all experts.
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]], dict[str, Part]]:
+    """What the state dict of `model` is made of, three ways:
+
+        names   state-dict name -> stored name
+        pieces  name of a tensor that is stored in pieces -> the pieces' names, in order; it is its own stored name
+        parts   state-dict name -> its part in a stored tensor of all experts
 
     Names may differ by the base model's prefix and by the renamings that transformers applies to
     older files. Of a pair that the config ties, one name may be stored for both. Raises ModelError
-    for tensors that transformers would merge or split, other than those of experts.
+    for tensors that transformers would merge or split in any other way.
 
     Args:
         experts: names of the modules of `model` that `split_experts` has made, and their layouts.
@@ -109,22 +113,20 @@ def bind(
     expected = set(model.state_dict())
     merged = {f"{name}.{key}": (name, layout, key) for name, layout in experts.items() for key in layout.merged}
     prefix = f"{model.base_model_prefix}."
-    changed, of_expert = name_changes(model), expert_changes(model)
+    changed, piece_of, of_expert = name_changes(model), concatenations(model), expert_changes(model)
     names: dict[str, str] = {}
     parts: dict[str, Part] = {}
+    pieces: dict[str, dict[int, str]] = {}
+    counts: dict[str, int] = {}
     for stored in sorted(stored_names):
         renamed, is_split = changed(stored)
-        if is_split:
-            found, expert = of_expert(renamed), expert_index(renamed)
-            if found is not None and not found[2]:
-                renamed = found[0]
-            elif found is not None and expert is not None:
-                renamed = linear_name(found[0], expert, *found[1:])
-            else:
-                raise ModelError(
-                    f"{stored} is stored in pieces that transformers merges or splits when it loads them",
-                    hint="such models cannot be quantized yet",
-                )
+        piece = piece_of(renamed) if is_split else None
+        if piece is not None:
+            whole, index, counts[piece[0]] = piece
+            pieces.setdefault(whole, {})[index] = stored
+            renamed, stored = whole, whole
+        elif is_split:
+            renamed = _of_expert(stored, renamed, of_expert(renamed))
         # a name that a pattern for older files happens to match may be the model's own
         for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix), stored):
             if candidate in expected:
@@ -134,7 +136,22 @@ def bind(
                 module, layout, key = merged[candidate]
                 parts |= parts_of(module, layout, key, stored, shape(stored))
                 break
-    return names, parts
+    whole_ones = {name: found for name, found in pieces.items() if len(found) == counts[name]}
+    names = {name: stored for name, stored in names.items() if stored not in pieces or stored in whole_ones}
+    return names, {name: tuple(found[i] for i in sorted(found)) for name, found in whole_ones.items()}, parts
+
+
+def _of_expert(stored: str, renamed: str, found: tuple[str, int, int] | None) -> str:
+    """What a tensor that goes into a parameter of all experts is called. Raises ModelError for any other."""
+    expert = expert_index(renamed)
+    if found is not None and not found[2]:
+        return found[0]
+    if found is not None and expert is not None:
+        return linear_name(found[0], expert, *found[1:])
+    raise ModelError(
+        f"{stored} is stored in pieces that transformers merges or splits when it loads them",
+        hint="such models cannot be quantized yet",
+    )
 
 
 def share(names: dict[str, str], ties: Iterable[tuple[str, str]]) -> dict[str, str]:
