@@ -17,6 +17,7 @@ import bitstrata
 from bitstrata.checkpoint import CheckpointReader, validate
 from bitstrata.errors import CheckpointError, PlanError, PreflightError, UsageError
 from bitstrata.models import bytes_per_token
+from bitstrata.nn import Experts
 
 # ways to merge experts, and to store them: apart and merged; in test_architectures.py are more
 MERGED = {
@@ -223,3 +224,22 @@ def test_a_router_may_be_named_in_skip(tmp_path):
     routers = [entry for entry in report.left_out if entry["name"].endswith("mlp.gate.weight")]
     assert len(routers) == 2
     assert all("router" in entry["reason"] for entry in routers)
+
+
+@pytest.mark.parametrize("bits", [3, "plan"])
+def test_one_token_gives_the_same_whether_its_experts_are_called_or_not(out, bits):
+    model = bitstrata.load(out)
+    if bits == "plan":
+        plan = dict.fromkeys(bitstrata.layers(model), 2)
+        bits = {name: 2 + (index % 3 == 0) for index, name in enumerate(plan)}
+    ids = tokens()[:1]
+    with torch.no_grad():
+        found = [model(ids[:, t : t + 1], bits=bits).logits for t in range(8)]
+        calls = []
+        for module in model.modules():
+            if isinstance(module, Experts):
+                for expert in range(module.expert_count):
+                    module.get_submodule(f"{expert}.down_proj").register_forward_hook(lambda *_: calls.append(1))
+        for t in range(8):
+            assert torch.equal(model(ids[:, t : t + 1], bits=bits).logits, found[t])
+    assert len(calls) == 8 * 2 * 2

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from ..models import attach, discover, find_head
 from ..models.discover import set_submodule
-from ..models.experts import split_experts
+from ..models.experts import active_experts, experts_of, split_experts
 from ..nn import BitsState, PlaneEmbedding, PlaneLinear, TiedHead
 from ..planes import AffineScales, PlaneWeight, group_count, words_per_row
 
@@ -110,9 +110,13 @@ def random_model(
     linears = discover(model).linears
     head = find_head(model) if head_bits is not None else ()
     state = BitsState({linear.name: bits for linear in linears}, fixed={layer.name: head_bits or 0 for layer in head})
+    experts = experts_of((linear.name for linear in linears), model)
     for linear in linears:
         weight = random_weight(linear.out_features, linear.in_features, bits, group_size, generator)
         layer = PlaneLinear.from_weight(weight, name=linear.name, state=state, dtype=dtype)
+        if linear.name in experts:
+            count = experts[linear.name][1]
+            layer.share = (active_experts(config, count) or count) / count
         layer.pack()
         set_submodule(model, linear.name, layer)
     if head_bits is not None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import is_plain, linear_many
 from ..planes.pack import words_per_row
 from ..planes.weights import PlaneWeight, make_scales, scales_shapes
 from .bits import BitsState
@@ -171,6 +172,10 @@ class Experts(nn.Module):
             return self._on_presorted(x)
         chosen, scores = routing
         tokens, k = chosen.shape
+        if tokens == 1:
+            y = self._on_one(x, chosen[0].tolist(), scores[0])
+            if y is not None:
+                return y.to(hidden_states.dtype).view(*hidden_states.shape[:-1], -1)
         order = chosen.reshape(-1).argsort(stable=True)
         counts = chosen.reshape(-1).bincount(minlength=self.expert_count).tolist()
         least = self._least_rows(tokens, x.dtype)
@@ -185,6 +190,37 @@ class Experts(nn.Module):
         y = torch.zeros_like(sorted_rows).index_copy(0, order[:start], sorted_rows)
         y = (y * scores.reshape(-1, 1)).view(tokens, k, -1).sum(1)
         return y.to(hidden_states.dtype).view(*hidden_states.shape[:-1], -1)
+
+    def _on_one(self, x: Tensor, chosen: Sequence[int], scores: Tensor) -> Tensor | None:
+        """One token through its experts: all that read it in one call. None where a module has to be called as such."""
+        projections: list[list[Any]] = [
+            [self._modules[str(expert)]._modules[name] for expert in chosen]  # type: ignore[union-attr]
+            for name in self.projections
+        ]
+        every = [linear for linears in projections for linear in linears]
+        if not is_plain(x, scores) or not all(type(linear) is PlaneLinear and linear.is_bare for linear in every):
+            return None
+        one = torch.Size([1])
+        bits = [[linear.bits_state.bits_for(linear.name, one, x.device) for linear in of] for of in projections]
+        if any(isinstance(value, Tensor) for of in bits for value in of):
+            return None
+        arithmetic = every[0].bits_state.arithmetic
+        outputs: list[list[Tensor]] = []
+        into = [linear for linears in projections[:-1] for linear in linears]
+        at = [value for of in bits[:-1] for value in of]
+        y: dict[int, Tensor] = {}
+        for value in set(at):
+            same = [index for index, other in enumerate(at) if other == value]
+            found = linear_many(x, [into[index].packed for index in same], value, arithmetic)
+            y.update(zip(same, found, strict=True))
+        for start in range(0, len(into), len(chosen)):
+            outputs.append([into[index].with_bias(y[index]) for index in range(start, start + len(chosen))])
+        inner = self.between(*(torch.cat(rows) for rows in outputs))  # [k, I]
+        downs = zip(projections[-1], bits[-1], inner.split(1), strict=True)
+        rows = torch.cat([down.with_bias(down.packed.linear(row, value, arithmetic)) for down, value, row in downs])
+        if getattr(self, "has_post_expert_norm", False):
+            rows = self.get_submodule("post_expert_norm")(rows)
+        return (rows * scores[:, None]).sum(0, keepdim=True)
 
     def tokens_of(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """How many tokens each expert gets in a call with these arguments: int64 [E]."""

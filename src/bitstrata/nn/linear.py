@@ -92,4 +92,14 @@ class PlaneLinear(PlaneModule):
             y = fused.linear(self, x, bits)
         else:
             y = self.packed.linear(x, bits, state.arithmetic)
+        return self.with_bias(y)
+
+    def with_bias(self, y: Tensor) -> Tensor:
+        """Outputs of the weight with the bias, if there is one."""
         return y if self.bias is None else y + self.bias
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether a call does no more than multiply by a packed weight: nothing is hooked into it."""
+        replaced = "forward" in self.__dict__  # as accelerate does
+        return self._packed is not None and not (replaced or self._forward_hooks or self._forward_pre_hooks)
