@@ -215,12 +215,12 @@ class Experts(nn.Module):
             y.update(zip(same, found, strict=True))
         for start in range(0, len(into), len(chosen)):
             outputs.append([into[index].with_bias(y[index]) for index in range(start, start + len(chosen))])
-        inner = self.between(*(torch.cat(rows) for rows in outputs))  # [k, I]
-        downs = zip(projections[-1], bits[-1], inner.split(1), strict=True)
+        inner = [self.between(*rows) for rows in zip(*outputs, strict=True)]  # a row may round apart from several
+        downs = zip(projections[-1], bits[-1], inner, strict=True)
         rows = torch.cat([down.with_bias(down.packed.linear(row, value, arithmetic)) for down, value, row in downs])
         if getattr(self, "has_post_expert_norm", False):
             rows = self.get_submodule("post_expert_norm")(rows)
-        return (rows * scores[:, None]).sum(0, keepdim=True)
+        return (rows * scores.reshape(-1, 1)).view(1, len(chosen), -1).sum(1)
 
     def tokens_of(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """How many tokens each expert gets in a call with these arguments: int64 [E]."""
