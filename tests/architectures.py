@@ -35,6 +35,12 @@ CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
         "opt",
         {"ffn_dim": 72, "word_embed_proj_dim": 32, "num_key_value_heads": None, "intermediate_size": None},
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+    ),
     "gpt-neox": ("gpt_neox", {"rotary_pct": 0.5, "num_key_value_heads": None}),
     "gpt2": (
         "gpt2",
@@ -61,7 +67,7 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).float().eval()
     for parameter in model.parameters():  # larger than the usual start, so that outputs depend on every layer
-        if parameter.dim() == 2:
+        if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=0.15)
     return model
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bitstrata.checkpoint import LayerSpec, QuantizationSpec, TensorEntry, entries_of, format_version, write_checkpoint
-from bitstrata.nn import BitsState, PlaneLinear
+from bitstrata.nn import BitsState, Experts, PlaneLinear
 from bitstrata.planes import (
     AffineScales,
     ByteScales,
@@ -169,11 +169,31 @@ def dense_output(model: torch.nn.Sequential, x: Tensor, *bits: int) -> Tensor:
 
 
 def with_decoded_weights(original: PreTrainedModel, quantized: PreTrainedModel, bits: int) -> PreTrainedModel:
-    """A copy of the original whose linears hold the decoded weights."""
+    """A copy of the original whose linears, and merged experts, hold the decoded weights."""
     dense = copy.deepcopy(original)
+    experts = {name: module for name, module in quantized.named_modules() if isinstance(module, Experts)}
     for name, layer in quantized.named_modules():
-        if isinstance(layer, PlaneLinear):
+        if isinstance(layer, PlaneLinear) and not any(name.startswith(f"{around}.") for around in experts):
             weight = decode(layer.plane_weight(), bits)
             linear = dense.get_submodule(name)
             linear.weight.data = weight.T.contiguous() if isinstance(linear, Conv1D) else weight
+    for name, module in experts.items():
+        _fill_merged(dense.get_submodule(name), module, bits)
     return dense
+
+
+def _fill_merged(merged: nn.Module, experts: Experts, bits: int) -> None:
+    """The decoded weights of `experts` in transformers' own layout."""
+    turned = getattr(merged, "is_transposed", type(merged).__name__.startswith("Llama4"))
+    for expert in range(experts.expert_count):
+        weights = {
+            name: decode(experts.get_submodule(f"{expert}.{name}").plane_weight(), bits) for name in experts.projections
+        }
+        into = weights["up_proj"]
+        if "gate_proj" in weights:
+            both = [weights["gate_proj"], into]
+            interleaved = not getattr(merged, "is_concatenated", True)
+            into = torch.stack(both, 1).flatten(0, 1) if interleaved else torch.cat(both)
+        first = merged.gate_up_proj if "gate_proj" in weights else merged.up_proj
+        first.data[expert] = into.T if turned else into
+        merged.down_proj.data[expert] = weights["down_proj"].T if turned else weights["down_proj"]

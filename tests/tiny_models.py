@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -63,6 +65,27 @@ def tiny_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
     }
     torch.manual_seed(seed)
     return save(LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})), folder)
+
+
+def tiny_mixtral(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """A random Mixtral, fp32: 2 layers, hidden 64, 4 experts, two a token."""
+    settings: dict[str, Any] = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.15,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "sliding_window": None,
+    }
+    torch.manual_seed(seed)
+    return save(MixtralForCausalLM(MixtralConfig(**{**settings, **overrides})), folder)
 
 
 def tiny_gpt2(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:

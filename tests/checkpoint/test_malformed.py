@@ -66,7 +66,7 @@ DAMAGE = {
     ),
     "config-of-another-method": (set_field("quant_method", "awq"), "is not a bitstrata checkpoint"),
     "config-without-quantization": (write(CONFIG, b"{}"), "is not a bitstrata checkpoint"),
-    "version-of-the-future": (set_field("format_version", 4), "format_version 4; this bitstrata reads up to 3"),
+    "version-of-the-future": (set_field("format_version", 5), "format_version 5; this bitstrata reads up to 4"),
     "version-a-string": (set_field("format_version", "1"), "format_version must be a positive integer, got '1'"),
     "version-true": (set_field("format_version", True), "format_version must be a positive integer"),
     "version-missing": (drop_field("format_version"), "format_version must be a positive integer, got None"),

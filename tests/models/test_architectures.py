@@ -15,7 +15,9 @@ from bitstrata.models import SourceModel, discover
 from bitstrata.nn import PlaneLinear
 
 NAMES = list(architectures.CONFIGS)
-LINEARS_PER_BLOCK = {"phi3": 4, "opt": 6, "gpt-neox": 4, "gpt2": 4}
+LINEARS_PER_BLOCK = {
+    "phi3": 4, "opt": 6, "gpt-neox": 4, "gpt2": 4, "mixtral": 4 + 12, "olmoe": 4 + 12, "qwen3-moe": 4 + 15,
+}  # fmt: skip
 
 
 def tokens(seed: int = 0) -> torch.Tensor:
@@ -44,8 +46,8 @@ def test_outputs_equal_those_of_the_decoded_weights(name, quantized):
         for bits in (2, 8):
             expected = with_decoded_weights(original, model, bits)(ids).logits
             torch.testing.assert_close(model(ids, bits=bits).logits, expected, rtol=1e-4, atol=1e-4)
-        gap = (model(ids, bits=8).logits - original(ids).logits).abs().max()
-        assert gap < 0.1 * (model(ids, bits=2).logits - original(ids).logits).abs().max()
+        gap = (model(ids, bits=8).logits - original(ids).logits).abs().mean()  # a token may change its expert
+        assert gap < 0.1 * (model(ids, bits=2).logits - original(ids).logits).abs().mean()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,17 +93,6 @@ def test_skip_patterns_leave_layers_alone_and_report_them(quantized, tmp_path):
     assert model.model.layers[0].mlp.down_proj.weight.shape == (48, 72)
 
 
-def test_mixture_of_experts_is_refused_before_anything_is_written(tmp_path):
-    config = AutoConfig.for_model(
-        "mixtral", hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=72, vocab_size=96, num_local_experts=4,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
-    with pytest.raises(PreflightError, match="mixture of experts"):
-        bitstrata.quantize(tmp_path / "source", tmp_path / "out", bits=2, method="rtn")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_sequences_of_one_batch_may_differ_in_bits(name, quantized):
     model = bitstrata.load(quantized(name)[2])
@@ -141,9 +132,9 @@ def test_blocks_that_return_tuples_run_with_calibration(model_type, tmp_path):
         assert (bitstrata.load(tmp_path / "out")(ids).logits - original).abs().max() < 0.2
 
 
-def test_merged_experts_are_refused(tmp_path):
+def test_experts_merged_in_a_way_that_is_not_known_are_refused(tmp_path):
     config = AutoConfig.for_model(
-        "granitemoe", hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        "jetmoe", hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, kv_channels=12,
         intermediate_size=72, vocab_size=96, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")

@@ -4,6 +4,9 @@
 
 H is never formed: tr(dW H dW^T) = |X dW^T|^2 / n, summed in a hook while the model runs at its highest
 bits, so memory is one decoded weight.
+
+The experts of one projection count as one layer, tr(W H W^T) that of all of them, each with the tokens that the router
+gives it: one that few tokens reach costs little at any bits.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..nn import PlaneLinear, bits_state, use_bits
+from ..nn import Experts, PlaneLinear, bits_state, use_bits
 from ..planes import decode
 
 TOKENS_PER_BATCH = 8192  # every batch decodes every weight once
@@ -33,10 +36,13 @@ def layer_losses(model: PreTrainedModel, windows: Tensor) -> dict[str, dict[int,
     }
     sums = {name: dict.fromkeys(layer.bits, 0.0) for name, layer in layers.items()}
     whole = dict.fromkeys(layers, 0.0)
+    rows = dict.fromkeys(layers, 0)
+    routing = _Routing(model)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             x = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
+            rows[name] += len(x)
             stored = layers[name].plane_weight()
             reference = decode(stored, base).float()
             whole[name] += float((x @ reference.T).square().sum(dtype=torch.float64))
@@ -53,9 +59,45 @@ def layer_losses(model: PreTrainedModel, windows: Tensor) -> dict[str, dict[int,
             for batch in windows.to(model.device).split(max(1, TOKENS_PER_BATCH // windows.shape[1])):
                 model(input_ids=batch, use_cache=False)
     finally:
-        for handle in handles:
+        for handle in [*handles, *routing.handles]:
             handle.remove()
-    return {
-        name: {bits: value / whole[name] if whole[name] else 0.0 for bits, value in of.items()}
-        for name, of in sums.items()
-    }
+    # of an expert, what its tokens are among the rows that it ran on
+    part = {name: routing.tokens(name) / rows[name] if rows[name] else 0.0 for name in routing.home}
+    total: dict[str, float] = {}
+    for name, value in whole.items():
+        home = routing.home.get(name, name)
+        total[home] = total.get(home, 0.0) + part.get(name, 1.0) * value
+    losses = {}
+    for name, of in sums.items():
+        scale = part.get(name, 1.0) / max(total[routing.home.get(name, name)], 1e-30)
+        losses[name] = {bits: scale * value for bits, value in of.items()}
+    return losses
+
+
+class _Routing:
+    """How many tokens each expert gets while a model runs; `home`: an expert's linear -> its projection's name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.handles: list[Any] = []
+        self.home: dict[str, str] = {}
+        self._place: dict[str, tuple[Tensor, int]] = {}
+        for around, module in model.named_modules():
+            if not isinstance(module, Experts):
+                continue
+            counts = torch.zeros(module.expert_count, dtype=torch.int64)
+            for expert in range(module.expert_count):
+                for projection in module.projections:
+                    linear = module.get_submodule(f"{expert}.{projection}")
+                    if isinstance(linear, PlaneLinear):
+                        self._place[linear.name] = counts, expert
+                        self.home[linear.name] = f"{around}.{projection}"
+
+            def count(experts: nn.Module, arguments: tuple[Any, ...], counts: Tensor = counts) -> None:
+                assert isinstance(experts, Experts)
+                counts.add_(experts.tokens_of(*arguments).cpu())
+
+            self.handles.append(module.register_forward_pre_hook(count))
+
+    def tokens(self, name: str) -> int:
+        counts, expert = self._place[name]
+        return int(counts[expert])

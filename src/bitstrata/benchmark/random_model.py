@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from ..models import attach, discover, find_head
 from ..models.discover import set_submodule
+from ..models.experts import active_experts, experts_of, split_experts
 from ..nn import BitsState, PlaneEmbedding, PlaneLinear, TiedHead
 from ..planes import PlaneWeight, Scales, group_count, words_per_row
 from ..planes.weights import byte_unit, scales_kind
@@ -121,9 +122,13 @@ def random_model(
     linears = discover(model).linears
     head = find_head(model) if head_bits is not None else ()
     state = BitsState({linear.name: bits for linear in linears}, fixed={layer.name: head_bits or 0 for layer in head})
+    experts = experts_of((linear.name for linear in linears), model)
     for linear in linears:
         weight = random_weight(linear.out_features, linear.in_features, bits, group_size, generator, kind)
         layer = PlaneLinear.from_weight(weight, name=linear.name, state=state, dtype=dtype)
+        if linear.name in experts:
+            count = experts[linear.name][1]
+            layer.share = (active_experts(config, count) or count) / count
         layer.pack()
         set_submodule(model, linear.name, layer)
     if head_bits is not None:
@@ -173,13 +178,14 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model of `config`, of only `blocks` decoder blocks if given.
 
-    Its parameters are on meta, its buffers, such as rotary frequencies, on `device`.
+    Its experts are linears. Its parameters are on meta, its buffers, such as rotary frequencies, on `device`.
     """
     config = copy.deepcopy(config)
     if blocks is not None:
         config.num_hidden_layers = blocks
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    split_experts(model)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)

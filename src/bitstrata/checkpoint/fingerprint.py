@@ -53,7 +53,7 @@ class Fingerprint(Strict):
 def _layout(spec: QuantizationSpec) -> list[Any]:
     return [
         [name, layer.out_features, layer.in_features, spec.layer_bits(name), spec.layer_group_size(name),
-         layer.decoder, layer.bias, layer.role, layer.tied]
+         layer.decoder, layer.bias, layer.role, layer.tied, *([layer.experts] if layer.experts else [])]
         for name, layer in sorted(spec.layers.items())
     ]  # fmt: skip
 

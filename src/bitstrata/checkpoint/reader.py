@@ -122,11 +122,11 @@ class Shard:
         part = self._file.get_slice(name)
         return part.get_dtype(), tuple(part.get_shape())
 
-    def read(self, name: str) -> Tensor:
-        """Tensor `name`, memory-mapped."""
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """Tensor `name`, or the part of it that has this index in its first dimension, memory-mapped."""
         self._require(name)
         try:
-            tensor: Tensor = self._file.get_tensor(name)
+            tensor: Tensor = self._file.get_tensor(name) if part is None else self._file.get_slice(name)[part]
         except SafetensorError as error:
             raise CheckpointError(f"{name} in {self.path} cannot be read: {error}") from error
         return tensor
@@ -225,7 +225,8 @@ class CheckpointReader:
         spec = self.spec.layers[layer]
         bias = f"{layer}.bias"
         if spec.bias:
-            yield from self._header_problems(bias, (spec.out_features,))
+            lead = () if spec.experts is None else (spec.experts,)
+            yield from self._header_problems(bias, (*lead, spec.out_features))
         elif bias in self.weight_map:
             yield CheckpointError(f"{bias} is stored, but {CONFIG_FILE} says that the layer has no bias", hint=_MIXED)
         if guard_name(layer) in self.weight_map:
@@ -321,20 +322,22 @@ class CheckpointReader:
             raise CheckpointError(f"tensor {tensor} is not listed in {self.folder / INDEX_FILE}")
         return self.shard(file)
 
-    def read(self, tensor: str) -> Tensor:
-        """One tensor, memory-mapped; scales, offsets and tables are checked to be finite."""
-        value = self._shard_with(tensor).read(tensor)
+    def read(self, tensor: str, part: int | None = None) -> Tensor:
+        """One tensor, or one expert's part of it, memory-mapped; scales, offsets and tables are checked."""
+        value = self._shard_with(tensor).read(tensor, part)
         if tensor not in self.common_names():
             check_values(tensor, self.weight_map[tensor], value)
         return value
 
     def layer(self, name: str) -> PlaneWeight:
-        """The planes and scales of layer `name`, up to `max_bits`."""
-        layer = self.spec.layers.get(name)
-        if layer is None:
+        """The planes and scales of the linear `name`, up to `max_bits`; of experts, of one."""
+        home, expert = self.spec.linears.get(name, (None, None))
+        if home is None:
             raise CheckpointError(f"{self.folder} has no quantized layer {name}")
+        layer = self.spec.layers[home]
         tensors = {
-            full.removeprefix(f"{name}."): self.read(full) for full in self.spec.layer_tensors(name, self.max_bits)
+            full.removeprefix(f"{home}."): self.read(full, expert)
+            for full in self.spec.layer_tensors(home, self.max_bits)
         }
         supported = self.spec.layer_bits(name, self.max_bits)
         return PlaneWeight(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Mapping
+from functools import cached_property
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -20,9 +21,11 @@ from ..planes.pack import words_per_row
 from ..planes.weights import MAX_BITS, Kind, scales_bytes, scales_shapes
 
 QUANT_METHOD = "bitstrata"
-FORMAT_VERSION = 3  # the highest that is read; what needs no higher one is still written as 1
+FORMAT_VERSION = 4  # the highest that is read; what needs no higher one is still written as 1
 HEAD_VERSION = 2  # the first with an output head or an embedding in planes
 BYTE_VERSION = 3  # the first with coefficients in bytes
+EXPERTS_VERSION = 4  # the first with layers of several experts
+MOST_EXPERTS = 1 << 14  # of a layer; each has a name in plans
 
 COMMON_SHARD = "model-common.safetensors"
 HEAD_SHARD = "model-head.safetensors"
@@ -68,6 +71,10 @@ class LayerSpec(Strict):
         head        the output head
         embedding   the token embedding; its rows are looked up. `tied` names the output head that
                     multiplies by the same planes, if there is one
+
+    One with `experts` is as many linears of one shape, of each of which a plan gives the bits: `a.experts.up_proj` is
+    a.experts.0.up_proj, a.experts.1.up_proj and so on. Their tensors are stored as one, experts first.
+    `active`: how many of them a token reads, where that is known.
     """
 
     in_features: _Size
@@ -78,11 +85,18 @@ class LayerSpec(Strict):
     group_size: _Size | None = None
     role: Literal["head", "embedding"] | None = None
     tied: str | None = None
+    experts: _Size | None = None
+    active: _Size | None = None
 
     @property
     def is_multiplied(self) -> bool:
         """Whether a token reads the whole layer; of an embedding that serves no head it reads one row."""
         return self.role != "embedding" or self.tied is not None
+
+    @property
+    def read_at_once(self) -> int:
+        """How many of its linears a token reads."""
+        return self.active or self.experts or 1
 
 
 class QuantizationSpec(Strict):
@@ -140,6 +154,25 @@ class QuantizationSpec(Strict):
                 raise ValueError(f"{name}: scales 'affine8' needs format_version {BYTE_VERSION}")
         return self
 
+    @model_validator(mode="after")
+    def _experts_are_valid(self) -> QuantizationSpec:
+        for name, layer in self.layers.items():
+            if layer.experts is None:
+                if layer.active is not None:
+                    raise ValueError(f"{name}: only experts can be active")
+                continue
+            if self.format_version < EXPERTS_VERSION:
+                raise ValueError(f"{name}: experts need format_version {EXPERTS_VERSION}")
+            if layer.role is not None:
+                raise ValueError(f"{name}: experts have no role")
+            if layer.active is not None and layer.active > layer.experts:
+                raise ValueError(f"{name}: {layer.active} of {layer.experts} experts cannot be active")
+            if layer.experts > MOST_EXPERTS:
+                raise ValueError(f"{name}: {layer.experts} experts are more than {MOST_EXPERTS}")
+        if len(self.linears) < sum(layer.experts or 1 for layer in self.layers.values()):
+            raise ValueError("layers: an expert has the name of another layer")
+        return self
+
     @classmethod
     def parse(cls, raw: object, where: str) -> QuantizationSpec:
         """Read the spec from a decoded `quantization_config`. Raises CheckpointError naming the field."""
@@ -163,9 +196,22 @@ class QuantizationSpec(Strict):
             field = ".".join(str(part) for part in first["loc"]) or "quantization_config"
             raise CheckpointError(f"{where}: quantization_config.{field}: {first['msg']}") from error
 
+    @cached_property
+    def linears(self) -> dict[str, tuple[str, int | None]]:
+        """Every linear by its own name, in the order of the file -> the layer that holds it, and which expert it is."""
+        return {
+            expert_name(name, expert): (name, expert)
+            for name, layer in self.layers.items()
+            for expert in (range(layer.experts) if layer.experts is not None else [None])
+        }
+
+    def layer(self, name: str) -> LayerSpec:
+        """What is said of a layer, or of the layer that holds this expert. Raises KeyError for any other name."""
+        return self.layers[name] if name in self.layers else self.layers[self.linears[name][0]]
+
     def layer_bits(self, name: str, max_bits: int = MAX_BITS) -> tuple[int, ...]:
         """Supported bits of layer `name` up to `max_bits`, ascending; a layer with a role keeps its own."""
-        layer = self.layers[name]
+        layer = self.layer(name)
         limit = MAX_BITS if layer.role is not None else max_bits
         return tuple(bits for bits in layer.bits or self.bits if bits <= limit)
 
@@ -175,13 +221,17 @@ class QuantizationSpec(Strict):
         return frozenset(name for name, layer in self.layers.items() if layer.role is not None)
 
     def layer_group_size(self, name: str) -> int:
-        return self.layers[name].group_size or self.group_size
+        return self.layer(name).group_size or self.group_size
 
     def layer_tensors(self, name: str, max_bits: int = MAX_BITS) -> dict[str, TensorSpec]:
-        """Full names, dtypes and shapes of the planes and scales of layer `name` up to `max_bits`."""
-        layer = self.layers[name]
+        """Full names, dtypes and shapes of the planes and scales up to `max_bits` of layer `name`, or of one expert.
+
+        Those of a layer of experts, as they are stored, have experts first.
+        """
+        layer = self.layer(name)
+        lead = (layer.experts,) if layer.experts is not None and name in self.layers else ()
         supported = self.layer_bits(name, max_bits)
-        plane_shape = (layer.out_features, words_per_row(layer.in_features))
+        plane_shape = (*lead, layer.out_features, words_per_row(layer.in_features))
         tensors: dict[str, TensorSpec] = {
             f"{name}.plane_{index}": ("I32", plane_shape) for index in range(max(supported, default=0))
         }
@@ -189,16 +239,18 @@ class QuantizationSpec(Strict):
             shapes = scales_shapes(
                 layer.decoder, bits, layer.out_features, layer.in_features, self.layer_group_size(name)
             )
-            tensors.update({f"{name}.{key}": (DTYPE_NAMES[dtype], shape) for key, (dtype, shape) in shapes.items()})
+            tensors.update(
+                {f"{name}.{key}": (DTYPE_NAMES[dtype], (*lead, *shape)) for key, (dtype, shape) in shapes.items()}
+            )
         return tensors
 
     def layer_bytes(self, name: str) -> int:
-        """Bytes stored for layer `name`: all planes and scales."""
+        """Bytes stored for layer `name`, or for one expert: all planes and scales."""
         return sum(map(tensor_bytes, self.layer_tensors(name).values()))
 
     def prefix_bytes(self, name: str, bits: int) -> int:
-        """Bytes of layer `name` at `bits`, one of its own: planes 0..bits-1 and those scales."""
-        layer = self.layers[name]
+        """Bytes of the linear `name` at `bits`, one of its own: planes 0..bits-1 and those scales."""
+        layer = self.layer(name)
         rows, columns = layer.out_features, layer.in_features
         planes = 4 * bits * rows * words_per_row(columns)
         return planes + scales_bytes(layer.decoder, bits, rows, columns, self.layer_group_size(name))
@@ -206,24 +258,35 @@ class QuantizationSpec(Strict):
     def bytes_read(self, bits: int) -> int:
         """Bytes that one token reads of the quantized layers at `bits`: the prefix and its scales.
 
-        An output head counts with all its planes, the one row of an embedding with nothing.
+        Of experts the active ones count, an output head with all its planes, the one row of an embedding with nothing.
         """
-        return self.fixed_bytes_read + sum(self.prefix_bytes(name, bits) for name in self.planned_layers)
+        planned = ((name, layer) for name, layer in self.layers.items() if layer.role is None)
+        return self.fixed_bytes_read + sum(
+            layer.read_at_once * self.prefix_bytes(expert_name(name, 0 if layer.experts else None), bits)
+            for name, layer in planned
+        )
 
     @property
     def fixed_bytes_read(self) -> int:
         """What a token reads of the layers with a role, whatever bits the model runs at."""
         return sum(self.layer_bytes(name) for name in self.whole_layers if self.layers[name].is_multiplied)
 
-    @property
+    @cached_property
     def planned_layers(self) -> tuple[str, ...]:
-        """The layers whose bits a plan gives, in their order in the file: those without a role."""
-        return tuple(name for name, layer in self.layers.items() if layer.role is None)
+        """The linears whose bits a plan gives, in the order of the file, each expert's apart: those without a role."""
+        return tuple(name for name, (layer, _) in self.linears.items() if self.layers[layer].role is None)
+
+    @property
+    def weights_read(self) -> int:
+        """Weights that `bytes_read` is about: of experts the active ones."""
+        multiplied = (layer for layer in self.layers.values() if layer.is_multiplied)
+        return sum(layer.read_at_once * layer.in_features * layer.out_features for layer in multiplied)
 
     @property
     def weight_count(self) -> int:
-        """Weights that `bytes_read` is about."""
-        return sum(layer.in_features * layer.out_features for layer in self.layers.values() if layer.is_multiplied)
+        """Weights of the layers that tokens are multiplied by, all experts among them."""
+        multiplied = (layer for layer in self.layers.values() if layer.is_multiplied)
+        return sum((layer.experts or 1) * layer.in_features * layer.out_features for layer in multiplied)
 
 
 def format_version(layers: Iterable[LayerSpec]) -> int:
@@ -234,7 +297,15 @@ def format_version(layers: Iterable[LayerSpec]) -> int:
             version = max(version, HEAD_VERSION)
         if layer.decoder == "affine8":
             version = max(version, BYTE_VERSION)
+        if layer.experts is not None:
+            version = max(version, EXPERTS_VERSION)
     return version
+
+
+def expert_name(layer: str, expert: int | None) -> str:
+    """What one expert of `layer` is called: a.experts.up_proj -> a.experts.3.up_proj. None: no experts, the layer's."""
+    parent, _, leaf = layer.rpartition(".")
+    return layer if expert is None else f"{parent}.{expert}.{leaf}" if parent else f"{expert}.{leaf}"
 
 
 def tensor_bytes(spec: TensorSpec) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -21,21 +22,28 @@ def validate(folder: str | Path) -> list[str]:
         return [error.message]
 
     problems = [f"layer {name} has no guard tensor" for name in reader.missing_guards()]
-    for name, spec in reader.spec.layers.items():
-        found = [problem.message for problem in reader.layer_problems(name)]
-        problems += found
-        if found:
-            continue
-        try:
-            weight = reader.layer(name)
-        except CheckpointError as error:
-            problems.append(error.message)
-            continue
-        tail = spec.in_features % 32
-        if tail:
-            mask = -1 << tail
-            for index, plane in enumerate(weight.planes):
-                if bool((plane[:, -1] & mask).any()):
-                    problems.append(f"{name}.plane_{index}: padding bits past column {spec.in_features - 1} are set")
+    spec = reader.spec
+    broken = {}
+    for layer in spec.layers:
+        broken[layer] = [problem.message for problem in reader.layer_problems(layer)]
+        problems += broken[layer]
+    for name, (layer, _) in spec.linears.items():
+        if not broken[layer]:
+            problems += _value_problems(reader, name, spec.layers[layer].in_features)
     problems += [problem.message for problem in reader.other_problems()]
     return list(dict.fromkeys(problems))  # a file that cannot be read is a problem of each of its tensors
+
+
+def _value_problems(reader: CheckpointReader, name: str, columns: int) -> Iterator[str]:
+    """What is wrong with the values of one linear's planes and scales."""
+    try:
+        weight = reader.layer(name)
+    except CheckpointError as error:
+        yield error.message
+        return
+    tail = columns % 32
+    if tail:
+        mask = -1 << tail
+        for index, plane in enumerate(weight.planes):
+            if bool((plane[:, -1] & mask).any()):
+                yield f"{name}.plane_{index}: padding bits past column {columns - 1} are set"

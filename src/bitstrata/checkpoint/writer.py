@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import disk_errors
 from ..planes.weights import PlaneWeight
 from .config_digest import config_digests
-from .schema import CONFIG_FILE, DTYPE_NAMES, INDEX_FILE, REPORT_FILE, shard_of
+from .schema import CONFIG_FILE, DTYPE_NAMES, INDEX_FILE, REPORT_FILE, QuantizationSpec, guard_name, shard_of
 
 TEMPORARY = ".bitstrata-tmp"
 READ_BYTES = 1 << 20
@@ -55,6 +55,41 @@ class TensorEntry:
 def entries_of(layer: str, weight: PlaneWeight) -> list[TensorEntry]:
     """The planes and scales of one layer as entries with their full names."""
     return [TensorEntry.of(f"{layer}.{name}", tensor) for name, tensor in weight.tensors().items()]
+
+
+def merge_experts(spec: QuantizationSpec, entries: Iterable[TensorEntry]) -> list[TensorEntry]:
+    """`entries` with those of single experts merged as they are stored: one for all, read when it is written.
+
+    Raises ValueError if an expert lacks a tensor that others have.
+    """
+    merged: dict[str, dict[int, TensorEntry]] = {}
+    result = []
+    for entry in entries:
+        layer, _, key = entry.name.rpartition(".")
+        home, expert = spec.linears.get(layer, (layer, None))
+        if expert is None:
+            result.append(entry)
+        else:
+            merged.setdefault(f"{home}.{key}", {})[expert] = entry
+    for name, found in merged.items():
+        home = name.rpartition(".")[0]
+        count = spec.layers[home].experts or 0
+        if found.keys() != set(range(count)):
+            raise ValueError(f"{name}: experts {sorted(found)} of {count} have it")
+        parts = [found[expert] for expert in range(count)]
+        first = parts[0]
+        if name == guard_name(home):
+            result.append(TensorEntry(name, first.dtype, first.shape, first.read))
+            continue
+        result.append(
+            TensorEntry(
+                name,
+                first.dtype,
+                (len(parts), *first.shape),
+                lambda parts=parts: torch.stack([part.read() for part in parts]),  # type: ignore[misc]
+            )
+        )
+    return result
 
 
 def _replace_when_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> str:

@@ -154,10 +154,10 @@ def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedMode
 def _rows(model: PreTrainedModel, chosen: Sequence[BitsOrPlan], tallies: Sequence[Tally]) -> tuple[BitsResult, ...]:
     """What was measured, with the bytes that a token reads."""
     layers = multiplied_layers(model)
-    count = sum(layer.in_features * layer.out_features for layer in layers)
+    count = sum(layer.share * layer.in_features * layer.out_features for layer in layers)
     rows = []
     for bits, tally in zip(chosen, tallies, strict=True):
-        size, found = sum(layer.bytes_read(bits) for layer in layers), tally.result()
+        size, found = round(sum(layer.share * layer.bytes_read(bits) for layer in layers)), tally.result()
         bpw = 8 * size / count
         rows.append(
             BitsResult(bits_name(bits), found.perplexity, found.nll, found.kld, found.top1_agreement, bpw, size)

@@ -31,6 +31,9 @@ from transformers.utils.hub import cached_file
 
 # subclasses of nn.Linear that compute what it computes; others multiply by something else, or return more
 PLAIN_LINEARS = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+# experts that are called with the inputs of each; they have no decorator that says how they are merged
+PRESORTED = ("transformers.models.llama4.modeling_llama4.Llama4TextExperts",)
+DEFAULT_GATE = "_default_apply_gate"  # what transformers gives experts without an activation of their own
 SCALED_EMBEDDING = "ScaledWordEmbedding"  # the end of the names of embeddings that multiply their rows by a number
 
 
@@ -105,12 +108,7 @@ def untie(model: PreTrainedModel, parameter: str) -> None:
 
 def name_changes(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
     """What becomes of a stored name in `model`: the new name, and whether transformers merges or splits the tensor."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings, converters = _conversions(model)
 
     def changed(name: str) -> tuple[str, bool]:
         for renaming in renamings:
@@ -118,6 +116,61 @@ def name_changes(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
         return name, any(converter.rename_source_key(name)[1] is not None for converter in converters)
 
     return changed
+
+
+def expert_changes(model: PreTrainedModel) -> Callable[[str], tuple[str, int, int] | None]:
+    """Which parameter of all experts transformers puts a stored tensor of one expert into, or one of all experts.
+
+    Called with a name that `name_changes` has renamed: (the parameter, which of its pieces the tensor is, of how many),
+    0 pieces for a tensor that is turned at most; None for what is no expert's.
+    """
+    _, converters = _conversions(model)
+
+    def changed(name: str) -> tuple[str, int, int] | None:
+        for converter in converters:
+            merged, pattern = converter.rename_source_key(name)
+            if pattern is None:
+                continue
+            kinds = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+            pieces = len(converter.source_patterns)
+            if kinds == [("MergeModulelist", 0)] and pieces == 1:
+                return merged, 0, 1
+            if kinds == [("MergeModulelist", 0), ("Concatenate", 1)] and pieces == 2:
+                return merged, converter.source_patterns.index(pattern), 2
+            if [kind for kind, _ in kinds] == ["Transpose"] and pieces == 1:
+                return merged, 0, 0
+            return None
+        return None
+
+    return changed
+
+
+def _conversions(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
+    """What transformers renames when it loads `model`, and what it merges, splits or turns."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    return renamings, [transform for transform in transforms if isinstance(transform, WeightConverter)]
+
+
+def only_renamings(conversions: list[Any]) -> list[Any]:
+    """Of what transformers does to tensors when it loads a model, what gives them other names."""
+    from transformers.core_model_loading import WeightConverter
+
+    return [conversion for conversion in conversions if not isinstance(conversion, WeightConverter)]
+
+
+def own_gate(experts: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
+    """What experts make of gate and up, called with them and [n, 2I]; None where that is act_fn(gate) * up."""
+    gate: Any = getattr(type(experts), "_apply_gate", None)
+    return None if gate is None or gate.__name__ == DEFAULT_GATE else gate
+
+
+def is_presorted(experts: nn.Module) -> bool:
+    """Whether experts are called with the inputs of each, one after the other, instead of with the router's choice."""
+    return f"{type(experts).__module__}.{type(experts).__qualname__}" in PRESORTED
 
 
 def concatenations(model: PreTrainedModel) -> Callable[[str], tuple[str, int, int] | None]:

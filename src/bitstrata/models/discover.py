@@ -22,6 +22,7 @@ from ..checkpoint import LayerSpec
 from ..errors import CheckpointError, ModelError, UsageError
 from ..nn import BitsOrPlan, PlaneLinear, TiedHead
 from .compat import name_changes
+from .experts import check_all_experts
 from .kinds import LinearInfo, head_width, is_experts, linear_info, parameter_reason, place_reason, size_reason
 
 
@@ -102,7 +103,7 @@ def discover(model: PreTrainedModel, skip: Sequence[str] = ()) -> Discovery:
 
     Raises:
         ModelError: no decoder blocks, or nothing left to quantize.
-        UsageError: a skip pattern that matches no linear layer.
+        UsageError: a skip pattern that matches no linear layer, or experts.
     """
     blocks = find_blocks(model)
     names = tuple(f"{blocks}.{name}" for name, _ in model.get_submodule(blocks).named_children())
@@ -128,6 +129,7 @@ def discover(model: PreTrainedModel, skip: Sequence[str] = ()) -> Discovery:
             "no linear layer matches --skip " + ", ".join(sorted(patterns.unmatched)),
             hint="`bitstrata quantize MODEL -o OUT --dry-run` lists the layers",
         )
+    check_all_experts(model, {f"{linear.name}.weight" for linear in linears}, kept)
     if not linears:
         raise ModelError("nothing is left to quantize", hint="check the --skip patterns")
     quantized = {linear.name for linear in linears}
@@ -233,12 +235,21 @@ def local_name(model: PreTrainedModel, name: str) -> str:
     the other way round; the text model of a wrapper alone lacks that of its place there. A name that is not there
     in any way stays as it is.
     """
+    return _local(model, name) or name
+
+
+def _local(model: PreTrainedModel, name: str) -> str | None:
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         if _has(model, candidate):
             return candidate
+    # a projection of experts is no module before planes are in its place
+    parent, _, leaf = name.rpartition(".")
+    if parent.endswith("experts"):
+        around = _local(model, parent)
+        return None if around is None else f"{around}.{leaf}"
     renamed = name_changes(model)(f"{name}.weight")[0].removesuffix(".weight")
-    return renamed if _has(model, renamed) else name
+    return renamed if _has(model, renamed) else None
 
 
 def _has(model: nn.Module, name: str) -> bool:
@@ -277,6 +288,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def bytes_per_token(model: PreTrainedModel, bits: BitsOrPlan | None) -> int:
     """Bytes of weights that one decoding step reads; of the input embedding only a row, which is left out.
 
+    Of experts it reads the active ones; where they differ in bytes, as on average.
+
     bits may be None for a model that is not quantized.
     """
     total = 0
@@ -284,7 +297,7 @@ def bytes_per_token(model: PreTrainedModel, bits: BitsOrPlan | None) -> int:
     for module in model.modules():
         if isinstance(module, (PlaneLinear, TiedHead)):
             assert bits is not None
-            total += module.bytes_read(bits)
+            total += round(module.share * module.bytes_read(bits))
         elif module is not embedding:  # a tied head is a module of its own
             total += sum(parameter.nbytes for parameter in module._parameters.values() if parameter is not None)
     return total

@@ -24,10 +24,21 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint import QUANT_METHOD, CheckpointReader, QuantizationSpec
 from ..checkpoint.schema import INDEX_FILE
 from ..errors import CheckpointError, UsageError
-from ..nn import Bits, BitsState, PlaneEmbedding, PlaneLinear, PlaneModule, bits_state, fuse
+from ..nn import (
+    Bits,
+    BitsState,
+    Experts,
+    PlaneEmbedding,
+    PlaneLinear,
+    PlaneModule,
+    StoredExperts,
+    bits_state,
+    fuse,
+)
 from .attention import use_grouped_sdpa
-from .compat import stored_file, unhooked
+from .compat import only_renamings, stored_file, unhooked
 from .discover import linear_of, local_name, set_submodule, submodule
+from .experts import check_whole, put_stored_experts
 from .head import check_untied, put_embedding
 from .speculation import Speculation, speculate
 
@@ -99,6 +110,10 @@ class BitstrataQuantizer(HfQuantizer):
         model.config.quantization_config = BitstrataConfig(**self._held.model_dump(exclude_none=True))
         return attach(model)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *rest: Any) -> list[Any]:
+        """A checkpoint has the model's own names and shapes: experts in planes are not merged, nor turned."""
+        return only_renamings(weight_conversions)
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
@@ -137,6 +152,11 @@ def replace_layers(model: PreTrainedModel, spec: QuantizationSpec, *, paged: boo
         if stored.role == "head" and not has_head:
             continue
         name, layer = local_name(model, known), stored
+        if stored.experts is not None:
+            shape = {"group_size": spec.layer_group_size(known), "kind": stored.decoder, "bits": spec.layer_bits(known)}
+            held[name] = stored
+            put_stored_experts(model, name, known, stored, state, paged, shape)
+            continue
         if stored.tied is not None and not has_head:
             layer = stored.model_copy(update={"tied": None})
         held[name] = layer
@@ -164,11 +184,15 @@ def replace_layers(model: PreTrainedModel, spec: QuantizationSpec, *, paged: boo
             **shared,
         )
         set_submodule(model, name, linear)
+    check_whole(model)
     return spec.model_copy(update={"layers": held})
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Let `model` take `bits` and give its layers the kernels' layout; the same object."""
+    for module in list(model.modules()):
+        if isinstance(module, Experts):
+            module.open()
     take_bits(model)
     for module in model.modules():
         if isinstance(module, PlaneModule):
@@ -184,9 +208,13 @@ def take_bits(model: PreTrainedModel) -> None:
     state = bits_state(model)  # raises if nothing is quantized
     inside = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for module in inside:
-        if "bits_state" not in module.__dict__ and any(isinstance(child, PlaneModule) for child in module.modules()):
+        if "bits_state" not in module.__dict__ and any(map(_has_planes, module.modules())):
             module.bits_state = state  # type: ignore[assignment]
             module.__class__ = _class_with_bits(type(module))  # type: ignore[arg-type]
+
+
+def _has_planes(module: Any) -> bool:
+    return isinstance(module, (PlaneModule, StoredExperts))
 
 
 class TakesBits:

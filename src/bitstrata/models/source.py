@@ -25,6 +25,7 @@ from ..memory import is_out_of_memory
 from ..planes.weights import all_finite
 from .compat import new_model, tied_parameters
 from .config import causal_class, check_causal
+from .experts import Part, split_experts
 from .hub import resolve
 from .packed import BESIDE, METHODS, FewBits, Joined, Packed, Spec, find_packed
 from .source_files import AGAIN, FileWatch, bind, check_adapter, entry_file, indexed_files, share
@@ -59,6 +60,7 @@ class SourceModel:
         self._read = self.files = self._read_files()
         self.untied: list[tuple[str, str]] = []
         self._stored: dict[str, str] = {}
+        self._parts: dict[str, Part] = {}  # names that `stored_name` gives to parts of tensors of all experts
 
     def _read_config(self) -> PreTrainedConfig:
         path = regular_file(self.folder / "config.json", ModelError)
@@ -148,6 +150,8 @@ class SourceModel:
     def skeleton(self) -> PreTrainedModel:
         """The model with every parameter on meta; buffers such as rotary frequencies are real, fp32.
 
+        Experts are linears of their own (models/experts.py).
+
         Raises ModelError if the config describes no model, or one with tensors that are merged when they are loaded.
         """
         model = self._build()
@@ -165,17 +169,21 @@ class SourceModel:
         return model
 
     def _bind(self, model: PreTrainedModel) -> dict[str, str]:
-        """State-dict name -> stored name; tensors stored in pieces are in `files` under their own names from now on."""
-        bound, pieces = bind(model, self._read)
+        """State-dict name -> what `stored_name` says of it, after the experts of `model` were split.
+
+        Tensors stored in pieces are in `files` under their own names from now on.
+        """
+        bound, pieces, parts = bind(model, self._read, split_experts(model), lambda stored: self.spec(stored)[1])
         self.packed = dict(self._few)
         self.files = dict(self._read)
-        for name, parts in pieces.items():
-            specs = [self.spec(part) for part in parts]
-            self.packed[name] = Joined(parts, specs[0][0], tuple(shape for _, shape in specs))
-            self.files[name] = self.files[parts[0]]
-            for part in parts:
+        for name, of in pieces.items():
+            specs = [self.spec(part) for part in of]
+            self.packed[name] = Joined(of, specs[0][0], tuple(shape for _, shape in specs))
+            self.files[name] = self.files[of[0]]
+            for part in of:
                 del self.files[part]
-        return bound
+        self._parts = {f"{part.stored} of {name}": part for name, part in parts.items()}
+        return bound | {name: f"{part.stored} of {name}" for name, part in parts.items()}
 
     def _build(self) -> PreTrainedModel:
         whole = causal_class(self.config)[1]
@@ -218,11 +226,20 @@ class SourceModel:
         return False
 
     def stored_name(self, name: str) -> str | None:
-        """The stored name of state-dict entry `name`; None if it is not stored. Needs `skeleton` first."""
+        """The stored name of state-dict entry `name`; None if it is not stored. Needs `skeleton` first.
+
+        Of what is a part of a stored tensor, a name of its own, which the methods here take as they take others.
+        """
         return self._stored.get(name)
+
+    def tensor_of(self, stored: str) -> str:
+        """The tensor in the files that `stored` is, or is a part of."""
+        return self._parts[stored].stored if stored in self._parts else stored
 
     def spec(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """(dtype, shape) of a stored tensor, from the header; of one in few bits those of its numbers."""
+        if stored in self._parts:
+            return self.spec(self._parts[stored].stored)[0], self._parts[stored].shape
         if stored in self.packed:
             return self.packed[stored].dtype, self.packed[stored].shape
         part = self._open(self.files[stored]).get_slice(stored)
@@ -239,17 +256,19 @@ class SourceModel:
         What was stored in few bits gets the model's dtype, as transformers gives it back.
         """
         dtype, shape = self.spec(stored)
-        return (self.dtype if stored in self._few else dtype), shape
+        return (self.dtype if self.tensor_of(stored) in self._few else dtype), shape
 
     def map(self, stored: str) -> Tensor:
         """A stored tensor, memory-mapped: for reading once, not for keeping."""
-        if stored in self.packed:
+        if stored in self._parts or stored in self.packed:
             return self.read(stored)
         tensor: Tensor = self._open(self.files[stored]).get_tensor(stored)
         return tensor
 
     def rows(self, stored: str, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 of a stored tensor, copied out of the file."""
+        if stored in self._parts:
+            return self.read(stored)[start:stop]
         if stored in self.packed:
             packed = self.packed[stored]
             return packed.rows(start, stop, self.rows if isinstance(packed, Joined) else self._rows)
@@ -266,6 +285,10 @@ class SourceModel:
     def read(self, stored: str) -> Tensor:
         """A stored tensor, copied out of the file so that nothing stays mapped."""
         dtype, shape = self.spec(stored)
+        if stored in self._parts:
+            part = self._parts[stored]  # of one expert; no other is read
+            entry = self.rows(part.stored, part.expert, part.expert + 1)[0]
+            return part.of(entry).clone(memory_format=torch.contiguous_format)
         if not shape:
             return self.map(stored).clone()
         result = torch.empty(shape, dtype=dtype, device="cpu")

@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import INDEX_FILE, SINGLE_FILE
 from ..errors import JobError, ModelError
-from .compat import concatenations, name_changes
+from .compat import concatenations, expert_changes, name_changes
+from .experts import Layout, Part, expert_index, linear_name, parts_of
 
 ADAPTER = "adapter_config.json"
 AGAIN = "download the model again"
@@ -91,18 +93,29 @@ def check_adapter(folder: Path) -> None:
         )
 
 
-def bind(model: PreTrainedModel, stored_names: Iterable[str]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """State-dict name -> stored name; and names of tensors that are stored in pieces -> the pieces' names, in order.
+def bind(
+    model: PreTrainedModel, stored_names: Iterable[str], experts: Mapping[str, Layout], shape: Callable[[str], Any]
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]], dict[str, Part]]:
+    """What the state dict of `model` is made of, three ways:
+
+        names   state-dict name -> stored name
+        pieces  name of a tensor that is stored in pieces -> the pieces' names, in order; it is its own stored name
+        parts   state-dict name -> its part in a stored tensor of all experts
 
     Names may differ by the base model's prefix and by the renamings that transformers applies to
-    older files. Of a pair that the config ties, one name may be stored for both. What transformers only puts one after
-    the other has its own name for a stored name. Raises ModelError for tensors that transformers would otherwise merge
-    or split.
+    older files. Of a pair that the config ties, one name may be stored for both. Raises ModelError
+    for tensors that transformers would merge or split in any other way.
+
+    Args:
+        experts: names of the modules of `model` that `split_experts` has made, and their layouts.
+        shape: of a stored tensor.
     """
     expected = set(model.state_dict())
+    merged = {f"{name}.{key}": (name, layout, key) for name, layout in experts.items() for key in layout.merged}
     prefix = f"{model.base_model_prefix}."
-    changed, piece_of = name_changes(model), concatenations(model)
+    changed, piece_of, of_expert = name_changes(model), concatenations(model), expert_changes(model)
     names: dict[str, str] = {}
+    parts: dict[str, Part] = {}
     pieces: dict[str, dict[int, str]] = {}
     counts: dict[str, int] = {}
     for stored in sorted(stored_names):
@@ -113,18 +126,32 @@ def bind(model: PreTrainedModel, stored_names: Iterable[str]) -> tuple[dict[str,
             pieces.setdefault(whole, {})[index] = stored
             renamed, stored = whole, whole
         elif is_split:
-            raise ModelError(
-                f"{stored} is stored in pieces that transformers merges or splits when it loads them, as those of a "
-                "mixture of experts",
-                hint="such models cannot be quantized yet",
-            )
-        for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
+            renamed = _of_expert(stored, renamed, of_expert(renamed))
+        # a name that a pattern for older files happens to match may be the model's own
+        for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix), stored):
             if candidate in expected:
                 names[candidate] = stored
                 break
+            if candidate in merged:
+                module, layout, key = merged[candidate]
+                parts |= parts_of(module, layout, key, stored, shape(stored))
+                break
     whole_ones = {name: found for name, found in pieces.items() if len(found) == counts[name]}
     names = {name: stored for name, stored in names.items() if stored not in pieces or stored in whole_ones}
-    return names, {name: tuple(found[index] for index in sorted(found)) for name, found in whole_ones.items()}
+    return names, {name: tuple(found[i] for i in sorted(found)) for name, found in whole_ones.items()}, parts
+
+
+def _of_expert(stored: str, renamed: str, found: tuple[str, int, int] | None) -> str:
+    """What a tensor that goes into a parameter of all experts is called. Raises ModelError for any other."""
+    expert = expert_index(renamed)
+    if found is not None and not found[2]:
+        return found[0]
+    if found is not None and expert is not None:
+        return linear_name(found[0], expert, *found[1:])
+    raise ModelError(
+        f"{stored} is stored in pieces that transformers merges or splits when it loads them",
+        hint="such models cannot be quantized yet",
+    )
 
 
 def share(names: dict[str, str], ties: Iterable[tuple[str, str]]) -> dict[str, str]:

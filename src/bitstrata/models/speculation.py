@@ -137,10 +137,12 @@ class DraftLength:
 
 def draft_cost(model: PreTrainedModel, draft_bits: int, bits: int) -> float:
     """Bytes of quantized layers that a step at `draft_bits` reads, over those at `bits`."""
+
+    def size(bits: int) -> float:
+        return sum(layer.share * layer.bytes_read(bits if bits in layer.bits else layer.bits[0]) for layer in layers)
+
     layers = [module for module in model.modules() if isinstance(module, PlaneLinear)]
-    return sum(layer.bytes_read(draft_bits if draft_bits in layer.bits else layer.bits[0]) for layer in layers) / sum(
-        layer.bytes_read(bits if bits in layer.bits else layer.bits[0]) for layer in layers
-    )
+    return size(draft_bits) / size(bits)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from .bits import Assignment, Bits, BitsOrPlan, BitsState, bits_state, together, use_bits
 from .embedding import PlaneEmbedding, TiedHead
+from .experts import Experts, StoredExperts
 from .layers import fuse, multiplied_layers, steady_rows
 from .linear import PlaneLinear
 from .stored import PlaneModule
@@ -11,9 +12,11 @@ __all__ = [
     "Bits",
     "BitsOrPlan",
     "BitsState",
+    "Experts",
     "PlaneEmbedding",
     "PlaneLinear",
     "PlaneModule",
+    "StoredExperts",
     "TiedHead",
     "bits_state",
     "fuse",

@@ -104,6 +104,8 @@ class TiedHead(nn.Module):
         """The embedding's placeholder, for code that asks a layer's dtype."""
         return self.embedding.get_buffer("weight")
 
+    share = 1.0
+
     def bytes_read(self, bits: BitsOrPlan) -> int:
         """Bytes of the stored tensors that a product reads, whatever the model's `bits`."""
         return self.embedding.bytes_read(self.embedding.bits[0])

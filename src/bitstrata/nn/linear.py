@@ -65,10 +65,16 @@ class PlaneLinear(PlaneModule):
             device=weight.planes[0].device,
             dtype=dtype if dtype is not None or bias is None else bias.dtype,
         )
-        layer.packed = StoredWeight(weight)
+        layer.hold(weight)
         if layer.bias is not None and bias is not None:
             layer.bias.data.copy_(bias)
         return layer
+
+    share = 1.0  # of tokens, that are multiplied by it: an expert's is what a router gives it where all get the same
+
+    def hold(self, weight: PlaneWeight) -> None:
+        """Hold `weight` as it is stored."""
+        self.packed = StoredWeight(weight)
 
     def bytes_read(self, bits: BitsOrPlan) -> int:
         """Bytes of the stored tensors that a product needs while the model runs at `bits`, an int or a plan."""
@@ -76,11 +82,24 @@ class PlaneLinear(PlaneModule):
             return super().bytes_read(self.bits[0])
         return super().bytes_read(bits if isinstance(bits, int) else bits[self.name])
 
-    def forward(self, x: Tensor) -> Tensor:
-        state = self.bits_state
-        bits = state.bits_for(self.name, x.shape[:-1], x.device)
-        if self.fused is not None and state.arithmetic is None and self._packed is not None and is_plain(x):
-            y = self.fused.linear(self, x, bits)
+    def forward(self, x: Tensor, bits: int | Tensor | None = None) -> Tensor:
+        """`bits` are given where the rows are only some of the model's tokens: one value, or one a row."""
+        state, given = self.bits_state, bits is not None
+        if bits is None:
+            bits = state.bits_for(self.name, x.shape[:-1], x.device)
+        fused = None if given or state.arithmetic is not None or self._packed is None else self.fused
+        if fused is not None and is_plain(x):
+            y = fused.linear(self, x, bits)
         else:
             y = self.packed.linear(x, bits, state.arithmetic)
+        return self.with_bias(y)
+
+    def with_bias(self, y: Tensor) -> Tensor:
+        """Outputs of the weight with the bias, if there is one."""
         return y if self.bias is None else y + self.bias
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether a call does no more than multiply by a packed weight: nothing is hooked into it."""
+        replaced = "forward" in self.__dict__  # as accelerate does
+        return self._packed is not None and not (replaced or self._forward_hooks or self._forward_pre_hooks)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointReader
 from ..checkpoint.reader import Shard, check_spec, check_values
-from ..checkpoint.schema import CONFIG_FILE, DTYPE_NAMES, INDEX_FILE, SAFETENSORS_DTYPES, TensorSpec
+from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE, SAFETENSORS_DTYPES, TensorSpec
 from ..errors import CheckpointError
 from ..memory import allocate
 from ..planes.pack import words_per_row
@@ -42,13 +42,20 @@ class _File:
         if hasattr(self, "_file"):
             self._file.close()
 
-    def read(self, name: str, expected: TensorSpec) -> Tensor:
-        """Tensor `name` in memory of its own. Raises CheckpointError unless it is there, whole and as expected."""
+    def read(self, name: str, expected: TensorSpec, expert: int | None = None) -> Tensor:
+        """Tensor `name`, or one expert's part of it, in memory of its own.
+
+        Raises CheckpointError unless it is there, whole and as expected.
+        """
         entry = self._tensors.get(name)
         if entry is None:
             raise CheckpointError(f"tensor {name} is missing from {self.path}")
         check_spec(name, self.path.name, (entry["dtype"], tuple(entry["shape"])), expected)
         begin, end = entry["data_offsets"]
+        dtype, shape = expected
+        if expert is not None:
+            size, shape = (end - begin) // shape[0], shape[1:]
+            begin, end = begin + expert * size, begin + (expert + 1) * size
         raw = allocate(end - begin)
         left = memoryview(raw.numpy())  # type: ignore[arg-type]
         try:
@@ -63,7 +70,7 @@ class _File:
                 f"{self.path} was changed while the model was in use; {name} cannot be read",
                 hint="restore the file and load the model again",
             )
-        return raw.view(SAFETENSORS_DTYPES[expected[0]]).view(expected[1])
+        return raw.view(SAFETENSORS_DTYPES[dtype]).view(shape)
 
 
 class PageReader:
@@ -85,27 +92,25 @@ class PageReader:
 
         Raises CheckpointError naming the tensor and file that is missing, damaged or not as described.
         """
-        described = self.spec.layers[layer]
-        rows, columns = described.out_features, described.in_features
-        expected = self.spec.layer_tensors(layer)
-        planes = [self._read(name, expected[name]) for name in (f"{layer}.plane_{i}" for i in range(held, bits))]
+        home, expert = self.spec.linears[layer]
+        described, group_size = self.spec.layers[home], self.spec.layer_group_size(home)
+        expected = self.spec.layer_tensors(home)
+        planes = [self._read(name, expected[name], expert) for name in (f"{home}.plane_{i}" for i in range(held, bits))]
         tensors = {}
-        for key, (dtype, shape) in scales_shapes(
-            described.decoder, bits, rows, columns, self.spec.layer_group_size(layer)
-        ).items():
-            name = f"{layer}.{key}"
-            tensors[key] = self._read(name, (DTYPE_NAMES[dtype], shape))
+        for key in scales_shapes(described.decoder, bits, described.out_features, described.in_features, group_size):
+            name = f"{home}.{key}"
+            tensors[key] = self._read(name, expected[name], expert)
             check_values(name, self.checkpoint.weight_map[name], tensors[key])
         return planes, make_scales(described.decoder, bits, tensors)
 
     def page_bytes(self, layer: str, held: int, bits: int) -> int:
         """Bytes of what `pages` reads."""
-        described = self.spec.layers[layer]
+        described = self.spec.layer(layer)
         rows, columns = described.out_features, described.in_features
         scales = scales_bytes(described.decoder, bits, rows, columns, self.spec.layer_group_size(layer))
         return 4 * max(0, bits - held) * rows * words_per_row(columns) + scales
 
-    def _read(self, tensor: str, expected: TensorSpec) -> Tensor:
+    def _read(self, tensor: str, expected: TensorSpec, expert: int | None) -> Tensor:
         file = self.checkpoint.weight_map.get(tensor)
         if file is None:
             raise CheckpointError(f"tensor {tensor} is not listed in {self.folder / INDEX_FILE}")
@@ -118,7 +123,7 @@ class PageReader:
             if self._verify:
                 self.checkpoint.check_digest(file)
             self._files[file] = _File(self.folder / file)
-        value = self._files[file].read(tensor, expected)
+        value = self._files[file].read(tensor, expected, expert)
         self.bytes_read += value.nbytes
         return value
 

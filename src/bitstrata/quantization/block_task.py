@@ -1,14 +1,15 @@
 """One transformer block in memory: what a method may ask of it, and weights put in the places of its own.
 
 Linears that read one tensor form a group. Groups are solved in the order in which the block runs them, each on the
-inputs that the quantized weights of those before it give (solvers/moments.py has the mathematics).
+inputs that the quantized weights of those before it give (solvers/moments.py has the mathematics). Each expert has two
+groups of its own (expert_inputs.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -17,7 +18,9 @@ from torch.func import functional_call
 
 from ..calibration.block_runner import Reached
 from ..errors import ModelError
+from ..nn import Experts
 from ..solvers import Block, Moments
+from .expert_inputs import ExpertMoments, Routed, routed
 
 WINDOWS_A_BATCH = 4
 
@@ -39,6 +42,9 @@ class BlockTask(Block):
     prefix: str = ""
     transposed: frozenset[str]
     call: Callable[[nn.Module, Tensor], Tensor]
+    _of_experts: tuple[str, ExpertMoments] | None = field(
+        default=None, init=False
+    )  # a module's name, while it is solved
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Put weights [N, K] in the places of the block's own."""
@@ -79,7 +85,19 @@ class BlockTask(Block):
 
             return hook
 
-        with self._hooks({name: note(name) for name in self.weights}), torch.no_grad():
+        def note_experts(module: str) -> Hook:
+            def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                found.extend(group for group in self._groups_of(module) if group not in found)
+                read.append(torch.empty(0))  # whoever comes next is in no group of theirs
+
+            return hook
+
+        experts = {name: module for name, module in self.block.named_modules() if isinstance(module, Experts)}
+        hooks = {name: note(name) for name in self.weights if self._expert_of(name) is None}
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            stack.enter_context(self._hooks(hooks))
+            for name, module in experts.items():
+                stack.callback(module.register_forward_pre_hook(note_experts(name)).remove)
             self.call(self.block, self.inputs[:1].to(self._device))
         missing = set(self.weights) - {name for group in found for name in group}
         if missing:
@@ -92,6 +110,9 @@ class BlockTask(Block):
     def moments(self, names: Sequence[str], solved: Mapping[int, Mapping[str, Tensor]]) -> dict[int, Moments]:
         assert self.inputs is not None
         first, tokens = names[0], 0
+        place = self._expert_of(first)
+        if place is not None:
+            return self._moments_of_expert(*place, first, solved)
         columns = self.weights[first].shape[1]
         sums = {bits: torch.zeros(2, columns, columns, device=self._device) for bits in self.chains}
         for start in range(0, len(self.inputs), WINDOWS_A_BATCH):
@@ -105,6 +126,55 @@ class BlockTask(Block):
                 hessian.addmm_(quantized.T, quantized)
                 cross.addmm_(original.T, quantized)
         return {bits: Moments(hessian / tokens, cross / tokens, tokens) for bits, (hessian, cross) in sums.items()}
+
+    def _expert_of(self, name: str) -> tuple[str, int] | None:
+        """The module of experts in the block that the linear belongs to, and which expert it is of; None if to none."""
+        parent = name.removeprefix(self.prefix).rpartition(".")[0]
+        module, _, expert = parent.rpartition(".")
+        if not module or not expert.isdecimal() or not isinstance(self.block.get_submodule(module), Experts):
+            return None
+        return module, int(expert)
+
+    def _groups_of(self, module: str) -> list[list[str]]:
+        """The groups of a module's experts: of each gate_proj and up_proj, then down_proj, as far as they are ours."""
+        experts = self.block.get_submodule(module)
+        assert isinstance(experts, Experts)
+        groups = []
+        for expert in range(experts.expert_count):
+            names = [f"{self.prefix}{module}.{expert}.{name}" for name in experts.projections]
+            groups += [[name for name in part if name in self.weights] for part in (names[:-1], names[-1:])]
+        return [group for group in groups if group]
+
+    def _moments_of_expert(
+        self, module: str, expert: int, first: str, solved: Mapping[int, Mapping[str, Tensor]]
+    ) -> dict[int, Moments]:
+        experts = self.block.get_submodule(module)
+        assert isinstance(experts, Experts)
+        assert self.inputs is not None
+        if self._of_experts is None or self._of_experts[0] != module:
+            chains = {}
+            for bits, chain in self.chains.items():
+                with self.with_weights(solved[bits]):
+                    chains[bits] = self._routed(experts, chain)
+            self._of_experts = module, ExpertMoments(experts, self._routed(experts, self.inputs), chains, self._device)
+        moments = self._of_experts[1]
+        if not first.endswith(".down_proj"):
+            return moments.of_inputs(expert)
+        names = {name: f"{first.rpartition('.')[0]}.{name}" for name in experts.projections[:-1]}
+        original = {name: self._linear(full).weight for name, full in names.items()}
+        quantized = {
+            bits: {name: of.get(full, original[name]) for name, full in names.items()} for bits, of in solved.items()
+        }
+        return moments.of_inner(expert, original, quantized)
+
+    @torch.no_grad()
+    def _routed(self, experts: Experts, hidden: Tensor) -> Routed:
+        """What the experts are called with when the block runs on `hidden`."""
+
+        def run(part: Tensor) -> None:
+            self.call(self.block, part.to(self._device))
+
+        return routed(experts, run, hidden, WINDOWS_A_BATCH, Reached)
 
     def output(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         class Caller(nn.Module):

@@ -17,6 +17,7 @@ from ..checkpoint import LayerSpec, QuantizationSpec, format_version
 from ..checkpoint.schema import CONFIG_FILE, is_plane, tensor_bytes
 from ..metrics import Metrics
 from ..models import Discovery, HeadLayer, LinearInfo, SourceModel
+from ..models.experts import active_experts, experts_of
 from ..planes import PlaneWeight, decode
 from ..progress import log
 from .block_task import BlockTask
@@ -99,15 +100,18 @@ class Prepared:
     def spec(self) -> QuantizationSpec:
         """The `quantization_config` of the result."""
         settings = self.settings
-        layers = {
-            linear.name: LayerSpec(
+        layers = {}
+        experts = experts_of((linear.name for linear in self.discovery.linears), self.model)
+        for linear in self.discovery.linears:
+            stored, count = experts.get(linear.name, (linear.name, None))
+            layers[stored] = LayerSpec(
                 in_features=linear.in_features,
                 out_features=linear.out_features,
                 bias=linear.bias,
                 decoder=settings.method.scales_kind(settings.bits),
+                experts=count,
+                active=None if count is None else active_experts(self.source.config, count),
             )
-            for linear in self.discovery.linears
-        }
         if settings.head_bits is not None:
             layers.update({layer.name: layer.spec(settings.head_bits) for layer in self.head})
         return QuantizationSpec(
@@ -187,12 +191,14 @@ class Job:
     """A job that runs: its durable state, and what its stages leave in memory for each other.
 
     layer_error: layer -> bits -> ||W - W_bits||^2 / ||W||^2.
+    routing: module of experts -> how many tokens of the learning windows each expert gets in the original.
     measured: what the final check found, by chain name.
     """
 
     prepared: Prepared
     state: JobState
     layer_error: dict[str, dict[str, float]] = field(default_factory=dict)
+    routing: dict[str, list[int]] = field(default_factory=dict)
     measured: dict[str, Metrics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

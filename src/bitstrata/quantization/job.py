@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_checkpoint, write_checkpoint
+from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_checkpoint, merge_experts, write_checkpoint
 from ..checkpoint.schema import REPORT_FILE, guard_name
 from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
 from ..memory import memory_errors, peak_memory
@@ -74,7 +74,7 @@ def quantize(options: QuantizeOptions) -> Report:
         with memory_errors("while quantizing", hint=MORE_MEMORY):
             for stage in prepared.stages:
                 stage.run(job)
-            report = make_report(prepared, notes(), job.measured, job.layer_error)
+            report = make_report(prepared, notes(), job.measured, job.layer_error, job.routing)
             _assemble(job, report)
     except BaseException:
         job.state.close()
@@ -100,9 +100,10 @@ def _assemble(job: Job, report: Report) -> None:
     copy_companions(source, output)
     write_mtp(source, prepared.mtp, prepared.settings)
     config = checkpoint_config(source)
-    config["quantization_config"] = prepared.spec().model_dump(exclude_none=True)
+    spec = prepared.spec()
+    config["quantization_config"] = spec.model_dump(exclude_none=True)
     source.check_unchanged()  # what is copied and written from here on is compared as it is read
-    write_checkpoint(output, config, entries, report.saved())
+    write_checkpoint(output, config, merge_experts(spec, entries), report.saved())
 
 
 def _already_done(prepared: Prepared) -> Report | None:

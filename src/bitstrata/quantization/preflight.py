@@ -213,7 +213,7 @@ def _check_tensors(
     for name, tensor in model.state_dict().items():
         stored = source.stored_name(name)
         if stored is not None:
-            used.add(stored)
+            used.add(source.tensor_of(stored))
         if name in copies:
             continue
         if stored is None:

@@ -19,9 +19,11 @@ from pydantic import BaseModel, ValidationError
 from ..checkpoint.reader import read_json
 from ..errors import CheckpointError
 from ..metrics import Metrics
+from ..solvers.method import MomentsMethod
 from ..tables import optional, percent, render
 from .chains import ORIGINAL, baseline
 from .context import Prepared
+from .expert_inputs import prior_share
 
 MEASURES = ("nll", "kld", "top1_agreement")
 
@@ -31,6 +33,8 @@ USELESS_TOP1 = 0.5
 # Of what guessing tokens at random loses. Models lose 0.15 to 0.3 of it on text of their own kind, and 0.6 to 1.4 on
 # foreign text: TinyStories models on Wikipedia and Python, a Python model on TinyStories and Wikipedia.
 FOREIGN_TEXT = 0.5
+
+LEANING = 0.5  # of an expert's inputs: known more from its layer's than from its own tokens
 
 # of a report: what is not saved, because it is not the same for equal inputs
 VOLATILE = {"output", "seconds", "peak_memory_bytes", "total_bytes"}
@@ -53,6 +57,11 @@ class _LeftOut(BaseModel):
     reason: str
 
 
+class _Experts(BaseModel):
+    tokens: list[int]
+    prior: list[float] | None = None
+
+
 class _Saved(BaseModel):
     """What is read of a `bitstrata_report.json`; only what it does hold is used."""
 
@@ -60,6 +69,7 @@ class _Saved(BaseModel):
     heldout_tokens: int = 0
     results: list[_Row] = []
     layer_error: dict[str, dict[str, float]] = {}
+    experts: dict[str, _Experts] = {}
     left_out: tuple[_LeftOut, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
@@ -76,6 +86,8 @@ class Report:
     text_warning: what is wrong with the calibration text, by the original's own loss on its held-out windows.
     head_bits: of the output head and the embedding; None if they are as they were. `bytes` counts the head.
     layer_error: layer -> bits -> ||W - W_bits||^2 / ||W||^2.
+    experts: module of experts -> `tokens` of the calibration text that each expert got in the original; `prior`, how
+        much its inputs, known from these, were drawn towards all that the layer reads (quantization/expert_inputs.py).
     """
 
     output: str
@@ -85,6 +97,7 @@ class Report:
     reference: dict[str, float] | None
     heldout_tokens: int
     layer_error: Mapping[str, Mapping[str, float]]
+    experts: Mapping[str, Mapping[str, Any]]
     left_out: tuple[dict[str, Any], ...]
     tied: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
@@ -131,6 +144,8 @@ class Report:
         head = "" if self.head_bits is None else f", head and embedding at {self.head_bits} bits"
         lines = [render(f"{self.output}: {self.method}, group size {self.group_size}{head}{where}", columns, rows)]
         lines += [f"bits {row['bits']}: {row['verdict']}" for row in self.results if row["verdict"] != "ok"]
+        if self.experts:
+            lines.append(_routing_line(self.experts))
         if self.text_warning:
             lines.append(self.text_warning)
         reasons = Counter(entry["reason"] for entry in self.left_out)
@@ -144,6 +159,7 @@ def make_report(
     notes: Sequence[str],
     measured: Mapping[str, Metrics] = MappingProxyType({}),
     layer_error: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    routing: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> Report:
     """Put a report together; `measured` has an entry a chain, or none if nothing was measured."""
     settings, discovery, spec = prepared.settings, prepared.discovery, prepared.spec()
@@ -156,7 +172,7 @@ def make_report(
         rows.append(
             {
                 "bits": bits,
-                "bpw_read": 8 * size / spec.weight_count,
+                "bpw_read": 8 * size / spec.weights_read,
                 "bytes": size,
                 **{name: getattr(mine, name, None) for name in MEASURES},
                 "rtn": None if rtn is None else {name: getattr(rtn, name) for name in MEASURES},
@@ -172,13 +188,36 @@ def make_report(
         results=tuple(rows),
         reference=None if original is None else {"nll": original.nll, "perplexity": original.perplexity},
         heldout_tokens=0 if original is None else original.tokens,
-        layer_error={name: layer_error[name] for name in spec.layers if name in layer_error},
+        layer_error={name: layer_error[name] for name in spec.linears if name in layer_error},
+        experts=_experts(prepared, routing),
         left_out=tuple({"name": x.name, "shape": list(x.shape), "reason": x.reason} for x in discovery.left_out),
         tied=discovery.tied,
         notes=tuple(notes),
         text_warning=None if original is None else text_warning(original.nll, prepared.vocabulary),
         head_bits=settings.head_bits,
     )
+
+
+def _experts(prepared: Prepared, routing: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """What the report says of modules of experts, each with the tokens that its experts got."""
+    leans = isinstance(prepared.settings.method, MomentsMethod)
+    inputs = {linear.name.rpartition(".")[0]: linear.in_features for linear in prepared.discovery.linears[::-1]}
+    found = {}
+    for name, tokens in routing.items():
+        prior = [prior_share(count, inputs[f"{name}.{e}"]) for e, count in enumerate(tokens) if f"{name}.{e}" in inputs]
+        found[name] = {"tokens": list(tokens), "prior": prior if leans and prior else None}
+    return found
+
+
+def _routing_line(experts: Mapping[str, Mapping[str, Any]]) -> str:
+    tokens = sorted(count for of in experts.values() for count in of["tokens"])
+    line = (
+        f"{len(tokens)} experts saw {tokens[0]} to {tokens[-1]} tokens each of the calibration text, "
+        f"{tokens[len(tokens) // 2]} in the middle"
+    )
+    prior = [share for of in experts.values() for share in of["prior"] or ()]
+    leaning = sum(share > LEANING for share in prior)
+    return line + (f"; {leaning} lean on their layer's inputs by more than half" if leaning else "")
 
 
 def text_warning(nll: float, vocabulary: int) -> str | None:

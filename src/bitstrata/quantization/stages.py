@@ -19,13 +19,14 @@ from ..memory import return_free_memory
 from ..metrics import Tally
 from ..models import HeadLayer
 from ..planes import PlaneWeight, decode
-from ..progress import Steps, log
+from ..progress import Steps, log, note
 from ..solvers import RTN, Tuning
 from ..solvers.clipped import clipped_rows
 from ..solvers.grouping import join_rows, row_chunks
 from .block_task import BlockTask
 from .chains import ORIGINAL, baseline
 from .context import Job, Prepared, Stage
+from .expert_inputs import counting, tokens_of_experts
 from .settings import Settings
 from .state import SENSITIVITY
 from .tuning import tune
@@ -151,7 +152,9 @@ class Blocks(Stage):
         chains = job.chains
         with job.runner.block(index) as block:
             task = job.task(index, block)
-            chains.advance(ORIGINAL, index, block)
+            with counting(block) as calls:
+                chains.advance(ORIGINAL, index, block)
+            self._note_routing(job, f"{job.discovery.blocks[index]}.", calls)
             if job.state.has(index):
                 planes = job.planes(index)
             else:
@@ -167,6 +170,20 @@ class Blocks(Stage):
                         task.put({name: decode(plain, bits)})
                     chains.advance(baseline(bits), index, block)
                 return_free_memory()
+
+    def _note_routing(self, job: Job, prefix: str, calls: dict[str, list[tuple[int, Tensor]]]) -> None:
+        """Note how many tokens of the learning windows each expert got in the original."""
+        learning, checking = (chains.get(ORIGINAL) for chains in (job.chains.learning, job.chains.checking))
+        if learning is None:
+            return
+        later = 0 if checking is None else checking.shape[:2].numel()
+        for name, found in calls.items():
+            if found:
+                tokens = tokens_of_experts(found, learning.shape[:2].numel(), later)
+                job.routing[prefix + name] = tokens
+                unseen = [str(expert) for expert, count in enumerate(tokens) if not count]
+                if unseen:
+                    note(f"{prefix}{name}: no token of the calibration text reached expert {', '.join(unseen)}")
 
     def _solved(self, job: Job, task: BlockTask) -> dict[str, PlaneWeight]:
         if "gradients" in job.settings.method.needs:

@@ -151,7 +151,7 @@ class JobState:
         return {name: self._layer(part, name) for name in layers}
 
     def _layer(self, block: Part, name: str) -> PlaneWeight:
-        layer, bits = self.spec.layers[name], self.spec.layer_bits(name)
+        layer, bits = self.spec.layer(name), self.spec.layer_bits(name)
         read = self.load_tensors(block, self.spec.layer_tensors(name))
         tensors = {full.removeprefix(f"{name}."): value for full, value in read.items()}
         try:

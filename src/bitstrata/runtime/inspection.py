@@ -62,12 +62,17 @@ class Inspection:
         rows = [[str(b), f"{self.bpw_read[str(b)]:.3f}", f"{self.bytes[str(b)] / 1e6:.2f}"] for b in self.bits]
         table = render("what each precision reads", ["bits", "bpw read", "MB read"], rows)
         layer_rows = [
-            [layer["name"], f"{layer['out_features']} x {layer['in_features']}", layer["decoder"],
+            [layer["name"], _shape(layer), layer["decoder"],
              ",".join(map(str, layer["bits"])), str(layer["group_size"]), f"{layer['stored_bytes'] / 1e3:.1f}"]
             for layer in self.layers
         ]  # fmt: skip
         layers = render("layers", ["name", "shape", "decoder", "bits", "group", "kB stored"], layer_rows)
         return "\n".join([*lines, "", table, "", layers])
+
+
+def _shape(layer: dict[str, Any]) -> str:
+    shape = f"{layer['out_features']} x {layer['in_features']}"
+    return shape if layer["experts"] is None else f"{layer['experts']} x {shape}"
 
 
 @verb(InspectOptions)
@@ -99,6 +104,8 @@ def inspect(options: InspectOptions) -> Inspection:
             "stored_bytes": spec.layer_bytes(name),
             "role": layer.role,
             "tied": layer.tied,
+            "experts": layer.experts,
+            "active": layer.active,
         }
         for name, layer in spec.layers.items()
     )
@@ -114,7 +121,7 @@ def inspect(options: InspectOptions) -> Inspection:
         method_options=spec.method_options,
         group_size=spec.group_size,
         bits=tuple(spec.bits),
-        bpw_read={str(bits): 8 * size[bits] / spec.weight_count for bits in spec.bits},
+        bpw_read={str(bits): 8 * size[bits] / spec.weights_read for bits in spec.bits},
         bytes={str(bits): size[bits] for bits in spec.bits},
         total_bytes=total,
         common_bytes=total - sum(map(spec.layer_bytes, spec.layers)),
