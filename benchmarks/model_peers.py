@@ -1,11 +1,12 @@
-"""Whole models beside llama.cpp and torch: tokens a second of greedy decoding, one sequence, and of a prompt's pass, in
-one run, taking turns.
+"""Whole models beside llama.cpp and torch: tokens a second of greedy decoding, one sequence and several, and of a
+prompt's pass, in one run, taking turns.
 
     pip install .[peers]
     python benchmarks/model_peers.py [--shape llama-3.2-1b] [--threads 2] [--peers ours,torch,llama.cpp]
     python benchmarks/model_peers.py --quick
 
-All have the same shape and random weights: ours from nested planes at 2, 3 and 4 bits with the output head at 6 bits;
+All have the same shape and random weights: ours from nested planes at 2, 3 and 4 bits with the output head at 6 bits,
+scales in bytes as `nested` writes them (or, with --scales halves, in fp16, as the other methods do);
 torch in bf16 through transformers; llama.cpp on GGUF files with every matrix in Q2_K, Q3_K or Q4_K, embeddings and
 output in Q6_K. The files lie in a temporary folder until the end. Prints a table and writes it to `--json`, by default
 to benchmarks/results/; --quick writes only on request.
@@ -30,7 +31,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from peers.llama_model import LlamaDecoder, write_gguf
+from peers.batches import DenseBatch, EngineBatch, race
+from peers.llama_model import LlamaBatch, LlamaDecoder, write_gguf
 from peers.measure import SETTLE, OtherProcesses, Timing
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -39,11 +41,13 @@ from bitstrata.benchmark.model import Decoder, SessionDecoder, decoders
 from bitstrata.benchmark.random_model import SHAPES, dense_model, random_model, shape_config
 from bitstrata.errors import BitstrataError, CheckError, ResourceError, UsageError
 from bitstrata.models import bytes_per_token
+from bitstrata.runtime import Engine
 from bitstrata.tables import optional, render
 
 PEERS = ("ours", "torch", "llama.cpp")
 BITS = (2, 3, 4)
 KINDS = {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4}  # llama.cpp's type -> which of our precisions it is compared to
+SCALES = {"bytes": "affine8", "halves": "affine"}
 HEAD_BITS = 6  # as llama.cpp's Q6_K
 BASELINE = "torch bf16"
 WEIGHT_BYTES = 4.5  # a weight, about, of all contenders together
@@ -87,6 +91,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16, help="in each turn")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompts that are timed")
+    parser.add_argument("--batches", default="1,4,16", help="sequences at a time")
+    parser.add_argument("--scales", default="bytes", choices=sorted(SCALES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="two blocks, two short rounds: does everything run?")
@@ -94,6 +100,7 @@ def _arguments() -> argparse.Namespace:
     if arguments.quick:
         arguments.blocks, arguments.tokens, arguments.rounds = arguments.blocks or 2, 4, 2
         arguments.prompt = min(arguments.prompt, 64)
+        arguments.batches = "1,2"
     return arguments
 
 
@@ -104,6 +111,9 @@ def _run(arguments: argparse.Namespace) -> None:
     names = [name for name in arguments.peers.split(",") if name]
     if not names or set(names) - set(PEERS):
         raise UsageError(f"--peers {arguments.peers!r} cannot be used", hint=f"give some of {','.join(PEERS)}")
+    counts = [int(count) for count in arguments.batches.split(",") if count.isdigit() and int(count)]
+    if not counts:
+        raise UsageError(f"--batches {arguments.batches!r} cannot be used", hint="give numbers, such as 1,4,16")
     config = shape_config(arguments.shape)
     if arguments.blocks is not None:
         config.num_hidden_layers = arguments.blocks
@@ -121,22 +131,24 @@ def _run(arguments: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
 
     with tempfile.TemporaryDirectory(prefix="bitstrata-peers-") as folder:
-        contenders, close = _contenders(arguments, config, names, Path(folder))
+        contenders, close, built = _contenders(arguments, config, names, Path(folder))
         others, bandwidth = OtherProcesses(), Bandwidth(arguments.threads)
         timings = _race(contenders, arguments.rounds, arguments.tokens, bandwidth)
         prompts = _race_prompts(contenders, min(arguments.rounds, 5), arguments.prompt)
-        busy = others.cores()
         for function in close:
             function()
+        batches = _race_batches(arguments, built, counts)
+        busy = others.cores()
     rows = _compare(contenders, timings)
     prompt_rows = _compare(contenders, prompts)
     head = f"{arguments.shape}, {config.num_hidden_layers} blocks, one sequence after {arguments.context} tokens"
     print(f"\n{_table(head, rows)}\n\nx bf16: speed over torch's. ours: our speed over this one's at the same bits")
     print(f"\n{_table(f'a prompt of {arguments.prompt} tokens', prompt_rows)}\n")
+    print(f"{_batch_table(batches)}\n")
     print(f"memory streams {bandwidth.bytes_per_second / 1e9:.1f} GB/s with {arguments.threads} threads")
     if warning := others.warning(busy):
         print(warning)
-    keys = ("shape", "threads", "group_size", "context", "tokens", "rounds", "prompt", "seed", "quick")
+    keys = ("shape", "threads", "group_size", "scales", "context", "tokens", "rounds", "prompt", "seed", "quick")
     settings = {key: getattr(arguments, key) for key in keys} | {"blocks": config.num_hidden_layers}
     report = {
         "machine": machine,
@@ -146,6 +158,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "skipped": skipped,
         "results": rows,
         "prompts": prompt_rows,
+        "batches": batches,
     }
     path = arguments.json
     if path is None and not arguments.quick:
@@ -158,13 +171,15 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _contenders(
     arguments: argparse.Namespace, config: PreTrainedConfig, names: list[str], folder: Path
-) -> tuple[list[Contender], list[Callable[[], None]]]:
-    """The models, and what has to be called when they are done."""
+) -> tuple[list[Contender], list[Callable[[], None]], dict[str, Any]]:
+    """The models, what has to be called when they are done, and by their names the models themselves."""
     found: list[Contender] = []
+    built: dict[str, Any] = {"vocabulary": config.vocab_size}
     close: list[Callable[[], None]] = []
     if "ours" in names:
         _say(f"ours at {', '.join(map(str, BITS))} bits")
-        model = random_model(config, BITS, group_size=arguments.group_size, head_bits=HEAD_BITS, seed=arguments.seed)
+        sizes: dict[str, Any] = {"group_size": arguments.group_size, "head_bits": HEAD_BITS, "seed": arguments.seed}
+        model = built["ours"] = random_model(config, BITS, kind=SCALES[arguments.scales], **sizes)
         for bits in BITS:
             _check_logits(f"ours {bits} bits", model, bits)
         stack = ExitStack()
@@ -173,13 +188,13 @@ def _contenders(
             found.append(_contender(f"ours {bits} bits", decoder, bits))
     if "torch" in names:
         _say(BASELINE)
-        dense = dense_model(config, seed=arguments.seed)
+        dense = built[BASELINE] = dense_model(config, seed=arguments.seed)
         _check_logits(BASELINE, dense, None)
         found.append(_contender(BASELINE, Decoder(dense, arguments.context, None), None))
     if "llama.cpp" in names:
         for kind, bits in KINDS.items():
             _say(f"llama.cpp {kind}")
-            path = folder / f"{kind}.gguf"
+            path = built[kind] = folder / f"{kind}.gguf"
             size = write_gguf(path, config, kind, arguments.seed)
             scales = LlamaDecoder(
                 path,
@@ -193,7 +208,7 @@ def _contenders(
                 raise CheckError(f"llama.cpp gives unusable logits with {kind}", hint="nothing is reported")
             close.append(scales.close)
             found.append(Contender(f"llama.cpp {kind}", size, bits, scales.step, scales.prompt))
-    return found, close
+    return found, close, built
 
 
 def _check_logits(name: str, model: PreTrainedModel, bits: int | None) -> None:
@@ -235,6 +250,34 @@ def _race_prompts(contenders: list[Contender], rounds: int, tokens: int) -> list
             contenders[index].prompt(tokens)
             times[index].append((time.perf_counter() - started) / tokens)
     return [Timing(tuple(samples)) for samples in times]
+
+
+def _race_batches(arguments: argparse.Namespace, built: dict[str, Any], counts: list[int]) -> list[dict[str, Any]]:
+    """Several sequences at a time, through the engine, transformers and llama.cpp."""
+    context, tokens, most = arguments.context, arguments.tokens, max(counts)
+    with ExitStack() as stack:
+        contenders: list[Any] = []
+        if "ours" in built:
+            room = most * (context + tokens + 2 * 16)
+            engine = stack.enter_context(Engine(built["ours"], max_requests=most, cache_tokens=max(2048, room)))
+            contenders += [EngineBatch(engine, bits) for bits in BITS]
+        if BASELINE in built:
+            contenders.append(DenseBatch(built[BASELINE], BASELINE))
+        for kind, bits in KINDS.items():
+            if kind in built:
+                sizes = {"most": most, "context": context, "tokens": tokens, "threads": arguments.threads}
+                named: dict[str, Any] = {"name": f"llama.cpp {kind}", "bits": bits, **sizes}
+                contenders.append(LlamaBatch(built[kind], vocabulary=built["vocabulary"], **named))
+                stack.callback(contenders[-1].close)
+        return race(contenders, counts, min(arguments.rounds, 3), context, tokens)
+
+
+def _batch_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        [row["model"], str(row["sequences"]), f"{row['tokens_per_second']:.1f}", optional(row["ours_times_faster"], 2)]
+        for row in rows
+    ]
+    return render("several sequences, all together", ["model", "sequences", "tok/s", "ours"], lines)
 
 
 def _compare(contenders: list[Contender], timings: list[Timing]) -> list[dict[str, Any]]:

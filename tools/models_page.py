@@ -23,9 +23,10 @@ quantized at 2, 3, 4 and 8 bits, loaded by bitstrata and by transformers, compar
 with. A model that also sees or hears keeps those parts as they are. `python tools/models_page.py` writes this page, and
 a test compares it with what it finds.
 
-Of {tried} language models {works} work{experts}. Others
-are refused by name, before anything is written: `not yet` says why. `no` is none that text alone can be given to. Layers are named without the blocks, `#` stands for a number. What
-stands outside of the blocks stays as it is too; `--head-bits` quantizes the head and the embedding.
+{works} of {tried} language models work{experts}.
+Others are refused by name, before anything is written: `not yet` says why. `no` is none that text alone can be given
+to. Layers are named without the blocks, `#` stands for a number. What stands outside of the blocks stays as it is too;
+`--head-bits` quantizes the head and the embedding.
 
 | architecture | class | works | quantized | stays as it is |
 |---|---|---|---|---|
@@ -47,7 +48,7 @@ def attempt(name: str) -> Any:
 
 
 def main(chosen: list[str]) -> None:
-    sys.path[:0] = [str(ROOT / "tests" / "models"), str(ROOT / "tests")]
+    sys.path.insert(0, str(ROOT / "tests"))
     sweep = importlib.import_module("sweep")
     with Pool(2) as pool:
         outcomes = pool.map(attempt, chosen or sweep.names(), chunksize=1)

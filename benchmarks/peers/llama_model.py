@@ -7,6 +7,7 @@ weights would take minutes to quantize. As llama.cpp's own files do, embeddings 
 from __future__ import annotations
 
 import ctypes
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig
 from bitstrata.errors import CheckError, ResourceError
 
 from . import ggml_library
+from .batches import prompts
 
 HEAD = "Q6_K"
 DISTINCT_ROWS = 256
@@ -131,5 +133,58 @@ class LlamaDecoder:
         return int(self.logits.argmax())
 
     def close(self) -> None:
+        self._library.llama_free(self._context)
+        self._library.llama_model_free(self._model)
+
+
+class LlamaBatch:
+    """Up to `most` sequences at once in llama.cpp, each in a cache of its own, continued greedily."""
+
+    def __init__(
+        self, path: Path, *, name: str, bits: int, vocabulary: int, most: int, context: int, tokens: int, threads: int
+    ) -> None:
+        import llama_cpp
+
+        self.name, self.bits, self._library, self._vocabulary = name, bits, llama_cpp, vocabulary
+        llama_cpp.llama_log_set(ggml_library.silent_log(), ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise ResourceError(f"llama.cpp cannot load {path}", hint="is there enough memory?")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max, params.n_batch = most * (context + tokens + 1), most, most * context
+        params.n_threads = params.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise ResourceError(f"llama.cpp cannot make a context of {most} sequences")
+        self._batch = llama_cpp.llama_batch_init(most * context, 0, 1)
+
+    def run(self, count: int, context: int, tokens: int) -> float:
+        """As peers.batches.Batch."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        made = self._run(prompts(count, context, self._vocabulary), 0)
+        started = time.perf_counter()
+        for step in range(tokens):
+            made = self._run([[token] for token in made], context + step)
+        return count * tokens / (time.perf_counter() - started)
+
+    def _run(self, tokens: list[list[int]], past: int) -> list[int]:
+        """The likeliest token after each sequence's next tokens, of which there are equally many."""
+        batch, at, ends = self._batch, 0, []
+        for index, sequence in enumerate(tokens):
+            for place, token in enumerate(sequence):
+                batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, past + place, 1
+                batch.seq_id[at][0], batch.logits[at] = index, place == len(sequence) - 1
+                at += 1
+            ends.append(at - 1)
+        batch.n_tokens = at
+        status = self._library.llama_decode(self._context, batch)
+        if status != 0:
+            raise CheckError(f"llama_decode ended with status {status}")
+        rows = [self._library.llama_get_logits_ith(self._context, end) for end in ends]
+        return [int(np.ctypeslib.as_array(row, shape=(self._vocabulary,)).argmax()) for row in rows]
+
+    def close(self) -> None:
+        self._library.llama_batch_free(self._batch)
         self._library.llama_free(self._context)
         self._library.llama_model_free(self._model)

@@ -90,6 +90,7 @@ Device = Annotated[str, Argument("auto, cpu, cuda or cuda:N.")]
 Checkpoint = Argument("Checkpoint folder or hub id.", flag="")
 Chosen = Argument("Checkpoint folder or hub id, OUT or OUT:BITS.", flag="")
 Reuse = Annotated[str, Argument("Take up cached beginnings that equal bits wrote, any bits wrote, or off.")]
+CacheDtype = Annotated[str, Argument("How the cache keeps keys and values: auto (the model's dtype), int8 or int4.")]
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,7 @@ class PlanOptions:
     sensitivity: Annotated[
         str | Path | None, Argument("Where layers' losses are kept; beside the model by default.")
     ] = None
-    measure: Annotated[str | None, Argument("How layers are measured: kld (default), or hessian (quick, rough).")] = (
-        None
-    )
+    measure: Annotated[str | None, Argument("How layers are measured: kld (default) or hessian (quick, rough).")] = None
     together: Annotated[bool, Argument("Equal bits for q, k, v and for gate, up: they share a kernel call.")] = False
     min_bits: Annotated[
         Mapping[str, int] | None,
@@ -202,6 +201,7 @@ class BenchOptions:
     regimes: Annotated[str | Sequence[str], Argument("cache, memory, or both.", flag="--regime")] = "both"
     rounds: Annotated[int, Argument("Rounds of which the median is taken.")] = 7
     group_size: Annotated[int, Argument("Of layers that are no checkpoint's.", is_command=False)] = 128
+    kv_cache_dtype: CacheDtype = "auto"
     device: Device = "auto"
     tune: Annotated[bool, Argument("On a GPU: first search the fastest shapes of programs, and keep them.")] = False
 
@@ -252,6 +252,7 @@ class Size:
         Argument("Load no more than this: 600MB for the whole model, 3.2bpw. Needs OUT's page order (bitstrata plan)."),
     ] = None
     fit: Annotated[bool, Argument("Load as much as the free memory holds beside the cache of keys and values.")] = False
+    kv_cache_dtype: CacheDtype = "auto"
     device: Device = "auto"
 
 

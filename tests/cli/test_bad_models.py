@@ -94,7 +94,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "too large for fp16": (one_weight(1e6), [f"{LAYER} has weights above 65504"]),
     "integers": (replaced(lambda w: w.to(torch.int32)), [f"{LAYER} holds torch.int32"]),
-    "8-bit floats": (replaced(lambda w: w.to(torch.float8_e4m3fn)), [LAYER, "F8_E4M3"]),
+    "8-bit floats": (replaced(lambda w: w.to(torch.float8_e4m3fn)), [LAYER, "is stored in fp8 without scales"]),
     "index is not JSON": (index("nonsense"), ["is not a valid index"]),
     "index without a map": (index("{}"), ["is not a valid index"]),
     "index with a list for a map": (index('{"weight_map": [1]}'), ["is not a valid index"]),

@@ -146,6 +146,8 @@ def test_a_wrapper_loads_in_its_class_with_its_towers_untouched(name: str, tmp_p
     with torch.no_grad():
         logits = bitstrata.load(tmp_path / "out")(input_ids=ids).logits
         assert torch.equal(model(input_ids=ids).logits, logits)
+        text = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # of some that is the text model alone
+        assert torch.equal(text(input_ids=ids).logits, logits)
         exact = original(input_ids=ids).logits
     assert float((logits - exact).norm() / exact.norm()) < 0.15
 

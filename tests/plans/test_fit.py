@@ -69,6 +69,9 @@ def test_the_budget_is_what_is_left_of_the_free_memory(folder, sizes, monkeypatc
     assert fit_budget(sizes, config, context=10).amount == 10_000_000 - cache * 10 // 64
     assert fit_budget(sizes, config, context=10, dtype=torch.bfloat16).amount == 10_000_000 - cache * 5 // 64
     assert fit_budget(sizes, config, reserve=0).amount == 10_000_000 - cache + RESERVE
+    heads = 64 * 2 * config.num_hidden_layers * config.num_key_value_heads
+    for kind, taken in (("int8", config.head_dim + 4), ("int4", -(-config.head_dim // 32) * 16 + 4)):
+        assert fit_budget(sizes, config, kv_cache_dtype=kind).amount == 10_000_000 - heads * taken
 
 
 def test_load_takes_the_largest_plan_that_fits(folder, sizes, monkeypatch):
@@ -83,6 +86,11 @@ def test_load_takes_the_largest_plan_that_fits(folder, sizes, monkeypatch):
     assert str(bits_state(model).plan) == "fit", "the same at every start, however much was free"
     model.resize(2)
     assert dict(bits_state(model).plan) == sizes.smallest
+    less = RESERVE + cache_bytes(config, 20, torch.float32, "int4")
+    assert less < others
+    monkeypatch.setattr(fit, "free_memory", lambda device: wanted + less)
+    model = bitstrata.load(folder, fit=True, context=20, kv_cache_dtype="int4")
+    assert dict(bits_state(model).plan) == plan
 
 
 def test_not_even_the_smallest_fits(folder, sizes, monkeypatch):

@@ -1,7 +1,8 @@
-"""Architectures in the engine: the tokens of each model's own generate, or a refusal that says why."""
+"""Architectures in the engine: the tokens of each model's own generate, also of those that cannot share passes."""
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from pathlib import Path
@@ -32,24 +33,95 @@ def test_tokens_are_those_of_generate(name, tmp_path, seed, exact_kernel):
     for length in (1, 5, 16, 17, 30, 40):  # the sliding windows are 16
         prompt = [chance.randrange(3, 96) for _ in range(length)]
         requests.append((prompt, chance.choice((2, 3, 8)), chance.randrange(5, 20)))
-    expected = []
-    for prompt, bits, new in requests:
-        ids = torch.tensor([prompt])
-        settings = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
-        expected.append(model.generate(ids, bits=bits, max_new_tokens=new, **settings)[0, len(prompt) :].tolist())
+    expected = [by_generate(model, *request) for request in requests]
     with Engine(model, max_batch_tokens=40) as engine:
         handles = [engine.submit(Request(prompt, bits=bits, max_new_tokens=new)) for prompt, bits, new in requests]
         assert [handle.result(120) for handle in handles] == expected
 
 
-def test_layers_that_are_not_plain_attention_are_refused(tmp_path):
-    model = load("llama", tmp_path)
-    model.config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(UsageError, match="chunked_attention"):
-        Engine(model)
+def by_generate(model, prompt, bits, new):
+    ids = torch.tensor([prompt])
+    settings = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
+    return model.generate(ids, bits=bits, max_new_tokens=new, **settings)[0, len(prompt) :].tolist()
 
 
-def test_a_model_whose_logits_differ_in_batches_is_refused(tmp_path):
+def not_batched(folder, caplog):
+    """A model with a kind of layer that no batch takes."""
+    model = load("llama", folder)
+    model.config.layer_types = ["full_attention"] * model.config.num_hidden_layers
+    model.config.layer_types[-1] = "chunked_attention"
+    model.config.attention_chunk_size = 256
+    model.config.max_position_embeddings = 256
+    return model
+
+
+def test_texts_that_cannot_share_passes_run_one_at_a_time(tmp_path, seed, exact_kernel, caplog):
+    """At bits of their own, cancellations and requests that come later included, with the tokens of generate."""
+    model = not_batched(tmp_path, caplog)
+    chance = random.Random(seed)
+    requests = [
+        ([chance.randrange(3, 96) for _ in range(length)], chance.choice((2, 3, 8)), chance.randrange(5, 20))
+        for length in (1, 5, 16, 17, 30, 40, 50)
+    ]
+    expected = [by_generate(model, *request) for request in requests]
+    with Engine(model, max_requests=3, max_batch_tokens=40) as engine:
+        gone = engine.submit(Request(requests[0][0], bits=8, max_new_tokens=120))
+        handles = [engine.submit(Request(prompt, bits=bits, max_new_tokens=new)) for prompt, bits, new in requests[:4]]
+        gone.cancel()
+        assert [handle.result(120) for handle in handles] == expected[:4]
+        with pytest.raises(UsageError, match="is running this model"):
+            Engine(model)
+        handles = [engine.submit(Request(prompt, bits=bits, max_new_tokens=new)) for prompt, bits, new in requests[4:]]
+        assert [handle.result(120) for handle in handles] == expected[4:]
+        assert engine.stats().cache_bytes > 0
+    assert caplog.text.count("chunked_attention cannot run in an engine's batches; each text runs by itself") == 1
+    assert by_generate(model, *requests[3]) == expected[3]  # the model is free again
+
+
+def test_a_chat_that_runs_alone_goes_on_where_it_was(tmp_path, seed, exact_kernel, caplog):
+    """A text that begins with all of an earlier one takes up its cache; one that leaves it half way does not."""
+    model = not_batched(tmp_path, caplog)
+    chance = random.Random(seed)
+    prompt = [chance.randrange(3, 96) for _ in range(60)]
+    twin = copy.deepcopy(model)
+    with Engine(model) as engine:
+        first = engine.submit(Request(prompt, bits=3, max_new_tokens=8, ignore_eos=True))
+        first.result(120)
+        longer = prompt + first.tokens + [chance.randrange(3, 96) for _ in range(30)]
+        second = engine.submit(Request(longer, bits=3, max_new_tokens=8))
+        assert second.result(120) == by_generate(twin, longer, 3, 8)
+        assert second.reused_tokens == len(prompt) + 7  # the last token was never fed
+        for other, bits in ((longer[:50] + [5] * 30, 3), (longer + [5] * 30, 2)):
+            third = engine.submit(Request(other, bits=bits, max_new_tokens=8))
+            assert third.result(120) == by_generate(twin, other, bits, 8)
+            assert third.reused_tokens == 0
+
+
+def test_prompts_are_fed_whole_where_parts_compute_something_else(tmp_path, seed, exact_kernel, caplog):
+    """As layers do whose recurrent path takes one token or a beginning."""
+    model = not_batched(tmp_path, caplog)
+    attention, chance = model.model.layers[0].self_attn, random.Random(seed)
+    plain, fed = attention.forward, []
+
+    def forward(hidden_states, *args, **kwargs):
+        fed.append(hidden_states.shape[1])
+        past = kwargs["past_key_values"].get_seq_length(0) if kwargs.get("past_key_values") is not None else 0
+        output, *rest = plain(hidden_states, *args, **kwargs)
+        return (output * 3 if past and hidden_states.shape[1] > 1 else output, *rest)
+
+    attention.forward = forward
+    prompt = [chance.randrange(3, 96) for _ in range(90)]
+    expected = by_generate(model, prompt, 3, 8)
+    with Engine(model, max_batch_tokens=40) as engine:
+        fed.clear()
+        for _ in range(2):
+            handle = engine.submit(Request(prompt, bits=3, max_new_tokens=8))
+            assert handle.result(120) == expected
+            assert handle.reused_tokens == 0
+    assert fed == [90, *[1] * 7] * 2
+
+
+def test_a_model_whose_logits_differ_in_batches_runs_its_texts_alone(tmp_path, caplog, exact_kernel):
     model = load("llama", tmp_path)
     attention = model.model.layers[0].self_attn
     plain = attention.forward
@@ -60,8 +132,10 @@ def test_a_model_whose_logits_differ_in_batches_is_refused(tmp_path):
         return plain(*args, **kwargs)
 
     attention.forward = forward
-    with pytest.raises(UsageError, match="differ from its own"):
-        Engine(model)
+    expected = by_generate(model, [5, 6, 7], 3, 8)
+    with Engine(model) as engine:
+        assert engine.submit(Request([5, 6, 7], bits=3, max_new_tokens=8)).result(60) == expected
+    assert "differ from its own" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])

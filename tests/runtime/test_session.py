@@ -152,18 +152,22 @@ def test_logits_that_are_not_finite_are_an_error(model, code):
         own.finish(item)
 
 
-def test_a_model_that_cannot_run_in_batches_is_run_by_transformers(
+def test_a_model_that_cannot_run_in_batches_runs_its_texts_alone(
     own_model, tokenizer, code, alone, monkeypatch, caplog
 ):
+    """With the tokens of generate; drafts are checked by transformers' own loop."""
+
     def refuse(_):
         raise BatchError("it looks at the moon")
 
     monkeypatch.setattr("bitstrata.runtime.batching.forward.Forward.check", refuse)
     expected = tokenizer.decode(alone(code[:30], 4, NEW), skip_special_tokens=True)
-    for _ in range(2):
-        made = continue_tokens(own_model, tokenizer, code[:30], "", bits=4, settings=GenerationSettings(NEW))
+    for drafts in (None, None, 2):
+        settings = GenerationSettings(NEW, draft_bits=drafts)
+        made = continue_tokens(own_model, tokenizer, code[:30], "", bits=4, settings=settings)
         assert made.text == expected
-    assert caplog.text.count("it looks at the moon; transformers' own generate is used") == 1
+        assert (made.acceptance is None) == (drafts is None)
+    assert caplog.text.count("it looks at the moon; each text runs by itself") == 1
 
 
 def test_no_memory_leaves_the_model_and_the_session_as_they_were(own_model, code, alone, monkeypatch):

@@ -140,6 +140,7 @@ def bench_model(
     context: int = 64,
     tokens: int = 16,
     rounds: int = 5,
+    kv_cache_dtype: str = "auto",
 ) -> list[ModelResult]:
     """Tokens a second of `model` at each of `bits`, and of `dense`, taking turns round by round.
 
@@ -151,7 +152,7 @@ def bench_model(
         if model.device.type == "cuda":
             contenders = _graph_runs(model, name, bits, dense, context, tokens)
         else:
-            contenders = _eager_runs(model, name, bits, dense, context, stack)
+            contenders = _eager_runs(model, name, bits, dense, context, stack, kv_cache_dtype)
         speeds = [[] for _ in contenders]
         for _ in range(rounds):
             for index, run in enumerate(contenders):
@@ -179,10 +180,11 @@ def _eager_runs(
     dense: PreTrainedModel | None,
     context: int,
     stack: ExitStack,
+    kv_cache_dtype: str,
 ) -> list[_Run]:
     """`stack` ends what holds the model."""
     runs = []
-    for value, decoder in zip(bits, decoders(model, context, bits, stack), strict=True):
+    for value, decoder in zip(bits, decoders(model, context, bits, stack, kv_cache_dtype), strict=True):
         switch = partial(switch_time, model, value)
         runs.append(_Run(f"{name} {value} bits", value, decoder, decoder.step, decoder.rewind, switch))
     if dense is not None:
@@ -192,11 +194,11 @@ def _eager_runs(
 
 
 def decoders(
-    model: PreTrainedModel, context: int, bits: Sequence[int], stack: ExitStack
+    model: PreTrainedModel, context: int, bits: Sequence[int], stack: ExitStack, kv_cache_dtype: str = "auto"
 ) -> Sequence[SessionDecoder | Decoder]:
     """One for each of `bits`, all of the same quantized model, as `generate` runs it until `stack` is closed."""
-    own = stack.enter_context(session_of(model))
-    if own is None:
+    own = stack.enter_context(session_of(model, kv_cache_dtype))
+    if not own.drafts:  # nothing can be taken back
         return [Decoder(model, context, value) for value in bits]
     return [SessionDecoder(own, context, value) for value in bits]
 

@@ -17,7 +17,9 @@ from ..models import attach, discover, find_head
 from ..models.discover import set_submodule
 from ..models.experts import active_experts, experts_of, split_experts
 from ..nn import BitsState, PlaneEmbedding, PlaneLinear, TiedHead
-from ..planes import AffineScales, PlaneWeight, group_count, words_per_row
+from ..planes import PlaneWeight, Scales, group_count, words_per_row
+from ..planes.weights import byte_unit, scales_kind
+from ..solvers.grouping import make_affine
 
 # name -> config of a well-known model's shape
 SHAPES: dict[str, dict[str, Any]] = {
@@ -63,11 +65,16 @@ def shape_config(name: str) -> PreTrainedConfig:
 
 
 def random_weight(
-    out_features: int, in_features: int, bits: tuple[int, ...], group_size: int, generator: torch.Generator
+    out_features: int,
+    in_features: int,
+    bits: tuple[int, ...],
+    group_size: int,
+    generator: torch.Generator,
+    kind: str = "affine",
 ) -> PlaneWeight:
     """Planes of coin tosses, and scales that fall by half from plane to plane as in a trained weight.
 
-    They are on the generator's device.
+    They are on the generator's device. kind: "affine" or "affine8".
     """
     words, device = words_per_row(in_features), generator.device
     last = in_features % 32
@@ -79,12 +86,15 @@ def random_weight(
             plane[:, -1] &= (1 << last) - 1  # padding bits are 0
         planes.append(plane)
     groups = group_count(in_features, group_size)
-    scales = {}
+    scales: dict[int, Scales] = {}
     for value in bits:
         step = in_features**-0.5 * torch.exp2(-torch.arange(value, dtype=torch.float32, device=device)).view(-1, 1, 1)
         scale = step * (0.75 + 0.5 * torch.rand(value, out_features, groups, generator=generator, device=device))
         offset = 0.1 * step[0] * torch.randn(out_features, groups, generator=generator, device=device)
-        scales[value] = AffineScales(scale.half(), offset.half())
+        unit = None
+        if scales_kind(kind, value) == "affine8":  # a plane's bytes count steps half as large as those before it
+            unit = byte_unit(torch.maximum(scale[0], offset.abs()).amax(1))
+        scales[value] = make_affine(scale, offset, unit)
     return PlaneWeight(tuple(planes), scales, in_features, group_size)
 
 
@@ -98,12 +108,14 @@ def random_model(
     blocks: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    kind: str = "affine",
 ) -> PreTrainedModel:
     """A causal model of this shape whose linears in the decoder blocks run from random planes at any of `bits`.
 
     Args:
         head_bits: planes for the output head and the embedding as well, at this precision; else they stay in `dtype`.
         blocks: build only as many decoder blocks.
+        kind: of the scales in the blocks, "affine" or "affine8".
     """
     model = skeleton(config, blocks, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -112,7 +124,7 @@ def random_model(
     state = BitsState({linear.name: bits for linear in linears}, fixed={layer.name: head_bits or 0 for layer in head})
     experts = experts_of((linear.name for linear in linears), model)
     for linear in linears:
-        weight = random_weight(linear.out_features, linear.in_features, bits, group_size, generator)
+        weight = random_weight(linear.out_features, linear.in_features, bits, group_size, generator, kind)
         layer = PlaneLinear.from_weight(weight, name=linear.name, state=state, dtype=dtype)
         if linear.name in experts:
             count = experts[linear.name][1]

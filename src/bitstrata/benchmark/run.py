@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ResourceError, UnsupportedBitsError, UsageError
 from ..kernels import select
+from ..kernels.cached import check_kv_cache_dtype
 from ..memory import free_memory
 from ..models.load import pick_device
 from ..nn import PlaneLinear, bits_state
@@ -127,6 +128,13 @@ def bench(options: BenchOptions) -> Bench:
         raise UsageError("threads are the CPU's", hint="leave --threads out, or add --device cpu")
     if options.tune:
         check_tunable(where)
+    if check_kv_cache_dtype(options.kv_cache_dtype) != "auto" and (
+        where.type == "cuda" or (options.model is None and not options.whole)
+    ):
+        raise UsageError(
+            f"kv_cache_dtype={options.kv_cache_dtype!r} is for whole models on a CPU",
+            hint="leave --kv-cache-dtype out, or give a checkpoint or --whole, and --device cpu",
+        )
     before = torch.get_num_threads()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -168,7 +176,7 @@ def _regimes(given: str | Sequence[str]) -> Sequence[str]:
 def _bench(options: BenchOptions, rows: Sequence[int], regimes: Sequence[str], device: torch.device) -> Bench:
     """The measuring: one list of steps, longer than others because each needs what those before it made."""
     model, shapes, bits, whole, blocks = options.model, options.shapes, options.bits, options.whole, options.blocks
-    group_size, rounds, head_bits = options.group_size, options.rounds, options.head_bits
+    group_size, rounds, head_bits, cache = options.group_size, options.rounds, options.head_bits, options.kv_cache_dtype
     loaded: PreTrainedModel | None = None
     notes: list[str] = []
     if model is not None:
@@ -215,14 +223,16 @@ def _bench(options: BenchOptions, rows: Sequence[int], regimes: Sequence[str], d
     if loaded is not None:
         log.info("the whole model")
         dense = dense_model(_plain(loaded.config), dtype=loaded.dtype, device=device)
-        models = bench_model(loaded, Path(str(model)).name, chosen, bandwidth.bytes_per_second, dense=dense)
+        models = bench_model(
+            loaded, Path(str(model)).name, chosen, bandwidth.bytes_per_second, dense=dense, kv_cache_dtype=cache
+        )
         notes.append("the dense model has the same shape and random weights")
     elif whole:
         config = shape_config(str(shapes))
         log.info(f"a whole model of {shapes}'s shape")
         random = random_model(config, chosen, group_size=group_size, head_bits=head_bits, blocks=blocks, device=device)
         dense = dense_model(config, blocks=blocks, device=device)
-        models = bench_model(random, str(shapes), chosen, bandwidth.bytes_per_second, dense=dense)
+        models = bench_model(random, str(shapes), chosen, bandwidth.bytes_per_second, dense=dense, kv_cache_dtype=cache)
         head = "bf16" if head_bits is None else f"{head_bits} bits"
         notes.append(f"random weights, {blocks or config.num_hidden_layers} blocks, output head in {head}")
     kernel = select(device.type, torch.bfloat16).name

@@ -30,7 +30,15 @@ def run(options: ChatCommand) -> None:
     loaded = load_sized(target, chosen, options, context=None)
     tokenizer = load_tokenizer(resolve(target, weights=False))
     settings = {one.name: getattr(options, one.name) for one in fields(GenerationSettings)}
-    talk = Conversation(loaded, tokenizer, bits=chosen, system=options.system, reuse=options.reuse, **settings)
+    talk = Conversation(
+        loaded,
+        tokenizer,
+        bits=chosen,
+        system=options.system,
+        reuse=options.reuse,
+        kv_cache_dtype=options.kv_cache_dtype,
+        **settings,
+    )
     draft_bits = options.draft_bits
     if draft_bits is not None and draft_bits not in talk.supported:
         raise UsageError(f"draft-bits {draft_bits} is not among {_choice(talk)}")

@@ -41,6 +41,7 @@ def run(options: GenerateCommand) -> None:
         draft_bits=options.draft_bits,
         draft_tokens=options.draft_tokens,
         tokenizer=tokenizer,
+        kv_cache_dtype=options.kv_cache_dtype,
         streamer=None if options.json else _Stream(tokenizer, skip_special_tokens=True),
     )
     if options.json:

@@ -68,6 +68,7 @@ def run(options: ServeOptions) -> None:
             max_waiting=options.max_waiting,
             policy=rule,
             reuse=options.reuse,
+            kv_cache_dtype=options.kv_cache_dtype,
         )
         with engine:
             app = create_app(engine, tokenizer, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
+from ..kernels.cached import check_kv_cache_dtype
 from ..options import Size
 from ..plans import Plan, load
 
@@ -24,9 +25,17 @@ def load_sized(
     given = [flag for flag, is_given in flags.items() if is_given]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} each say how much of the model to run", hint="give one of them")
+    check_kv_cache_dtype(size.kv_cache_dtype)  # before a model is read
     if isinstance(bits, Plan):
         return load(target, plan=bits, device=size.device)
     if size.budget is None and not size.fit:
         return load(target, bits=bits, device=size.device, max_bits=max_bits)
     context = context if size.fit else None
-    return load(target, budget=size.budget, fit=size.fit, context=context, device=size.device)
+    return load(
+        target,
+        budget=size.budget,
+        fit=size.fit,
+        context=context,
+        kv_cache_dtype=size.kv_cache_dtype if size.fit else "auto",
+        device=size.device,
+    )

@@ -162,6 +162,11 @@ def only_renamings(conversions: list[Any]) -> list[Any]:
     return [conversion for conversion in conversions if not isinstance(conversion, WeightConverter)]
 
 
+def mark_initialized(module: nn.Module) -> None:
+    """Keep transformers from giving `module` random numbers where it holds no parameters under the names it expects."""
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
 def own_gate(experts: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
     """What experts make of gate and up, called with them and [n, 2I]; None where that is act_fn(gate) * up."""
     gate: Any = getattr(type(experts), "_apply_gate", None)
@@ -260,6 +265,52 @@ def unhooked(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         add_hook_to_module(module, hook)
+
+
+def generation_inputs(model: Any, ids: Tensor) -> dict[str, Any]:
+    """What transformers' generate prepares before its first step on `ids` int64 [1, n], an empty cache among it."""
+    found: list[dict[str, Any]] = []
+
+    def look(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        found.append(kwargs)
+        return input_ids
+
+    settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
+    if getattr(model.generation_config, "cache_implementation", None) is not None:
+        settings["cache_implementation"] = "dynamic"  # others have a length from the start
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, use_cache=True, custom_generate=look, **settings
+    )
+    of_the_loop = {"logits_processor", "stopping_criteria", "generation_config", "streamer", "synced_gpus"}
+    return {name: value for name, value in found[0].items() if name not in of_the_loop}
+
+
+def generation_step(
+    model: Any, ids: Tensor, inputs: dict[str, Any], outputs: Any, count: int, **extra: Any
+) -> tuple[Any, dict[str, Any]]:
+    """One step of transformers' generate: the last `count` of `ids` [1, n] go through `model`, the others did before.
+
+    Args:
+        inputs: of `generation_inputs`, or what the step before returned.
+        outputs: of the step before; None before the first.
+
+    Returns:
+        The model's output and the inputs of the next step.
+    """
+    if outputs is None:
+        prepared = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **inputs)
+    else:
+        inputs = model._update_model_kwargs_for_generation(outputs, inputs, num_new_tokens=count)
+        prepared = model.prepare_inputs_for_generation(ids, next_sequence_length=count, **inputs)
+    return model(**prepared, return_dict=True, **extra), inputs
+
+
+def cache_bytes(inputs: Mapping[str, Any]) -> int:
+    """Bytes of the cache that is among the inputs of `generation_step`."""
+    caches = [value for name, value in inputs.items() if name in ("past_key_values", "cache_params")]
+    held = [value for cache in caches for layer in getattr(cache, "layers", ()) for value in vars(layer).values()]
+    held += [value for item in held if isinstance(item, dict) for value in item.values()]
+    return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
 
 def set_cached_length(cache: Cache, length: int) -> None:

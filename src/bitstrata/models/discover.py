@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import LayerSpec
 from ..errors import CheckpointError, ModelError, UsageError
 from ..nn import BitsOrPlan, PlaneLinear, TiedHead
+from .compat import name_changes
 from .experts import check_all_experts
 from .kinds import LinearInfo, head_width, is_experts, linear_info, parameter_reason, place_reason, size_reason
 
@@ -55,16 +56,17 @@ class Discovery:
 def find_blocks(model: PreTrainedModel) -> str:
     """Name of the ModuleList that holds the decoder blocks. Raises ModelError if there is none.
 
-    It is the list of the right length with the most weights in linears, of those that the text model
-    itself owns: the innermost transformers model around it has the text model's kind of config, and
-    a vision or audio tower of equal depth has its own.
+    It is the list of the right length (`num_hidden_layers`, or `num_layers` where that is another) with the most
+    weights in linears, of those that the text model itself owns: the innermost transformers model around it has the
+    text model's kind of config, and a vision or audio tower of equal depth has its own.
     """
     text = model.config.get_text_config(decoder=True)
     layers = getattr(text, "num_hidden_layers", None)
+    depths = (layers, getattr(text, "num_layers", layers))  # some count the attentions of a block as layers
     owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) != layers:
+        if not isinstance(module, nn.ModuleList) or len(module) not in depths:
             continue
         owner = next(part for part in _ancestors(name) if part in owners)
         linears = [info for child in module.modules() if (info := linear_info("", child, 0)) is not None]
@@ -230,23 +232,26 @@ def local_name(model: PreTrainedModel, name: str) -> str:
     """What the layer that a checkpoint calls `name` is called in `model`.
 
     As transformers has it for tensors: an encoder alone lacks the prefix that it has inside a model with a head, and
-    the other way round. A name that is not there either way stays as it is.
+    the other way round; the text model of a wrapper alone lacks that of its place there. A name that is not there
+    in any way stays as it is.
     """
-    return _local(model, name) or name
-
-
-def _local(model: PreTrainedModel, name: str) -> str | None:
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        return candidate
-    # a projection of experts is no module before planes are in its place
+        if _has(model, candidate):
+            return candidate
     parent, _, leaf = name.rpartition(".")
-    around = _local(model, parent) if parent.endswith("experts") else None
-    return None if around is None else f"{around}.{leaf}"
+    if parent.endswith("experts"):  # a projection of experts is no module before planes are in its place
+        return f"{local_name(model, parent)}.{leaf}"
+    renamed = name_changes(model)(f"{name}.weight")[0].removesuffix(".weight")
+    return renamed if _has(model, renamed) else name
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def linear_of(model: nn.Module, name: str, layer: LayerSpec) -> Any:

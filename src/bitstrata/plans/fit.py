@@ -3,8 +3,8 @@
     budget = free - cache - reserve
 
     free      what the process may still take: of the system and of its control groups, or of the GPU
-    cache     keys and values of `context` tokens: 2 x layers x key-value heads x head width x their dtype; layers that
-              look at a window only need less, so this is the most it can be
+    cache     keys and values of `context` tokens: 2 x layers x key-value heads x what a head takes in their dtype or in
+              codes; layers that look at a window only need less, so this is the most it can be
     reserve   RESERVE, for activations, the temporaries of long prompts, and whatever else the process does
 
 The budget is for the whole model, unquantized tensors included, as `bitstrata plan` counts it.
@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..errors import ResourceError, UsageError
+from ..kernels.cached import head_bytes
 from ..memory import free_memory
 from ..models import context_limit
 from ..progress import note
@@ -25,12 +26,12 @@ RESERVE = 256 << 20
 FIT = "fit"  # what the budget and its plan are called: bytes would be others at each start
 
 
-def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of `tokens` tokens."""
+def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, kv_cache_dtype: str = "auto") -> int:
+    """Bytes of the keys and values of `tokens` tokens, in `dtype` or, if kv_cache_dtype is not "auto", in that."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * width * tokens * dtype.itemsize)
+    return int(2 * text.num_hidden_layers * heads * tokens * head_bytes(width, kv_cache_dtype, dtype))
 
 
 def fit_budget(
@@ -40,6 +41,7 @@ def fit_budget(
     context: int | None = None,
     dtype: torch.dtype | None = None,
     *,
+    kv_cache_dtype: str = "auto",
     reserve: int = RESERVE,
 ) -> Budget:
     """See the head of this file. Call it before the model is loaded: what is free then is what it may take.
@@ -47,9 +49,10 @@ def fit_budget(
     Args:
         context: tokens whose keys and values must fit as well; the model's context by default.
         dtype: of keys and values; the config's by default.
+        kv_cache_dtype: how they are kept: auto, in `dtype`; int8 or int4.
 
     Raises:
-        UsageError: a context below 1, or none given for a model that has none.
+        UsageError: a context below 1, or none given for a model that has none; a kv_cache_dtype that there is none of.
         ResourceError: the smallest plan does not fit.
     """
     tokens = context if context is not None else context_limit(config)
@@ -59,7 +62,7 @@ def fit_budget(
         raise UsageError(f"context={tokens} must be at least 1")
     free = free_memory(device)
     own = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
-    cache = cache_bytes(config, tokens, dtype or own or torch.float32)
+    cache = cache_bytes(config, tokens, dtype or own or torch.float32, kv_cache_dtype)
     room, least = free - cache - reserve, sizes.of_plan(sizes.smallest).total
     if room < least:
         raise ResourceError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedBitsError, UsageError
+from ..kernels.cached import check_kv_cache_dtype
 from ..models import open_checkpoint, resolve
 from ..nn import Bits
 from ..options import named
@@ -35,6 +36,7 @@ def load(
     budget: str | Budget | None = None,
     fit: bool = False,
     context: int | None = None,
+    kv_cache_dtype: str = "auto",
     dtype: torch.dtype | str | None = None,
     verify: bool = False,
 ) -> PreTrainedModel:
@@ -53,6 +55,7 @@ def load(
             unless it is the smallest plan or covers everything.
         fit: the largest budget that the free memory leaves (plans/fit.py).
         context: with `fit`, tokens to leave room for in the cache of keys and values; the model's context by default.
+        kv_cache_dtype: with `fit`, how that cache will keep them: auto (the model's dtype), int8 or int4.
         dtype: of activations and unquantized weights, or its name; the stored one by default.
         verify: compare each file and config.json with the digests in the index, which reads the files once more; a
             model with one plan's pages compares the others when it first reads from them. Without it, files are checked
@@ -73,7 +76,7 @@ def load(
     """
     bits, plan, max_bits = as_whole(bits), as_whole(plan), as_whole(max_bits)
     sizes = {"plan": plan, "budget": budget, "fit": fit or None}
-    _check_arguments({"bits": bits, "max_bits": max_bits, **sizes}, context)
+    _check_arguments({"bits": bits, "max_bits": max_bits, **sizes}, context, kv_cache_dtype)
     dtype = _as_dtype(dtype)
     paged = any(size is not None for size in sizes.values())
     # a model with one plan's pages may be resized to any other plan, so it needs all files
@@ -92,7 +95,7 @@ def load(
     pages = Pages(folder, verify=verify, dtype=dtype)
     size: Any = Path(plan) if isinstance(plan, str) else plan
     if fit:
-        size = fit_budget(pages.sizes, opened.config, opened.device, context, dtype)
+        size = fit_budget(pages.sizes, opened.config, opened.device, context, dtype, kv_cache_dtype=kv_cache_dtype)
     elif budget is not None:
         size = parse_budget(budget)
     chosen = pages.plan(size)
@@ -102,13 +105,18 @@ def load(
     return model
 
 
-def _check_arguments(given: dict[str, Any], context: int | None) -> None:
+def _check_arguments(given: dict[str, Any], context: int | None, kv_cache_dtype: str) -> None:
     """Raise UsageError for arguments of `load` that contradict each other or are of the wrong type."""
     sizes = [name for name, value in given.items() if value is not None]
     if len(sizes) > 1 and sizes != ["bits", "max_bits"]:
         raise UsageError(f"{' and '.join(sizes)} each say how much to load", hint="give one of them")
     if context is not None and not given["fit"]:
         raise UsageError("context says how much memory `fit` leaves for the cache", hint="give it together with fit")
+    if check_kv_cache_dtype(kv_cache_dtype) != "auto" and not given["fit"]:
+        raise UsageError(
+            f"kv_cache_dtype={kv_cache_dtype!r} says how much memory `fit` leaves for the cache",
+            hint="give it together with fit, and to what runs the model: generate, Conversation or Engine",
+        )
     for name, count in (("max_bits", given["max_bits"]), ("context", context)):
         if count is not None and whole_number(count) is None:
             raise UsageError(f"{name}={count!r} is not a whole number")

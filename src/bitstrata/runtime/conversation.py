@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..kernels.cached import check_kv_cache_dtype
 from ..models import check_text, encode_turns
 from ..nn import BitsOrPlan, bits_state
 from ..options import GenerationSettings
@@ -27,6 +28,7 @@ class Conversation:
         max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens: of every reply, as in GenerationSettings.
         reuse: what of the turns so far is not computed again for a reply: "equal" what the same bits wrote, "any" what
             any bits wrote, "off" nothing.
+        kv_cache_dtype: how the cache keeps keys and values: auto (the model's dtype), int8 or int4.
 
     Raises:
         UnsupportedBitsError: bits that the model does not have.
@@ -48,9 +50,10 @@ class Conversation:
         draft_bits: int | None = None,
         draft_tokens: int = 4,
         reuse: str = "equal",
+        kv_cache_dtype: str = "auto",
     ) -> None:
         self._settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens)
-        self._reuse = check_reuse(reuse)
+        self._reuse, self._kv_cache_dtype = check_reuse(reuse), check_kv_cache_dtype(kv_cache_dtype)
         self.model, self.tokenizer = model, tokenizer
         self._state = bits_state(model)
         self._bits = self._state.resolve(bits)
@@ -99,6 +102,7 @@ class Conversation:
             settings=settings,
             streamer=streamer,
             reuse=self._reuse,
+            kv_cache_dtype=self._kv_cache_dtype,
         )
         self._turns = [*turns, {"role": "assistant", "content": result.text}]
         return result

@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ..errors import InputError
+from ..errors import InputError, UsageError
+from ..kernels.cached import check_kv_cache_dtype
 from ..models import (
     Speculation,
     check_vocabulary,
@@ -94,6 +95,7 @@ def generate(
     device: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     streamer: BaseStreamer | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Generation:
     """Continue `prompt`, which starts as the tokenizer starts a text (models/tokens.py).
 
@@ -102,12 +104,15 @@ def generate(
         bits: the precision, or a plan; else the one in `OUT:BITS`; else the highest.
         max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens: as in GenerationSettings.
         streamer: receives tokens as they come.
+        kv_cache_dtype: how the cache keeps keys and values: auto (the model's dtype), int8 or int4.
 
     Raises:
-        UsageError: bits given twice and differently, a negative temperature, no new tokens asked for.
+        UsageError: bits given twice and differently, a negative temperature, no new tokens asked for, a kv_cache_dtype
+            that there is none of, or that this architecture or a text of this length cannot have.
         InputError: a prompt that is no text or has no tokens, a token beyond the model's vocabulary, a full context.
     """
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens)
+    check_kv_cache_dtype(kv_cache_dtype)  # before a model is loaded
     if not isinstance(model, PreTrainedModel):
         target, bits = choose_bits(str(model), bits)
         model = load(target, bits=bits, device=device, max_bits=None if bits is None else highest_bits(bits))
@@ -120,6 +125,7 @@ def generate(
         bits=bits_state(model).resolve(bits),
         settings=settings,
         streamer=streamer,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 
@@ -134,13 +140,16 @@ def continue_tokens(
     settings: GenerationSettings,
     streamer: BaseStreamer | None = None,
     reuse: str = "equal",
+    kv_cache_dtype: str = "auto",
 ) -> Generation:
     """Continue the tokens `ids`, which stand for `prompt`; `bits` None runs a model that is not quantized.
 
     Ends at every end-of-sequence token that the model's configs or the tokenizer name. reuse: what of `ids` is not
-    computed again if the model still has it from an earlier call, as of Engine.
+    computed again if the model still has it from an earlier call; kv_cache_dtype: how it is kept; both as of Engine.
 
-    Raises InputError for a token beyond the model's vocabulary, or if the prompt fills the model's context.
+    Raises:
+        InputError: a token beyond the model's vocabulary, or the prompt fills the model's context.
+        UsageError: a kv_cache_dtype that there is none of, or that this model or a text of this length cannot have.
     """
     chosen = None if bits is None else bits_state(model).resolve(bits)
     check_vocabulary(ids, model.config, tokenizer)
@@ -156,11 +165,18 @@ def continue_tokens(
     started = time.perf_counter()
     made, reused = None, 0
     if chosen is not None:
-        with session_of(model) as own:
-            if own is not None and (own.longest is None or len(ids) + new_tokens <= own.longest):
+        with session_of(model, kv_cache_dtype) as own:
+            long = own.longest is not None and len(ids) + new_tokens > own.longest
+            if not long and (own.drafts or settings.draft_bits is None):
                 item = _by_session(own, ids, new_tokens, ends, chosen, settings, clock, reuse)
                 made, reused = item.new, item.reused
     if made is None:
+        if check_kv_cache_dtype(kv_cache_dtype) != "auto":
+            raise UsageError(
+                f"this text is made by transformers' own generate, which keeps no cache in {kv_cache_dtype}: "
+                + ("the model is not quantized" if chosen is None else "its positions depend on how long it is"),
+                hint="leave kv_cache_dtype (--kv-cache-dtype) out",
+            )
         made = _by_transformers(model, tokenizer, ids, new_tokens, ends, chosen, settings, clock)
     arrived = clock.times[1:]  # the first entry is the prompt
     between = arrived[-1] - arrived[0] if len(arrived) > 1 else 0.0
@@ -226,7 +242,7 @@ def _by_transformers(
     settings: GenerationSettings,
     clock: _Clock,
 ) -> list[int]:
-    """The same by transformers' generate: of dense models, and of those that cannot run in batches."""
+    """The same by transformers' generate: of dense models, and of drafts for models that cannot run in batches."""
     extra: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     random_numbers: AbstractContextManager[None] = nullcontext()
     if settings.temperature > 0:

@@ -31,7 +31,16 @@ class Step:
         head: dict[str, Any],
         logit_softcap: float,
     ) -> None: ...
-    def set_caches(self, keys: list[int], values: list[int], type: int, tokens: int) -> None: ...
+    def set_caches(
+        self,
+        keys: list[int],
+        values: list[int],
+        key_meanings: list[int],
+        value_meanings: list[int],
+        type: int,
+        bits: int,
+        tokens: int,
+    ) -> None: ...
     def run(
         self,
         x: int,

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from ...errors import BatchError
 from .memory import TokenPool
+from .stored import Stored
 
 NAME = "bitstrata_batch"
 # what some architectures want of attention beyond keys, queries, values, a scale and a window
@@ -115,8 +116,8 @@ def attend(
 
 def _one(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Stored,
+    values: Stored,
     span: Span,
     window: int | None,
     scaling: float | None,
@@ -126,7 +127,7 @@ def _one(
     total = span.past + span.length
     skipped = 0 if window is None else max(0, span.past + 1 - window)  # seen by none of its tokens
     seen = slice(span.start + skipped, span.start + total)
-    k, v = keys[None, :, seen], values[None, :, seen]  # [1, Hkv, S, D]
+    k, v = keys.read(seen)[None], values.read(seen)[None]  # [1, Hkv, S, D]
     heads, n = query.shape[1], span.length
     groups = heads // k.shape[1]
     if n > 1 and span.past == 0 and (window is None or total <= window) and softcap is None:
@@ -147,15 +148,15 @@ def _one(
 
 def _together(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Stored,
+    values: Stored,
     padding: tuple[Tensor, Tensor],
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
     """query [1, H, R, D], one token of each of R spans -> [1, R, H, D']."""
     places, real = padding
-    k, v = keys[:, places].transpose(0, 1), values[:, places].transpose(0, 1)  # [R, Hkv, S, D]
+    k, v = keys.read(places).transpose(0, 1), values.read(places).transpose(0, 1)  # [R, Hkv, S, D]
     _, heads, rows, width = query.shape
     grouped = query[0].transpose(0, 1).reshape(rows, k.shape[1], heads // k.shape[1], width)
     out = _softmax(grouped, k, v, real, scaling, softcap)

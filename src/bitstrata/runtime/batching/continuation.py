@@ -15,8 +15,8 @@ from ...errors import CheckError
 from ...models import Stops
 from ...nn import Assignment
 from ...nn.bits import Choice
+from .alone import Passes
 from .attention import Span
-from .forward import Forward
 from .packing import Segment
 from .request import Token
 from .sampling import Sampler, choose
@@ -79,7 +79,7 @@ class Continuation:
         return stops.found_in(self.new[-STOP_TOKENS * (max(map(len, stops.texts)) + 2) :])
 
 
-def advance(forward: Forward, items: Sequence[Continuation], batch: Sequence[Segment]) -> Tensor:
+def advance(forward: Passes, items: Sequence[Continuation], batch: Sequence[Segment]) -> Tensor:
     """Feed batch[i] of items[i] in one pass: logits [segments, V] float32 after the last token of each."""
     tokens, spans = [], []
     for item, part in zip(items, batch, strict=True):

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from ...errors import CheckError
 from ...models import DraftLength, Speculation, accept
 from ...nn import Assignment, bits_state
+from .alone import Passes
 from .attention import Span
 from .continuation import Continuation, ruled
-from .forward import Forward
 from .sampling import Sampler, likeliest_first, place_of
 
 
@@ -37,7 +37,7 @@ class Drafts:
         left = item.most - len(item.new) - 1
         return max(0, min(self._length.next(), left, left if steady is None else steady - 1))
 
-    def cycle(self, forward: Forward, item: Continuation, bits: Assignment, count: int) -> list[int]:
+    def cycle(self, forward: Passes, item: Continuation, bits: Assignment, count: int) -> list[int]:
         """The next tokens, one at least; they are not added to `item`, but all except the last are in the cache.
 
         Raises CheckError if the model's logits are not finite.

@@ -31,8 +31,9 @@ from ...nn import Assignment, bits_state
 from ...torch_state import ordinary_torch
 from ..policy import LoadView, Policy, RequestView
 from .admission import Running, admit, grow
+from .alone import passes
 from .continuation import advance, pick
-from .forward import Forward, steady_rows
+from .forward import steady_rows
 from .memory import BLOCK, TokenPool
 from .packing import Segment, pack
 from .prefixes import Prefixes
@@ -57,12 +58,14 @@ class Engine:
         policy: what lowers requests that have min_bits, for this engine alone; nothing by default.
         reuse: what of a prompt is not computed again if the cache still has it: "equal" what the same bits wrote, "any"
             what any bits wrote, "off" nothing.
+        kv_cache_dtype: how the cache keeps keys and values: "auto" in the model's dtype, "int8" or "int4" as codes of
+            so many bits (kernels/cached.py).
 
     `limits` says what requests it can take.
 
     Raises:
-        UsageError: a model that is not quantized or that another engine holds; numbers that cannot be used.
-            BatchError, one of them: a model whose architecture cannot run in batches.
+        UsageError: a model that is not quantized or that another engine holds; numbers or a kv_cache_dtype that
+            cannot be used. BatchError, one of them: a kv_cache_dtype for a model that cannot run in batches.
         ResourceError: there is no memory for the cache, or for a batch.
     """
 
@@ -77,6 +80,7 @@ class Engine:
         max_waiting: int = 1024,
         policy: Policy | None = None,
         reuse: str = "equal",
+        kv_cache_dtype: str = "auto",
     ) -> None:
         self.model = model
         context = steady_context(model.config)
@@ -96,8 +100,8 @@ class Engine:
                 raise UsageError(f"{name}={given} cannot be used", hint=f"{name} must be at least {smallest}")
         self.max_requests, self.max_batch_tokens, self.max_waiting = max_requests, max_batch_tokens, max_waiting
         self._tokenizer, self._policy = tokenizer, policy or Policy()
+        self._pool = TokenPool(cache_tokens, kv_cache_dtype)
         forget(model)  # its cache of its own, from calls to generate
-        self._pool = TokenPool(cache_tokens)
         self._prefixes = Prefixes(self._pool, self._steady, reuse)
         vocabulary = vocabulary_size(model.config)
         self.limits = Limits(bits_state(model), vocabulary, context, self._pool.tokens, tokenizer is not None)
@@ -113,13 +117,8 @@ class Engine:
         self._finished = Counter(dict.fromkeys(REASONS, 0))
         self._tokens_by_bits: Counter[str] = Counter()
         self._pace = Pace()
-        self._forward = Forward(model, self._pool)
-        try:
-            with ordinary_torch(), torch.no_grad():
-                self._forward.check()
-        except BaseException:
-            self._forward.detach()
-            raise
+        with ordinary_torch(), torch.no_grad():
+            self._forward = passes(model, self._pool)
         self._thread = threading.Thread(target=self._work, name="bitstrata-engine", daemon=True)
         self._thread.start()
 
@@ -264,7 +263,8 @@ class Engine:
             for (number, item), bits in zip(self._running.items(), self._bits(started), strict=True)
             if number not in self._stalled
         ]
-        for batch in pack(segments, self.max_batch_tokens, self._steady):
+        most = self.max_batch_tokens if self._forward.splits else self._pool.tokens
+        for batch in pack(segments, most, self._steady):
             try:
                 self._run(batch)
             except Exception as error:  # out of memory, say: these requests end, the others go on

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import BatchError, BitstrataError, ResourceError, UsageError
+from ...errors import BatchError, BitstrataError, ResourceError
 from ...kernels.cpu.blocked import FEW_ROWS
 from ...kernels.cpu.extension import native
 from ...memory import is_out_of_memory
@@ -26,6 +26,7 @@ from ...nn import Assignment, bits_state, together
 from ...nn import steady_rows as kernels_steady_rows
 from ...progress import note
 from .attention import NAME, AttentionCall, FlatBatch, Span
+from .holding import hold, let_go, require_free
 from .memory import BLOCK, TokenPool
 from .native import NativeStep, Seen, UnfitError, watching
 
@@ -58,6 +59,8 @@ class Forward:
     gather: attention of requests that feed one token each in one call; on GPUs by default.
     """
 
+    splits = True  # a prompt may be fed in parts
+
     def __init__(self, model: PreTrainedModel, pool: TokenPool, gather: bool | None = None) -> None:
         self.model, self.pool = model, pool
         self._state = bits_state(model)
@@ -73,7 +76,7 @@ class Forward:
 
         Raises UsageError for a model that is attached already.
         """
-        self._require_detached()
+        hold(self.model)
         self._own_attention = attention_of(self.model)
         self.model.set_attn_implementation(NAME)
 
@@ -82,6 +85,7 @@ class Forward:
         if self._own_attention is not None:
             self.model.set_attn_implementation(self._own_attention)
             self._own_attention = None
+            let_go(self.model)
 
     def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment]) -> Tensor:
         """Logits [spans, V] float32 after the last token of each span; each span's tokens run at its own bits."""
@@ -124,6 +128,18 @@ class Forward:
             ResourceError: there is no memory for it.
         """
         self._require_plain_attention()
+        whole, small = self.pool, TokenPool(2 * BLOCK)  # which keeps what the model computes as it is
+        self.pool = small
+        try:
+            self._check()
+            whole.make_as(small)
+        finally:
+            self.pool = whole
+            small.clear()  # a step that was made for it is not current
+        if self._native is not None:
+            self._native.use(whole)
+
+    def _check(self) -> None:
         try:
             with bits_state(self.model).step():
                 apart = self._difference()
@@ -172,15 +188,8 @@ class Forward:
         with self._state.step():
             return step.distance(seen, spans, bits)
 
-    def _require_detached(self) -> None:
-        if attention_of(self.model) == NAME:
-            raise UsageError(
-                "an engine, or a call to generate, is running this model",
-                hint="close it first, or load the model once more",
-            )
-
     def _require_plain_attention(self) -> None:
-        self._require_detached()
+        require_free(self.model)
         types = set(getattr(self.model.config.get_text_config(decoder=True), "layer_types", None) or ())
         if types - LAYER_TYPES:
             raise BatchError(f"layers of {', '.join(sorted(types - LAYER_TYPES))} cannot run in an engine's batches")

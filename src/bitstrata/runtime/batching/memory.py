@@ -1,6 +1,6 @@
 """The keys and values of all running requests, in one place of fixed size.
 
-    layer l:  keys [H, tokens, D], values [H, tokens, D']         H = key-value heads
+    layer l:  keys [H, tokens, D], values [H, tokens, D']         H = key-value heads, each a Stored (stored.py)
 
 A request holds one contiguous range of `tokens` from when it is admitted until it ends, long enough for its prompt and
 every token it may still make (or, where it sets no limit, for the next ones: admission.py); what it wrote stays until
@@ -16,12 +16,14 @@ and their widths are known.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...errors import ResourceError
+from ...kernels.cached import check_kv_cache_dtype, head_bytes
 from ...memory import free_memory, is_out_of_memory
+from .stored import Stored
 
 BLOCK = 16
 
@@ -33,15 +35,22 @@ def _whole_blocks(tokens: int) -> int:
 class TokenPool:
     """Room for the keys and values of `tokens` tokens, rounded up to whole blocks. Not thread-safe.
 
-    version: changes when the tensors are others.
+    kv_cache_dtype: auto, the dtype in which they come; int8 or int4. version: changes when the tensors are others.
+
+    A model that cannot run in batches keeps something else: `states`, by where the range of each text starts
+    (alone.py). kept_as: what may be used again of a range that ended: any "beginning" of it, the "whole", "nothing".
+
+    Raises UsageError for another kv_cache_dtype.
     """
 
     version = 0
+    kept_as = "beginning"
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = _whole_blocks(tokens)
+    def __init__(self, tokens: int, kv_cache_dtype: str = "auto") -> None:
+        self.tokens, self.kv_cache_dtype = _whole_blocks(tokens), check_kv_cache_dtype(kv_cache_dtype)
         self._free = [range(0, self.tokens)]  # ascending, never touching
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[int, tuple[Stored, Stored]] = {}
+        self.states: dict[int, Any] = {}
 
     @property
     def used_tokens(self) -> int:
@@ -50,8 +59,9 @@ class TokenPool:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all layers' tensors."""
-        return sum(tensor.nbytes for pair in self._layers.values() for tensor in pair)
+        """Bytes of all layers' tensors, and of what texts have beside them."""
+        own: int = sum(state.bytes for state in list(self.states.values()))
+        return own + sum(held.nbytes for layer in self._layers for held in self.layer(layer))
 
     def reserve(self, tokens: int) -> range | None:
         """The first free range of `tokens`, rounded up to blocks; None if there is none now."""
@@ -73,6 +83,7 @@ class TokenPool:
 
     def release(self, taken: range) -> None:
         """Give back what `reserve` returned."""
+        self.states.pop(taken.start, None)
         self._free = self._free_without(taken)
 
     def grow(self, taken: range, used: int, tokens: int) -> range | None:
@@ -93,12 +104,14 @@ class TokenPool:
             self._free = before
             return None
         self.copy(taken, larger, used)
+        if taken.start in self.states and larger.start != taken.start:
+            self.states[larger.start] = self.states.pop(taken.start)
         return larger
 
     def copy(self, source: range, target: range, tokens: int) -> None:
         """Put the first `tokens` of the range `source` to the beginning of `target`; the two may overlap."""
-        for pair in self._layers.values():
-            for held in pair:
+        for layer in self._layers:
+            for held in self.layer(layer):
                 held[:, target.start : target.start + tokens] = held[:, source.start : source.start + tokens].clone()
 
     def enlarge(self, tokens: int) -> None:
@@ -110,15 +123,16 @@ class TokenPool:
         done: list[int] = []
         try:
             for layer, pair in list(self._layers.items()):  # a layer at a time: both versions of one at once
-                larger = self._make(*pair, size)
-                for old, new in zip(pair, larger, strict=True):
-                    new[:, :before] = old
+                larger = self._make(pair[0].empty, pair[1].empty, size)
+                for old_side, new_side in zip(pair, larger, strict=True):
+                    for old, new in zip(old_side.tensors, new_side.tensors, strict=True):
+                        new[:, :before] = old
                 self._layers[layer] = larger
                 done.append(layer)
         except ResourceError:
             for layer in done:
                 keys, values = self._layers[layer]
-                self._layers[layer] = keys[:, :before].clone(), values[:, :before].clone()
+                self._layers[layer] = keys.cut(before), values.cut(before)
             raise
         self.tokens = size
         self._free = self._free_without(range(before, size))
@@ -133,33 +147,45 @@ class TokenPool:
                 merged.append(free)
         return merged
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+    def layer(self, layer: int) -> tuple[Tensor, ...]:
+        """The tensors of a layer that has written: of its keys, then of its values."""
+        keys, values = self._layers[layer]
+        return *keys.tensors, *values.tensors
+
+    def stored(self, layer: int) -> tuple[Stored, Stored]:
         """Keys and values of a layer that has written."""
         return self._layers[layer]
 
-    def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put key [H, n, D] and value [H, n, D'] of `layer` to `places` (int64 [n]); the layer's whole tensors.
+    def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Stored, Stored]:
+        """Put key [H, n, D] and value [H, n, D'] of `layer` to `places` (int64 [n]); all keys and values of the layer.
 
         Raises ResourceError if there is no memory for these.
         """
         pair = self._layers.get(layer)
         if pair is None:
             pair = self._layers[layer] = self._make(key, value, self.tokens)
-        pair[0].index_copy_(1, places, key)
-        pair[1].index_copy_(1, places, value)
+        pair[0].write(places, key)
+        pair[1].write(places, value)
         return pair
 
-    def _make(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """Tensors for so many tokens, with the heads, widths and dtypes of key [H, ., D] and value [H, ., D']."""
-        size = tokens * sum(one.shape[0] * one.shape[2] * one.element_size() for one in (key, value))
+    def make_as(self, other: TokenPool) -> None:
+        """Make the tensors of all layers that `other` has, for heads of these widths. Raises ResourceError."""
+        for layer, (keys, values) in other._layers.items():
+            self._layers[layer] = self._make(keys.empty, values.empty, self.tokens)
+        self.version += 1
+
+    def _make(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Stored, Stored]:
+        """Room for so many tokens, with the heads, widths and dtypes of key [H, ., D] and value [H, ., D']."""
+        kind = self.kv_cache_dtype
+        size = tokens * sum(one.shape[0] * head_bytes(one.shape[2], kind, one.dtype) for one in (key, value))
         try:
             # a system may grant memory that it does not have, and end the process that uses it; a GPU refuses
             if key.device.type == "cpu" and size > free_memory():
                 raise MemoryError
-            return (
-                torch.zeros(key.shape[0], tokens, key.shape[2], dtype=key.dtype, device=key.device),
-                torch.zeros(value.shape[0], tokens, value.shape[2], dtype=value.dtype, device=value.device),
+            keys, values = (
+                Stored.of(one.shape[0], tokens, one.shape[2], one.dtype, one.device, kind) for one in (key, value)
             )
+            return keys, values
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -172,4 +198,5 @@ class TokenPool:
     def clear(self) -> None:
         """Drop the tensors."""
         self._layers.clear()
+        self.states.clear()
         self.version += 1

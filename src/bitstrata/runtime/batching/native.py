@@ -89,15 +89,28 @@ class NativeStep:
         except ValueError as error:
             raise UnfitError(str(error)) from error
         self._blocks = len(parts.blocks)
-        pairs = [pool.layer(index) for index in range(len(parts.blocks))]
+        self._columns: dict[tuple[int, ...], Tensor] = {}
+        self.use(pool)
+
+    def use(self, pool: TokenPool) -> None:
+        """Keep keys and values in `pool`, which has the tensors of every layer."""
+        pairs = [pool.stored(index) for index in range(self._blocks)]
+        dtype, bits = pairs[0][0].dtype, pairs[0][0].bits
         if any(pair[0].dtype not in TYPES for pair in pairs):
-            raise UnfitError(f"keys are kept in {pairs[0][0].dtype}")
-        if any(pair[0].shape[2] != pair[1].shape[2] for pair in pairs):
+            raise UnfitError(f"keys are kept in {dtype}")
+        if any(keys.width != values.width for keys, values in pairs):
             raise UnfitError("keys and values differ in width")
         self._pairs, self._pool, self._made_for = pairs, pool, pool.version
-        keys, values = ([pair[side].data_ptr() for pair in pairs] for side in (0, 1))
-        self._step.set_caches(keys, values, TYPES[pairs[0][0].dtype], pool.tokens)
-        self._columns: dict[tuple[int, ...], Tensor] = {}
+        keys, values = ([[held.data_ptr() for held in pair[side].tensors] for pair in pairs] for side in (0, 1))
+        meanings = [[] if bits is None else [tensors[1] for tensors in held] for held in (keys, values)]
+        self._step.set_caches(
+            [tensors[0] for tensors in keys],
+            [tensors[0] for tensors in values],
+            *meanings,
+            TYPES[dtype],
+            bits or 0,
+            pool.tokens,
+        )
 
     @property
     def is_current(self) -> bool:

@@ -81,7 +81,7 @@ class Prefixes:
         place, item.place = item.place, None
         if place is None:
             return
-        if self.reuse == "off" or item.past < BLOCK:
+        if self.reuse == "off" or item.past < BLOCK or self._pool.kept_as == "nothing":
             self._pool.release(place)
             return
         shorter = self._pool.grow(place, item.past, item.past)
@@ -129,10 +129,13 @@ class Prefixes:
         if self._steady is not None and len(tokens) > self._steady:
             most -= self._steady
         best, length = None, BLOCK - 1  # less is computed sooner than found
-        if self.reuse != "off" and most >= BLOCK:
+        whole = self._pool.kept_as == "whole"
+        if self.reuse != "off" and most >= BLOCK and self._pool.kept_as != "nothing":
             choice = None if self.reuse == "any" else bits.choices[0]
             for source in sources:
                 common = min(most, _common(tokens, choice, source))
+                if whole and (isinstance(source, Continuation) or common < len(source.written)):
+                    continue
                 if common > length:
                     best, length = source, common
         return best, length

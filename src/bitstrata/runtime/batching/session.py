@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import BatchError, BitstrataError, ResourceError, UsageError
+from ...errors import BitstrataError, ResourceError, UsageError
 from ...models import steady_context
 from ...models.compat import attention_of
 from ...nn import Assignment, bits_state
-from ...progress import note
+from .alone import passes
 from .continuation import Continuation, advance, pick
 from .drafts import Drafts
-from .forward import Forward, steady_rows
+from .forward import steady_rows
 from .memory import BLOCK, TokenPool
 from .packing import pack
 from .prefixes import Prefixes, check_reuse
@@ -47,19 +47,21 @@ class Session:
     longest: the most tokens that a text may have here, its new ones included; None for any number.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Raises BatchError for an architecture that cannot run in batches, and what else Forward.check raises."""
+    def __init__(self, model: PreTrainedModel, kv_cache_dtype: str = "auto") -> None:
+        """Raises as `passes`."""
         self.model = model
         self.longest = steady_context(model.config)
-        self._pool = TokenPool(2 * BLOCK)
-        self._forward = Forward(model, self._pool)
+        self._pool = TokenPool(2 * BLOCK, kv_cache_dtype)
+        self._forward = passes(model, self._pool)
+        self._forward.detach()
         self._steady = steady_rows(model)
         self._prefixes = Prefixes(self._pool, self._steady)
         self._live: list[Continuation] = []
-        try:
-            self._forward.check()
-        finally:
-            self._forward.detach()
+
+    @property
+    def drafts(self) -> bool:
+        """Whether tokens may be drafted: what was computed for them can be taken back."""
+        return self._pool.kept_as == "beginning"
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -123,7 +125,8 @@ class Session:
         if item.lacks_room():
             self._make_room(item, bits)
         while True:
-            (batch,) = pack([item.segment(0, bits)], CHUNK, self._steady)
+            part = item.segment(0, bits)
+            (batch,) = pack([part], CHUNK if self._forward.splits else max(CHUNK, part.length), self._steady)
             logits = advance(self._forward, [item], batch)
             if batch[0].is_last:
                 return logits
@@ -157,19 +160,21 @@ class _Holder:
         self.lock = threading.Lock()
         self.user: int | None = None
         self.session: Session | None = None
-        self.made_of: tuple[object, ...] = ()  # what the model was when `session` was made, or `refused`
-        self.refused: BatchError | None = None
+        self.made_of: tuple[object, ...] = ()  # what the model was when `session` was made
 
     def __reduce__(self) -> Any:
         return _Holder, ()
 
 
 @contextmanager
-def session_of(model: PreTrainedModel) -> Iterator[Session | None]:
-    """The session of `model`, for the calling thread alone; None, with a note, if its architecture cannot have one.
+def session_of(model: PreTrainedModel, kv_cache_dtype: str = "auto") -> Iterator[Session]:
+    """The session of `model`, for the calling thread alone.
+
+    kv_cache_dtype: as of Engine; a session that has another one ends.
 
     Raises:
-        UsageError: the model is not quantized, an engine holds it, or the thread is inside already.
+        UsageError: the model is not quantized, an engine holds it, the thread is inside already, or there is no such
+            kv_cache_dtype. BatchError, one of them: it is not "auto", and the model cannot run in batches.
         ResourceError: there is no memory to run it.
     """
     holder: _Holder = model.__dict__.setdefault(HOLDER, _Holder())
@@ -179,10 +184,7 @@ def session_of(model: PreTrainedModel) -> Iterator[Session | None]:
         holder.user = threading.get_ident()
         try:
             with torch.no_grad():
-                found = _current(holder, model)
-                if found is None:
-                    yield None
-                    return
+                found = _current(holder, model, kv_cache_dtype)
                 with found.attached():
                     yield found
         finally:
@@ -197,17 +199,11 @@ def forget(model: PreTrainedModel) -> None:
         holder.lock.release()
 
 
-def _current(holder: _Holder, model: PreTrainedModel) -> Session | None:
-    made_of = _fingerprint(model)
-    if made_of != holder.made_of:
-        holder.session = holder.refused = None
-    if holder.session is None and holder.refused is None:
-        try:
-            holder.session = Session(model)
-        except BatchError as error:
-            holder.refused = error
-            note(f"{error.message}; transformers' own generate is used, which is slower")
-        holder.made_of = made_of
+def _current(holder: _Holder, model: PreTrainedModel, kv_cache_dtype: str) -> Session:
+    made_of = (kv_cache_dtype, *_fingerprint(model))
+    if holder.session is None or made_of != holder.made_of:
+        holder.session = None  # frees what it holds
+        holder.session, holder.made_of = Session(model, kv_cache_dtype), made_of
     return holder.session
 
 

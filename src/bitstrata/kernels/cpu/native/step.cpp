@@ -220,11 +220,17 @@ struct Run {
     float* own = &memory.qkv[size_t(r) * block.qkv_width()];
     float *key = own + (block.heads + h) * width, *value = key + block.key_heads * width;
     turn(key, block.key_norm);
-    const size_t at = (size_t(h) * cache.tokens + rows.start[r] + rows.position[r]) * width * size_of(cache.type);
-    kernels.convert(key, width, static_cast<char*>(cache.keys) + at, cache.type);
-    kernels.convert(value, width, static_cast<char*>(cache.values) + at, cache.type);
+    const size_t at = size_t(h) * cache.tokens + rows.start[r] + rows.position[r];
+    const auto store = [&](float* head, void* to, uint16_t* meaning) {
+      char* place = static_cast<char*>(to) + at * cache.head_bytes(width);
+      if (cache.bits) kernels.encode(head, width, cache.bits, reinterpret_cast<uint8_t*>(place), meaning + 2 * at);
+      else kernels.convert(head, width, place, cache.type);
+    };
+    store(key, cache.keys, cache.key_meaning);
+    store(value, cache.values, cache.value_meaning);
     for (int g = h * together; g < (h + 1) * together; ++g) {
       turn(own + g * width, block.query_norm);
+      if (cache.bits) kernels.mix(own + g * width, width);  // as the keys are
       float* query = &memory.queries[(size_t(r) * block.heads + g) * padded(width)];
       std::memcpy(query, own + g * width, size_t(width) * sizeof(float));
     }
@@ -238,13 +244,14 @@ struct Run {
   // Row r's queries of key head `h` against one piece of the positions that it sees.
   void attend(const Block& block, const Cache& cache, int r, int piece, int h) const {
     const int width = block.width, together = block.heads / block.key_heads;
-    const size_t head = size_t(h) * cache.tokens * width * size_of(cache.type);
+    const size_t head = size_t(h) * cache.tokens * cache.head_bytes(width), meaning = 2 * size_t(h) * cache.tokens;
     const size_t mine = size_t(memory.first_piece[r] + piece) * block.heads + h * together;
     const int64_t used = seen(block, r);
     Attend part{};
     part.keys = static_cast<char*>(cache.keys) + head;
     part.values = static_cast<char*>(cache.values) + head;
-    part.type = cache.type;
+    part.key_meaning = cache.key_meaning + meaning, part.value_meaning = cache.value_meaning + meaning;
+    part.type = cache.type, part.bits = cache.bits;
     part.first = int(rows.start[r] + rows.position[r] + 1 - used + piece * kPiece);
     part.count = int(std::min<int64_t>(kPiece, used - piece * kPiece));
     part.heads = together, part.width = width;
@@ -286,7 +293,7 @@ struct Run {
   }
 
   // Row r's pieces put together: out [heads][width].
-  void join(const Block& block, int r, float* out) const {
+  void join(const Block& block, const Cache& cache, int r, float* out) const {
     const int width = block.width, wide = padded(width);
     for (int h = 0; h < block.heads; ++h, out += width) {
       float most = -INFINITY, total = 0;
@@ -300,6 +307,7 @@ struct Run {
         for (int i = 0; i < width; ++i) out[i] += share * memory.piece_out[at * wide + i];
       }
       for (int i = 0; i < width; ++i) out[i] /= total;
+      if (cache.bits) kernels.mix(out, width);  // as the values are
     }
   }
 
@@ -309,7 +317,7 @@ struct Run {
     memory.call.prepare(kernels, {&block.out}, rows.bits, rows.count, exact);
     each_row([&](int r) {
       float* out = &memory.qkv[size_t(r) * block.qkv_width()];  // its queries are not needed any more
-      join(block, r, out);
+      join(block, cache, r, out);
       memory.call.input.put(kernels, r, out);
     });
     add_product(memory.call, block.after_attention);

@@ -43,11 +43,15 @@ struct Block {
   int qkv_width() const { return (heads + 2 * key_heads) * width; }
 };
 
-// Where a block's keys and values lie: [key_heads][tokens][width] of `type`.
+// Where a block's keys and values lie: [key_heads][tokens][width] of `type`; or codes of `bits`, and their meaning.
 struct Cache {
   void *keys = nullptr, *values = nullptr;
+  uint16_t *key_meaning = nullptr, *value_meaning = nullptr;
   Type type = Type::f32;
+  int bits = 0;  // 0: numbers
   int64_t tokens = 0;
+
+  size_t head_bytes(int width) const { return bits ? code_bytes(width, bits) : width * size_of(type); }
 };
 
 struct Rows {

@@ -130,13 +130,22 @@ void bind_step(nb::module_& m) {
              new (self) Session{std::move(step), {}, hidden};
            })
       .def("set_caches",
-           [](Session& self, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values, int type,
+           // meanings: none if the caches hold numbers of `type`, else they hold codes of `bits`
+           [](Session& self, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
+              const std::vector<uintptr_t>& key_meanings, const std::vector<uintptr_t>& value_meanings, int type, int bits,
               int64_t tokens) {
-             if (keys.size() != self.step.blocks.size() || values.size() != keys.size())
+             const size_t count = self.step.blocks.size(), meanings = bits ? count : 0;
+             if (keys.size() != count || values.size() != count || key_meanings.size() != meanings ||
+                 value_meanings.size() != meanings)
                throw std::invalid_argument("one cache for each block");
+             if (bits != 0 && bits != 4 && bits != 8) throw std::invalid_argument("codes have 4 or 8 bits");
              self.caches.clear();
-             for (size_t i = 0; i < keys.size(); ++i)
-               self.caches.push_back({at<void>(keys[i]), at<void>(values[i]), type_of(type), tokens});
+             for (size_t i = 0; i < count; ++i) {
+               Cache cache{at<void>(keys[i]), at<void>(values[i])};
+               if (bits) cache.key_meaning = at<uint16_t>(key_meanings[i]), cache.value_meaning = at<uint16_t>(value_meanings[i]);
+               cache.type = type_of(type), cache.bits = bits, cache.tokens = tokens;
+               self.caches.push_back(cache);
+             }
            })
       .def("run", &run);
 }

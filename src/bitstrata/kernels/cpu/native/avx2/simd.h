@@ -102,6 +102,10 @@ struct Simd {
   static F load_byte(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
+  static F load_low(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_and_si256(wide_bytes(p), _mm256_set1_epi32(15)));
+  }
+  static F load_high(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(wide_bytes(p), 4)); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
@@ -117,6 +121,11 @@ struct Simd {
   }
   static void gather16(const float* table, const uint8_t* index, float* out) {
     for (int i = 0; i < 16; ++i) out[i] = table[index[i]];
+  }
+
+ private:
+  static V wide_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
 };
 

@@ -88,6 +88,9 @@ struct Simd {
   static F load_byte(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  // The low, and the high, halves of bytes.
+  static F load_low(const uint8_t* p) { return halves(wide_bytes(p)); }
+  static F load_high(const uint8_t* p) { return halves(_mm512_srli_epi32(wide_bytes(p), 4)); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -112,6 +115,12 @@ struct Simd {
     __mmask16 positive = _mm512_cmp_ps_mask(b, _mm512_setzero_ps(), _CMP_GT_OQ);
     return _mm512_mul_ps(a, _mm512_maskz_rcp14_ps(positive, b));
   }
+
+ private:
+  static V wide_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static F halves(V v) { return _mm512_permutexvar_ps(v, _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)); }
 };
 
 }  // namespace

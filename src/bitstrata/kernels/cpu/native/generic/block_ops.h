@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cached.h"
 #include "call.h"
 #include "half.h"
 
@@ -119,9 +120,73 @@ inline void totals_of_four(typename S::F a, typename S::F b, typename S::F c, ty
     for (int i = 0; i < 4; ++i) total[i] += lanes[4 * lane + i];
 }
 
-// `Heads` queries of a group from `first` on, against the positions of a call; keys and values whole vectors wide.
-template <class S, int Heads, class Keys>
-void attend_heads(const Attend& call, int first, const Keys& keys, const Keys& values, int width, float* scores) {
+// What the codes of a call's positions stand for: step * (what is loaded) + offset.
+struct Meanings {
+  float key_step[kPiece], key_offset[kPiece], value_step[kPiece], value_offset[kPiece];
+
+  explicit Meanings(const Attend& call) {
+    read(call, call.key_meaning, key_step, key_offset);
+    read(call, call.value_meaning, value_step, value_offset);
+  }
+
+ private:
+  static void read(const Attend& call, const uint16_t* from, float* step, float* offset) {
+    const float base = call.bits == 8 ? kByteBase : 0.0f;
+    uint32_t both[kPiece];  // two bf16 are the upper halves of two floats
+    std::memcpy(both, from + 2 * size_t(call.first), size_t(call.count) * sizeof(uint32_t));
+    for (int t = 0; t < call.count; ++t) {
+      step[t] = float_of(both[t] << 16);
+      offset[t] = float_of(both[t] & 0xFFFF0000u) + base * step[t];
+    }
+  }
+};
+
+inline float largest_of(const float* values, int count) {
+  float most[kWidth];
+  for (int j = 0; j < kWidth; ++j) most[j] = values[0];
+  int t = 0;
+  for (; t + kWidth <= count; t += kWidth)
+    for (int j = 0; j < kWidth; ++j) most[j] = values[t + j] > most[j] ? values[t + j] : most[j];
+  for (; t < count; ++t) most[0] = values[t] > most[0] ? values[t] : most[0];
+  for (int j = 1; j < kWidth; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
+  return most[0];
+}
+
+inline float dot_of(const float* a, const float* b, int count) {
+  float sums[kWidth] = {};
+  int k = 0;
+  for (; k + kWidth <= count; k += kWidth)
+    for (int j = 0; j < kWidth; ++j) sums[j] += a[k + j] * b[k + j];
+  for (; k < count; ++k) sums[0] += a[k] * b[k];
+  return total_of(sums);
+}
+
+// `Vectors` of numbers from k on of what `Heads` queries see: values times scores, added up position by position.
+template <class S, int Heads, int Vectors, class Values>
+void weigh(const Attend& call, int first, const Values& values, int k, int stride, const float* lift, const float* scores) {
+  using F = typename S::F;
+  constexpr int step = 4 * S::lanes;
+  F sum[Heads][Vectors];
+  for (int h = 0; h < Heads; ++h)
+    for (int v = 0; v < Vectors; ++v) sum[h][v] = S::floats(lift[h]);
+  for (int t = 0; t < call.count; ++t) {
+    F value[Vectors];
+    for (int v = 0; v < Vectors; ++v) value[v] = values.load(size_t(t) * stride + k + v * step);
+    for (int h = 0; h < Heads; ++h) {
+      const F score = S::floats(scores[size_t(h) * kPiece + t]);
+      for (int v = 0; v < Vectors; ++v) sum[h][v] = S::fma(score, value[v], sum[h][v]);
+    }
+  }
+  for (int h = 0; h < Heads; ++h)
+    for (int v = 0; v < Vectors; ++v)
+      S::store_float(call.out + size_t(first + h) * padded(call.width) + k + v * step, sum[h][v]);
+}
+
+// `Heads` queries of a group from `first` on, against the positions of a call; keys and values whole vectors wide,
+// `stride` from one position to the next. meanings: null if they are numbers.
+template <class S, int Heads, bool Coded, class Keys>
+void attend_heads(const Attend& call, const Meanings* meanings, int first, const Keys& keys, const Keys& values, int width,
+                  int stride, float* scores) {
   using F = typename S::F;
   constexpr int step = 4 * S::lanes, at_once = 4;
   const int count = call.count;
@@ -132,73 +197,98 @@ void attend_heads(const Attend& call, int first, const Keys& keys, const Keys& v
       for (int i = 0; i < at_once; ++i) sum[h][i] = S::floats(0);
     for (int k = 0; k < width; k += step)
       for (int i = 0; i < at_once; ++i) {
-        const F part = keys.load(size_t(t + i < count ? t + i : count - 1) * width + k);
+        const F part = keys.load(size_t(t + i < count ? t + i : count - 1) * stride + k);
         for (int h = 0; h < Heads; ++h)
           sum[h][i] = S::fma(S::load_float(query + size_t(h) * padded(call.width) + k), part, sum[h][i]);
       }
     for (int h = 0; h < Heads; ++h) {
       float total[4];
       totals_of_four<S>(sum[h][0], sum[h][1], sum[h][2], sum[h][3], total);
-      for (int i = 0; i < at_once && t + i < count; ++i) scores[size_t(h) * kPiece + t + i] = total[i] * call.scale;
+      for (int i = 0; i < at_once; ++i) scores[size_t(h) * kPiece + t + i] = total[i] * call.scale;  // kPiece is in fours
     }
   }
+  float lift[Heads] = {};  // of every number of a head: what offsets add
   for (int h = 0; h < Heads; ++h) {
     float* score = scores + size_t(h) * kPiece;
+    if constexpr (Coded) {
+      const float* own = query + size_t(h) * padded(call.width);
+      float sums[kWidth] = {};
+      for (int k = 0; k < width; k += kWidth)
+        for (int j = 0; j < kWidth; ++j) sums[j] += own[k + j];
+      const float sum = total_of(sums) * call.scale;
+      for (int t = 0; t < count; ++t) score[t] = meanings->key_step[t] * score[t] + meanings->key_offset[t] * sum;
+    }
     if (call.softcap > 0)
       for (int t = 0; t < count; ++t) score[t] = call.softcap * tanh_of(score[t] / call.softcap);
-    float most = score[0], total[kWidth] = {};
-    for (int t = 1; t < count; ++t) most = score[t] > most ? score[t] : most;
+    const float most = largest_of(score, count);
+    float total[kWidth] = {};
     int t = 0;
     for (; t + kWidth <= count; t += kWidth)
       for (int j = 0; j < kWidth; ++j) total[j] += score[t + j] = exp_of(score[t + j] - most);
     for (; t < count; ++t) total[0] += score[t] = exp_of(score[t] - most);
     call.most[first + h] = most;
     call.total[first + h] = total_of(total);
-  }
-  for (int k = 0; k < width; k += step) {
-    F sum[Heads];
-    for (int h = 0; h < Heads; ++h) sum[h] = S::floats(0);
-    for (int t = 0; t < count; ++t) {
-      const F value = values.load(size_t(t) * width + k);
-      for (int h = 0; h < Heads; ++h) sum[h] = S::fma(S::floats(scores[size_t(h) * kPiece + t]), value, sum[h]);
+    if constexpr (Coded) {
+      lift[h] = dot_of(score, meanings->value_offset, count);
+      for (t = 0; t < count; ++t) score[t] *= meanings->value_step[t];
     }
-    for (int h = 0; h < Heads; ++h) S::store_float(call.out + size_t(first + h) * padded(call.width) + k, sum[h]);
   }
+  constexpr int wide = Heads > 2 ? 2 : 4;  // sums that do not wait for each other
+  int k = 0;
+  for (; k + wide * step <= width; k += wide * step) weigh<S, Heads, wide>(call, first, values, k, stride, lift, scores);
+  for (; k < width; k += step) weigh<S, Heads, 1>(call, first, values, k, stride, lift, scores);
 }
 
-template <class S, class Keys>
-void attend_all(const Attend& call, const Keys& keys, const Keys& values, int width) {
+template <class S, bool Coded, class Keys>
+void attend_all(const Attend& call, const Meanings* meanings, const Keys& keys, const Keys& values, int width, int stride) {
   float scores[4 * kPiece];
   int head = 0;
-  for (; head + 4 <= call.heads; head += 4) attend_heads<S, 4>(call, head, keys, values, width, scores);
+  for (; head + 4 <= call.heads; head += 4)
+    attend_heads<S, 4, Coded>(call, meanings, head, keys, values, width, stride, scores);
   const int left = call.heads - head;
-  if (left == 3) attend_heads<S, 3>(call, head, keys, values, width, scores);
-  if (left == 2) attend_heads<S, 2>(call, head, keys, values, width, scores);
-  if (left == 1) attend_heads<S, 1>(call, head, keys, values, width, scores);
+  if (left == 3) attend_heads<S, 3, Coded>(call, meanings, head, keys, values, width, stride, scores);
+  if (left == 2) attend_heads<S, 2, Coded>(call, meanings, head, keys, values, width, stride, scores);
+  if (left == 1) attend_heads<S, 1, Coded>(call, meanings, head, keys, values, width, stride, scores);
+}
+
+// keys and values begin at the call's first position.
+template <class S, bool Coded, class Keys>
+void attend_stored(const Attend& call, const Meanings* meanings, const Keys& keys, const Keys& values, int stride) {
+  const int width = call.width;
+  if (width % kWidth == 0) {
+    attend_all<S, Coded>(call, meanings, keys, values, width, stride);
+    return;
+  }
+  // heads that vectors do not divide: as float32, padded with zeros
+  const int wide = padded(width);
+  thread_local std::vector<float> room;
+  room.assign(2 * size_t(call.count) * wide, 0.0f);
+  float *wide_keys = room.data(), *wide_values = wide_keys + size_t(call.count) * wide;
+  for (int t = 0; t < call.count; ++t)
+    for (int k = 0; k < width; ++k) {
+      wide_keys[size_t(t) * wide + k] = keys.one(size_t(t) * stride + k);
+      wide_values[size_t(t) * wide + k] = values.one(size_t(t) * stride + k);
+    }
+  attend_all<S, Coded>(call, meanings, Floats<S>{wide_keys}, Floats<S>{wide_values}, wide, wide);
 }
 
 template <class S>
 void attend(const Attend& call) {
+  if (call.bits) {
+    const Meanings meanings(call);
+    const size_t skipped = size_t(call.first) * code_bytes(call.width, call.bits);
+    const auto *keys = static_cast<const uint8_t*>(call.keys) + skipped, *values = static_cast<const uint8_t*>(call.values) + skipped;
+    const int stride = code_stride(call.width, call.bits);
+    if (call.bits == 8) attend_stored<S, true>(call, &meanings, Bytes<S>{keys}, Bytes<S>{values}, stride);
+    else attend_stored<S, true>(call, &meanings, Nibbles<S>{keys}, Nibbles<S>{values}, stride);
+    return;
+  }
   const int width = call.width;
   with_type<S>(call.type, call.keys, [&](auto keys) {
     auto values = keys;
     values.p = static_cast<decltype(values.p)>(call.values);
     keys.p += size_t(call.first) * width, values.p += size_t(call.first) * width;
-    if (width % kWidth == 0) {
-      attend_all<S>(call, keys, values, width);
-      return;
-    }
-    // heads that vectors do not divide: as float32, padded with zeros
-    const int wide = padded(width);
-    thread_local std::vector<float> room;
-    room.assign(2 * size_t(call.count) * wide, 0.0f);
-    float *wide_keys = room.data(), *wide_values = wide_keys + size_t(call.count) * wide;
-    for (int t = 0; t < call.count; ++t)
-      for (int k = 0; k < width; ++k) {
-        wide_keys[size_t(t) * wide + k] = keys.one(size_t(t) * width + k);
-        wide_values[size_t(t) * wide + k] = values.one(size_t(t) * width + k);
-      }
-    attend_all<S>(call, Floats<S>{wide_keys}, Floats<S>{wide_values}, wide);
+    attend_stored<S, false>(call, nullptr, keys, values, width);
   });
 }
 

@@ -106,13 +106,22 @@ constexpr int kPiece = 256;
 constexpr int padded(int count) { return (count + 15) / 16 * 16; }
 struct Attend {
   const void *keys, *values;  // [positions][width] of `type`
+  const uint16_t *key_meaning, *value_meaning;
   Type type;
+  int bits;  // 0, else keys and values are codes and their meaning
   int first, count, heads, width;
   float scale, softcap;  // softcap 0: none
   const float* query;    // [heads][width]
   float *most, *total;   // [heads]
   float* out;            // [heads][width]
 };
+
+// Keys and values as codes, see generic/cached.h: of each position code_bytes, and a step and an offset, both bf16.
+constexpr int kPacked = 32;             // codes of 4 bits that are packed together
+constexpr float kByteBase = 128;        // what codes of 8 bits are stored without
+constexpr float kSmallestStep = 1e-30f; // a smaller one counts as 0
+constexpr int code_stride(int width, int bits) { return bits == 4 ? (width + kPacked - 1) / kPacked * kPacked : width; }
+constexpr int code_bytes(int width, int bits) { return code_stride(width, bits) * bits / 8; }
 
 // Codes of a group, column by column. `given`: start from the codes there are, see solvers/joint.py.
 struct CodeProblem {
@@ -153,6 +162,8 @@ struct Kernels {
   void (*rotate)(float* head, const float* cosine, const float* sine, int count);
   void (*activate)(Activation kind, const float* gate, const float* up, int count, float* out);
   void (*attend)(const Attend& call);
+  void (*mix)(float* head, int width);
+  void (*encode)(float* head, int width, int bits, uint8_t* codes, uint16_t* meaning);
   void (*dense)(const Dense& matrix, const float* x, int rows, int block, float* out);
 };
 

@@ -31,7 +31,7 @@ template <class S>
 constexpr Kernels kernels_of(const char* name) {
   return {name, few_rows_function<S>, block_levels_of<S>, panel_product_of<S>, S::tile_blocks, exact_block<S>, stage<S>,
           quantize<S>, decode_block<S>, decode_row<S>, convert<S>, read_bytes<S>, choose_codes, rms_norm<S>, rotate<S>,
-          activate<S>, attend<S>, dense_block<S>};
+          activate<S>, attend<S>, mix<S>, encode<S>, dense_block<S>};
 }
 
 }  // namespace

@@ -100,6 +100,8 @@ struct Simd {
     std::memcpy(&four, p, 4);
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
   }
+  static F load_low(const uint8_t* p) { return vcvtq_f32_u32(vandq_u32(wide_bytes(p), vdupq_n_u32(15))); }
+  static F load_high(const uint8_t* p) { return vcvtq_f32_u32(vshrq_n_u32(wide_bytes(p), 4)); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
@@ -115,6 +117,13 @@ struct Simd {
   }
   static void gather16(const float* table, const uint8_t* index, float* out) {
     for (int i = 0; i < 16; ++i) out[i] = table[index[i]];
+  }
+
+ private:
+  static uint32x4_t wide_bytes(const uint8_t* p) {
+    uint32_t four;
+    std::memcpy(&four, p, 4);
+    return vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)))));
   }
 };
 

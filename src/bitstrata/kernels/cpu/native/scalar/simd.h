@@ -149,6 +149,12 @@ struct Simd {
   static F load_byte(const int8_t* p) {
     return each([&](int i) { return float(p[i]); });
   }
+  static F load_low(const uint8_t* p) {
+    return each([&](int i) { return float(p[i] & 15); });
+  }
+  static F load_high(const uint8_t* p) {
+    return each([&](int i) { return float(p[i] >> 4); });
+  }
   static void store_half(uint16_t* p, const F& v) {
     for (int i = 0; i < 4; ++i) p[i] = float_to_half(v.at[i]);
   }

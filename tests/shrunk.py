@@ -86,7 +86,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": _ROTATED},
     "cohere_compass_text": _ROTATED,
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32},
     "dots3_note": {"text_config": {"head_dim": 32}},
     "dots3_note_text": {"head_dim": 32},
     "emu3": {"vocabulary_map": {"<image>": 60, "<|extra_200|>": 61}},

@@ -27,7 +27,7 @@ from bitstrata.models import load_tokenizer
 from bitstrata.models.config import causal_class
 from bitstrata.nn import bits_state
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
 BITS, GROUP = (2, 3, 4, 8), 16
 PROMPT, NEW_TOKENS = "a cat and a dog ", 12
 # why a row has no model: it is none of text, or none could be made by the rules of shrunk.py
@@ -112,7 +112,8 @@ def _compare(original: Any, kind: Any, folder: Path) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
             assert torch.equal(_logits(theirs, ids), found), "transformers computes something else"
         gaps[bits] = float((found - exact).norm() / exact.norm())
-    assert gaps[8] < 0.15, f"logits at 8 bits are {gaps[8]:.3f} away"
+    has_experts = any(".experts." in name for name in ours.state_dict())  # a router that nearly ties picks others
+    assert gaps[8] < (0.25 if has_experts else 0.15), f"logits at 8 bits are {gaps[8]:.3f} away"
     assert gaps[8] < gaps[2], "8 bits are no better than 2"
     later = ids.clone()
     later[:, -1] = (ids[:, -1] - 3 + 41) % 57 + 3
