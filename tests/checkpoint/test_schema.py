@@ -29,7 +29,7 @@ def spec():
 def test_parse_inverts_dump_through_json(spec):
     raw = json.loads(json.dumps(spec.model_dump(exclude_none=True)))
     assert QuantizationSpec.parse(raw, "here") == spec
-    assert raw["format_version"] == 1 < FORMAT_VERSION == 3
+    assert raw["format_version"] == 1 < FORMAT_VERSION == 4
     assert "bits" not in raw["layers"]["a"]
 
 

@@ -11,6 +11,7 @@ import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from transformers import AttentionInterface, DynamicCache, StaticCache, cache_utils
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 import bitstrata
 from bitstrata.models import compat
@@ -90,6 +91,44 @@ def test_names_of_older_files_and_merged_experts_are_known():
     changed = compat.name_changes(transformers.MixtralForCausalLM(mixtral))
     assert changed("model.layers.0.block_sparse_moe.experts.0.w1.weight")[1]
     assert not changed("model.layers.0.self_attn.q_proj.weight")[1]
+
+
+def test_tensors_of_experts_are_known_by_what_transformers_does_to_them():
+    """Else experts stored apart, or turned, are not found in the files, and planes are merged when they are loaded."""
+    mixtral = transformers.MixtralConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)  # fmt: skip
+    model = transformers.MixtralForCausalLM(mixtral)
+    changed = compat.expert_changes(model)
+    name = "model.layers.0.mlp.experts"
+    assert changed(f"{name}.1.w1.weight") == (f"{name}.gate_up_proj", 0, 2)
+    assert changed(f"{name}.1.w3.weight") == (f"{name}.gate_up_proj", 1, 2)
+    assert changed(f"{name}.1.w2.weight") == (f"{name}.down_proj", 0, 1)
+    assert changed("model.layers.0.self_attn.q_proj.weight") is None
+    conversions = get_model_conversion_mapping(model)
+    kept = compat.only_renamings(conversions)
+    assert 0 < len(kept) < len(conversions)
+
+
+def test_the_activation_of_experts_is_known_where_it_is_their_own():
+    """Else gpt-oss computes another function, or every model joins gate and up for nothing."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_local_experts": 2}
+    experts = GptOssExperts(transformers.GptOssConfig(**small))
+    assert compat.own_gate(experts)(experts, torch.zeros(3, 16)).shape == (3, 8)
+    mixtral = MixtralExperts(transformers.MixtralConfig(**small))
+    assert compat.own_gate(mixtral) is None
+    assert not compat.is_presorted(mixtral)
+    assert compat.is_presorted(Llama4TextExperts(transformers.Llama4TextConfig(**small)))
+
+
+def test_a_module_that_is_marked_gets_no_random_numbers():
+    """Else a model whose code fills the experts that it expects fails on planes."""
+    module = nn.Module()
+    compat.mark_initialized(module)
+    transformers.initialization.normal_(module, 0.0, 1.0)
 
 
 def test_scaled_embeddings_are_known_by_name_and_number():

@@ -23,8 +23,10 @@ REPRESENTATIVE = {
     "falcon_h1", "gemma3n_text", "gemma4", "lfm2", "mamba2", "mistral3", "qwen3_5", "qwen3_vl", "recurrent_gemma",
     "rwkv", "zamba2", "cpmant", "gpt_oss", "idefics", "mixtral",
 }  # fmt: skip
-# of the families that people download, those without experts
+# of the families that people download
 NAMED = {
+    "deepseek_v2", "deepseek_v3", "deepseek_v4", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "llama4_text",
+    "minimax_m2", "mixtral", "nemotron_h", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
     "bamba", "falcon_h1", "gemma3", "gemma3_text", "gemma3n_text", "gemma4", "gemma4_text", "lfm2", "lfm2_vl", "llama",
     "mamba2", "minicpm3", "ministral3", "mistral3", "qwen3", "qwen3_5", "qwen3_5_text", "qwen3_vl",
 }  # fmt: skip
@@ -42,10 +44,10 @@ def test_it_becomes_what_the_page_says(name: str, tmp_path: Path) -> None:
 
 
 def test_nearly_all_language_models_work() -> None:
-    status = {name: row.split(" | ")[2] for name, row in ROWS.items() if "mixture of experts" not in row}
+    status = {name: row.split(" | ")[2] for name, row in ROWS.items()}
     works = [name for name, said in status.items() if said == "yes"]
     counted = [name for name, said in status.items() if said in ("yes", "not yet")]
-    assert len(works) >= 0.95 * len(counted)
+    assert len(works) >= 0.93 * len(counted)
     assert set(works) >= NAMED
     assert not any("FAILED" in row for row in ROWS.values())
     if f"transformers {transformers.__version__} " in PAGE:

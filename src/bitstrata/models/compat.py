@@ -162,6 +162,11 @@ def only_renamings(conversions: list[Any]) -> list[Any]:
     return [conversion for conversion in conversions if not isinstance(conversion, WeightConverter)]
 
 
+def mark_initialized(module: nn.Module) -> None:
+    """Keep transformers from giving `module` random numbers where it holds no parameters under the names it expects."""
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
 def own_gate(experts: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
     """What experts make of gate and up, called with them and [n, 2I]; None where that is act_fn(gate) * up."""
     gate: Any = getattr(type(experts), "_apply_gate", None)

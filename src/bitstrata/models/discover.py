@@ -235,21 +235,15 @@ def local_name(model: PreTrainedModel, name: str) -> str:
     the other way round; the text model of a wrapper alone lacks that of its place there. A name that is not there
     in any way stays as it is.
     """
-    return _local(model, name) or name
-
-
-def _local(model: PreTrainedModel, name: str) -> str | None:
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         if _has(model, candidate):
             return candidate
-    # a projection of experts is no module before planes are in its place
     parent, _, leaf = name.rpartition(".")
-    if parent.endswith("experts"):
-        around = _local(model, parent)
-        return None if around is None else f"{around}.{leaf}"
+    if parent.endswith("experts"):  # a projection of experts is no module before planes are in its place
+        return f"{local_name(model, parent)}.{leaf}"
     renamed = name_changes(model)(f"{name}.weight")[0].removesuffix(".weight")
-    return renamed if _has(model, renamed) else None
+    return renamed if _has(model, renamed) else name
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -26,7 +26,7 @@ from ..checkpoint import LayerSpec
 from ..checkpoint.schema import expert_name
 from ..errors import CheckpointError, UsageError
 from ..nn import BitsState, Experts, StoredExperts
-from .compat import is_presorted, own_gate
+from .compat import is_presorted, mark_initialized, own_gate
 
 # what configs call the number of experts of a token
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
@@ -250,6 +250,8 @@ def put_stored_experts(
         weight = module.get_parameter(DOWN)
         experts = _experts(module, layout)
         experts.__dict__[_MADE_OF] = layout, weight.device, weight.dtype
+        if layout.gated:
+            experts.__dict__[GATE_UP] = weight.new_empty(0)  # some models look at it when they fill what is not stored
         _put(model, module_name, experts)
         module = experts
     if _MADE_OF not in module.__dict__:
@@ -275,6 +277,7 @@ def put_stored_experts(
         dtype=dtype,
         **shared,
     )
+    mark_initialized(stored)
     module.add_module(projection, stored)
 
 
