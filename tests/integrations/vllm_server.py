@@ -19,6 +19,7 @@ from typing import Any
 
 REQUESTS = "bitstrata.integrations.vllm.requests:RequestBits"
 SCHEDULER = "bitstrata.integrations.vllm.scheduler.BitsScheduler"
+EAGER = "--enforce-eager"
 PER_REQUEST = ("--logits-processors", REQUESTS, "--scheduler-cls", SCHEDULER)
 START_LIMIT = 400  # seconds: three processes import torch and vLLM, one after the other, on a busy machine
 
