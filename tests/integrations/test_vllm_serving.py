@@ -20,7 +20,7 @@ COUNT = 24
 BITS = (2, 3, 4, None)
 TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # on however few cores there are
 # A later stage has nowhere to put what it receives before a warm-up, which vLLM skips where nothing asks for one.
-WARMED_UP = {"VLLM_CPU_CI_ENV": "0", "VLLM_CPU_KVCACHE_SPACE": ""}
+WARMED_UP = {"VLLM_CPU_CI_ENV": "0", "VLLM_CPU_KVCACHE_SPACE": None}
 SMALL_BLOCKS = ("--block-size", "32")
 
 

@@ -45,10 +45,11 @@ def command(model: Path, *flags: str) -> list[str]:
     ]
 
 
-def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+def environment(more: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """Of a server; a variable that is None in `more` is not set."""
     own = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_NO_USAGE_STATS": "1"}
     kept = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # vLLM binds threads itself
-    return {**kept, **own, **(more or {})}
+    return {key: value for key, value in {**kept, **own, **(more or {})}.items() if value is not None}
 
 
 class Server:
@@ -90,7 +91,7 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, log: Path, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serving(model: Path, log: Path, *flags: str, env: Mapping[str, str | None] | None = None) -> Iterator[Server]:
     """A server of `model`, up; its processes end with the block. AssertionError with its log if it does not start."""
     port = free_port()
     with open(log, "wb") as output:
@@ -116,7 +117,7 @@ def serving(model: Path, log: Path, *flags: str, env: Mapping[str, str] | None =
         _end(process)
 
 
-def refusal(model: Path, *flags: str, env: Mapping[str, str] | None = None) -> str:
+def refusal(model: Path, *flags: str, env: Mapping[str, str | None] | None = None) -> str:
     """What a server prints that does not start. AssertionError if it does not end by itself."""
     process = subprocess.Popen(
         command(model, "--port", str(free_port()), *flags),
