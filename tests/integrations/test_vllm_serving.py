@@ -19,7 +19,8 @@ pytestmark = pytest.mark.vllm
 COUNT = 24
 BITS = (2, 3, 4, None)
 TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # on however few cores there are
-# A later stage has nowhere to put what it receives before a warm-up, which vLLM skips where nothing asks for one.
+# A later stage has nowhere to put what it receives before a warm-up, which vLLM skips where nothing is compiled.
+TRACED = ("--compilation-config", '{"mode": 2, "backend": "eager"}')
 WARMED_UP = {"VLLM_CPU_CI_ENV": "0", "VLLM_CPU_KVCACHE_SPACE": None}
 SMALL_BLOCKS = ("--block-size", "32")
 
@@ -99,10 +100,10 @@ def test_two_workers_with_half_of_the_layers_each(checkpoint, cases, expected, t
     for gone in ("model-plane-3.safetensors", "model-bits-4.safetensors"):
         (small / gone).unlink()
     options = json.dumps({"bitstrata": {"bits": 2, "max_bits": 3}})
-    flags = (*PER_REQUEST, *SMALL_BLOCKS, EAGER, "--load-format", "bitstrata", "--hf-overrides", options)
+    flags = (*PER_REQUEST, *SMALL_BLOCKS, "--load-format", "bitstrata", "--hf-overrides", options)
     stages = ("--pipeline-parallel-size", "2", "--gpu-memory-utilization", "0.1")  # the latter of main memory
     kept = [(i, bits) for i, (_, bits) in enumerate(cases) if bits in (2, 3)]
-    with serving(small, tmp_path / "log", *flags, *stages, env=TWO_WORKERS | WARMED_UP) as server:
+    with serving(small, tmp_path / "log", *flags, *stages, *TRACED, env=TWO_WORKERS | WARMED_UP) as server:
         asked = [(cases[i][0], None if bits == 2 else bits) for i, bits in kept]
         assert server.many(asked, COUNT) == [expected[i] for i, _ in kept]
         status, answer = server.post("/v1/completions", {"prompt": [5], "max_tokens": 1, "vllm_xargs": {"bits": 4}})

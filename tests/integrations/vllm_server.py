@@ -32,17 +32,7 @@ def free_port() -> int:
 
 def command(model: Path, *flags: str) -> list[str]:
     program = Path(sys.executable).with_name("vllm")
-    return [
-        str(program),
-        "serve",
-        str(model),
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "256",
-        "--enforce-eager",
-        *flags,
-    ]
+    return [str(program), "serve", str(model), "--dtype", "float32", "--max-model-len", "256", *flags]
 
 
 def environment(more: Mapping[str, str | None] | None = None) -> dict[str, str]:
