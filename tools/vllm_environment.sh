@@ -26,5 +26,8 @@ folder.mkdir(exist_ok=True)
 (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 (folder / "RECORD").touch()
 STUB
-"${install[@]}" --no-deps --config-settings wheel.cmake=false --editable . || exit 3
+"${install[@]}" --no-deps --config-settings wheel.cmake=false --editable . >> "$venv/install.log" 2>&1 || {
+  echo "this package could not be installed beside vLLM, see $venv/install.log"
+  exit 3
+}
 touch "$venv/.ready"
