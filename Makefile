@@ -11,7 +11,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 # A user's `pip install` goes on without the kernels when they cannot be built; here that is an error, unless there is no compiler at all.
 export BITSTRATA_REQUIRE_NATIVE ?= $(if $(shell command -v $(CXX)),1,0)
 
-.PHONY: demo test test-slow test-browser fuzz speed gpu-report check lint types format docs wheel sanitize cross clean
+.PHONY: demo test test-slow test-browser test-vllm fuzz speed gpu-report check lint types format docs wheel sanitize cross clean
 
 demo: $(READY)  ## the main job on the bundled model, offline
 	$(BIN)/bitstrata demo
@@ -28,6 +28,12 @@ test-slow: $(READY)  ## what takes long: the README's commands, more architectur
 
 test-browser: $(READY)  ## the playground in Chromium
 	$(PYTEST) -m browser
+
+# vLLM needs another torch and transformers than we test with otherwise, hence an environment of its own.
+test-vllm: $(READY)  ## the vLLM plugin, over HTTP: servers with one worker and with two
+	@reason=$$(PYTHON="$(PYTHON)" tools/vllm_environment.sh $(VENV)-vllm); code=$$?; \
+	if [ $$code = 3 ]; then echo "test-vllm is skipped: $$reason"; exit 0; fi; [ $$code = 0 ] && \
+	$(VENV)-vllm/bin/python -m pytest -q -m vllm tests/integrations
 
 speed: $(READY)  ## one shape against the bandwidth of memory; nothing else should run meanwhile
 	$(PYTEST) -m speed
@@ -95,5 +101,5 @@ $(READY): pyproject.toml constraints.txt $(NATIVE)
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f src/bitstrata/kernels/cpu/_native.*.so

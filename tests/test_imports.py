@@ -44,6 +44,7 @@ ROOMS = [
     "benchmark",
     "demonstration",
     "cli",
+    "integrations",
 ]
 GROUND = ("errors", "version", "memory", "torch_state", "options", "progress", "tables", "metrics")  # one floor
 MOST_FLOORS = 8
@@ -294,9 +295,10 @@ def test_the_version_is_that_of_the_package():
 
 
 def test_every_module_can_be_imported_and_hides_no_public_function():
-    triton = importlib.util.find_spec("triton")
+    others = {"triton": "bitstrata.kernels.triton.", "vllm": "bitstrata.integrations.vllm."}  # rooms that need them
+    absent = tuple(room for package, room in others.items() if not importlib.util.find_spec(package))
     for module in pkgutil.walk_packages(bitstrata.__path__, "bitstrata."):
-        if triton or not module.name.startswith("bitstrata.kernels.triton."):
+        if not module.name.startswith(absent):
             importlib.import_module(module.name)
     for name in set(bitstrata.__all__) - {"__version__"}:
         assert callable(getattr(bitstrata, name)), name

@@ -1,0 +1,145 @@
+"""`quantization_config` of a checkpoint as vLLM knows it: which of vLLM's layers has which planes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+
+from ...checkpoint import CheckpointReader, QuantizationSpec
+from ...errors import UnsupportedBitsError, UsageError
+from ...planes.weights import MAX_BITS
+from .embedding import PlaneVocabularyMethod
+from .linear import PlaneLinearMethod
+from .offered import Offered, serve
+from .options import FIELD, ServeOptions
+from .rows import Rows
+from .stored import Stored
+from .versions import check_version
+from .words import with_hints
+
+
+class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
+    """The quantization of one model that is served.
+
+    Args:
+        spec: of the checkpoint.
+        options: what the operator set.
+    """
+
+    def __init__(self, spec: QuantizationSpec, options: ServeOptions) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layers = {name: name for name in spec.layers}  # vLLM's name -> the checkpoint's
+        self.heads = {layer.tied: layer.tied for layer in spec.layers.values() if layer.tied}  # likewise
+        self._take(options)
+
+    def _take(self, options: ServeOptions) -> None:
+        self.options = options
+        self.max_bits = MAX_BITS if options.max_bits is None else options.max_bits
+        supported = tuple(bits for bits in self.spec.bits if bits <= self.max_bits)
+        if not supported:
+            raise UnsupportedBitsError(f"<= {self.max_bits}", self.spec.bits, where="this checkpoint")
+        self.offered = Offered(supported, max(supported) if options.bits is None else options.bits)
+        self.rows = Rows(self.offered.default)
+        planned = self.spec.planned_layers
+        self.most_planes = max(max(self.spec.layer_bits(name, self.max_bits)) for name in planned)
+        serve(self.offered)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        serve(self.offered)  # a server's further processes get the config from the first one
+
+    def get_name(self) -> str:
+        return "bitstrata"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    @with_hints()
+    def from_config(cls, config: dict[str, Any]) -> BitstrataConfig:
+        """From the `quantization_config` of a model; CheckpointError if it is none of ours or of a later format."""
+        check_version(vllm.__version__)
+        return cls(QuantizationSpec.parse(config, "the model"), ServeOptions())
+
+    @with_hints()
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Take the operator's options from the model's config, and check the files of a model that is here already.
+
+        Raises CheckpointError for what is missing or malformed, UsageError for options.
+        """
+        self._take(ServeOptions.parse(getattr(hf_config, FIELD, None)))
+        if Path(model_name).is_dir():
+            CheckpointReader(model_name, max_bits=self.options.max_bits).note_changes()
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Layers go by the names that vLLM's model has for them."""
+        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        self.heads = hf_to_vllm_mapper.apply_dict(self.heads)
+
+    @property
+    def unused(self) -> re.Pattern[str]:
+        """Matches the names of tensors above `max_bits`; layers with a role are read whole."""
+        # models strip the outer names before they map them, so only the last part of a name is sure to be there
+        roles = {name for name, own in self.layers.items() if own in self.spec.whole_layers} | self.spec.whole_layers
+        last = {name.rpartition(".")[2] for name in roles}
+        whole = "".join(rf"(?!(?:.*\.)?{re.escape(name)}\.)" for name in sorted(last))
+        planes = "|".join(map(str, range(self.most_planes, MAX_BITS))) or "(?!)"
+        scales = "|".join(map(str, range(self.max_bits + 1, MAX_BITS + 1))) or "(?!)"
+        return re.compile(rf"^{whole}.*\.(?:plane_(?:{planes})|(?:scale|offset|unit|table)_(?:{scales}))$")
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """Tensors that nobody needs are dropped by name, before they are read."""
+        return WeightsMapper(orig_to_new_regex={self.unused: None})
+
+    @with_hints()
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """How `layer`, called `prefix` in vLLM's model, is computed; None for layers that have no weights of ours."""
+        if isinstance(layer, LinearBase):
+            names = self._names(prefix)
+            return PlaneLinearMethod(self._stored(names), self.rows) if names else UnquantizedLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            if prefix in self.heads:
+                return PlaneVocabularyMethod(None)
+            names = self._names(prefix) or ([] if prefix or isinstance(layer, ParallelLMHead) else self._embedding())
+            return PlaneVocabularyMethod(self._stored(names)) if names else None
+        if isinstance(layer, RoutedExperts) and any(name.startswith(f"{prefix}.") for name in self.layers):
+            raise UsageError(f"{prefix}: quantized experts are not supported in vLLM yet", hint="use `bitstrata serve`")
+        return None
+
+    def _stored(self, names: list[str]) -> Stored:
+        return Stored.of(self.spec, names, self.max_bits, self.most_planes)
+
+    def _names(self, prefix: str) -> list[str]:
+        """The layers of the checkpoint that vLLM's layer `prefix` holds; none for one that is not quantized."""
+        if prefix in self.layers:
+            return [self.layers[prefix]]
+        parent, _, last = prefix.rpartition(".")
+        parts = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(last, ())]
+        found = [self.layers[part] for part in parts if part in self.layers]
+        if found and len(found) < len(parts):
+            missing = sorted(set(parts) - self.layers.keys())
+            raise UsageError(f"vLLM joins {', '.join(found)} with {', '.join(missing)}, which are not quantized")
+        return found
+
+    def _embedding(self) -> list[str]:
+        """The token embedding, which some models give no name."""
+        return [name for name, layer in self.spec.layers.items() if layer.role == "embedding"]

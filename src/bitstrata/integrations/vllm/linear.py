@@ -1,0 +1,64 @@
+"""vLLM's linear layers, multiplied by planes: column and row parallel, joined, replicated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from ...errors import UsageError
+from . import product
+from .parameters import add_guard, add_parameters, take_weight
+from .rows import Rows
+from .stored import Stored
+from .words import with_hints
+
+
+class PlaneLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """y = x @ W_bits^T + bias of one layer. Its output features are those of `stored`, joined."""
+
+    def __init__(self, stored: Stored, rows: Rows) -> None:
+        self.stored, self.rows = stored, rows
+
+    @with_hints()
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Parameters for the part of the layer that this worker holds; UsageError where it cannot be cut so."""
+        stored, columns, rows = self.stored, input_size_per_partition, sum(output_partition_sizes)
+        joined = len(stored.names) > 1
+        fits = not joined or (
+            len(stored.outputs) == len(output_partition_sizes)
+            and all(whole % part == 0 for whole, part in zip(stored.outputs, output_partition_sizes, strict=True))
+        )
+        if input_size != stored.in_features or not fits or (not joined and stored.outputs[0] % rows):
+            raise UsageError(
+                f"{stored.title}: the checkpoint has {list(stored.outputs)} x {stored.in_features} weights, vLLM's "
+                f"layer {output_partition_sizes} x {input_size} on each worker"
+            )
+        stored.check_cut(columns, input_size // columns)
+        self.columns, self.dtype = columns, params_dtype
+        add_parameters(layer, stored, rows, columns, attributes["weight_loader"])
+        add_guard(layer, params_dtype)
+        layer.product_key = product.hold_place(f"bitstrata:{stored.title}", layer)
+        layer.product_rows = rows
+
+    @with_hints()
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Pack what was loaded for the kernel that runs here."""
+        if not hasattr(layer, "product"):
+            layer.product = product.Product(take_weight(layer, self.stored, self.columns, self.dtype), self.rows)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N], the part of this worker."""
+        y = product.linear(layer, x)
+        return y if bias is None else y + bias

@@ -1,0 +1,56 @@
+"""`--load-format bitstrata`: vLLM's own loader, which then tells model runner V2 of the bits.
+
+It also leaves alone the files that hold nothing but planes and scales above `max_bits`, which need not be there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from vllm.config import LoadConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from ...checkpoint import CheckpointReader
+from ...errors import UsageError
+from .config import BitstrataConfig
+from .state import bits_state
+from .words import with_hints
+
+
+class BitstrataLoader(DefaultModelLoader):  # type: ignore[misc]
+    """Loads safetensors, as vLLM does."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(replace(load_config, load_format="safetensors"))
+
+    @with_hints()
+    def create_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        config = vllm_config.quant_config
+        if not isinstance(config, BitstrataConfig):
+            raise UsageError("--load-format bitstrata is for bitstrata checkpoints, and this model is none")
+        model: Any = super().create_model(vllm_config, model_config, prefix)
+        model.is_unused_checkpoint_weight = partial(_matches, config.unused)
+        if _lacks_files(Path(model_config.model), config):
+            model.allow_patterns_overrides = ["model*.safetensors"]  # vLLM asks for all files of the index otherwise
+        if vllm_config.use_v2_model_runner:
+            from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+            model.get_model_state_cls = partial(bits_state, resolve_model_state_cls(vllm_config, model))
+        found: nn.Module = model
+        return found
+
+
+def _matches(pattern: Any, name: str) -> bool:
+    return pattern.search(name) is not None
+
+
+def _lacks_files(folder: Path, config: BitstrataConfig) -> bool:
+    """Whether some files of a checkpoint on this machine were left out; those that are needed have been looked at."""
+    if not folder.is_dir():
+        return False
+    files = set(CheckpointReader(folder, max_bits=config.options.max_bits, checked=False).weight_map.values())
+    return not all((folder / file).exists() for file in files)

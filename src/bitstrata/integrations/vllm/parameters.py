@@ -1,0 +1,96 @@
+"""Stored tensors as parameters of vLLM's layers: vLLM's own loader reads and cuts them, and they become a Weight.
+
+Parameters start as memory that nobody has written, so each says what was loaded into it: a tensor that a checkpoint
+lacks is an error by name, never a layer of chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import CheckpointError
+from ...kernels import Weight, pack, select
+from ...kernels.registry import in_arithmetic
+from ...planes.weights import PlaneWeight, make_scales
+from .stored import Stored
+
+Load = Callable[..., None]  # (parameter, what was read, which part of a joined layer)
+
+
+class Loading:
+    """Fills one parameter, and remembers of which parts it has them."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self.parts: set[Any] = set()
+
+    def __call__(self, parameter: nn.Parameter, loaded: Tensor, part: Any = None) -> None:
+        self._load(parameter, loaded, *(() if part is None else (part,)))
+        self.parts.add(part)
+
+
+def add_parameters(module: nn.Module, stored: Stored, rows: int, columns: int, load: Load) -> None:
+    """Give `module` the tensors of `rows` output and `columns` input features of `stored`, to be filled by `load`."""
+    for name, piece in stored.pieces(rows, columns).items():
+        parameter = nn.Parameter(torch.empty(piece.shape, dtype=piece.dtype), requires_grad=False)
+        attributes = {"output_dim": piece.output_dim, "weight_loader": Loading(load)}
+        if piece.input_dim is not None:
+            attributes["input_dim"] = piece.input_dim
+        for key, value in attributes.items():
+            setattr(parameter, key, value)
+        module.register_parameter(name, parameter)
+
+
+def add_guard(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give `module` an empty `weight`: checkpoints have one, and models ask it for their dtype."""
+    guard = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+    guard.weight_loader = _load_guard  # type: ignore[attr-defined]
+    module.register_parameter("weight", guard)
+
+
+def _load_guard(parameter: nn.Parameter, loaded: Tensor, part: Any = None) -> None:
+    if loaded.numel():
+        raise CheckpointError(f"a weight of shape {list(loaded.shape)} is stored where planes are")
+
+
+def take_weight(module: nn.Module, stored: Stored, columns: int, dtype: torch.dtype) -> Weight:
+    """The filled parameters of `module`, packed for the kernel that runs here; they leave the module.
+
+    Raises CheckpointError for what was not loaded.
+    """
+    tensors = dict(_filled(module, stored))
+    scales = {bits: make_scales(stored.kind, bits, tensors) for bits in stored.bits}
+    planes = tuple(tensors[f"plane_{index}"] for index in range(stored.planes))
+    weight = PlaneWeight(planes, scales, columns, stored.group_size)
+    packed = pack(weight, dtype=dtype, kernel=steady_kernel(planes[0].device.type, dtype))
+    for name in tensors:
+        delattr(module, name)
+    return packed
+
+
+def _filled(module: nn.Module, stored: Stored) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in module.named_parameters(recurse=False):
+        loading = getattr(parameter, "weight_loader", None)
+        if not isinstance(loading, Loading):
+            continue
+        if len(loading.parts) != len(stored.names):
+            raise CheckpointError(
+                f"{name} of {stored.title}: read for {len(loading.parts)} of {len(stored.names)} layers",
+                hint="copy or download the checkpoint again",
+            )
+        yield name, parameter.data
+
+
+def steady_kernel(device: str, dtype: torch.dtype) -> str | None:
+    """The kernel in which a row's result does not depend on how many others share its call; None for the best one.
+
+    A server's batches change at every step, so nobody must notice who else is there.
+    """
+    kernel = select(device, dtype)
+    if kernel.forced or kernel.steady(dtype) is None or kernel.activations == "exact":
+        return None
+    return in_arithmetic(kernel, "exact", 1, dtype).name

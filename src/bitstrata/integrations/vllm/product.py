@@ -1,0 +1,116 @@
+"""A packed weight where vLLM multiplies by it, at the bits of the rows that run.
+
+    bitstrata::served_linear    x [rows, K], the layer's key -> [rows, N]
+    bitstrata::served_lookup    ids [rows], the layer's key -> [rows, K]
+
+A compiler sees these ops, and nothing of the bits: one graph serves all of them. As vLLM's own attention does, an op
+gets a layer's key and finds the layer in the forward context. Outside of a compiled graph no op is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import ForwardContext, get_forward_context, is_forward_context_available
+
+from ...errors import UsageError
+from ...kernels import Weight
+from .rows import Rows
+
+_LIBRARY = torch.library.Library("bitstrata", "FRAGMENT")
+
+
+class Product:
+    """A layer's weight [N, K].
+
+    Args:
+        rows: of the model; None for a layer that always runs at the one precision that it has.
+    """
+
+    def __init__(self, weight: Weight, rows: Rows | None) -> None:
+        self.weight, self.rows = weight, rows
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x [..., K] @ W^T -> [..., N], in x's dtype."""
+        if self.rows is None:
+            return self.weight.linear(x, self.weight.bits[-1])
+        step = get_forward_context() if is_forward_context_available() else None
+        return self.weight.linear(x, self.rows.of(x.shape[:-1].numel(), step, request_starts(step)))
+
+    def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` [...] of W: [..., K]."""
+        return self.weight.lookup(ids, self.weight.bits[-1], dtype)
+
+
+def request_starts(step: ForwardContext | None) -> list[int] | None:
+    """The rows before each request of a step, and all of them at the end; None where there are no requests."""
+    metadata = None if step is None else step.attn_metadata
+    if metadata is None:
+        return None
+    if not isinstance(metadata, dict):
+        raise UsageError("bits per request cannot run in micro-batches", hint="do without --enable-dbo")
+    for layer in metadata.values():
+        starts = getattr(layer, "query_start_loc", None)
+        if starts is not None:
+            found: list[int] = starts.tolist()
+            return found
+    raise UsageError("vLLM's attention says not where the requests of a step start: bits per request cannot run")
+
+
+def hold_place(key: str, layer: nn.Module) -> str:
+    """Let ops find `layer` by `key`, which is returned."""
+    places = get_current_vllm_config().compilation_config.static_forward_context
+    if places.setdefault(key, layer) is not layer:
+        raise UsageError(f"two layers of the model are called {key}")
+    return key
+
+
+def linear(layer: Any, x: Tensor) -> Tensor:
+    """What `layer`, which has a `product`, makes of x: by an op where a compiler looks on."""
+    if torch.compiler.is_compiling():
+        y: Tensor = torch.ops.bitstrata.served_linear(x, layer.product_key, layer.product_rows)
+        return y
+    product: Product = layer.product
+    return product.linear(x)
+
+
+def lookup(layer: Any, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` of the weight of `layer`, which has a `product`."""
+    if torch.compiler.is_compiling():
+        y: Tensor = torch.ops.bitstrata.served_lookup(ids, layer.product_key, width, dtype)
+        return y
+    product: Product = layer.product
+    return product.lookup(ids, dtype)
+
+
+def _product(key: str) -> Product:
+    found: Product = get_forward_context().no_compile_layers[key].product
+    return found
+
+
+def _served_linear(x: Tensor, key: str, out_features: int) -> Tensor:
+    return _product(key).linear(x)
+
+
+def _served_lookup(ids: Tensor, key: str, width: int, dtype: torch.dtype) -> Tensor:
+    return _product(key).lookup(ids, dtype)
+
+
+def _fake_linear(x: Tensor, key: str, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _fake_lookup(ids: Tensor, key: str, width: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(*ids.shape, width, dtype=dtype)
+
+
+for _name, _schema, _function, _fake in (
+    ("served_linear", "(Tensor x, str key, int out_features) -> Tensor", _served_linear, _fake_linear),
+    ("served_lookup", "(Tensor ids, str key, int width, ScalarType dtype) -> Tensor", _served_lookup, _fake_lookup),
+):
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bitstrata::{_name}", _fake, lib=_LIBRARY)

@@ -1,0 +1,107 @@
+"""The stored tensors that one of vLLM's layers is made of, and the part of them that a worker holds.
+
+vLLM joins layers that share an input: q, k and v; gate and up. Their planes are joined along the output features, which
+is exact, for every output feature has its own planes and scales. So the parts must have the same input, bits, groups
+and kind of scales.
+
+Tensor parallelism cuts
+
+    output features   anywhere: rows of the planes and of the scales
+    input features    between groups, and between words of 32 columns: planes and scales
+
+A cut inside a group would leave two workers with the scales of one group each; it could be done, but then a group's
+activations are no longer rounded together and the result is another one than on one worker. It is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...checkpoint import QuantizationSpec
+from ...errors import UsageError
+from ...planes.pack import WORD_BITS, words_per_row
+from ...planes.weights import scales_shapes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stored tensor as a worker holds it: its dtype and shape, and its dimensions that a cut goes along."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    output_dim: int
+    input_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Layers of a checkpoint, joined along their output features.
+
+    Args:
+        names: of the layers, in the order in which they are joined.
+        outputs: output features of each.
+        bits: for which there are scales; planes: how many there are.
+    """
+
+    names: tuple[str, ...]
+    outputs: tuple[int, ...]
+    in_features: int
+    group_size: int
+    kind: str
+    bits: tuple[int, ...]
+    planes: int
+
+    @property
+    def title(self) -> str:
+        return " + ".join(self.names)
+
+    @classmethod
+    def of(cls, spec: QuantizationSpec, names: Sequence[str], max_bits: int, most_planes: int) -> Stored:
+        """The joined layers `names`, with no more than `most_planes` planes unless they have a role.
+
+        Raises UsageError if they cannot be joined.
+        """
+        layers = [spec.layers[name] for name in names]
+        found = {
+            (layer.in_features, spec.layer_group_size(name), layer.decoder, spec.layer_bits(name, max_bits))
+            for name, layer in zip(names, layers, strict=True)
+        }
+        if len(found) > 1:
+            raise UsageError(
+                f"vLLM joins {', '.join(names)} into one layer, but the checkpoint has other bits, groups or kinds of "
+                "scales for some of them",
+                hint="quantize them alike",
+            )
+        in_features, group_size, kind, bits = found.pop()
+        stored = min(max(spec.layer_bits(name)) for name in names)
+        planes = stored if layers[0].role is not None else min(stored, most_planes)
+        outputs = tuple(layer.out_features for layer in layers)
+        return cls(tuple(names), outputs, in_features, group_size, kind, bits, planes)
+
+    def pieces(self, rows: int, columns: int) -> dict[str, Piece]:
+        """The tensors of a worker that has `rows` output features and `columns` input features of the layers."""
+        words = words_per_row(columns)
+        pieces = {f"plane_{index}": Piece(torch.int32, (rows, words), 0, 1) for index in range(self.planes)}
+        grouped = self.group_size < self.in_features  # else all columns share their scales, whoever has them
+        for bits in self.bits:
+            for name, (dtype, shape) in scales_shapes(self.kind, bits, rows, columns, self.group_size).items():
+                output = 1 if name.startswith("scale_") else 0
+                has_groups = grouped and name.startswith(("scale_", "offset_"))
+                pieces[name] = Piece(dtype, shape, output, output + 1 if has_groups else None)
+        return pieces
+
+    def check_cut(self, columns: int, workers: int) -> None:
+        """Raise UsageError unless `columns` input features are those of a worker, cut where scales and words end."""
+        if columns == self.in_features:
+            return
+        unit = self.group_size if self.kind != "codebook" and self.group_size < self.in_features else 1
+        for size, what in ((unit, f"groups of {self.group_size} columns"), (WORD_BITS, "words of 32 columns")):
+            if columns % size:
+                raise UsageError(
+                    f"{self.title}: {self.in_features} input features cannot be cut for {workers} workers: "
+                    f"{columns} columns each are no whole {what}",
+                    hint="take a smaller --tensor-parallel-size, pipeline parallelism, or a smaller group size",
+                )

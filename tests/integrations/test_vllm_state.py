@@ -1,0 +1,88 @@
+"""Model runner V2's side of the plugin, with vLLM's own classes: no server on a CPU without Triton runs it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+FQCN = "bitstrata.integrations.vllm.requests:RequestBits"
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint: Path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"bitstrata": {"bits": 3}}
+    flags = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "load_format": "bitstrata"}
+    return EngineArgs(model=str(checkpoint), hf_overrides=options, **flags).create_engine_config()
+
+
+def batch(places: list[int], counts: list[int]):
+    """vLLM's description of a step: the requests' places and their numbers of rows."""
+    import torch
+    from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+    made = InputBatch.make_dummy(len(places), sum(counts), InputBuffers(8, 256, torch.device("cpu")))
+    starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    return replace(made, idx_mapping=torch.tensor(places, dtype=torch.int32), query_start_loc=starts)
+
+
+def test_every_row_has_the_bits_of_its_request(config):
+    import torch
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    from bitstrata.integrations.vllm.state import bits_state
+
+    state = bits_state(DefaultModelState)(config, torch.nn.Linear(1, 1), None, torch.device("cpu"))
+    assert isinstance(state, DefaultModelState)
+    for place, extra in ((5, {"bits": 2}), (0, None), (7, {"bits": 4})):
+        params = SimpleNamespace(extra_args=extra)
+        state.add_request(place, SimpleNamespace(sampling_params=params, mm_features=[], prefill_token_ids=[1]))
+    rows, address = config.quant_config.rows, config.quant_config.rows.of(1, None, None).data_ptr()
+    assert state.prepare_inputs(batch([7, 5, 0], [1, 3, 2]), None) == {}
+    assert rows.of(8, None, None).tolist() == [4, 2, 2, 2, 3, 3, 3, 3]  # and two that fill up the step
+    state.add_request(5, SimpleNamespace(sampling_params=SimpleNamespace(extra_args={"bits": 4}), mm_features=[]))
+    state.prepare_inputs(batch([5], [2]), None)
+    assert rows.of(4, None, None).tolist() == [4, 4, 3, 3]
+    assert rows.of(4, None, None).data_ptr() == address  # what a recorded graph reads
+
+
+def test_requests_are_checked_by_the_same_class(config):
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
+    from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
+
+    second = build_custom_logits_processors_params_validator([FQCN])
+    for check in (second, lambda params: validate_logits_processors_parameters([FQCN], params)):
+        check(SamplingParams(extra_args={"bits": 2}))
+        check(SamplingParams())
+        with pytest.raises(VLLMValidationError, match="supported bits: 2, 3, 4"):
+            check(SamplingParams(extra_args={"bits": 5}))
+
+
+def test_a_server_whose_bits_would_not_reach_the_layers_does_not_start(config, monkeypatch):
+    from bitstrata.errors import UsageError
+    from bitstrata.integrations.vllm.requests import SCHEDULER, RequestBits
+
+    def start(*, load_format: str = "auto", scheduler: str | None = SCHEDULER, second: bool = True):
+        changed = SimpleNamespace(
+            quant_config=config.quant_config,
+            use_v2_model_runner=second,
+            load_config=SimpleNamespace(load_format=load_format),
+            compilation_config=config.compilation_config,
+            scheduler_config=SimpleNamespace(scheduler_cls=scheduler),
+            cache_config=SimpleNamespace(enable_prefix_caching=True),
+        )
+        return RequestBits(changed, object())
+
+    start(load_format="bitstrata")
+    start(second=False)
+    with pytest.raises(UsageError, match="add --load-format bitstrata"):
+        start()
+    with pytest.raises(UsageError, match="other bits; add --scheduler-cls"):
+        start(load_format="bitstrata", scheduler=None)
