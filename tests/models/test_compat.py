@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AttentionInterface, DynamicCache, StaticCache, cache_utils
+from transformers import AttentionInterface, DynamicCache, StaticCache, cache_utils, initialization
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 import bitstrata
@@ -124,11 +125,26 @@ def test_the_activation_of_experts_is_known_where_it_is_their_own():
     assert compat.is_presorted(Llama4TextExperts(transformers.Llama4TextConfig(**small)))
 
 
+def test_merged_experts_are_known_with_and_without_a_decorator():
+    """Else planes take the place of what is no mixture of experts, or experts stay as they are."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_local_experts": 2}
+    assert compat.is_merged(MixtralExperts(transformers.MixtralConfig(**small)))
+    step = Step3p7Experts(transformers.Step3p7TextConfig(**small, moe_intermediate_size=8), swiglu_limit=1.0)
+    assert compat.is_merged(step)
+    gate = compat.own_gate(step)
+    assert gate is not None
+    assert torch.equal(gate(step, torch.full((1, 16), 9.0)), torch.ones(1, 8))
+    assert not compat.is_merged(nn.Linear(2, 2))
+
+
 def test_a_module_that_is_marked_gets_no_random_numbers():
     """Else a model whose code fills the experts that it expects fails on planes."""
     module = nn.Module()
     compat.mark_initialized(module)
-    transformers.initialization.normal_(module, 0.0, 1.0)
+    initialization.normal_(module, 0.0, 1.0)
 
 
 def test_scaled_embeddings_are_known_by_name_and_number():
@@ -332,15 +348,68 @@ def test_a_class_says_which_tensors_it_does_without():
     assert compat.ignored_tensors(transformers.LlamaForCausalLM) == []
 
 
-def test_what_is_only_put_together_is_told_from_what_is_merged():
-    """Else a convolution that is stored in three pieces is refused, or experts are taken for one matrix."""
+def test_what_transformers_puts_together_is_done_as_it_does_it():
+    """Else a convolution that is stored in three pieces is refused, or holds them in another order."""
     config = transformers.OlmoHybridConfig(
         vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
         linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"], pad_token_id=None,
     )  # fmt: skip
     with torch.device("meta"):
-        piece = compat.concatenations(transformers.OlmoHybridForCausalLM(config))
+        changed = compat.conversions_of(transformers.OlmoHybridForCausalLM(config))
     base = "model.layers.0.linear_attn"
-    assert piece(f"{base}.k_conv1d.weight") == (f"{base}.conv1d.weight", 1, 3)
-    assert piece(f"{base}.o_proj.weight") is None
+    found = changed(f"{base}.k_conv1d.weight")
+    assert found is not None
+    name, index, conversion = found
+    assert (name, index, conversion.count, conversion.by_rows) == (f"{base}.conv1d.weight", 1, 3, False)
+    pieces = [torch.randn(16, 1, 4) for _ in range(3)]
+    assert torch.equal(conversion(name, pieces)[name], torch.cat(pieces))
+    assert changed(f"{base}.o_proj.weight") is None
+
+
+def test_what_transformers_splits_is_done_as_it_does_it():
+    """Else the parts of a fused matrix get each other's numbers, or need parameters that are long quantized."""
+    config = transformers.HrmTextConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+                                        num_attention_heads=2, num_key_value_heads=2, head_dim=4)  # fmt: skip
+    with torch.device("meta"):
+        changed = compat.conversions_of(transformers.HrmTextForCausalLM(config))
+    found = changed("model.H_module.layers.0.mlp.gate_up_proj.weight")
+    assert found is not None
+    name, index, conversion = found
+    assert (index, conversion.count) == (0, 1)
+    fused = torch.randn(24, 8)
+    made = conversion(name, [fused])
+    assert list(made) == [f"model.H_module.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up")]
+    assert torch.equal(torch.cat(list(made.values())), fused)
+    with pytest.raises(ValueError, match="shorter"):
+        conversion(name, [])
+
+
+def test_rows_of_experts_that_are_stored_together_are_converted_alone():
+    """Else one expert is read by reading all of them."""
+    from shrunk import shrunk
+
+    with torch.device("meta"):
+        model = transformers.Inkling2ForCausalLM(shrunk("inkling2_text"))
+    changed = compat.conversions_of(model)
+    found = changed("model.layers.0.mlp.experts.w13_weight")
+    assert found is not None
+    name, _, conversion = found
+    assert name == "model.layers.0.mlp.experts.gate_up_proj"
+    assert conversion.by_rows
+    stored = torch.arange(2 * 6 * 3).view(2, 6, 3)
+    whole = conversion(name, [stored])[name]
+    assert torch.equal(whole[1], stored[1, [0, 2, 4, 1, 3, 5]])
+    assert torch.equal(conversion(name, [stored[1:]])[name], whole[1:])
+
+
+def test_a_model_is_saved_under_its_own_names(tmp_path: Path):
+    """Else planes that were loaded and saved have names that the config of the checkpoint does not have."""
+    mixtral = transformers.MixtralConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)  # fmt: skip
+    model = transformers.MixtralForCausalLM(mixtral)
+    model.save_pretrained(tmp_path / "older")
+    compat.save_own_names(model)
+    model.save_pretrained(tmp_path / "own")
+    names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("older", "own")]
+    assert names[0] != names[1] == model.state_dict().keys()
