@@ -190,6 +190,25 @@ def test_towers_that_are_stored_in_another_form_come_back_bit_for_bit(name: str,
     assert all(torch.equal(theirs.state_dict()[key], again.state_dict()[key]) for key in planes)
 
 
+def test_what_is_split_may_be_in_few_bits(tmp_path: Path) -> None:
+    model, _ = sweep.build("qianfan_ocr")
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    stored = load_file(source / "model.safetensors")
+    fused = "vision_model.encoder.layers.0.attn.qkv.weight"
+    numbers, scales = fp8(stored[fused])
+    stored |= {fused: numbers, f"{fused}_scale_inv": scales}
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": list(BLOCK)}
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16", "quantization_config": settings}
+    (source / "config.json").write_text(json.dumps(config))
+    bitstrata.quantize(source, tmp_path / "out", bits=8, method="rtn", group_size=16)
+    kept = load_file(tmp_path / "out" / "model-common.safetensors")
+    expected = exact(numbers, scales, BLOCK).float().bfloat16()
+    base = "model.vision_tower.layers.0.attention"
+    assert torch.equal(torch.cat([kept[f"{base}.{part}_proj.weight"] for part in "qkv"]), expected)
+
+
 @pytest.mark.parametrize("dropped", [None, "k_conv1d"])
 def test_a_convolution_that_is_stored_in_pieces_is_put_together(dropped: str | None, tmp_path: Path) -> None:
     model, _ = sweep.build("olmo_hybrid")
