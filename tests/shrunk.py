@@ -112,6 +112,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vision_start_token_id": 60, "text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}},
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "step3p7": {"text_config": {"sliding_window": 16}},
     "reformer": {
         "is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 48], "local_attn_chunk_length": 8,

@@ -9,8 +9,10 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
+from safetensors.torch import load_file
+from shrunk import shrunk
 from torch import nn
-from transformers import AttentionInterface, DynamicCache, StaticCache, cache_utils
+from transformers import AttentionInterface, DynamicCache, StaticCache, cache_utils, initialization
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 import bitstrata
@@ -36,6 +38,12 @@ def tiny(tied: bool = True, **overrides: object) -> transformers.LlamaForCausalL
     settings = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
                 "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}  # fmt: skip
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **overrides})).eval()
+
+
+def tiny_mixtral() -> transformers.MixtralForCausalLM:
+    config = transformers.MixtralConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
 
 
 def test_the_class_of_a_config_is_found():
@@ -86,18 +94,14 @@ def test_tied_parameters_are_listed_and_taken_off_the_list():
 def test_names_of_older_files_and_merged_experts_are_known():
     """Else older checkpoints lack tensors, or experts that transformers merges are taken for plain layers."""
     assert compat.name_changes(tiny())("model.norm.weight") == ("model.norm.weight", False)
-    mixtral = transformers.MixtralConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                         num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)  # fmt: skip
-    changed = compat.name_changes(transformers.MixtralForCausalLM(mixtral))
+    changed = compat.name_changes(tiny_mixtral())
     assert changed("model.layers.0.block_sparse_moe.experts.0.w1.weight")[1]
     assert not changed("model.layers.0.self_attn.q_proj.weight")[1]
 
 
 def test_tensors_of_experts_are_known_by_what_transformers_does_to_them():
     """Else experts stored apart, or turned, are not found in the files, and planes are merged when they are loaded."""
-    mixtral = transformers.MixtralConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                         num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)  # fmt: skip
-    model = transformers.MixtralForCausalLM(mixtral)
+    model = tiny_mixtral()
     changed = compat.expert_changes(model)
     name = "model.layers.0.mlp.experts"
     assert changed(f"{name}.1.w1.weight") == (f"{name}.gate_up_proj", 0, 2)
@@ -124,11 +128,24 @@ def test_the_activation_of_experts_is_known_where_it_is_their_own():
     assert compat.is_presorted(Llama4TextExperts(transformers.Llama4TextConfig(**small)))
 
 
+def test_merged_experts_are_known_with_and_without_a_decorator():
+    """Else planes take the place of what is no mixture of experts, or experts stay as they are."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_local_experts": 2}
+    assert compat.is_merged(MixtralExperts(transformers.MixtralConfig(**small)))
+    step = Step3p7Experts(transformers.Step3p7TextConfig(**small, moe_intermediate_size=8), swiglu_limit=1.0)
+    assert compat.is_merged(step)
+    assert torch.equal(compat.own_gate(step)(step, torch.full((1, 16), 9.0)), torch.ones(1, 8))
+    assert not compat.is_merged(nn.Linear(2, 2))
+
+
 def test_a_module_that_is_marked_gets_no_random_numbers():
     """Else a model whose code fills the experts that it expects fails on planes."""
     module = nn.Module()
     compat.mark_initialized(module)
-    transformers.initialization.normal_(module, 0.0, 1.0)
+    initialization.normal_(module, 0.0, 1.0)
 
 
 def test_scaled_embeddings_are_known_by_name_and_number():
@@ -332,15 +349,50 @@ def test_a_class_says_which_tensors_it_does_without():
     assert compat.ignored_tensors(transformers.LlamaForCausalLM) == []
 
 
-def test_what_is_only_put_together_is_told_from_what_is_merged():
-    """Else a convolution that is stored in three pieces is refused, or experts are taken for one matrix."""
-    config = transformers.OlmoHybridConfig(
-        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
-        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"], pad_token_id=None,
-    )  # fmt: skip
+def test_what_transformers_puts_together_is_done_as_it_does_it():
+    """Else a convolution that is stored in three pieces is refused, or holds them in another order."""
     with torch.device("meta"):
-        piece = compat.concatenations(transformers.OlmoHybridForCausalLM(config))
+        changed = compat.conversions_of(transformers.OlmoHybridForCausalLM(shrunk("olmo_hybrid")))
     base = "model.layers.0.linear_attn"
-    assert piece(f"{base}.k_conv1d.weight") == (f"{base}.conv1d.weight", 1, 3)
-    assert piece(f"{base}.o_proj.weight") is None
+    name, index, conversion = changed(f"{base}.k_conv1d.weight")
+    assert (name, index, conversion.count, conversion.by_rows) == (f"{base}.conv1d.weight", 1, 3, False)
+    pieces = [torch.randn(2, 1, 4) for _ in range(3)]
+    assert torch.equal(conversion(name, pieces)[name], torch.cat(pieces))
+    assert changed(f"{base}.o_proj.weight") is None
+
+
+def test_what_transformers_splits_is_done_as_it_does_it():
+    """Else the parts of a fused matrix get each other's numbers, or need parameters that are long quantized."""
+    with torch.device("meta"):
+        changed = compat.conversions_of(transformers.HrmTextForCausalLM(shrunk("hrm_text")))
+    name, index, conversion = changed("model.H_module.layers.0.mlp.gate_up_proj.weight")
+    assert (index, conversion.count) == (0, 1)
+    fused = torch.randn(24, 8)
+    made = conversion(name, [fused])
+    assert list(made) == [f"model.H_module.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up")]
+    assert torch.equal(torch.cat(list(made.values())), fused)
+    with pytest.raises(ValueError, match="shorter"):
+        conversion(name, [])
+
+
+def test_rows_of_experts_that_are_stored_together_are_converted_alone():
+    """Else one expert is read by reading all of them."""
+    with torch.device("meta"):
+        changed = compat.conversions_of(transformers.Inkling2ForCausalLM(shrunk("inkling2_text")))
+    name, _, conversion = changed("model.layers.0.mlp.experts.w13_weight")
+    assert name == "model.layers.0.mlp.experts.gate_up_proj"
+    assert conversion.by_rows
+    stored = torch.arange(2 * 6 * 3).view(2, 6, 3)
+    whole = conversion(name, [stored])[name]
+    assert torch.equal(whole[1], stored[1, [0, 2, 4, 1, 3, 5]])
+    assert torch.equal(conversion(name, [stored[1:]])[name], whole[1:])
+
+
+def test_a_model_is_saved_under_its_own_names(tmp_path: Path):
+    """Else planes that were loaded and saved have names that the config of the checkpoint does not have."""
+    model = tiny_mixtral()
+    model.save_pretrained(tmp_path / "older")
+    compat.save_own_names(model)
+    model.save_pretrained(tmp_path / "own")
+    names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("older", "own")]
+    assert names[0] != names[1] == model.state_dict().keys()

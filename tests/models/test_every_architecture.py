@@ -21,7 +21,7 @@ REPRESENTATIVE = {
     "bart", "bert", "bloom", "cohere2", "falcon", "gemma3", "gpt2", "gpt_bigcode", "gpt_neox", "llama", "minicpm3",
     "mpt", "opt", "phi3", "reformer", "xlm", "xlstm",
     "falcon_h1", "gemma3n_text", "gemma4", "lfm2", "mamba2", "mistral3", "qwen3_5", "qwen3_vl", "recurrent_gemma",
-    "rwkv", "zamba2", "cpmant", "gpt_oss", "idefics", "mixtral",
+    "rwkv", "zamba2", "cpmant", "gpt_oss", "idefics", "kimi_k25", "mixtral", "step3p7",
 }  # fmt: skip
 # of the families that people download
 NAMED = {
@@ -47,7 +47,7 @@ def test_nearly_all_language_models_work() -> None:
     status = {name: row.split(" | ")[2] for name, row in ROWS.items()}
     works = [name for name, said in status.items() if said == "yes"]
     counted = [name for name, said in status.items() if said in ("yes", "not yet")]
-    assert len(works) >= 0.93 * len(counted)
+    assert len(works) >= 0.95 * len(counted)
     assert set(works) >= NAMED
     assert not any("FAILED" in row for row in ROWS.values())
     if f"transformers {transformers.__version__} " in PAGE:

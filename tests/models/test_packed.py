@@ -11,6 +11,7 @@ import pytest
 import sweep
 import torch
 from safetensors.torch import load_file, save_file
+from shrunk import shrunk
 from tiny_models import tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import bitstrata
 from bitstrata.errors import ModelError, PreflightError
 from bitstrata.models import SourceModel
-from bitstrata.models.packed import Joined, find_packed
+from bitstrata.models.config import causal_class
+from bitstrata.models.packed import Converted, find_packed
+from bitstrata.models.source_files import bind
 
 BLOCK = (16, 32)
 FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -114,16 +117,96 @@ def test_mxfp4_is_exact_and_lies_as_transformers_has_it(step: int) -> None:
     assert torch.equal(found.bfloat16(), convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16))
 
 
+def of_parts(model_type: str, stored: dict[str, Tensor]) -> dict[str, Converted]:
+    """How a tiny model of this type is made of the tensors in `stored`."""
+    config = shrunk(model_type)
+    with torch.device("meta"):
+        model = causal_class(config)[0](config)
+    return bind(model, stored, {}, lambda name: (stored[name].dtype, tuple(stored[name].shape)))[1]
+
+
 @pytest.mark.parametrize("step", [1, 3, 4, 20])
-def test_what_is_stored_in_pieces_is_read_in_any_stretch(step: int) -> None:
-    parts = {name: torch.randn(rows, 2) for name, rows in (("a", 4), ("b", 1), ("c", 5))}
-    found = Joined(tuple(parts), torch.float32, tuple(tuple(part.shape) for part in parts.values()))
-    rows = [
-        found.rows(start, min(start + step, 10), lambda name, first, last: parts[name][first:last])
+def test_what_is_put_together_is_read_in_any_stretch(step: int) -> None:
+    base = "model.layers.0.linear_attn"
+    rows = {"q": 4, "k": 1, "v": 5}
+    stored = {f"{base}.{part}_conv1d.weight": torch.randn(count, 1, 2) for part, count in rows.items()}
+    found = of_parts("olmo_hybrid", stored)
+    assert found.keys() == {f"{base}.conv1d.weight"}
+    (tensor,) = found.values()
+    read = [
+        tensor.rows(start, min(start + step, 10), lambda name, first, last: stored[name][first:last])
         for start in range(0, 10, step)
     ]
-    assert found.shape == (10, 2)
-    assert torch.equal(torch.cat(rows), torch.cat(list(parts.values())))
+    assert (tensor.shape, tensor.dtype) == ((10, 1, 2), torch.float32)
+    assert torch.equal(torch.cat(read), torch.cat(list(stored.values())))
+
+
+@pytest.mark.parametrize("step", [1, 2, 7, 32])
+def test_what_is_split_and_turned_is_read_in_any_stretch(step: int) -> None:
+    name = "vision_tower.encoder.blocks.0.wqkv"
+    stored = {f"{name}.weight": torch.randn(192, 8).bfloat16(), f"{name}.bias": torch.randn(192)}
+    found = of_parts("kimi_k25", stored)
+    assert len(found) == 6
+    base = "model.vision_tower.layers.0.attn"
+    # within each of 4 heads, pairs that turn together lie 8 apart instead of side by side
+    order = torch.arange(64).view(4, 8, 2).transpose(1, 2).flatten()
+    for index, part in enumerate("qkv"):
+        for end in ("weight", "bias"):
+            tensor = found[f"{base}.{part}_proj.{end}"]
+            whole = stored[f"{name}.{end}"][64 * index : 64 * (index + 1)]
+            read = [
+                tensor.rows(start, min(start + step, 64), lambda name, first, last: stored[name][first:last])
+                for start in range(0, 64, step)
+            ]
+            assert (tensor.shape, tensor.dtype) == (tuple(whole.shape), whole.dtype)
+            assert torch.equal(torch.cat(read), whole if part == "v" else whole[order])
+
+
+def test_what_cannot_be_split_as_the_config_says_is_refused_by_name() -> None:
+    name = "vision_tower.encoder.blocks.0.wqkv.bias"
+    with pytest.raises(ModelError, match=f"{name} \\[21\\] cannot be made into model.vision_tower"):
+        of_parts("kimi_k25", {name: torch.zeros(21)})
+
+
+@pytest.mark.parametrize("name", ["kimi_k25", "mistral_large4", "molmo2", "unlimited_ocr"])
+def test_towers_that_are_stored_in_another_form_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    model, _ = sweep.build(name)
+    model.save_pretrained(tmp_path / "source")
+    stored = load_file(tmp_path / "source" / "model.safetensors").keys()
+    assert stored != model.state_dict().keys()
+    report = bitstrata.quantize(tmp_path / "source", tmp_path / "out", bits=8, method="rtn", group_size=16)
+    assert not any("not part of the model" in note for note in report.notes)
+    ours = bitstrata.load(tmp_path / "out")
+    theirs = type(model).from_pretrained(tmp_path / "out")
+    theirs.save_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again")
+    kept = {key: value for key, value in model.state_dict().items() if "vision" in key or "projector" in key}
+    assert any("vision" in key for key in kept)
+    for loaded in (ours, theirs, again):
+        found = loaded.state_dict()
+        assert [key for key, value in kept.items() if not torch.equal(found[key], value)] == []
+    planes = [key for key in theirs.state_dict() if key not in model.state_dict()]
+    assert planes
+    assert all(torch.equal(theirs.state_dict()[key], again.state_dict()[key]) for key in planes)
+
+
+def test_what_is_split_may_be_in_few_bits(tmp_path: Path) -> None:
+    model, _ = sweep.build("qianfan_ocr")
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    stored = load_file(source / "model.safetensors")
+    fused = "vision_model.encoder.layers.0.attn.qkv.weight"
+    numbers, scales = fp8(stored[fused])
+    stored |= {fused: numbers, f"{fused}_scale_inv": scales}
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": list(BLOCK)}
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16", "quantization_config": settings}
+    (source / "config.json").write_text(json.dumps(config))
+    bitstrata.quantize(source, tmp_path / "out", bits=8, method="rtn", group_size=16)
+    kept = load_file(tmp_path / "out" / "model-common.safetensors")
+    expected = exact(numbers, scales, BLOCK).float().bfloat16()
+    base = "model.vision_tower.layers.0.attention"
+    assert torch.equal(torch.cat([kept[f"{base}.{part}_proj.weight"] for part in "qkv"]), expected)
 
 
 @pytest.mark.parametrize("dropped", [None, "k_conv1d"])

@@ -7,11 +7,14 @@ transformers 5.17 to 5.23.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +36,8 @@ from transformers.utils.hub import cached_file
 PLAIN_LINEARS = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 # experts that are called with the inputs of each; they have no decorator that says how they are merged
 PRESORTED = ("transformers.models.llama4.modeling_llama4.Llama4TextExperts",)
+# experts that are merged in the usual way but have no such decorator either
+UNDECORATED = ("transformers.models.step3p7.modeling_step3p7.Step3p7Experts",)
 DEFAULT_GATE = "_default_apply_gate"  # what transformers gives experts without an activation of their own
 SCALED_EMBEDDING = "ScaledWordEmbedding"  # the end of the names of embeddings that multiply their rows by a number
 
@@ -162,6 +167,11 @@ def only_renamings(conversions: list[Any]) -> list[Any]:
     return [conversion for conversion in conversions if not isinstance(conversion, WeightConverter)]
 
 
+def save_own_names(model: PreTrainedModel) -> None:
+    """Let `model.save_pretrained` keep the names of its state dict, not turn them into those of older files."""
+    model._weight_conversions = []  # type: ignore[assignment]
+
+
 def mark_initialized(module: nn.Module) -> None:
     """Keep transformers from giving `module` random numbers where it holds no parameters under the names it expects."""
     module._is_hf_initialized = True  # type: ignore[assignment]
@@ -178,30 +188,59 @@ def is_presorted(experts: nn.Module) -> bool:
     return f"{type(experts).__module__}.{type(experts).__qualname__}" in PRESORTED
 
 
-def concatenations(model: PreTrainedModel) -> Callable[[str], tuple[str, int, int] | None]:
-    """What transformers puts one after the other, along the first dimension, into one tensor of `model`.
+def is_merged(experts: nn.Module) -> bool:
+    """Whether experts are known to be merged; `is_transposed` and others say how, where it is not the usual way."""
+    return (
+        hasattr(experts, "is_transposed") or f"{type(experts).__module__}.{type(experts).__qualname__}" in UNDECORATED
+    )
 
-    Called with a name that `name_changes` has renamed: (the whole tensor, which of its pieces this is, of how many);
-    None for what is not just put together.
+
+@dataclass(frozen=True)
+class Conversion:
+    """What transformers makes of the stored tensors of one converter when it loads a model.
+
+    count: how many tensors it takes. by_rows: whether rows of what it makes need the same rows only of what it takes.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import Concatenate, WeightConverter
 
-    joining = [
-        transform
-        for transform in get_model_conversion_mapping(model)
-        if isinstance(transform, WeightConverter)
-        and [(type(op), getattr(op, "dim", None)) for op in transform.operations] == [(Concatenate, 0)]
-    ]
+    count: int
+    by_rows: bool
+    _converter: Any
+    _model: Any
 
-    def piece(name: str) -> tuple[str, int, int] | None:
-        for converter in joining:
-            whole, pattern = converter.rename_source_key(name)
+    def __call__(self, first: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The tensors of the model, by name, of `tensors`, in order; `first` is the name of the first one made."""
+        converter = copy.deepcopy(self._converter)  # it keeps what it is given
+        for pattern, tensor in zip(converter.source_patterns, tensors, strict=True):
+            converter.add_tensor(first, first, pattern, tensor)
+        made: dict[str, Any] = converter.convert(first, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def conversions_of(model: PreTrainedModel) -> Callable[[str], tuple[str, int, Conversion] | None]:
+    """What transformers does with a stored tensor that it merges, splits or turns when it loads `model`.
+
+    Called with a name that `name_changes` has renamed: (the name of the first tensor that is made, which of those
+    taken this one is, the conversion); None for what only gets another name.
+    """
+    from transformers.core_model_loading import Chunk, Concatenate, Interleave, Split
+
+    sizes = dict(model.named_parameters())  # of now: what is quantized later no longer has its parameters
+    stand_in = SimpleNamespace(config=model.config, get_parameter=sizes.__getitem__)
+
+    def conversion(converter: Any) -> Conversion:
+        by_rows = all(type(op) in (Chunk, Concatenate, Interleave, Split) and op.dim > 0 for op in converter.operations)
+        return Conversion(len(converter.source_patterns), by_rows, converter, stand_in)
+
+    found = [(converter, conversion(converter)) for converter in _conversions(model)[1]]
+
+    def changed(name: str) -> tuple[str, int, Conversion] | None:
+        for converter, made in found:
+            first, pattern = converter.rename_source_key(name)
             if pattern is not None:
-                return whole, converter.source_patterns.index(pattern), len(converter.source_patterns)
+                return first, converter.source_patterns.index(pattern), made
         return None
 
-    return piece
+    return changed
 
 
 def embedding_scale(module: nn.Module) -> tuple[float | None, bool]:

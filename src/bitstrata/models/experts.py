@@ -26,7 +26,7 @@ from ..checkpoint import LayerSpec
 from ..checkpoint.schema import expert_name
 from ..errors import CheckpointError, UsageError
 from ..nn import BitsState, Experts, StoredExperts
-from .compat import is_presorted, mark_initialized, own_gate
+from .compat import is_merged, is_presorted, mark_initialized, own_gate
 
 # what configs call the number of experts of a token
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
@@ -94,7 +94,7 @@ def layout_of(module: nn.Module) -> Layout | None:
     presorted = is_presorted(module)
     if down is None or into is None or down.dim() != 3 or into.dim() != 3:
         return None
-    if not presorted and not hasattr(module, "is_transposed"):  # transformers' decorator says how they are merged
+    if not presorted and not is_merged(module):
         return None
     gated = GATE_UP in held
     transposed = presorted or bool(getattr(module, "is_transposed", False))

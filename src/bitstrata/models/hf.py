@@ -36,7 +36,7 @@ from ..nn import (
     fuse,
 )
 from .attention import use_grouped_sdpa
-from .compat import only_renamings, stored_file, unhooked
+from .compat import only_renamings, save_own_names, stored_file, unhooked
 from .discover import linear_of, local_name, set_submodule, submodule
 from .experts import check_whole, put_stored_experts
 from .head import check_untied, put_embedding
@@ -108,6 +108,7 @@ class BitstrataQuantizer(HfQuantizer):
                     hint="config.json and the weights are of different models; copy or download them again",
                 )
         model.config.quantization_config = BitstrataConfig(**self._held.model_dump(exclude_none=True))
+        save_own_names(model)  # those that the config calls its layers by
         return attach(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *rest: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Tensors of a source that are stored in few bits or in pieces, read as the numbers they stand for.
+"""Tensors of a source that are stored in few bits or in another form, read as the numbers they stand for.
 
     fp8 with block scales     weight fp8 [..., N, K] and weight_scale_inv [..., ceil(N / n), ceil(K / k)], a scale for
                               each block of n x k (128 x 128 as a rule), each row, or the whole tensor
@@ -8,7 +8,8 @@
 
     weight = number x scale, in fp32: exact where the scale is a power of two, else rounded once
 
-    in pieces                 rows of one tensor that transformers puts together, in the dtype they have
+    in another form           what transformers merges, splits or turns when it loads it: transformers does it here too,
+                              in the dtype that is stored
 
 A scale may be any floating dtype, or a byte that is an exponent (E8M0). A stretch of rows is read at a time. Every
 other layout of few bits is refused by name.
@@ -16,14 +17,15 @@ other layout of few bits is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
+from .compat import Conversion
 
 METHODS = ("fp8", "mxfp4")  # quant_method of configs whose weights are read here
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -34,6 +36,7 @@ BLOCK = (128, 128)
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors calls it, shape
+Held = tuple[torch.dtype, tuple[int, ...]]  # dtype, shape
 Rows = Callable[[str, int, int], Tensor]  # a stored tensor's name, first row, last row + 1
 
 
@@ -92,30 +95,56 @@ class MicroScaled:
 
 
 @dataclass(frozen=True)
-class Joined:
-    """A tensor that is stored in pieces, one after the other along the first dimension."""
+class Converted:
+    """A tensor of the model that transformers makes of `parts` when it loads them, perhaps along with others.
 
+    first: name of the first tensor made. rows_of: how many rows each part has.
+    """
+
+    name: str
+    first: str
     parts: tuple[str, ...]
+    rows_of: tuple[int, ...]
     dtype: torch.dtype
-    shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return sum(shape[0] for shape in self.shapes), *self.shapes[0][1:]
+    shape: tuple[int, ...]
+    conversion: Conversion
 
     def rows(self, start: int, stop: int, stored: Rows) -> Tensor:
-        """Rows start..stop-1."""
-        found, first = [], 0
-        for part, shape in zip(self.parts, self.shapes, strict=True):
-            begin, end = max(start - first, 0), min(stop - first, shape[0])
-            if begin < end:
-                found.append(stored(part, begin, end))
-            first += shape[0]
-        return torch.cat(found)
+        """Rows start..stop-1. Reads the same rows of the parts if they are enough, else the whole parts."""
+        if self.conversion.by_rows:
+            return self._of([stored(part, start, stop) for part in self.parts])
+        return self._of([stored(part, 0, rows) for part, rows in zip(self.parts, self.rows_of, strict=True)])[
+            start:stop
+        ].clone()
+
+    def _of(self, tensors: list[Tensor]) -> Tensor:
+        return self.conversion(self.first, tensors)[self.name]
+
+
+def converted(first: str, parts: Sequence[str], specs: Sequence[Held], conversion: Conversion) -> dict[str, Converted]:
+    """Name of every tensor that `conversion` makes of `parts` -> how; `first` is the name of the first.
+
+    Args:
+        specs: dtype and shape of each part.
+
+    Raises ModelError, naming a part, for parts that it cannot be done with.
+    """
+    try:
+        made = conversion(first, [torch.empty(shape, dtype=dtype, device="meta") for dtype, shape in specs])
+    except Exception as error:
+        raise ModelError(
+            f"{parts[0]} {list(specs[0][1])} cannot be made into {first}: {first_line(error)}",
+            hint="config.json and the weights are of different models",
+        ) from error
+    rows = tuple(shape[0] if shape else 0 for _, shape in specs)
+    return {
+        name: Converted(name, first, tuple(parts), rows, tensor.dtype, tuple(tensor.shape), conversion)
+        for name, tensor in made.items()
+    }
 
 
 FewBits = BlockScaled | MicroScaled
-Packed = FewBits | Joined
+Packed = FewBits | Converted
 
 
 def _scales(stored: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from .compat import new_model, tied_parameters
 from .config import causal_class, check_causal
 from .experts import Part, split_experts
 from .hub import resolve
-from .packed import BESIDE, METHODS, FewBits, Joined, Packed, Spec, find_packed
+from .packed import BESIDE, METHODS, Converted, FewBits, Packed, Spec, find_packed
 from .source_files import AGAIN, FileWatch, bind, check_adapter, entry_file, indexed_files, share
 
 READ_BYTES = 1 << 26
@@ -36,8 +36,8 @@ READ_BYTES = 1 << 26
 class SourceModel:
     """A causal language model folder with safetensors weights.
 
-    packed: name of a tensor that is stored in few bits, or in pieces -> how (packed.py). Everything here takes and
-        gives it as one tensor of numbers.
+    packed: name of a tensor that is stored in few bits, or in another form -> how (packed.py). Everything here takes
+        and gives it as the tensor of numbers that the model has.
     untied: pairs (head, embedding) that the config ties though their stored tensors differ. Both are
         kept, as transformers does; `config` then ties nothing. Known after `skeleton`.
 
@@ -152,7 +152,7 @@ class SourceModel:
 
         Experts are linears of their own (models/experts.py).
 
-        Raises ModelError if the config describes no model, or one with tensors that are merged when they are loaded.
+        Raises ModelError if the config describes no model, or one whose tensors are not those of the files.
         """
         model = self._build()
         ties = list(tied_parameters(model).items())
@@ -171,17 +171,14 @@ class SourceModel:
     def _bind(self, model: PreTrainedModel) -> dict[str, str]:
         """State-dict name -> what `stored_name` says of it, after the experts of `model` were split.
 
-        Tensors stored in pieces are in `files` under their own names from now on.
+        `files` has tensors that are made of others in their place from now on.
         """
-        bound, pieces, parts = bind(model, self._read, split_experts(model), lambda stored: self.spec(stored)[1])
-        self.packed = dict(self._few)
-        self.files = dict(self._read)
-        for name, of in pieces.items():
-            specs = [self.spec(part) for part in of]
-            self.packed[name] = Joined(of, specs[0][0], tuple(shape for _, shape in specs))
-            self.files[name] = self.files[of[0]]
-            for part in of:
-                del self.files[part]
+        self.packed, self.files = dict(self._few), self._read
+        bound, made, parts = bind(model, self._read, split_experts(model), self.spec)
+        self.packed |= made
+        used = {part for tensor in made.values() for part in tensor.parts}
+        self.files = {name: file for name, file in self._read.items() if name not in used}
+        self.files |= {name: self._read[tensor.parts[0]] for name, tensor in made.items()}
         self._parts = {f"{part.stored} of {name}": part for name, part in parts.items()}
         return bound | {name: f"{part.stored} of {name}" for name, part in parts.items()}
 
@@ -256,7 +253,9 @@ class SourceModel:
         What was stored in few bits gets the model's dtype, as transformers gives it back.
         """
         dtype, shape = self.spec(stored)
-        return (self.dtype if self.tensor_of(stored) in self._few else dtype), shape
+        found = self.packed.get(name := self.tensor_of(stored))
+        parts = found.parts if isinstance(found, Converted) else (name,)
+        return (self.dtype if self._few.keys() & parts else dtype), shape
 
     def map(self, stored: str) -> Tensor:
         """A stored tensor, memory-mapped: for reading once, not for keeping."""
@@ -271,7 +270,7 @@ class SourceModel:
             return self.read(stored)[start:stop]
         if stored in self.packed:
             packed = self.packed[stored]
-            return packed.rows(start, stop, self.rows if isinstance(packed, Joined) else self._rows)
+            return packed.rows(start, stop, self.rows if isinstance(packed, Converted) else self._rows)
         return self._rows(stored, start, stop)
 
     def _rows(self, stored: str, start: int, stop: int) -> Tensor:
@@ -289,6 +288,9 @@ class SourceModel:
             part = self._parts[stored]  # of one expert; no other is read
             entry = self.rows(part.stored, part.expert, part.expert + 1)[0]
             return part.of(entry).clone(memory_format=torch.contiguous_format)
+        packed = self.packed.get(stored)
+        if isinstance(packed, Converted) and not packed.conversion.by_rows:  # each stretch would read all parts
+            return self.rows(stored, 0, shape[0])
         if not shape:
             return self.map(stored).clone()
         result = torch.empty(shape, dtype=dtype, device="cpu")

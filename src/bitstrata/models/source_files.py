@@ -13,15 +13,15 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import INDEX_FILE, SINGLE_FILE
 from ..errors import JobError, ModelError
-from .compat import concatenations, expert_changes, name_changes
+from .compat import Conversion, conversions_of, expert_changes, name_changes
 from .experts import Layout, Part, expert_index, linear_name, parts_of
+from .packed import Converted, Held, converted
 
 ADAPTER = "adapter_config.json"
 AGAIN = "download the model again"
@@ -94,61 +94,77 @@ def check_adapter(folder: Path) -> None:
 
 
 def bind(
-    model: PreTrainedModel, stored_names: Iterable[str], experts: Mapping[str, Layout], shape: Callable[[str], Any]
-) -> tuple[dict[str, str], dict[str, tuple[str, ...]], dict[str, Part]]:
+    model: PreTrainedModel, stored_names: Iterable[str], experts: Mapping[str, Layout], spec: Callable[[str], Held]
+) -> tuple[dict[str, str], dict[str, Converted], dict[str, Part]]:
     """What the state dict of `model` is made of, three ways:
 
-        names   state-dict name -> stored name
-        pieces  name of a tensor that is stored in pieces -> the pieces' names, in order; it is its own stored name
-        parts   state-dict name -> its part in a stored tensor of all experts
+        names       state-dict name -> stored name
+        made        name of a tensor that transformers makes of stored ones -> how; it is its own stored name
+        parts       state-dict name -> its part in a stored tensor of all experts
 
     Names may differ by the base model's prefix and by the renamings that transformers applies to
     older files. Of a pair that the config ties, one name may be stored for both. Raises ModelError
-    for tensors that transformers would merge or split in any other way.
+    for tensors that transformers would merge or split in a way that is not known here.
 
     Args:
         experts: names of the modules of `model` that `split_experts` has made, and their layouts.
-        shape: of a stored tensor.
+        spec: dtype and shape of a stored tensor.
     """
     expected = set(model.state_dict())
     merged = {f"{name}.{key}": (name, layout, key) for name, layout in experts.items() for key in layout.merged}
     prefix = f"{model.base_model_prefix}."
-    changed, piece_of, of_expert = name_changes(model), concatenations(model), expert_changes(model)
+    changed, conversion_of, of_expert = name_changes(model), conversions_of(model), expert_changes(model)
     names: dict[str, str] = {}
     parts: dict[str, Part] = {}
-    pieces: dict[str, dict[int, str]] = {}
-    counts: dict[str, int] = {}
-    for stored in sorted(stored_names):
-        renamed, is_split = changed(stored)
-        piece = piece_of(renamed) if is_split else None
-        if piece is not None:
-            whole, index, counts[piece[0]] = piece
-            pieces.setdefault(whole, {})[index] = stored
-            renamed, stored = whole, whole
-        elif is_split:
-            renamed = _of_expert(stored, renamed, of_expert(renamed))
+    taken: dict[str, tuple[dict[int, str], Conversion]] = {}
+
+    def known(renamed: str, stored: str | None = None) -> str | None:
         # a name that a pattern for older files happens to match may be the model's own
-        for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix), stored):
-            if candidate in expected:
-                names[candidate] = stored
-                break
-            if candidate in merged:
-                module, layout, key = merged[candidate]
-                parts |= parts_of(module, layout, key, stored, shape(stored))
-                break
-    whole_ones = {name: found for name, found in pieces.items() if len(found) == counts[name]}
-    names = {name: stored for name, stored in names.items() if stored not in pieces or stored in whole_ones}
-    return names, {name: tuple(found[i] for i in sorted(found)) for name, found in whole_ones.items()}, parts
+        candidates = (renamed, prefix + renamed, renamed.removeprefix(prefix), stored)
+        return next((name for name in candidates if name in expected or name in merged), None)
+
+    def put(name: str | None, stored: str, shape: Callable[[], tuple[int, ...]]) -> None:
+        if name in merged:
+            module, layout, key = merged[name]
+            parts.update(parts_of(module, layout, key, stored, shape()))
+        elif name is not None:
+            names[name] = stored
+
+    for stored in sorted(stored_names):
+        renamed, is_changed = changed(stored)
+        if is_changed and (expert := of_expert(renamed)) is not None:
+            renamed = _of_expert(stored, renamed, expert)
+        elif is_changed and (change := conversion_of(renamed)) is not None:
+            first, index, conversion = change
+            if (name := known(first)) is not None:
+                others, _ = taken.setdefault(name, ({}, conversion))
+                if index in others:
+                    raise _unknown_change(stored)
+                others[index] = stored
+                continue
+        put(known(renamed, stored), stored, lambda stored=stored: spec(stored)[1])  # type: ignore[misc]
+    made: dict[str, Converted] = {}
+    for first, (found, conversion) in taken.items():
+        if len(found) == conversion.count:
+            of = [found[index] for index in sorted(found)]
+            made |= converted(first, of, [spec(part) for part in of], conversion)
+    for name, tensor in made.items():
+        put(name if name in expected or name in merged else None, name, lambda tensor=tensor: tensor.shape)  # type: ignore[misc]
+    return names, made, parts
 
 
-def _of_expert(stored: str, renamed: str, found: tuple[str, int, int] | None) -> str:
+def _of_expert(stored: str, renamed: str, found: tuple[str, int, int]) -> str:
     """What a tensor that goes into a parameter of all experts is called. Raises ModelError for any other."""
     expert = expert_index(renamed)
-    if found is not None and not found[2]:
+    if not found[2]:
         return found[0]
-    if found is not None and expert is not None:
+    if expert is not None:
         return linear_name(found[0], expert, *found[1:])
-    raise ModelError(
+    raise _unknown_change(stored)
+
+
+def _unknown_change(stored: str) -> ModelError:
+    return ModelError(
         f"{stored} is stored in pieces that transformers merges or splits when it loads them",
         hint="such models cannot be quantized yet",
     )
