@@ -174,7 +174,7 @@ def with_decoded_weights(original: PreTrainedModel, quantized: PreTrainedModel, 
     experts = {name: module for name, module in quantized.named_modules() if isinstance(module, Experts)}
     for name, layer in quantized.named_modules():
         if isinstance(layer, PlaneLinear) and not any(name.startswith(f"{around}.") for around in experts):
-            weight = decode(layer.plane_weight(), bits)
+            weight = decode(layer.plane_weight(), bits if bits in layer.bits else layer.bits[0])  # a head has one
             linear = dense.get_submodule(name)
             linear.weight.data = weight.T.contiguous() if isinstance(linear, Conv1D) else weight
     for name, module in experts.items():

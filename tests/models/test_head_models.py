@@ -9,8 +9,8 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
+from helpers import with_decoded_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 import bitstrata
 from bitstrata.checkpoint import CheckpointReader, validate
@@ -49,14 +49,10 @@ def tokens(seed: int = 0) -> torch.Tensor:
 
 def dense_twin(original: PreTrainedModel, model: PreTrainedModel, bits: int) -> PreTrainedModel:
     """A copy of the original that holds the decoded weights."""
-    dense = copy.deepcopy(original)
+    dense = with_decoded_weights(original, model, bits)
     for name, layer in model.named_modules():
-        if isinstance(layer, PlaneModule):
-            weight = decode(layer.plane_weight(), bits if bits in layer.bits else HEAD_BITS)
-            if isinstance(layer, PlaneLinear) and name.endswith(("lm_head", "embed_out")):
-                weight = decode(layer.plane_weight(), HEAD_BITS)
-            place = dense.get_submodule(name)
-            place.weight.data = weight.T.contiguous() if isinstance(place, Conv1D) else weight
+        if isinstance(layer, PlaneModule) and not isinstance(layer, PlaneLinear):
+            dense.get_submodule(name).weight.data = decode(layer.plane_weight(), HEAD_BITS)
     return dense
 
 

@@ -378,7 +378,7 @@ def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedMode
     folder = resolve(reference, kind="reference model")
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        if getattr(config, "quantization_config", None):
+        if getattr(config, "quantization_config", None) and not is_checkpoint(folder):
             return SourceModel(folder).whole(dtype)  # transformers runs few bits on some machines only
         loaded: Any = causal_class(config)[0].from_pretrained(
             str(folder),
