@@ -92,6 +92,16 @@ def _describe(writer: Any, config: PreTrainedConfig) -> None:
     writer.add_tokenizer_model("no_vocab")  # token ids go in and come out
 
 
+def _loaded(library: Any, path: Path) -> Any:
+    """llama.cpp's model in the file `path`. Raises ResourceError if it cannot be had."""
+    library.llama_log_set(ggml_library.silent_log(), ctypes.c_void_p(0))
+    library.llama_backend_init()
+    model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+    if not model:
+        raise ResourceError(f"llama.cpp cannot load {path}", hint="is there enough memory?")
+    return model
+
+
 class LlamaDecoder:
     """A sequence being continued greedily by llama.cpp, one token a step, after `context` tokens."""
 
@@ -101,11 +111,7 @@ class LlamaDecoder:
         import llama_cpp
 
         self._library, self._vocabulary = llama_cpp, vocabulary
-        llama_cpp.llama_log_set(ggml_library.silent_log(), ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        if not self._model:
-            raise ResourceError(f"llama.cpp cannot load {path}", hint="is there enough memory?")
+        self._model = _loaded(llama_cpp, path)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch = most_tokens, max(context, prompt)
         params.n_threads = params.n_threads_batch = threads
@@ -146,11 +152,7 @@ class LlamaBatch:
         import llama_cpp
 
         self.name, self.bits, self._library, self._vocabulary = name, bits, llama_cpp, vocabulary
-        llama_cpp.llama_log_set(ggml_library.silent_log(), ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        if not self._model:
-            raise ResourceError(f"llama.cpp cannot load {path}", hint="is there enough memory?")
+        self._model = _loaded(llama_cpp, path)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.n_batch = most * (context + tokens + 1), most, most * context
         params.n_threads = params.n_threads_batch = threads
