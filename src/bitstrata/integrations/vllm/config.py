@@ -16,12 +16,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ...checkpoint import CheckpointReader, QuantizationSpec
-from ...errors import UnsupportedBitsError, UsageError
+from ...errors import UsageError
 from ...planes.weights import MAX_BITS
 from .embedding import PlaneVocabularyMethod
 from .linear import PlaneLinearMethod
-from .offered import Offered, serve
-from .options import FIELD, ServeOptions
+from .offered import serve
+from .options import FIELD, ServeOptions, bits_of_layers
 from .rows import Rows
 from .stored import Stored
 from .versions import check_version
@@ -43,17 +43,18 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
         self.heads = {layer.tied: layer.tied for layer in spec.layers.values() if layer.tied}  # likewise
         self._take(options)
 
-    def _take(self, options: ServeOptions) -> None:
-        self.options = options
-        self.max_bits = MAX_BITS if options.max_bits is None else options.max_bits
-        supported = tuple(bits for bits in self.spec.bits if bits <= self.max_bits)
-        if not supported:
-            raise UnsupportedBitsError(f"<= {self.max_bits}", self.spec.bits, where="this checkpoint")
-        self.offered = Offered(supported, max(supported) if options.bits is None else options.bits)
-        self.rows = Rows(self.offered.default)
-        planned = self.spec.planned_layers
-        self.most_planes = max(max(self.spec.layer_bits(name, self.max_bits)) for name in planned)
+    def _take(self, options: ServeOptions, checkpoint: CheckpointReader | None = None) -> None:
+        options.make_policy()
+        self.options, self.offered = options, options.offer(self.spec, checkpoint)
+        self.bits_of = bits_of_layers(self.spec, self.offered)  # the checkpoint's name -> one value for each choice
+        self.rows = Rows(self.bits_of, self.offered.place(self.offered.default))
+        self.loaded_bits = frozenset(bits for table in self.bits_of.values() for bits in table)
         serve(self.offered)
+
+    @property
+    def most_planes(self) -> int:
+        """As many as any layer without a role needs."""
+        return max(self.loaded_bits)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -84,11 +85,13 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Take the operator's options from the model's config, and check the files of a model that is here already.
 
-        Raises CheckpointError for what is missing or malformed, UsageError for options.
+        Raises CheckpointError for what is missing or malformed, UsageError for options, PlanError for plans.
         """
-        self._take(ServeOptions.parse(getattr(hf_config, FIELD, None)))
-        if Path(model_name).is_dir():
-            CheckpointReader(model_name, max_bits=self.options.max_bits).note_changes()
+        options = ServeOptions.parse(getattr(hf_config, FIELD, None))
+        reader = CheckpointReader(model_name, checked=False) if Path(model_name).is_dir() else None
+        self._take(options, reader)
+        if reader is not None:
+            CheckpointReader(model_name, max_bits=self.most_planes).note_changes()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Layers go by the names that vLLM's model has for them."""
@@ -97,13 +100,13 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
 
     @property
     def unused(self) -> re.Pattern[str]:
-        """Matches the names of tensors above `max_bits`; layers with a role are read whole."""
+        """Matches the names of planes and scales that no layer needs; layers with a role are read whole."""
         # models strip the outer names before they map them, so only the last part of a name is sure to be there
         roles = {name for name, own in self.layers.items() if own in self.spec.whole_layers} | self.spec.whole_layers
         last = {name.rpartition(".")[2] for name in roles}
         whole = "".join(rf"(?!(?:.*\.)?{re.escape(name)}\.)" for name in sorted(last))
         planes = "|".join(map(str, range(self.most_planes, MAX_BITS))) or "(?!)"
-        scales = "|".join(map(str, range(self.max_bits + 1, MAX_BITS + 1))) or "(?!)"
+        scales = "|".join(str(bits) for bits in range(1, MAX_BITS + 1) if bits not in self.loaded_bits) or "(?!)"
         return re.compile(rf"^{whole}.*\.(?:plane_(?:{planes})|(?:scale|offset|unit|table)_(?:{scales}))$")
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
@@ -115,7 +118,8 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
         """How `layer`, called `prefix` in vLLM's model, is computed; None for layers that have no weights of ours."""
         if isinstance(layer, LinearBase):
             names = self._names(prefix)
-            return PlaneLinearMethod(self._stored(names), self.rows) if names else UnquantizedLinearMethod()
+            rows = [self.rows.of_layer(name) for name in names]
+            return PlaneLinearMethod(self._stored(names), rows) if names else UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
             if prefix in self.heads:
                 return PlaneVocabularyMethod(None)
@@ -126,7 +130,8 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
         return None
 
     def _stored(self, names: list[str]) -> Stored:
-        return Stored.of(self.spec, names, self.max_bits, self.most_planes)
+        needed = {bits for name in names for bits in self.bits_of.get(name, ())}
+        return Stored.of(self.spec, names, needed, self.loaded_bits)
 
     def _names(self, prefix: str) -> list[str]:
         """The layers of the checkpoint that vLLM's layer `prefix` holds; none for one that is not quantized."""
