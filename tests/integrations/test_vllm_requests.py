@@ -96,7 +96,7 @@ def test_requests_start_lower_while_others_queue_and_high_again_when_there_is_ro
     started = []
     for waiting in (0, 4, 4, 9, 9, 0):
         clock.now += 1
-        admission.observe(waiting, 8, 2)
+        admission.observe(waiting, 2)
         started.append(admission.choice(asked))
     assert started == [4, 3, 2, 2, 2, 4]  # nothing is known of the time per token, so room is enough
     assert (admission.choice(fixed), admission.choice(Asked("small"))) == (4, "small")
@@ -107,7 +107,9 @@ def test_time_between_tokens_counts_while_requests_run():
     admission = Admission(OFFERED, LoadPolicy(target_ms=50, dwell_ms=0), clock)
 
     def step(seconds: float, makes_tokens: bool = True, running: int = 1) -> int:
-        admission.observe(0, running, 2)
+        if not running:
+            admission.idle()
+        admission.observe(0, 2)
         clock.now += seconds
         admission.step_ended(makes_tokens)
         return admission.level
@@ -128,7 +130,7 @@ def test_time_between_tokens_counts_while_requests_run():
 
 def test_without_a_policy_nothing_is_lowered():
     admission = Admission(OFFERED, Policy())
-    admission.observe(99, 8, 2)
+    admission.observe(99, 2)
     assert (admission.level, admission.choice(Asked(4, 2))) == (0, 4)
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 import bitstrata
+from bitstrata.plans import Plan
 
 
 def main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text())
     model = bitstrata.load(asked["model"], dtype=torch.float32)
+    plans = {name: Plan.load(file) for name, file in asked["plans"].items()}
     answers = []
     for prompt, bits in asked["cases"]:
         ids = torch.tensor([prompt])
@@ -25,7 +27,7 @@ def main() -> None:
             made = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                bits=bits,
+                bits=plans.get(bits, bits),
                 do_sample=False,
                 max_new_tokens=asked["count"],
                 min_new_tokens=asked["count"],

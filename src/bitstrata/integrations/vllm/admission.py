@@ -46,11 +46,14 @@ class Admission:
             self._pace.add(now - self._last)
         self._last = now
 
-    def observe(self, waiting: int, running: int, steps: int) -> None:
-        """Called before each step: how many requests wait and run, and the most `steps` of any of them."""
-        if not running:
-            self._last = None
-            self._pace.clear()
+    def idle(self) -> None:
+        """Nothing runs before the next step: how long the steps before took says nothing of it."""
+        self._last = None
+        self._pace.clear()
+        self.observe(waiting=0, steps=0)
+
+    def observe(self, waiting: int, steps: int) -> None:
+        """Called once a step: how many requests found no place in it, and the most `steps` of any request."""
         self.policy.observe(LoadView(self._clock(), waiting, self._pace.mean, steps))
 
     def steps(self, asked: Asked) -> int:

@@ -67,23 +67,29 @@ class BitsScheduler(Scheduler):  # type: ignore[misc]
         super().add_request(request)
 
     def schedule(self, *arguments: Any, **options: Any) -> SchedulerOutput:
+        self._lowerable = {name: one for name, one in self._lowerable.items() if name in self.requests}
+        running, _ = self.get_request_counts()
+        if not running:
+            self._admission.idle()
         self._follow()
-        return super().schedule(*arguments, **options)
+        made = super().schedule(*arguments, **options)
+        _, waiting = self.get_request_counts()
+        self._admission.observe(waiting, max((one.steps for one in self._lowerable.values()), default=0))
+        return made
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         counted = self._choices(scheduler_output) if self._counts is not None else {}
         made = super().update_from_output(scheduler_output, model_runner_output)
         self._admission.step_ended(any(scheduler_output.scheduled_cached_reqs.num_output_tokens))
+        if not any(self.get_request_counts()):
+            self._admission.idle()
         if self._counts is not None:
             outputs = [output for client in made.values() for output in client.outputs]
             self._counts.add(outputs, counted, self._admission.level)
         return made
 
     def _follow(self) -> None:
-        """Show the policy what there is to do, and let requests that wait follow its level."""
-        self._lowerable = {name: one for name, one in self._lowerable.items() if name in self.requests}
-        running, waiting = self.get_request_counts()
-        self._admission.observe(waiting, running, max((one.steps for one in self._lowerable.values()), default=0))
+        """Let requests that wait follow the level."""
         for one in self._lowerable.values():
             choice = self._admission.choice(one.asked)
             if choice != one.now and one.request.status in _WAITING:
