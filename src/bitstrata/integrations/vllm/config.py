@@ -19,6 +19,7 @@ from ...checkpoint import CheckpointReader, QuantizationSpec
 from ...errors import UnsupportedBitsError, UsageError
 from ...planes.weights import MAX_BITS
 from .embedding import PlaneVocabularyMethod
+from .experts import PROJECTIONS, PlaneExpertsMethod
 from .linear import PlaneLinearMethod
 from .offered import Offered, serve
 from .options import FIELD, ServeOptions
@@ -26,6 +27,9 @@ from .rows import Rows
 from .stored import Stored
 from .versions import check_version
 from .words import with_hints
+
+# where a model does not say it, as some with shared experts
+JOINED = {"gate_up_proj": ("gate_proj", "up_proj"), "qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
 
 class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
@@ -121,9 +125,23 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
                 return PlaneVocabularyMethod(None)
             names = self._names(prefix) or ([] if prefix or isinstance(layer, ParallelLMHead) else self._embedding())
             return PlaneVocabularyMethod(self._stored(names)) if names else None
-        if isinstance(layer, RoutedExperts) and any(name.startswith(f"{prefix}.") for name in self.layers):
-            raise UsageError(f"{prefix}: quantized experts are not supported in vLLM yet", hint="use `bitstrata serve`")
+        if isinstance(layer, RoutedExperts):
+            found = self._experts(prefix)
+            bias = any(self.spec.layers[name].bias for name in found.values())
+            stored = {projection: self._stored([name]) for projection, name in found.items()}
+            return PlaneExpertsMethod(layer.moe_config, stored, bias, self.rows) if found else None
         return None
+
+    def _experts(self, prefix: str) -> dict[str, str]:
+        """Projection -> its layer of the checkpoint, of vLLM's experts `prefix`; nothing for ones not quantized."""
+        inside = {own for name, own in self.layers.items() if name.startswith(f"{prefix}.")}
+        merged = {own.rpartition(".")[2]: own for own in inside if self.spec.layers[own].experts is not None}
+        if inside and merged.keys() != set(PROJECTIONS):
+            raise UsageError(
+                f"{prefix}: vLLM has experts of {', '.join(PROJECTIONS)}, the checkpoint {', '.join(sorted(inside))}",
+                hint="use `bitstrata serve`",
+            )
+        return {name: merged[name] for name in PROJECTIONS if merged}
 
     def _stored(self, names: list[str]) -> Stored:
         return Stored.of(self.spec, names, self.max_bits, self.most_planes)
@@ -133,7 +151,8 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
         if prefix in self.layers:
             return [self.layers[prefix]]
         parent, _, last = prefix.rpartition(".")
-        parts = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(last, ())]
+        joined = self.packed_modules_mapping.get(last) or JOINED.get(last, ())
+        parts = [f"{parent}.{part}" for part in joined]
         found = [self.layers[part] for part in parts if part in self.layers]
         if found and len(found) < len(parts):
             missing = sorted(set(parts) - self.layers.keys())

@@ -62,14 +62,29 @@ def take_weight(module: nn.Module, stored: Stored, columns: int, dtype: torch.dt
 
     Raises CheckpointError for what was not loaded.
     """
-    tensors = dict(_filled(module, stored))
-    scales = {bits: make_scales(stored.kind, bits, tensors) for bits in stored.bits}
-    planes = tuple(tensors[f"plane_{index}"] for index in range(stored.planes))
-    weight = PlaneWeight(planes, scales, columns, stored.group_size)
-    packed = pack(weight, dtype=dtype, kernel=steady_kernel(planes[0].device.type, dtype))
-    for name in tensors:
+    (weight,) = take_stored(module, stored, columns)
+    return pack(weight, dtype=dtype, kernel=steady_kernel(weight.planes[0].device.type, dtype))
+
+
+def take_stored(module: nn.Module, stored: Stored, columns: int) -> list[PlaneWeight]:
+    """The filled parameters of `module` as they are, a weight for each expert or one; they leave the module.
+
+    Raises CheckpointError for what was not loaded.
+    """
+    filled = dict(_filled(module, stored))
+    for name in filled:
         delattr(module, name)
-    return packed
+    each = (
+        [filled]
+        if stored.experts is None
+        else [{name: tensor[expert] for name, tensor in filled.items()} for expert in range(stored.experts)]
+    )
+    weights = []
+    for tensors in each:
+        scales = {bits: make_scales(stored.kind, bits, tensors) for bits in stored.bits}
+        planes = tuple(tensors[f"plane_{index}"] for index in range(stored.planes))
+        weights.append(PlaneWeight(planes, scales, columns, stored.group_size))
+    return weights
 
 
 def _filled(module: nn.Module, stored: Stored) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
     bitstrata::served_linear    x [rows, K], the layer's key -> [rows, N]
     bitstrata::served_lookup    ids [rows], the layer's key -> [rows, K]
+    bitstrata::served_experts   x [rows, H], scores and chosen experts [rows, k], the layer's key -> [rows, H]
 
 A compiler sees these ops, and nothing of the bits: one graph serves all of them. As vLLM's own attention does, an op
 gets a layer's key and finds the layer in the forward context. Outside of a compiled graph no op is called.
@@ -37,12 +38,17 @@ class Product:
         """x [..., K] @ W^T -> [..., N], in x's dtype."""
         if self.rows is None:
             return self.weight.linear(x, self.weight.bits[-1])
-        step = get_forward_context() if is_forward_context_available() else None
-        return self.weight.linear(x, self.rows.of(x.shape[:-1].numel(), step, request_starts(step)))
+        return self.weight.linear(x, bits_of(self.rows, x.shape[:-1].numel()))
 
     def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows `ids` [...] of W: [..., K]."""
         return self.weight.lookup(ids, self.weight.bits[-1], dtype)
+
+
+def bits_of(rows: Rows, count: int) -> int | Tensor:
+    """The bits of `count` rows of the step that runs: one value, or int8 [count]."""
+    step = get_forward_context() if is_forward_context_available() else None
+    return rows.of(count, step, request_starts(step))
 
 
 def request_starts(step: ForwardContext | None) -> list[int] | None:
@@ -86,17 +92,32 @@ def lookup(layer: Any, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return product.lookup(ids, dtype)
 
 
-def _product(key: str) -> Product:
-    found: Product = get_forward_context().no_compile_layers[key].product
-    return found
+def experts(layer: Any, x: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+    """What the experts of `layer`, which has a `product`, make of x [rows, H]."""
+    if torch.compiler.is_compiling():
+        y: Tensor = torch.ops.bitstrata.served_experts(x, scores, chosen, layer.product_key)
+        return y
+    made: Tensor = layer.product.run(x, scores, chosen)
+    return made
+
+
+def _product(key: str) -> Any:
+    return get_forward_context().no_compile_layers[key].product
 
 
 def _served_linear(x: Tensor, key: str, out_features: int) -> Tensor:
-    return _product(key).linear(x)
+    y: Tensor = _product(key).linear(x)
+    return y
 
 
 def _served_lookup(ids: Tensor, key: str, width: int, dtype: torch.dtype) -> Tensor:
-    return _product(key).lookup(ids, dtype)
+    y: Tensor = _product(key).lookup(ids, dtype)
+    return y
+
+
+def _served_experts(x: Tensor, scores: Tensor, chosen: Tensor, key: str) -> Tensor:
+    y: Tensor = _product(key).run(x, scores, chosen)
+    return y
 
 
 def _fake_linear(x: Tensor, key: str, out_features: int) -> Tensor:
@@ -107,9 +128,19 @@ def _fake_lookup(ids: Tensor, key: str, width: int, dtype: torch.dtype) -> Tenso
     return ids.new_empty(*ids.shape, width, dtype=dtype)
 
 
+def _fake_experts(x: Tensor, scores: Tensor, chosen: Tensor, key: str) -> Tensor:
+    return torch.empty_like(x)
+
+
 for _name, _schema, _function, _fake in (
     ("served_linear", "(Tensor x, str key, int out_features) -> Tensor", _served_linear, _fake_linear),
     ("served_lookup", "(Tensor ids, str key, int width, ScalarType dtype) -> Tensor", _served_lookup, _fake_lookup),
+    (
+        "served_experts",
+        "(Tensor x, Tensor scores, Tensor chosen, str key) -> Tensor",
+        _served_experts,
+        _fake_experts,
+    ),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")

@@ -2,7 +2,7 @@
 
 vLLM joins layers that share an input: q, k and v; gate and up. Their planes are joined along the output features, which
 is exact, for every output feature has its own planes and scales. So the parts must have the same input, bits, groups
-and kind of scales.
+and kind of scales. Experts are stored as one: their tensors have one more dimension in front.
 
 Tensor parallelism cuts
 
@@ -35,6 +35,11 @@ class Piece:
     output_dim: int
     input_dim: int | None = None
 
+    def of(self, experts: int) -> Piece:
+        """The same of so many experts."""
+        inputs = None if self.input_dim is None else self.input_dim + 1
+        return Piece(self.dtype, (experts, *self.shape), self.output_dim + 1, inputs)
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -44,6 +49,7 @@ class Stored:
         names: of the layers, in the order in which they are joined.
         outputs: output features of each.
         bits: for which there are scales; planes: how many there are.
+        experts: how many there are of such layers; None for one.
     """
 
     names: tuple[str, ...]
@@ -53,6 +59,7 @@ class Stored:
     kind: str
     bits: tuple[int, ...]
     planes: int
+    experts: int | None = None
 
     @property
     def title(self) -> str:
@@ -66,7 +73,13 @@ class Stored:
         """
         layers = [spec.layers[name] for name in names]
         found = {
-            (layer.in_features, spec.layer_group_size(name), layer.decoder, spec.layer_bits(name, max_bits))
+            (
+                layer.in_features,
+                spec.layer_group_size(name),
+                layer.decoder,
+                spec.layer_bits(name, max_bits),
+                layer.experts,
+            )
             for name, layer in zip(names, layers, strict=True)
         }
         if len(found) > 1:
@@ -75,11 +88,11 @@ class Stored:
                 "scales for some of them",
                 hint="quantize them alike",
             )
-        in_features, group_size, kind, bits = found.pop()
+        in_features, group_size, kind, bits, experts = found.pop()
         stored = min(max(spec.layer_bits(name)) for name in names)
         planes = stored if layers[0].role is not None else min(stored, most_planes)
         outputs = tuple(layer.out_features for layer in layers)
-        return cls(tuple(names), outputs, in_features, group_size, kind, bits, planes)
+        return cls(tuple(names), outputs, in_features, group_size, kind, bits, planes, experts)
 
     def pieces(self, rows: int, columns: int) -> dict[str, Piece]:
         """The tensors of a worker that has `rows` output features and `columns` input features of the layers."""
@@ -91,7 +104,7 @@ class Stored:
                 output = 1 if name.startswith("scale_") else 0
                 has_groups = grouped and name.startswith(("scale_", "offset_"))
                 pieces[name] = Piece(dtype, shape, output, output + 1 if has_groups else None)
-        return pieces
+        return pieces if self.experts is None else {name: one.of(self.experts) for name, one in pieces.items()}
 
     def check_cut(self, columns: int, workers: int) -> None:
         """Raise UsageError unless `columns` input features are those of a worker, cut where scales and words end."""
