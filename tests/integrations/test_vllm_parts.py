@@ -7,7 +7,7 @@ import torch
 
 from bitstrata.checkpoint import QuantizationSpec
 from bitstrata.errors import PlanError, UsageError
-from bitstrata.integrations.vllm.options import ServeOptions, bits_of_layers
+from bitstrata.integrations.vllm.options import ServeOptions, bits_of_linears
 from bitstrata.integrations.vllm.rows import Rows
 from bitstrata.integrations.vllm.stored import Stored
 from bitstrata.integrations.vllm.versions import ANY_VERSION, check_version
@@ -50,7 +50,7 @@ def test_a_server_offers_the_bits_below_its_limit_and_its_plans(plan):
     options = ServeOptions.parse({"max_bits": 3, "plans": {"small": plan}, "bits": "small"})
     offered = options.offer(spec)
     assert (offered.choices, offered.default) == ((2, 3, "small"), "small")
-    assert bits_of_layers(spec, offered) == {"up": (2, 3, 2), "down": (2, 3, 4)}
+    assert bits_of_linears(spec, offered) == {"up": (2, 3, 2), "down": (2, 3, 4)}
     assert ServeOptions().offer(spec).default == 4
 
 
@@ -65,13 +65,11 @@ def test_plans_that_do_not_fit_are_refused(plan, tmp_path):
         ServeOptions(plans={"small": plan}, bits="large").offer(spec_of(up=layer(), down=layer()))
 
 
-def test_a_plan_gives_the_experts_of_a_layer_the_same_bits(tmp_path):
+def test_a_plan_gives_each_expert_its_bits(tmp_path):
     spec, path = spec_of(all_dot_up=layer(experts=2)), tmp_path / "plan.json"
-    Plan({"all.0.up": 2, "all.1.up": 2}).save(path)
-    assert bits_of_layers(spec, ServeOptions(plans={"a": str(path)}).offer(spec)) == {"all.up": (2, 3, 4, 2)}
     Plan({"all.0.up": 2, "all.1.up": 3}).save(path)
-    with pytest.raises(UsageError, match="the plan a gives expert 1 of all"):
-        bits_of_layers(spec, ServeOptions(plans={"a": str(path)}).offer(spec))
+    bits = bits_of_linears(spec, ServeOptions(plans={"a": str(path)}).offer(spec))
+    assert bits == {"all.0.up": (2, 3, 4, 2), "all.1.up": (2, 3, 4, 3)}
 
 
 def test_policies_that_change_running_requests_are_refused():
@@ -97,11 +95,11 @@ def test_unknown_versions_of_vllm_are_refused_unless_wanted(monkeypatch):
 
 def rows_of_plans(default: int = 2) -> Rows:
     """Choices 0 to 2 are 2, 3 and 4 bits, choice 3 is a plan."""
-    return Rows({"up": (2, 3, 4, 3), "down": (2, 3, 4, 2), "q": (2, 3, 4, 3)}, default)
+    return Rows({"up": (2, 3, 4, 3), "down": (2, 3, 4, 2), "q": (2, 3, 4, 3)}, 4, default)
 
 
 def test_rows_have_the_bits_of_their_requests():
-    rows = Rows({"up": (2, 3, 4)}, default=2)
+    rows = Rows({"up": (2, 3, 4)}, 3, default=2)
     up = rows.of_layer("up")
     assert up.of(7, object(), [0, 3, 7]) == 4  # nobody told of requests
     rows.requests.update({0: 0, 1: 1})
@@ -122,6 +120,7 @@ def test_a_plan_gives_rows_of_one_request_other_bits_in_other_layers():
     step, starts = object(), [0, 2, 3, 5]
     assert rows.of_layer("up").of(5, step, starts).tolist() == [3, 3, 3, 2, 2]
     assert rows.of_layer("down").of(5, step, starts).tolist() == [2, 2, 3, 2, 2]
+    assert rows.of_choices().of(5, step, starts).tolist() == [3, 3, 1, 0, 0]
     assert rows.of_layer("q").of(5, step, starts) is rows.of_layer("up").of(5, step, starts)
     assert rows.of_layer("down").of(6, step, starts).tolist() == [2, 2, 3, 2, 2, 4]
     assert rows.of_layer("q") == rows.of_layer("up") != rows.of_layer("down")
@@ -132,7 +131,7 @@ def test_a_plan_gives_rows_of_one_request_other_bits_in_other_layers():
 
 
 def test_rows_of_an_unknown_part_of_a_step_are_refused():
-    rows = Rows({"up": (2, 3)}, default=1)
+    rows = Rows({"up": (2, 3)}, 2, default=1)
     rows.requests.update({0: 0, 1: 1})
     with pytest.raises(UsageError, match="whose they are is not known"):
         rows.of_layer("up").of(3, object(), [0, 2, 5])

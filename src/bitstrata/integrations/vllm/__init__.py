@@ -12,7 +12,7 @@ model state, all by vLLM's own doors.
     parameters  those tensors as parameters that vLLM's loader fills
     rows        the bits of every row of the step that runs
     product     a packed weight, and the ops that a compiler sees instead of it
-    linear, embedding, config    the quantization
+    linear, embedding, experts, config    the quantization
     requests    bits of requests: checked in the server, handed to the rows where the model runs
     scheduler   prefixes are shared among requests at the same bits only
     state, loader    the same for model runner V2

@@ -19,13 +19,17 @@ from ...checkpoint import CheckpointReader, QuantizationSpec
 from ...errors import UsageError
 from ...planes.weights import MAX_BITS
 from .embedding import PlaneVocabularyMethod
+from .experts import PROJECTIONS, PlaneExpertsMethod
 from .linear import PlaneLinearMethod
 from .offered import serve
-from .options import FIELD, ServeOptions, bits_of_layers
+from .options import FIELD, ServeOptions, bits_of_linears
 from .rows import Rows
 from .stored import Stored
 from .versions import check_version
 from .words import with_hints
+
+# where a model does not say it, as some with shared experts
+JOINED = {"gate_up_proj": ("gate_proj", "up_proj"), "qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
 
 class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
@@ -46,9 +50,14 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
     def _take(self, options: ServeOptions, checkpoint: CheckpointReader | None = None) -> None:
         options.make_policy()
         self.options, self.offered = options, options.offer(self.spec, checkpoint)
-        self.bits_of = bits_of_layers(self.spec, self.offered)  # the checkpoint's name -> one value for each choice
-        self.rows = Rows(self.bits_of, self.offered.place(self.offered.default))
-        self.loaded_bits = frozenset(bits for table in self.bits_of.values() for bits in table)
+        self.bits_of = bits_of_linears(self.spec, self.offered)
+        self.needed: dict[str, frozenset[int]] = {}  # the bits that a layer is needed at, experts together
+        for name, bits in self.bits_of.items():
+            layer = self.spec.linears[name][0]
+            self.needed[layer] = self.needed.get(layer, frozenset()).union(bits)
+        self.loaded_bits = frozenset().union(*self.needed.values())
+        tables = {name: bits for name, bits in self.bits_of.items() if name in self.needed}  # of no experts
+        self.rows = Rows(tables, len(self.offered.choices), self.offered.place(self.offered.default))
         serve(self.offered)
 
     @property
@@ -125,12 +134,26 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
                 return PlaneVocabularyMethod(None)
             names = self._names(prefix) or ([] if prefix or isinstance(layer, ParallelLMHead) else self._embedding())
             return PlaneVocabularyMethod(self._stored(names)) if names else None
-        if isinstance(layer, RoutedExperts) and any(name.startswith(f"{prefix}.") for name in self.layers):
-            raise UsageError(f"{prefix}: quantized experts are not supported in vLLM yet", hint="use `bitstrata serve`")
+        if isinstance(layer, RoutedExperts):
+            found = self._experts(prefix)
+            bias = any(self.spec.layers[name].bias for name in found.values())
+            stored = {projection: self._stored([name]) for projection, name in found.items()}
+            return PlaneExpertsMethod(layer.moe_config, stored, bias, self.rows, self.bits_of) if found else None
         return None
 
+    def _experts(self, prefix: str) -> dict[str, str]:
+        """Projection -> its layer of the checkpoint, of vLLM's experts `prefix`; nothing for ones not quantized."""
+        inside = {own for name, own in self.layers.items() if name.startswith(f"{prefix}.")}
+        merged = {own.rpartition(".")[2]: own for own in inside if self.spec.layers[own].experts is not None}
+        if inside and merged.keys() != set(PROJECTIONS):
+            raise UsageError(
+                f"{prefix}: vLLM has experts of {', '.join(PROJECTIONS)}, the checkpoint {', '.join(sorted(inside))}",
+                hint="use `bitstrata serve`",
+            )
+        return {name: merged[name] for name in PROJECTIONS if merged}
+
     def _stored(self, names: list[str]) -> Stored:
-        needed = {bits for name in names for bits in self.bits_of.get(name, ())}
+        needed = frozenset().union(*(self.needed.get(name, ()) for name in names))
         return Stored.of(self.spec, names, needed, self.loaded_bits)
 
     def _names(self, prefix: str) -> list[str]:
@@ -138,7 +161,8 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
         if prefix in self.layers:
             return [self.layers[prefix]]
         parent, _, last = prefix.rpartition(".")
-        parts = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(last, ())]
+        joined = self.packed_modules_mapping.get(last) or JOINED.get(last, ())
+        parts = [f"{parent}.{part}" for part in joined]
         found = [self.layers[part] for part in parts if part in self.layers]
         if found and len(found) < len(parts):
             missing = sorted(set(parts) - self.layers.keys())

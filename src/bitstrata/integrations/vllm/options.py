@@ -89,19 +89,9 @@ class ServeOptions(BaseModel):
         return Offered(bits, max(bits) if self.bits is None else self.bits, plans, self.min_bits)
 
 
-def bits_of_layers(spec: QuantizationSpec, offered: Offered) -> dict[str, tuple[int, ...]]:
-    """The bits of every layer without a role, one value for each of the choices that are offered.
-
-    Raises UsageError for a plan that gives the experts of one layer different bits.
-    """
-    found: dict[str, tuple[int, ...]] = {}
-    for linear in spec.planned_layers:
-        layer, expert = spec.linears[linear]
-        bits = tuple(one if isinstance(one, int) else offered.plans[one][linear] for one in offered.choices)
-        if found.setdefault(layer, bits) != bits:
-            name = next(one for one, is_, was in zip(offered.choices, bits, found[layer], strict=True) if is_ != was)
-            raise UsageError(
-                f"the plan {name} gives expert {expert} of {layer} other bits than the first one",
-                hint="in vLLM the experts of a layer run at the same bits",
-            )
-    return found
+def bits_of_linears(spec: QuantizationSpec, offered: Offered) -> dict[str, tuple[int, ...]]:
+    """The bits of all that a plan names, each expert apart: one value for each of the choices that are offered."""
+    return {
+        name: tuple(one if isinstance(one, int) else offered.plans[one][name] for one in offered.choices)
+        for name in spec.planned_layers
+    }

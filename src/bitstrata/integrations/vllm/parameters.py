@@ -82,20 +82,36 @@ def take_weights(
 
     They leave the module. Raises CheckpointError for what was not loaded.
     """
-    tensors = dict(_filled(module, stored))
-    scales = {bits: make_scales(stored.kind, bits, tensors) for bits in stored.bits}
-    planes = tuple(tensors[f"plane_{index}"] for index in range(max(stored.bits)))
-    weight = PlaneWeight(planes, scales, columns, stored.group_size)
-    kernel = steady_kernel(planes[0].device.type, dtype)
+    (weight,) = take_stored(module, stored, columns)
+    kernel = steady_kernel(weight.planes[0].device.type, dtype)
     packed, start = [], 0
     for part in parts:
         own = weight if len(parts) == 1 else weight.outputs(start, start + part.outputs)
         kept = {bits: scales for bits, scales in own.scales.items() if bits in part.bits}
         packed.append(pack(replace(own, planes=own.planes[: max(kept)], scales=kept), dtype=dtype, kernel=kernel))
         start += part.outputs
-    for name in (*tensors, *stored.dropped):
-        delattr(module, name)
     return packed
+
+
+def take_stored(module: nn.Module, stored: Stored, columns: int) -> list[PlaneWeight]:
+    """The filled parameters of `module` as they are, a weight for each expert or one; they leave the module.
+
+    Raises CheckpointError for what was not loaded.
+    """
+    filled = dict(_filled(module, stored))
+    for name in (*filled, *stored.dropped):
+        delattr(module, name)
+    each = (
+        [filled]
+        if stored.experts is None
+        else [{name: tensor[expert] for name, tensor in filled.items()} for expert in range(stored.experts)]
+    )
+    weights = []
+    for tensors in each:
+        scales = {bits: make_scales(stored.kind, bits, tensors) for bits in stored.bits}
+        planes = tuple(tensors[f"plane_{index}"] for index in range(max(stored.bits)))
+        weights.append(PlaneWeight(planes, scales, columns, stored.group_size))
+    return weights
 
 
 def _filled(module: nn.Module, stored: Stored) -> Iterator[tuple[str, Tensor]]:

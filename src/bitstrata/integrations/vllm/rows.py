@@ -24,11 +24,13 @@ class Rows:
 
     Args:
         bits: of each layer by its name, one value for each choice.
+        choices: how many there are.
         default: the choice of requests that ask for nothing, and of steps without requests (warming up).
     """
 
-    def __init__(self, bits: Mapping[str, Sequence[int]], default: int) -> None:
-        self.tables = sorted({tuple(table) for table in bits.values()})
+    def __init__(self, bits: Mapping[str, Sequence[int]], choices: int, default: int) -> None:
+        own = tuple(range(choices))
+        self.tables = [own, *sorted({tuple(table) for table in bits.values()})]
         self._table_of = {layer: self.tables.index(tuple(table)) for layer, table in bits.items()}
         self.default = default
         self.requests: dict[int, int] = {}  # place in the batch -> choice
@@ -40,6 +42,10 @@ class Rows:
     def of_layer(self, layer: str) -> LayerRows:
         """The rows as `layer` reads them."""
         return LayerRows(self, self._table_of[layer])
+
+    def of_choices(self) -> LayerRows:
+        """The rows with their choices themselves, for who looks up many layers at once."""
+        return LayerRows(self, 0)
 
     def hold_buffer(self, rows: int, device: torch.device | str) -> Tensor:
         """From now on rows are read from a buffer of so many, which is returned; they start at the default."""

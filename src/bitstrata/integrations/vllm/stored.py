@@ -2,7 +2,7 @@
 
 vLLM joins layers that share an input: q, k and v; gate and up. Their planes are joined along the output features, which
 is exact, for every output feature has its own planes and scales. So the parts must have the same input, bits, groups
-and kind of scales.
+and kind of scales. Experts are stored as one: their tensors have one more dimension in front.
 
 Tensor parallelism cuts
 
@@ -35,6 +35,11 @@ class Piece:
     output_dim: int
     input_dim: int | None = None
 
+    def of(self, experts: int) -> Piece:
+        """The same of so many experts."""
+        inputs = None if self.input_dim is None else self.input_dim + 1
+        return Piece(self.dtype, (experts, *self.shape), self.output_dim + 1, inputs)
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -45,6 +50,7 @@ class Stored:
         outputs: output features of each.
         bits: for which scales are kept, as many planes as the highest of them needs.
         dropped: what vLLM reads as well, because other layers need it.
+        experts: how many there are of such layers; None for one.
     """
 
     names: tuple[str, ...]
@@ -53,6 +59,7 @@ class Stored:
     group_size: int
     kind: str
     bits: tuple[int, ...]
+    experts: int | None = None
     dropped: tuple[str, ...] = ()
 
     @property
@@ -75,7 +82,7 @@ class Stored:
         if layers[0].role is None:
             kept = {name: tuple(one for one in bits if one in loaded) for name, bits in kept.items()}
         found = {
-            (layer.in_features, spec.layer_group_size(name), layer.decoder, kept[name])
+            (layer.in_features, spec.layer_group_size(name), layer.decoder, kept[name], layer.experts)
             for name, layer in zip(names, layers, strict=True)
         }
         if len(found) > 1:
@@ -84,8 +91,9 @@ class Stored:
                 "scales for some of them",
                 hint="quantize them alike",
             )
-        in_features, group_size, kind, bits = found.pop()
-        whole = cls(tuple(names), tuple(layer.out_features for layer in layers), in_features, group_size, kind, bits)
+        in_features, group_size, kind, bits, experts = found.pop()
+        outputs = tuple(layer.out_features for layer in layers)
+        whole = cls(tuple(names), outputs, in_features, group_size, kind, bits, experts)
         if layers[0].role is not None:
             return whole
         part = replace(whole, bits=tuple(one for one in bits if one in needed))
@@ -102,7 +110,7 @@ class Stored:
                 output = 1 if name.startswith("scale_") else 0
                 has_groups = grouped and name.startswith(("scale_", "offset_"))
                 pieces[name] = Piece(dtype, shape, output, output + 1 if has_groups else None)
-        return pieces
+        return pieces if self.experts is None else {name: one.of(self.experts) for name, one in pieces.items()}
 
     def check_cut(self, columns: int, workers: int) -> None:
         """Raise UsageError unless `columns` input features are those of a worker, cut where scales and words end."""
