@@ -1,4 +1,4 @@
-"""What transformers' `generate` makes of our model: python vllm_reference.py CASES.json, answers to stdout.
+"""What transformers' `generate` makes of our models: python vllm_reference.py ASKED.json, answers to stdout.
 
 A process of its own, so that the kernel can be chosen for it: a server computes in float32 with the exact one whatever
 the number of rows, since its batches change.
@@ -7,19 +7,41 @@ the number of rows, since its batches change.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 import bitstrata
 
+Cases = Sequence[tuple[Sequence[int], int | None]]  # prompts, and the bits of each
 
-def main() -> None:
-    asked = json.loads(Path(sys.argv[1]).read_text())
-    model = bitstrata.load(asked["model"], dtype=torch.float32)
+
+def expected_tokens(
+    models: Mapping[str, tuple[Path, Cases]], count: int, folders: pytest.TempPathFactory
+) -> dict[str, list[list[int]]]:
+    """The `count` tokens of each of the cases of these models, greedily."""
+    from bitstrata.integrations.vllm.parameters import steady_kernel
+
+    path = folders.mktemp("asked") / "asked.json"
+    asked = {name: {"model": str(model), "cases": cases} for name, (model, cases) in models.items()}
+    path.write_text(json.dumps({"models": asked, "count": count}))
+    kernel = steady_kernel("cpu", torch.float32) or "reference"
+    env = {**os.environ, "BITSTRATA_KERNEL": kernel, "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, __file__, str(path)]
+    done = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    answers: dict[str, list[list[int]]] = json.loads(done.stdout)
+    return answers
+
+
+def generated(folder: str, cases: Cases, count: int) -> list[list[int]]:
+    model = bitstrata.load(folder, dtype=torch.float32)
     answers = []
-    for prompt, bits in asked["cases"]:
+    for prompt, bits in cases:
         ids = torch.tensor([prompt])
         with torch.no_grad():
             made = model.generate(
@@ -27,14 +49,16 @@ def main() -> None:
                 attention_mask=torch.ones_like(ids),
                 bits=bits,
                 do_sample=False,
-                max_new_tokens=asked["count"],
-                min_new_tokens=asked["count"],
+                max_new_tokens=count,
+                min_new_tokens=count,
                 eos_token_id=None,
                 pad_token_id=0,
             )
         answers.append(made[0, len(prompt) :].tolist())
-    json.dump(answers, sys.stdout)
+    return answers
 
 
 if __name__ == "__main__":
-    main()
+    given = json.loads(Path(sys.argv[1]).read_text())
+    found = {name: generated(one["model"], one["cases"], given["count"]) for name, one in given["models"].items()}
+    json.dump(found, sys.stdout)
