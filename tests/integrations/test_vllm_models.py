@@ -68,10 +68,11 @@ def test_windows_and_experts_beside_a_shared_one(check):
     together(partial(check, "gemma3", EAGER), partial(check, "qwen2_moe", EAGER))
 
 
-def test_two_workers_that_share_each_expert_and_what_they_cannot_share(check, models):
-    """A layer that they cannot cut is named; experts that each worker would have some of are refused."""
+def test_two_workers_that_share_each_expert(check):
     check("qwen3_moe", EAGER, "--tensor-parallel-size", "2")
 
+
+def test_what_two_workers_cannot_share_is_named_before_it_is_loaded(models):
     def refused(name: str, said: str, *flags: str) -> None:
         assert said in refusal(models[name], EAGER, "--tensor-parallel-size", "2", *flags, env=ONE_THREAD)
 
