@@ -18,6 +18,12 @@ from bitstrata.planes.decode import decode
 
 pytestmark = pytest.mark.vllm
 HIDDEN, INNER, COUNT, CHOSEN, GROUP, BITS = 72, 128, 5, 2, 32, (2, 3, 4)
+# of each linear at the choices of a row: uniform ones, and a plan that differs by expert and projection
+CHOICES = {
+    f"mlp.experts.{expert}.{name}": (*BITS, BITS[(expert + place) % len(BITS)])
+    for expert in range(COUNT)
+    for place, name in enumerate(("gate_proj", "up_proj", "down_proj"))
+}
 SHAPES = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
 
 
@@ -62,10 +68,10 @@ def created(layer: nn.Module, kind: str = "affine", bias: bool = False, group: i
     from bitstrata.integrations.vllm.experts import PlaneExpertsMethod
 
     stored = {
-        name: Stored((f"mlp.experts.{name}",), (rows,), columns, group, kind, BITS, max(BITS), COUNT)
+        name: Stored((f"mlp.experts.{name}",), (rows,), columns, group, kind, BITS, COUNT)
         for name, (rows, columns) in SHAPES.items()
     }
-    method = PlaneExpertsMethod(layer.moe_config, stored, bias, Rows(default=3))
+    method = PlaneExpertsMethod(layer.moe_config, stored, bias, Rows({}, len(BITS) + 1, default=0), CHOICES)
     with set_current_vllm_config(VllmConfig()):
         inner = INNER // layer.moe_config.tp_size
         method.create_weights(layer, COUNT, HIDDEN, inner, torch.float32, weight_loader=None)
@@ -83,17 +89,18 @@ def loaded(method, layer: nn.Module, tensors) -> None:
         method.process_weights_after_loading(layer)
 
 
-def exact(experts, biases, x, scores, chosen, bits, activation):
+def exact(experts, biases, x, scores, chosen, choices, activation):
     """Float64, token by token."""
     y = torch.zeros(len(x), HIDDEN, dtype=torch.float64)
 
-    def linear(name, expert, value, row):
+    def linear(name, expert, choice, row):
+        value = CHOICES[f"mlp.experts.{expert}.{name}"][choice]
         found = decode(experts[name][expert], value, torch.float64) @ row
         return found if biases is None else found + biases[name][expert].double()
 
     for token, row in enumerate(x.double()):
         for expert, score in zip(chosen[token].tolist(), scores[token].double(), strict=True):
-            gate, up = (linear(name, expert, bits[token], row) for name in ("gate_proj", "up_proj"))
+            gate, up = (linear(name, expert, choices[token], row) for name in ("gate_proj", "up_proj"))
             if activation == "swigluoai":
                 gate, up = gate.clamp(max=7), up.clamp(-7, 7)
                 inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
@@ -101,7 +108,7 @@ def exact(experts, biases, x, scores, chosen, bits, activation):
                 inner = gate * torch.sigmoid(gate) * up
             else:
                 inner = nn.functional.gelu(gate, approximate="tanh") * up
-            y[token] += score * linear("down_proj", expert, bits[token], inner)
+            y[token] += score * linear("down_proj", expert, choices[token], inner)
     return y
 
 
@@ -119,15 +126,15 @@ def test_workers_add_up_to_what_the_decoded_experts_compute(kind, activation, bi
     x = torch.randn(tokens, HIDDEN, generator=draw) / HIDDEN**0.5
     chosen = torch.rand(tokens, COUNT, generator=draw).argsort(1)[:, :CHOSEN].int()
     scores = torch.rand(tokens, CHOSEN, generator=draw)
-    bits = [BITS[token % 3] for token in range(tokens)]
+    choices = [3 - token % 4 for token in range(tokens)]  # the plan first
     parts = []
     for rank in range(workers):
         layer = layer_of(rank, workers, activation)
         method = created(layer, kind, bias)
         loaded(method, layer, tensors_of(experts, biases))
-        method.rows.hold_buffer(tokens, "cpu")[:] = torch.tensor(bits, dtype=torch.int8)
+        method.rows.hold_buffer(tokens, "cpu")[0] = torch.tensor(choices, dtype=torch.int8)
         parts.append(method.apply(layer, x, scores, chosen))
-    expected = exact(experts, biases, x, scores, chosen, bits, activation)
+    expected = exact(experts, biases, x, scores, chosen, choices, activation)
     assert largest_error(sum(parts), expected) < 2e-5 * expected.abs().max().item()  # three products in float32
 
 

@@ -13,10 +13,10 @@ FQCN = "bitstrata.integrations.vllm.requests:RequestBits"
 
 
 @pytest.fixture(scope="module")
-def config(checkpoint: Path):
+def config(checkpoint: Path, plan: Path):
     from vllm.engine.arg_utils import EngineArgs
 
-    options = {"bitstrata": {"bits": 3}}
+    options = {"bitstrata": {"bits": 3, "plans": {"mixed": str(plan)}}}
     flags = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "load_format": "bitstrata"}
     return EngineArgs(model=str(checkpoint), hf_overrides=options, **flags).create_engine_config()
 
@@ -39,16 +39,21 @@ def test_every_row_has_the_bits_of_its_request(config):
 
     state = bits_state(DefaultModelState)(config, torch.nn.Linear(1, 1), None, torch.device("cpu"))
     assert isinstance(state, DefaultModelState)
-    for place, extra in ((5, {"bits": 2}), (0, None), (7, {"bits": 4})):
+    for place, extra in ((5, {"bits": 2}), (0, None), (7, {"bits": 4}), (3, {"plan": "mixed"})):
         params = SimpleNamespace(extra_args=extra)
         state.add_request(place, SimpleNamespace(sampling_params=params, mm_features=[], prefill_token_ids=[1]))
-    rows, address = config.quant_config.rows, config.quant_config.rows.of(1, None, None).data_ptr()
-    assert state.prepare_inputs(batch([7, 5, 0], [1, 3, 2]), None) == {}
-    assert rows.of(8, None, None).tolist() == [4, 2, 2, 2, 3, 3, 3, 3]  # and two that fill up the step
+    rows, plan = config.quant_config.rows, config.quant_config.offered.plans["mixed"]
+    layers = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    addresses = [rows.of_layer(layer).of(1, None, None).data_ptr() for layer in layers]
+    assert state.prepare_inputs(batch([7, 5, 3, 0], [1, 3, 1, 1]), None) == {}
+    for layer in layers:
+        seen = rows.of_layer(layer).of(8, None, None).tolist()
+        assert seen == [4, 2, 2, 2, plan[layer], 3, 3, 3]  # and two that fill up the step
     state.add_request(5, SimpleNamespace(sampling_params=SimpleNamespace(extra_args={"bits": 4}), mm_features=[]))
     state.prepare_inputs(batch([5], [2]), None)
-    assert rows.of(4, None, None).tolist() == [4, 4, 3, 3]
-    assert rows.of(4, None, None).data_ptr() == address  # what a recorded graph reads
+    assert [rows.of_layer(layer).of(4, None, None).tolist() for layer in layers] == [[4, 4, 3, 3]] * 3
+    # what a recorded graph reads
+    assert [rows.of_layer(layer).of(1, None, None).data_ptr() for layer in layers] == addresses
 
 
 def test_requests_are_checked_by_the_same_class(config):
@@ -61,7 +66,8 @@ def test_requests_are_checked_by_the_same_class(config):
     for check in (second, lambda params: validate_logits_processors_parameters([FQCN], params)):
         check(SamplingParams(extra_args={"bits": 2}))
         check(SamplingParams())
-        with pytest.raises(VLLMValidationError, match="supported bits: 2, 3, 4"):
+        check(SamplingParams(extra_args={"plan": "mixed"}))
+        with pytest.raises(VLLMValidationError, match="supported bits: 2, 3, 4; plans: mixed"):
             check(SamplingParams(extra_args={"bits": 5}))
 
 

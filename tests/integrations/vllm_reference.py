@@ -17,19 +17,24 @@ import pytest
 import torch
 
 import bitstrata
+from bitstrata.plans import Plan
 
-Cases = Sequence[tuple[Sequence[int], int | None]]  # prompts, and the bits of each
+Cases = Sequence[tuple[Sequence[int], int | str | None]]  # prompts, and the bits of each, or the name of a plan
 
 
 def expected_tokens(
-    models: Mapping[str, tuple[Path, Cases]], count: int, folders: pytest.TempPathFactory
+    models: Mapping[str, tuple[Path, Cases]],
+    count: int,
+    folders: pytest.TempPathFactory,
+    plans: Mapping[str, Path] | None = None,
 ) -> dict[str, list[list[int]]]:
     """The `count` tokens of each of the cases of these models, greedily."""
     from bitstrata.integrations.vllm.parameters import steady_kernel
 
     path = folders.mktemp("asked") / "asked.json"
     asked = {name: {"model": str(model), "cases": cases} for name, (model, cases) in models.items()}
-    path.write_text(json.dumps({"models": asked, "count": count}))
+    named = {name: str(file) for name, file in (plans or {}).items()}
+    path.write_text(json.dumps({"models": asked, "count": count, "plans": named}))
     kernel = steady_kernel("cpu", torch.float32) or "reference"
     env = {**os.environ, "BITSTRATA_KERNEL": kernel, "OMP_NUM_THREADS": "1"}
     run = [sys.executable, __file__, str(path)]
@@ -38,7 +43,7 @@ def expected_tokens(
     return answers
 
 
-def generated(folder: str, cases: Cases, count: int) -> list[list[int]]:
+def generated(folder: str, cases: Cases, count: int, plans: Mapping[str, Plan]) -> list[list[int]]:
     model = bitstrata.load(folder, dtype=torch.float32)
     answers = []
     for prompt, bits in cases:
@@ -47,7 +52,7 @@ def generated(folder: str, cases: Cases, count: int) -> list[list[int]]:
             made = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                bits=bits,
+                bits=plans[bits] if isinstance(bits, str) else bits,
                 do_sample=False,
                 max_new_tokens=count,
                 min_new_tokens=count,
@@ -60,5 +65,8 @@ def generated(folder: str, cases: Cases, count: int) -> list[list[int]]:
 
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[1]).read_text())
-    found = {name: generated(one["model"], one["cases"], given["count"]) for name, one in given["models"].items()}
+    named = {name: Plan.load(file) for name, file in given["plans"].items()}
+    found = {
+        name: generated(one["model"], one["cases"], given["count"], named) for name, one in given["models"].items()
+    }
     json.dump(found, sys.stdout)

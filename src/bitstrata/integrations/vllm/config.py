@@ -16,13 +16,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ...checkpoint import CheckpointReader, QuantizationSpec
-from ...errors import UnsupportedBitsError, UsageError
+from ...errors import UsageError
 from ...planes.weights import MAX_BITS
 from .embedding import PlaneVocabularyMethod
 from .experts import PROJECTIONS, PlaneExpertsMethod
 from .linear import PlaneLinearMethod
-from .offered import Offered, serve
-from .options import FIELD, ServeOptions
+from .offered import serve
+from .options import FIELD, ServeOptions, bits_of_linears
 from .rows import Rows
 from .stored import Stored
 from .versions import check_version
@@ -47,17 +47,23 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
         self.heads = {layer.tied: layer.tied for layer in spec.layers.values() if layer.tied}  # likewise
         self._take(options)
 
-    def _take(self, options: ServeOptions) -> None:
-        self.options = options
-        self.max_bits = MAX_BITS if options.max_bits is None else options.max_bits
-        supported = tuple(bits for bits in self.spec.bits if bits <= self.max_bits)
-        if not supported:
-            raise UnsupportedBitsError(f"<= {self.max_bits}", self.spec.bits, where="this checkpoint")
-        self.offered = Offered(supported, max(supported) if options.bits is None else options.bits)
-        self.rows = Rows(self.offered.default)
-        planned = self.spec.planned_layers
-        self.most_planes = max(max(self.spec.layer_bits(name, self.max_bits)) for name in planned)
+    def _take(self, options: ServeOptions, checkpoint: CheckpointReader | None = None) -> None:
+        options.make_policy()
+        self.options, self.offered = options, options.offer(self.spec, checkpoint)
+        self.bits_of = bits_of_linears(self.spec, self.offered)
+        self.needed: dict[str, frozenset[int]] = {}  # the bits that a layer is needed at, experts together
+        for name, bits in self.bits_of.items():
+            layer = self.spec.linears[name][0]
+            self.needed[layer] = self.needed.get(layer, frozenset()).union(bits)
+        self.loaded_bits = frozenset().union(*self.needed.values())
+        tables = {name: bits for name, bits in self.bits_of.items() if name in self.needed}  # of no experts
+        self.rows = Rows(tables, len(self.offered.choices), self.offered.place(self.offered.default))
         serve(self.offered)
+
+    @property
+    def most_planes(self) -> int:
+        """As many as any layer without a role needs."""
+        return max(self.loaded_bits)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -88,11 +94,13 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Take the operator's options from the model's config, and check the files of a model that is here already.
 
-        Raises CheckpointError for what is missing or malformed, UsageError for options.
+        Raises CheckpointError for what is missing or malformed, UsageError for options, PlanError for plans.
         """
-        self._take(ServeOptions.parse(getattr(hf_config, FIELD, None)))
-        if Path(model_name).is_dir():
-            CheckpointReader(model_name, max_bits=self.options.max_bits).note_changes()
+        options = ServeOptions.parse(getattr(hf_config, FIELD, None))
+        reader = CheckpointReader(model_name, checked=False) if Path(model_name).is_dir() else None
+        self._take(options, reader)
+        if reader is not None:
+            CheckpointReader(model_name, max_bits=self.most_planes).note_changes()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Layers go by the names that vLLM's model has for them."""
@@ -101,13 +109,13 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
 
     @property
     def unused(self) -> re.Pattern[str]:
-        """Matches the names of tensors above `max_bits`; layers with a role are read whole."""
+        """Matches the names of planes and scales that no layer needs; layers with a role are read whole."""
         # models strip the outer names before they map them, so only the last part of a name is sure to be there
         roles = {name for name, own in self.layers.items() if own in self.spec.whole_layers} | self.spec.whole_layers
         last = {name.rpartition(".")[2] for name in roles}
         whole = "".join(rf"(?!(?:.*\.)?{re.escape(name)}\.)" for name in sorted(last))
         planes = "|".join(map(str, range(self.most_planes, MAX_BITS))) or "(?!)"
-        scales = "|".join(map(str, range(self.max_bits + 1, MAX_BITS + 1))) or "(?!)"
+        scales = "|".join(str(bits) for bits in range(1, MAX_BITS + 1) if bits not in self.loaded_bits) or "(?!)"
         return re.compile(rf"^{whole}.*\.(?:plane_(?:{planes})|(?:scale|offset|unit|table)_(?:{scales}))$")
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
@@ -119,7 +127,8 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
         """How `layer`, called `prefix` in vLLM's model, is computed; None for layers that have no weights of ours."""
         if isinstance(layer, LinearBase):
             names = self._names(prefix)
-            return PlaneLinearMethod(self._stored(names), self.rows) if names else UnquantizedLinearMethod()
+            rows = [self.rows.of_layer(name) for name in names]
+            return PlaneLinearMethod(self._stored(names), rows) if names else UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
             if prefix in self.heads:
                 return PlaneVocabularyMethod(None)
@@ -129,7 +138,7 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
             found = self._experts(prefix)
             bias = any(self.spec.layers[name].bias for name in found.values())
             stored = {projection: self._stored([name]) for projection, name in found.items()}
-            return PlaneExpertsMethod(layer.moe_config, stored, bias, self.rows) if found else None
+            return PlaneExpertsMethod(layer.moe_config, stored, bias, self.rows, self.bits_of) if found else None
         return None
 
     def _experts(self, prefix: str) -> dict[str, str]:
@@ -144,7 +153,8 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
         return {name: merged[name] for name in PROJECTIONS if merged}
 
     def _stored(self, names: list[str]) -> Stored:
-        return Stored.of(self.spec, names, self.max_bits, self.most_planes)
+        needed = frozenset().union(*(self.needed.get(name, ()) for name in names))
+        return Stored.of(self.spec, names, needed, self.loaded_bits)
 
     def _names(self, prefix: str) -> list[str]:
         """The layers of the checkpoint that vLLM's layer `prefix` holds; none for one that is not quantized."""

@@ -12,7 +12,7 @@ over workers (expert parallelism) are refused: those get tokens of other workers
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,11 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from ...checkpoint.schema import expert_name
 from ...errors import CheckpointError, UsageError
-from ...nn import BitsState, Experts, PlaneLinear
+from ...nn import Assignment, BitsState, Experts, PlaneLinear
+from ...nn.bits import Choice
 from . import product
 from .parameters import Load, Loading, add_guard, add_parameters, steady_kernel, take_stored
-from .rows import Rows
+from .rows import LayerRows, Rows
 from .stored import Stored
 from .words import with_hints
 
@@ -46,12 +47,14 @@ class PlaneExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     Args:
         stored: of gate_proj, up_proj and down_proj; bias: whether they have one.
-        rows: of the model.
+        rows: of the model; bits_of: of each expert's linears, for each choice of a row.
     """
 
-    def __init__(self, moe: Any, stored: dict[str, Stored], bias: bool, rows: Rows) -> None:
+    def __init__(
+        self, moe: Any, stored: dict[str, Stored], bias: bool, rows: Rows, bits_of: Mapping[str, Sequence[int]]
+    ) -> None:
         super().__init__(moe)
-        self.stored, self.bias, self.rows = stored, bias, rows
+        self.stored, self.bias, self.rows, self.bits_of = stored, bias, rows, bits_of
 
     @with_hints()
     def create_weights(
@@ -131,7 +134,8 @@ class PlaneExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             merged=(),
         )
         experts.set_linears(linears)
-        layer.product = ExpertsProduct(experts, state, self.rows)
+        choices = tuple(zip(*(self.bits_of[one] for one in held), strict=True))
+        layer.product = ExpertsProduct(experts, state, self.rows.of_choices(), choices)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: it says how vLLM's own kernels are called."""
@@ -150,14 +154,23 @@ class PlaneExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
 
 class ExpertsProduct:
-    """The experts of one layer, where they are multiplied."""
+    """The experts of one layer, where they are multiplied.
 
-    def __init__(self, experts: Experts, state: BitsState, rows: Rows) -> None:
-        self.experts, self.state, self.rows = experts, state, rows
+    Args:
+        choices: the bits of all linears of `state`, for each choice of a row.
+    """
+
+    def __init__(self, experts: Experts, state: BitsState, rows: LayerRows, choices: tuple[Choice, ...]) -> None:
+        self.experts, self.state, self.rows, self.choices = experts, state, rows, choices
 
     def run(self, x: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
         """x [rows, H], scores and chosen [rows, k] -> [rows, H]."""
-        with self.state.using(product.bits_of(self.rows, len(x))):
+        now = product.bits_of(self.rows, len(x))
+        if isinstance(now, int):
+            assigned = Assignment(None, (self.choices[now],))
+        else:
+            assigned = Assignment(None, self.choices, now.long())
+        with self.state.using(assigned):
             y: Tensor = self.experts(x, chosen, scores)
         return y
 

@@ -1,6 +1,7 @@
 """`--load-format bitstrata`: vLLM's own loader, which then tells model runner V2 of the bits.
 
-It also leaves alone the files that hold nothing but planes and scales above `max_bits`, which need not be there.
+It also leaves alone the files that hold nothing but planes and scales that no request can ask for; those above all that
+it needs need not be there.
 """
 
 from __future__ import annotations
@@ -52,5 +53,5 @@ def _lacks_files(folder: Path, config: BitstrataConfig) -> bool:
     """Whether some files of a checkpoint on this machine were left out; those that are needed have been looked at."""
     if not folder.is_dir():
         return False
-    files = set(CheckpointReader(folder, max_bits=config.options.max_bits, checked=False).weight_map.values())
+    files = set(CheckpointReader(folder, max_bits=config.most_planes, checked=False).weight_map.values())
     return not all((folder / file).exists() for file in files)

@@ -10,6 +10,7 @@ gets a layer's key and finds the layer in the forward context. Outside of a comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,33 +20,36 @@ from vllm.forward_context import ForwardContext, get_forward_context, is_forward
 
 from ...errors import UsageError
 from ...kernels import Weight
-from .rows import Rows
+from .rows import LayerRows
 
 _LIBRARY = torch.library.Library("bitstrata", "FRAGMENT")
 
 
 class Product:
-    """A layer's weight [N, K].
+    """A layer's weight [N, K], in parts that follow each other along N.
 
     Args:
-        rows: of the model; None for a layer that always runs at the one precision that it has.
+        parts: each with the rows that it runs at; None for a layer that always runs at the one precision that it has.
     """
 
-    def __init__(self, weight: Weight, rows: Rows | None) -> None:
-        self.weight, self.rows = weight, rows
+    def __init__(self, parts: Sequence[tuple[Weight, LayerRows | None]]) -> None:
+        self.parts = tuple(parts)
 
     def linear(self, x: Tensor) -> Tensor:
         """x [..., K] @ W^T -> [..., N], in x's dtype."""
-        if self.rows is None:
-            return self.weight.linear(x, self.weight.bits[-1])
-        return self.weight.linear(x, bits_of(self.rows, x.shape[:-1].numel()))
+        count = x.shape[:-1].numel()
+        made = [
+            weight.linear(x, weight.bits[-1] if rows is None else bits_of(rows, count)) for weight, rows in self.parts
+        ]
+        return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
     def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows `ids` [...] of W: [..., K]."""
-        return self.weight.lookup(ids, self.weight.bits[-1], dtype)
+        """Rows `ids` [...] of W, which is in one part: [..., K]."""
+        ((weight, _),) = self.parts
+        return weight.lookup(ids, weight.bits[-1], dtype)
 
 
-def bits_of(rows: Rows, count: int) -> int | Tensor:
+def bits_of(rows: LayerRows, count: int) -> int | Tensor:
     """The bits of `count` rows of the step that runs: one value, or int8 [count]."""
     step = get_forward_context() if is_forward_context_available() else None
     return rows.of(count, step, request_starts(step))
