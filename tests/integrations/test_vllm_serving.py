@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from vllm_server import EAGER, NAMES, PER_REQUEST, Server, refusal, serving
+from vllm_reference import expected_tokens
+from vllm_server import (
+    EAGER,
+    NAMES,
+    ONE_THREAD,
+    PER_REQUEST,
+    SMALL_BLOCKS,
+    TRACED,
+    WARMED_UP,
+    Server,
+    refusal,
+    serving,
+)
 
 from bitstrata.checkpoint import CheckpointReader
 
@@ -23,11 +31,6 @@ COUNTS = "PROMETHEUS_MULTIPROC_DIR"
 PLAN = "mixed"
 BITS = (2, 3, 4, None, PLAN)
 NAME = "OUT"  # and OUT:2, OUT:mixed
-TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # on however few cores there are
-# A later stage has nowhere to put what it receives before a warm-up, which vLLM skips where nothing is compiled.
-TRACED = ("--compilation-config", '{"mode": 2, "backend": "eager"}')
-WARMED_UP = {"VLLM_CPU_CI_ENV": "0", "VLLM_CPU_KVCACHE_SPACE": None}
-SMALL_BLOCKS = ("--block-size", "32")
 
 
 @pytest.fixture(scope="session")
@@ -40,22 +43,9 @@ def cases() -> list[tuple[list[int], int | str | None]]:
 
 @pytest.fixture(scope="session")
 def expected(checkpoint, plan, cases, tmp_path_factory) -> list[list[int]]:
-    path = tmp_path_factory.mktemp("cases") / "cases.json"
-    path.write_text(json.dumps({"model": str(checkpoint), "plans": {PLAN: str(plan)}, "cases": cases, "count": COUNT}))
-    script = Path(__file__).with_name("vllm_reference.py")
-    env = {**os.environ, "BITSTRATA_KERNEL": exact_kernel(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script), str(path)], check=True, capture_output=True, text=True, env=env)
-    answers: list[list[int]] = json.loads(done.stdout)
+    answers = expected_tokens({"demo": (checkpoint, cases)}, COUNT, tmp_path_factory, {PLAN: plan})["demo"]
     assert len({tuple(answer) for answer in answers}) > 12  # else equal tokens would say little
     return answers
-
-
-def exact_kernel() -> str:
-    import torch
-
-    from bitstrata.integrations.vllm.parameters import steady_kernel
-
-    return steady_kernel("cpu", torch.float32) or "reference"
 
 
 def options(**given) -> tuple[str, str]:
@@ -179,7 +169,7 @@ def test_a_prefix_is_shared_at_the_same_bits_only(server: Server):
 
 def test_two_workers_that_share_each_layer(checkpoint, plan, cases, expected, tmp_path):
     flags = (*PER_REQUEST, *SMALL_BLOCKS, EAGER, "--tensor-parallel-size", "2", *options(plans={PLAN: str(plan)}))
-    with serving(checkpoint, tmp_path / "log", *flags, env=TWO_WORKERS) as server:
+    with serving(checkpoint, tmp_path / "log", *flags, env=ONE_THREAD) as server:
         assert server.many(cases, COUNT) == expected
 
 
@@ -192,7 +182,7 @@ def test_two_workers_with_half_of_the_layers_each(checkpoint, cases, expected, t
     flags = (*PER_REQUEST, *SMALL_BLOCKS, "--load-format", "bitstrata", *options(bits=2, max_bits=3))
     stages = ("--pipeline-parallel-size", "2", "--gpu-memory-utilization", "0.1")  # the latter of main memory
     kept = [(i, bits) for i, (_, bits) in enumerate(cases) if bits in (2, 3)]
-    with serving(small, tmp_path / "log", *flags, *stages, *TRACED, env=TWO_WORKERS | WARMED_UP) as server:
+    with serving(small, tmp_path / "log", *flags, *stages, *TRACED, env=ONE_THREAD | WARMED_UP) as server:
         asked = [(cases[i][0], None if bits == 2 else bits) for i, bits in kept]
         assert server.many(asked, COUNT) == [expected[i] for i, _ in kept]
         status, answer = server.post("/v1/completions", {"prompt": [5], "max_tokens": 1, "vllm_xargs": {"bits": 4}})

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of several architectures, whose layers two workers can share."""
+"""Tiny random checkpoints of several architectures; two workers can share the layers of all but the last."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], int | None]] = {
         {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 32},
         None,
     ),
-    "qwen3_moe": ("Qwen3MoeConfig", {**EXPERTS, "tie_word_embeddings": False}, None),
-    # experts beside a shared one with a gate, and biases of q, k and v
+    "qwen3_moe": ("Qwen3MoeConfig", {**EXPERTS, "tie_word_embeddings": False}, 5),
+    # experts beside a shared one with a gate, of a width that two workers cannot share; biases of q, k and v
     "qwen2_moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 96, "norm_topk_prob": True}, None),
 }
 

@@ -22,6 +22,11 @@ SCHEDULER = "bitstrata.integrations.vllm.scheduler.BitsScheduler"
 NAMES = "bitstrata.integrations.vllm.names.ModelNames"
 EAGER = "--enforce-eager"
 PER_REQUEST = ("--logits-processors", REQUESTS, "--scheduler-cls", SCHEDULER)
+SMALL_BLOCKS = ("--block-size", "32")
+ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # a worker, on however few cores there are
+# A later stage has nowhere to put what it receives before a warm-up, which vLLM skips where nothing is compiled.
+TRACED = ("--compilation-config", '{"mode": 2, "backend": "eager"}')
+WARMED_UP = {"VLLM_CPU_CI_ENV": "0", "VLLM_CPU_KVCACHE_SPACE": None}
 START_LIMIT = 400  # seconds: three processes import torch and vLLM, one after the other, on a busy machine
 
 
