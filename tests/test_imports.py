@@ -24,6 +24,7 @@ ROOMS = [
     "memory",
     "torch_state",
     "options",
+    "verbs",
     "progress",
     "tables",
     "metrics",
@@ -46,7 +47,17 @@ ROOMS = [
     "cli",
     "integrations",
 ]
-GROUND = ("errors", "version", "memory", "torch_state", "options", "progress", "tables", "metrics")  # one floor
+GROUND = (
+    "errors",
+    "version",
+    "memory",
+    "torch_state",
+    "options",
+    "verbs",
+    "progress",
+    "tables",
+    "metrics",
+)  # one floor
 MOST_FLOORS = 8
 LATE = "kernels.triton"  # one of its files imports triton, and is itself imported where a product is first asked for
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -17,10 +17,11 @@ from ..errors import UsageError
 from ..models import check_vocabulary, context_limit, load_reference, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..models.source import SourceModel
-from ..options import PlanOptions, verb
+from ..options import PlanOptions
 from ..plans import PAGES_FILE, ModelSizes, Plan, load, parse_budget
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
+from ..verbs import verb
 from . import greedy, milp, paired, waterfill
 from .objective import Objective
 from .order import page_order

@@ -24,11 +24,12 @@ from ..models import (
 )
 from ..models.load import pick_device
 from ..nn import BitsOrPlan, bits_state, multiplied_layers
-from ..options import EvaluateOptions, verb
+from ..options import EvaluateOptions
 from ..planes import whole_number
 from ..plans import Plan, bits_name, highest_bits, load, parse_bits_or_plans
 from ..progress import Steps, note, notes, own_notes
 from ..torch_state import ordinary_torch
+from ..verbs import verb
 from .arithmetic import ARITHMETICS, Ran
 from .report import BitsResult, Evaluation
 
