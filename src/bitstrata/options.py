@@ -157,6 +157,9 @@ class EvaluateOptions:
     seq_len: Annotated[int | None, Argument("Tokens a window (default 2048), at most the model's context.")] = None
     max_tokens: Annotated[int | None, Argument("Stop after so many predicted tokens.")] = None
     _: KW_ONLY
+    scored: Annotated[
+        str, Argument("Tokens of a window that count: all, or second-half, as llama-perplexity does (windows of 512).")
+    ] = "all"
     arithmetic: Annotated[
         str | None,
         Argument("exact, or int8 as in decoding on a CPU. By default what runs for windows of this length."),
