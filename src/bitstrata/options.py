@@ -144,10 +144,13 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure perplexity, KL divergence and top-1 agreement at each bits."""
+    """Measure each bits on a text, on tasks, or at the decisions of chats: distance from the original and scores."""
 
     model: Annotated[str | Path | PreTrainedModel, Checkpoint]
-    text: Annotated[str | Path, Argument("UTF-8 text, documents separated by <|endoftext|>; or stdlib.")]
+    text: Annotated[
+        str | Path | None,
+        Argument("Perplexity, KL divergence, top-1: a UTF-8 text, documents separated by <|endoftext|>; or stdlib."),
+    ] = None
     bits: Annotated[
         Any, Argument("Bits and plans to measure: 2,3,plan.json. All bits by default; of one plan's pages that plan.")
     ] = None
@@ -160,6 +163,14 @@ class EvaluateOptions:
     scored: Annotated[
         str, Argument("Tokens of a window that count: all, or second-half, as llama-perplexity does (windows of 512).")
     ] = "all"
+    tasks: Annotated[
+        str | Sequence[str],
+        Argument("Tasks of lm-eval (extra eval): names, YAML files, folders, with commas; repeatable.", each=texts),
+    ] = ()
+    limit: Annotated[float | None, Argument("Examples of each task; below 1 a share of them.")] = None
+    num_fewshot: Annotated[int | None, Argument("Examples in front of each question of a task.")] = None
+    batch_size: Annotated[int, Argument("Requests of a task computed at a time.")] = 1
+    apply_chat_template: Annotated[bool, Argument("Ask tasks through the model's chat template.")] = False
     arithmetic: Annotated[
         str | None,
         Argument("exact, or int8 as in decoding on a CPU. By default what runs for windows of this length."),

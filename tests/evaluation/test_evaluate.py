@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,17 @@ def test_windows_of_second_halves_are_512_long_unless_said_otherwise(quantized: 
         evaluate(quantized, text, scored="last", device="cpu")
     with pytest.raises(UsageError, match="seq_len must be at least 3, got 2"):
         evaluate(quantized, text, scored="second-half", seq_len=2, device="cpu")
+
+
+def test_without_anything_to_measure_and_without_the_harness_a_sentence_says_so(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="nothing to measure"):
+        evaluate(quantized)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UsageError, match="tasks need lm-evaluation-harness") as caught:
+        evaluate("nowhere", tasks="hellaswag")  # said before a model is looked for
+    assert "bitstrata[eval]" in (caught.value.hint or "")
 
 
 def test_a_text_shorter_than_a_window_has_no_second_half(quantized: Path, tmp_path: Path) -> None:

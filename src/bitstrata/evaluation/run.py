@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from .. import arguments
 from ..calibration import SCORED
 from ..errors import UsageError
-from ..metrics import Metrics
 from ..nn import multiplied_layers
 from ..options import EvaluateOptions
 from ..plans import bits_name
@@ -15,47 +15,68 @@ from ..progress import notes, own_notes
 from ..torch_state import ordinary_torch
 from ..verbs import verb
 from .arithmetic import ARITHMETICS
-from .perplexity import measure_text
+from .perplexity import OnText, measure_text
 from .report import BitsResult, Evaluation
 from .subject import Subject
+from .tasks import OnTasks, check_tasks, measure_tasks
 
 
 @verb(EvaluateOptions)
 @ordinary_torch()
 @own_notes()
 def evaluate(options: EvaluateOptions) -> Evaluation:
-    """Measure a quantized model on a text. `model` and `reference` may be loaded models as well.
+    """Measure a quantized model on a text, on tasks, or both. `model` and `reference` may be loaded models as well.
 
     `bits` is a number, a plan, several of them, or their names in a text: `2,3,plan.json`. Without `arithmetic`, the
     quantized layers compute as the model does for windows of this length; the result says which that was.
 
     Raises:
         UnsupportedBitsError, PlanError, TextError, ModelError, CheckpointError: the input named in the message.
+        UsageError: nothing to measure; tasks without lm-evaluation-harness, or that it does not know.
+        InputError: a task that fails.
         KernelError: nothing here computes in this arithmetic, or not the forced kernel.
     """
     seq_len, max_tokens = _checked(options)
     subject = Subject.of(options)
-    found = measure_text(subject, options.text, seq_len=seq_len, max_tokens=max_tokens, scored=options.scored)
-    base = found.original
+    on_text, on_tasks = None, None
+    if options.text is not None:
+        on_text = measure_text(subject, options.text, seq_len=seq_len, max_tokens=max_tokens, scored=options.scored)
+    if options.tasks:
+        on_tasks = measure_tasks(subject, options)
     arithmetics, kernels = subject.ran.names()
     return Evaluation(
         model=str(subject.model.name_or_path),
-        text=str(options.text),
-        tokens=found.rows[0].tokens,
-        seq_len=found.seq_len,
+        text=None if options.text is None else str(options.text),
+        tokens=0 if on_text is None else on_text.rows[0].tokens,
+        seq_len=None if on_text is None else on_text.seq_len,
         scored=options.scored,
-        reference=None
-        if base is None
-        else {"perplexity": base.perplexity, "nll": base.nll, "perplexity_error": base.perplexity_error},
-        results=tuple(_rows(subject, found.rows)),
+        reference=None if subject.original is None else _reference(on_text, on_tasks),
+        results=tuple(_rows(subject, on_text, on_tasks)),
         arithmetic=arithmetics,
         kernel=kernels,
+        tasks=None if on_tasks is None else on_tasks.asked,
         notes=notes(),
     )
 
 
+def _reference(on_text: OnText | None, on_tasks: OnTasks | None) -> dict[str, Any]:
+    base = None if on_text is None else on_text.original
+    return {
+        "perplexity": None if base is None else base.perplexity,
+        "nll": None if base is None else base.nll,
+        "perplexity_error": None if base is None else base.perplexity_error,
+        "tasks": None if on_tasks is None else on_tasks.original,
+    }
+
+
 def _checked(options: EvaluateOptions) -> tuple[int | None, int | None]:
-    """seq_len and max_tokens. Raises UsageError for what cannot be used, and for unknown names."""
+    """seq_len and max_tokens, once everything was looked at that can be before a model is loaded.
+
+    Raises UsageError for what cannot be used, and for unknown names."""
+    if options.text is None and not options.tasks:
+        raise UsageError("nothing to measure", hint="give --text FILE, --tasks NAMES, or both")
+    if options.tasks:
+        check_tasks(options)
     if options.arithmetic not in (None, *ARITHMETICS):
         raise UsageError(f"arithmetic {options.arithmetic!r} is not known", hint=f"one of {', '.join(ARITHMETICS)}")
     if options.scored not in SCORED:
@@ -68,20 +89,22 @@ def _checked(options: EvaluateOptions) -> tuple[int | None, int | None]:
     return seq_len, max_tokens
 
 
-def _rows(subject: Subject, found: tuple[Metrics, ...]) -> Iterator[BitsResult]:
+def _rows(subject: Subject, on_text: OnText | None, on_tasks: OnTasks | None) -> Iterator[BitsResult]:
     """What was measured, with the bytes that a token reads."""
     layers = multiplied_layers(subject.model)
     count = sum(layer.share * layer.in_features * layer.out_features for layer in layers)
-    for bits, row in zip(subject.chosen, found, strict=True):
+    for number, bits in enumerate(subject.chosen):
         size = round(sum(layer.share * layer.bytes_read(bits) for layer in layers))
+        row = None if on_text is None else on_text.rows[number]
         yield BitsResult(
             bits=bits_name(bits),
-            perplexity=row.perplexity,
-            nll=row.nll,
-            kld=row.kld,
-            top1_agreement=row.top1_agreement,
+            perplexity=None if row is None else row.perplexity,
+            nll=None if row is None else row.nll,
+            kld=None if row is None else row.kld,
+            top1_agreement=None if row is None else row.top1_agreement,
             bpw_read=8 * size / count,
             bytes=size,
-            perplexity_error=row.perplexity_error,
-            spread=row.spread,
+            perplexity_error=None if row is None else row.perplexity_error,
+            spread=None if row is None else row.spread,
+            tasks=None if on_tasks is None else on_tasks.rows[number],
         )
