@@ -92,7 +92,8 @@ class QuantizeOptions:
     method: Annotated[str, Argument("nested, anybcq, anyprecision, bpdq, gptq, bcq or rtn.")] = "nested"
     group_size: Annotated[int, Argument("Input columns that share scales.")] = 128
     calibration: Annotated[
-        str | Path | None, Argument("UTF-8 text file, or stdlib; the final check is measured on it too.")
+        str | Path | None,
+        Argument("UTF-8 file, chats (.jsonl), stdlib, chat, or several: a.txt,chat:0.3. The final check takes it too."),
     ] = None
     num_samples: Annotated[int, Argument("Windows to calibrate on.")] = 128
     seq_len: Annotated[int, Argument("Tokens a window.")] = 2048
@@ -149,7 +150,9 @@ class EvaluateOptions:
     model: Annotated[str | Path | PreTrainedModel, Checkpoint]
     text: Annotated[
         str | Path | None,
-        Argument("Perplexity, KL divergence, top-1: a UTF-8 text, documents separated by <|endoftext|>; or stdlib."),
+        Argument(
+            "For perplexity, kld, top-1: a UTF-8 file, <|endoftext|> between documents; chats .jsonl; stdlib, chat."
+        ),
     ] = None
     bits: Annotated[
         Any, Argument("Bits and plans to measure: 2,3,plan.json. All bits by default; of one plan's pages that plan.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration import calibration_windows, read_text, text_digest
+from ..calibration import calibration_windows, read_mix, text_digest, text_name
 from ..checkpoint import CheckpointReader, Fingerprint
 from ..errors import UsageError
 from ..models import check_vocabulary, context_limit, load_reference, load_tokenizer, resolve
@@ -150,7 +150,7 @@ class _MeasuredOn:
     @classmethod
     def of(cls, reader: CheckpointReader, text: str | Path, options: PlanOptions) -> _MeasuredOn:
         seq_len, reference, seed = options.seq_len, options.reference, options.seed
-        documents = read_text(text, part="calibration")
+        documents = read_mix(text, part="calibration")
         where = pick_device(options.device)
         tokenizer = load_tokenizer(reader.folder)
         # float32 on a CPU, as in `evaluate`: exact there, and no slower
@@ -167,7 +167,7 @@ class _MeasuredOn:
         digests = None if reference is None else SourceModel(resolve(reference, kind="reference model")).digests()
         settings = MeasurementSettings(
             measure=cast("Measure", options.measure or "kld"),
-            text=Path(text).name,
+            text=text_name(text),
             text_sha256=text_digest(documents),
             reference=None if reference is None else Path(reference).name,
             reference_sha256=None if digests is None else text_digest([f"{k} {v}" for k, v in sorted(digests.items())]),

@@ -53,19 +53,7 @@ def read_text(text: str | Path, part: str | None = None) -> list[str]:
     )
     if text == "stdlib":
         return stdlib_documents(part)
-    path, name = Path(text), arguments.shown(text, LONGEST_PATH)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise TextError(f"there is no text {name}", hint="pass a UTF-8 file, or the built-in text `stdlib`") from None
-    except UnicodeDecodeError as error:
-        raise TextError(
-            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
-            hint="convert it, for example: iconv -f latin1 -t utf-8",
-        ) from error
-    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise TextError(f"{name} cannot be read: {reason}", hint="pass a UTF-8 text file") from error
+    path, content = Path(text), file_text(text)
     if _is_json(content):
         raise TextError(
             f"{path} holds JSON, not text: keys and quotes would be measured with the words",
@@ -77,6 +65,25 @@ def read_text(text: str | Path, part: str | None = None) -> list[str]:
     if not documents:
         raise TextError(f"{path} is empty", hint="a text needs words to measure on")
     return documents
+
+
+def file_text(name: str) -> str:
+    """The UTF-8 text of a file. Raises TextError if it cannot be read."""
+    path, name = Path(name), arguments.shown(name, LONGEST_PATH)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TextError(
+            f"there is no text {name}", hint="pass a UTF-8 file, or what is built in: stdlib, chat"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
+            hint="convert it, for example: iconv -f latin1 -t utf-8",
+        ) from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TextError(f"{name} cannot be read: {reason}", hint="pass a UTF-8 text file") from error
 
 
 def _is_json(content: str) -> bool:
@@ -205,7 +212,7 @@ class Windows:
         return digest.hexdigest()
 
 
-def calibration_windows(
+def cut_windows(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
     *,
@@ -213,6 +220,7 @@ def calibration_windows(
     seq_len: int,
     num_heldout: int,
     seed: int,
+    name: str = "the calibration text",
 ) -> Windows:
     """Up to `num_samples` windows to calibrate on and up to `num_heldout` to check on, chosen by `seed`.
 
@@ -227,7 +235,7 @@ def calibration_windows(
     count = len(stream) // step
     if count < 2:
         raise TextError(
-            f"the calibration text has {len(stream)} tokens; two windows of {seq_len} are the least",
+            f"{name} has {len(stream)} tokens; two windows of {seq_len} are the least",
             hint="give a longer text or a smaller --seq-len",
         )
     windows = torch.tensor(stream[: count * step]).view(count, step)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration import evaluation_windows, given_tokens, read_text
+from ..calibration import evaluation_windows, given_tokens
 from ..errors import TextError
 from ..metrics import Metrics, Tally
 from ..models import check_vocabulary, context_limit
@@ -31,13 +30,12 @@ class OnText:
 
 
 def measure_text(
-    subject: Subject, text: str | Path, *, seq_len: int | None, max_tokens: int | None, scored: str
+    subject: Subject, documents: Sequence[str], *, seq_len: int | None, max_tokens: int | None, scored: str
 ) -> OnText:
-    """Measure on the windows of `text`; of each, `scored` tokens are predicted (calibration/data.py).
+    """Measure on the windows of a text; of each, `scored` tokens are predicted (calibration/data.py).
 
     Raises TextError for a text without a window, InputError for tokens beyond the model's vocabulary.
     """
-    documents = read_text(text, part="heldout")
     length = context_length(subject.model, seq_len, DEFAULT_SEQ_LEN[scored])
     batches = list(_batches(evaluation_windows(subject.tokenizer, documents, length, max_tokens, scored)))
     given = given_tokens(subject.tokenizer, length, scored)
@@ -45,7 +43,7 @@ def measure_text(
     check_vocabulary(tokens, subject.model.config, subject.tokenizer)
     if not batches:
         least = "two tokens or more" if scored == "all" else f"{length} tokens"
-        raise TextError(f"{text} has no window of {least}", hint="give a longer text or a smaller --seq-len")
+        raise TextError(f"the text has no window of {least}", hint="give a longer text or a smaller --seq-len")
     tallies, baseline = [Tally() for _ in subject.chosen], Tally()
     with torch.no_grad(), Steps("evaluating", len(batches), "batch") as steps:
         for windows in batches:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import arguments
-from ..calibration import SCORED
+from ..calibration import SCORED, documents_of, read_mix
 from ..errors import UsageError
 from ..nn import multiplied_layers
 from ..options import EvaluateOptions
@@ -37,10 +37,12 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         KernelError: nothing here computes in this arithmetic, or not the forced kernel.
     """
     seq_len, max_tokens = _checked(options)
+    text = None if options.text is None else read_mix(options.text, part="heldout")
     subject = Subject.of(options)
     on_text, on_tasks = None, None
-    if options.text is not None:
-        on_text = measure_text(subject, options.text, seq_len=seq_len, max_tokens=max_tokens, scored=options.scored)
+    if text is not None:
+        documents = documents_of(text, subject.tokenizer)
+        on_text = measure_text(subject, documents, seq_len=seq_len, max_tokens=max_tokens, scored=options.scored)
     if options.tasks:
         on_tasks = measure_tasks(subject, options)
     arithmetics, kernels = subject.ran.names()
