@@ -300,6 +300,14 @@ class ServerSettings:
     ] = None
     max_body: Annotated[int, Argument("The largest request, in bytes.", least=1)] = 4 * 1024 * 1024
     max_connections: Annotated[int, Argument("HTTP requests under way; more are refused.", least=1)] = 512
+    strict: Annotated[bool, Argument("Refuse what is otherwise ignored or adjusted, with a warning in the reply.")] = (
+        False
+    )
+    generation_config: Annotated[
+        str, Argument("auto: requests sample as the model's generation_config.json says where they do not; or none.")
+    ] = "auto"
+    root_path: Annotated[str, Argument("A prefix of all paths, where a proxy serves this below one: /llm.")] = ""
+    keep_alive: Annotated[int, Argument("Seconds that an idle connection stays open.", least=1)] = 75
 
 
 @dataclass(frozen=True, kw_only=True)
