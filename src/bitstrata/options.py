@@ -109,6 +109,9 @@ class QuantizeOptions:
     drop_mtp: Annotated[bool, Argument("Leave out layers that predict further tokens (MTP).")] = False
     seed: Annotated[int, Argument("Decides windows and training order.")] = 0
     device: Device = "auto"
+    dtype: Annotated[
+        str, Argument("Products while calibrating, and what is kept: auto (what is fast here), bfloat16, float32.")
+    ] = "auto"
     dry_run: Annotated[bool, Argument("Check and list everything; write nothing.")] = False
 
 

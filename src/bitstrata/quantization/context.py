@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration import BlockRunner, Windows, text_name
+from ..calibration.block_runner import TOKENS_PER_BATCH
 from ..checkpoint import LayerSpec, QuantizationSpec, format_version
 from ..checkpoint.schema import CONFIG_FILE, is_plane, tensor_bytes
 from ..metrics import Metrics
@@ -48,6 +49,10 @@ class Stage(ABC):
 
     def disk(self, prepared: Prepared) -> int:
         """The bytes of its result in the job folder."""
+        return 0
+
+    def passing_disk(self, prepared: Prepared) -> int:
+        """The bytes of what it keeps in the job folder beside its result, and removes at its end."""
         return 0
 
     @abstractmethod
@@ -93,6 +98,11 @@ class Prepared:
     mtp: tuple[str, ...] = ()
 
     @property
+    def hidden_size(self) -> int:
+        """The width of hidden states."""
+        return int(self.model.config.get_text_config(decoder=True).hidden_size)
+
+    @property
     def vocabulary(self) -> int:
         """Tokens that the model tells apart."""
         return int(self.model.config.get_text_config(decoder=True).vocab_size)
@@ -136,9 +146,10 @@ class Prepared:
 
     @cached_property
     def disk_bytes(self) -> int:
-        """The most that the output takes at a time, just before the job folder is removed:
+        """The most that the output takes at a time: the stages' results, and the larger of
 
-        the stages' results + the checkpoint: planes and scales, unquantized tensors, files beside the weights.
+        what a stage keeps while it runs, such as chains of hidden states and what is kept of a block;
+        the checkpoint (planes and scales, unquantized tensors, files beside the weights) and the held-out chains.
         """
         spec, source = self.spec(), self.source
         kept = () if self.settings.drop_mtp else self.mtp
@@ -148,7 +159,9 @@ class Prepared:
         tensors = len(self.common) + sum(len(spec.layer_tensors(name)) + 1 for name in spec.layers)
         text = tensors * TENSOR_TEXT + (len(spec.layers) + len(self.discovery.left_out)) * LAYER_TEXT
         results = sum(stage.disk(self) for stage in self.stages)
-        return results + sum(map(spec.layer_bytes, spec.layers)) + copied + text
+        heldout = 0 if self.windows is None else self.windows.heldout.numel() * self.hidden_size * 4
+        final = sum(map(spec.layer_bytes, spec.layers)) + copied + heldout * (1 + 2 * len(self.settings.bits))
+        return results + text + max(final, *(stage.passing_disk(self) for stage in self.stages))
 
     @cached_property
     def parameter_bytes(self) -> tuple[int, list[int]]:
@@ -167,17 +180,15 @@ class Prepared:
     def memory(self) -> MemoryNeed:
         """An estimate of the peak: that of the stage that takes most (`Stage.memory`) and
 
-            hidden states: windows x seq_len x hidden x 4 bytes x (2 + 2 x bits)
+            hidden states of what runs at a time: 4 batches x hidden x 4 bytes
 
         The interpreter and its libraries, about 0.4 GB, come on top. On a GPU all but the hidden states is there; main
         memory holds those, and what is on its way: whatever of the model is in memory at a time, in fp32.
         """
         hidden, settings = 0, self.settings
         if self.windows is not None:
-            tokens = self.windows.heldout.numel()
-            tokens += self.windows.calibration.numel() if "inputs" in settings.method.needs else 0
-            width = self.model.config.get_text_config(decoder=True).hidden_size
-            hidden = tokens * width * 4 * (2 + 2 * len(settings.bits))
+            tokens = 4 * max(TOKENS_PER_BATCH, settings.seq_len)
+            hidden = tokens * self.hidden_size * 4
         work = max(stage.memory(self) for stage in self.stages)
         if settings.device.type == "cpu":
             return MemoryNeed(work + hidden)
@@ -207,7 +218,7 @@ class Job:
         self.runner = BlockRunner(
             prepared.source, prepared.model, prepared.discovery, self.settings.seq_len, self.settings.device
         )
-        self.chains = Chains(self.runner)
+        self.chains = Chains(self.runner, self.state.folder)
 
     @property
     def windows(self) -> Windows:
@@ -254,9 +265,20 @@ class Job:
             inputs=learning.get(ORIGINAL),
             targets=None,
             chains={bits: learning[str(bits)] for bits in self.settings.bits} if learning else {},
+            batch=self.runner.batch,
+            dtype=self._dtype(index, block),
+            scratch=self.state.folder,
             generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
             say=lambda message: log.info(f"  {name}: {message}"),
         )
+
+    def _dtype(self, index: int, block: nn.Module) -> torch.dtype:
+        """What the products of block `index` are made in: fp32 where the settings' dtype does not serve it."""
+        dtype, original = self.settings.dtype, self.chains.learning.get(ORIGINAL)
+        if dtype == torch.float32 or original is None or self.runner.works_in(dtype, index, block, original):
+            return dtype
+        log.info(f"  {self.discovery.blocks[index]}: products in fp32, because in {dtype} they are too far from it")
+        return torch.float32
 
     def quantize(self, task: BlockTask, planes: dict[str, PlaneWeight], bits: int) -> None:
         """Put the weights at `bits` into the block, and note how far they are from the original's."""

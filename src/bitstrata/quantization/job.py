@@ -80,6 +80,7 @@ def quantize(options: QuantizeOptions) -> Report:
     except BaseException:
         job.state.close()
         raise
+    job.chains.close()
     job.state.finish()
     return _with_measures(report, prepared.settings.output, started)
 

@@ -1,30 +1,35 @@
 """The stages of a job: the head, gradients, blocks, tuning, the final check. Each is skipped where its result is there.
 
 The head and the embedding are quantized first, from their weights alone, so chains of hidden states begin and end in
-what they will be, and methods that learn make up for it. An interrupted job recomputes the chains from its finished
-blocks, so a resumed job sees exactly the numbers the first run saw. The chains that have passed the blocks give the
-logits of the final check, without ever holding the model.
+what they will be, and methods that learn make up for it. Chains are files beside the finished blocks (chains.py), so a
+resumed job goes on where the first run was, with exactly the numbers it saw. Those of held-out windows, which are
+always run in fp32, have passed all blocks in the end and give the logits of the final check, without ever holding the
+model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..calibration import fisher_bytes, fisher_diagonal
+from ..calibration import Windows, fisher_bytes, fisher_diagonal
+from ..calibration.states import States
 from ..errors import CheckError
 from ..memory import return_free_memory
 from ..metrics import Tally
 from ..models import HeadLayer
+from ..models.experts import experts_of
 from ..planes import PlaneWeight, decode
 from ..progress import Steps, log, note
 from ..solvers import RTN, Tuning
 from ..solvers.clipped import clipped_rows
 from ..solvers.grouping import join_rows, row_chunks
+from ..solvers.method import Decoded, MomentsMethod
 from .block_task import BlockTask
-from .chains import ORIGINAL, baseline
+from .chains import CHECKING, LEARNING, ORIGINAL, Chains, ChainSet, baseline
 from .context import Job, Prepared, Stage
 from .expert_inputs import counting, tokens_of_experts
 from .settings import Settings
@@ -45,6 +50,18 @@ def stages_of(settings: Settings) -> tuple[Stage, ...]:
         *([Tune(method.tuning)] if method.tuning is not None else []),
         Measure(),
     )
+
+
+def chain_sets(settings: Settings, windows: Windows, blocks: int) -> dict[str, ChainSet]:
+    """The chains that a job with these settings carries through so many blocks."""
+    method, names = settings.method, (ORIGINAL, *map(str, settings.bits))
+    learning = names if "inputs" in method.needs else ()
+    last = blocks - isinstance(method, MomentsMethod)  # others also need the output of the last block
+    plain = tuple(map(baseline, settings.bits)) if method != BASELINE or len(settings.bits) > 1 else ()
+    return {
+        LEARNING: ChainSet(learning, windows.calibration, settings.dtype, last),
+        CHECKING: ChainSet((*names, *plain), windows.heldout, torch.float32, blocks),
+    }
 
 
 class Head(Stage):
@@ -123,67 +140,126 @@ class Blocks(Stage):
     def disk(self, prepared: Prepared) -> int:
         return prepared.stored_bytes(prepared.discovery.linears)
 
+    def passing_disk(self, prepared: Prepared) -> int:
+        """Chains before and behind a block, and what is kept of it while it is solved:
+
+        windows x seq_len x bytes x (inputs of the original's linears + bits x (inputs of linears of different widths))
+        """
+        if prepared.windows is None:
+            return 0
+        chains = 0
+        for each in chain_sets(prepared.settings, prepared.windows, len(prepared.discovery.blocks)).values():
+            chains += 2 * each.tokens.numel() * prepared.hidden_size * each.dtype.itemsize * len(each.names)
+        settings, kept = prepared.settings, 0
+        if isinstance(settings.method, MomentsMethod) and settings.method.needs:
+            experts = experts_of((linear.name for linear in prepared.discovery.linears), prepared.model)
+            for index in range(len(prepared.discovery.blocks)):
+                linears = [one for one in prepared.discovery.of_block(index) if one.name not in experts]
+                inputs = [linear.in_features for linear in linears]
+                kept = max(kept, sum(inputs) + len(settings.bits) * sum(set(inputs)))
+            kept *= prepared.windows.calibration.numel() * settings.dtype.itemsize
+        return chains + kept
+
     def run(self, job: Job) -> None:
-        blocks = job.discovery.blocks
-        self._start_chains(job)
-        resumed = sum(map(job.state.has, range(len(blocks))))
+        blocks, chains = job.discovery.blocks, job.chains
+        resumed = next((index for index in range(len(blocks)) if not job.state.has(index)), len(blocks))
+        if job.prepared.windows is None:
+            chains.place = resumed
+        else:
+            chains.begin(chain_sets(job.settings, job.windows, len(blocks)), resumed, job.embedding())
         if resumed:
             log.info(f"resuming: {resumed} of {len(blocks)} blocks are already done")
+        for index in range(chains.place):
+            self._recall(job, index)
         with Steps("quantizing", len(blocks), "block") as steps:
             for index, name in enumerate(blocks):
-                finished = job.state.has(index)
-                self._run_block(job, index)
-                return_free_memory()
-                steps.step(name, skipped=finished)
-        job.chains.learning.clear()  # nothing reads it any more
+                if index >= chains.place:
+                    self._run_block(job, index, solve=index >= resumed)
+                    return_free_memory()
+                steps.step(name, skipped=index < resumed)
+        chains.drop(LEARNING)  # nothing reads it any more
 
-    def _start_chains(self, job: Job) -> None:
-        windows, bits, method = job.prepared.windows, job.settings.bits, job.settings.method
-        if windows is None:
-            return
-        names, embedding = [ORIGINAL, *map(str, bits)], job.embedding()
-        if "inputs" in method.needs:
-            job.chains.learning = job.chains.start(names, windows.calibration, embedding)
-        if method != BASELINE or len(bits) > 1:
-            names += map(baseline, bits)
-        job.chains.checking = job.chains.start(names, windows.heldout, embedding)
+    def _recall(self, job: Job, index: int) -> None:
+        """Take over what was found out about a finished block."""
+        facts = job.state.facts(index)
+        job.layer_error.update(facts.get("layer_error", {}))
+        job.routing.update(facts.get("routing", {}))
+        for message in facts.get("notes", ()):
+            note(message)
 
-    def _run_block(self, job: Job, index: int) -> None:
-        chains = job.chains
-        with job.runner.block(index) as block:
+    def _run_block(self, job: Job, index: int, *, solve: bool) -> None:
+        """Move all chains past a block; `solve`: and find its planes first."""
+        chains, runner = job.chains, job.runner
+        with runner.block(index) as block:
+            for each in (chains.learning, chains.checking):
+                if each:
+                    runner.probe(index, block, each[ORIGINAL])
             task = job.task(index, block)
             with counting(block) as calls:
-                chains.advance(ORIGINAL, index, block)
-            self._note_routing(job, f"{job.discovery.blocks[index]}.", calls)
-            if job.state.has(index):
-                planes = job.planes(index)
-            else:
-                task.targets = chains.learning.get(ORIGINAL)
-                planes = self._solved(job, task)
-                job.state.save(index, planes)
+                if chains.learning:
+                    task.targets = self._original(job, task, index, block, record=solve)
+                if chains.checking:
+                    chains.advance(CHECKING, ORIGINAL, runner.outputs(index, block, chains.checking[ORIGINAL]))
+            facts = self._routing(job, f"{job.discovery.blocks[index]}.", calls)
+            planes = self._solved(job, task) if solve else job.planes(index)
             for bits in job.settings.bits:
-                job.quantize(task, planes, bits)
-                chains.advance(str(bits), index, block)
-                if baseline(bits) in chains.checking:
-                    for name, weight in task.weights.items():
-                        plain = BASELINE.solve_layer(weight, (bits,), job.settings.group_size)
-                        task.put({name: decode(plain, bits)})
-                    chains.advance(baseline(bits), index, block)
+                self._advance(job, task, planes, index, bits)
                 return_free_memory()
+            facts["layer_error"] = {name: job.layer_error[name] for name in task.weights}
+            chains.settle()
+            if solve:
+                job.state.remember(index, facts)
+                job.state.save(index, planes)
+            chains.moved()
 
-    def _note_routing(self, job: Job, prefix: str, calls: dict[str, list[tuple[int, Tensor]]]) -> None:
-        """Note how many tokens of the learning windows each expert got in the original."""
-        learning, checking = (chains.get(ORIGINAL) for chains in (job.chains.learning, job.chains.checking))
-        if learning is None:
+    def _original(self, job: Job, task: BlockTask, index: int, block: nn.Module, *, record: bool) -> States | None:
+        """Move the original's learning chain past a block, and record what methods with moments ask for."""
+        if record and isinstance(job.settings.method, MomentsMethod):
+            outputs = task.record()
+        else:
+            outputs = task.outputs(task.weights, job.chains.learning[ORIGINAL])
+        behind = job.chains.advance(LEARNING, ORIGINAL, outputs)
+        for _ in outputs:  # what was not asked for is recorded all the same
+            pass
+        return behind
+
+    def _advance(self, job: Job, task: BlockTask, planes: dict[str, PlaneWeight], index: int, bits: int) -> None:
+        """Put a block's weights at `bits` into it, and move the chains of these bits past it."""
+        chains, block = job.chains, task.block
+        job.quantize(task, planes, bits)
+        if chains.learning:
+            dense = Decoded(planes, bits, job.settings.device)
+            chains.advance(LEARNING, str(bits), task.advance(bits, dense))
+        if not chains.checking:
             return
+        chains.advance(CHECKING, str(bits), job.runner.outputs(index, block, chains.checking[str(bits)]))
+        if baseline(bits) in chains.checking:
+            for name, weight in task.weights.items():
+                plain = BASELINE.solve_layer(weight, (bits,), job.settings.group_size)
+                task.put({name: decode(plain, bits)})
+            states = chains.checking[baseline(bits)]
+            chains.advance(CHECKING, baseline(bits), job.runner.outputs(index, block, states))
+
+    def _routing(self, job: Job, prefix: str, calls: dict[str, list[tuple[int, Tensor]]]) -> dict[str, Any]:
+        """How many tokens of the learning windows each expert got in the original, and what is to be said of that."""
+        facts: dict[str, Any] = {"routing": {}, "notes": []}
+        learning, checking = (each.get(ORIGINAL) for each in (job.chains.learning, job.chains.checking))
+        if learning is None:
+            return facts
         later = 0 if checking is None else checking.shape[:2].numel()
         for name, found in calls.items():
             if found:
                 tokens = tokens_of_experts(found, learning.shape[:2].numel(), later)
-                job.routing[prefix + name] = tokens
+                facts["routing"][prefix + name] = tokens
                 unseen = [str(expert) for expert, count in enumerate(tokens) if not count]
                 if unseen:
-                    note(f"{prefix}{name}: no token of the calibration text reached expert {', '.join(unseen)}")
+                    facts["notes"].append(
+                        f"{prefix}{name}: no token of the calibration text reached expert {', '.join(unseen)}"
+                    )
+        job.routing.update(facts["routing"])
+        for message in facts["notes"]:
+            note(message)
+        return facts
 
     def _solved(self, job: Job, task: BlockTask) -> dict[str, PlaneWeight]:
         if "gradients" in job.settings.method.needs:
@@ -248,11 +324,11 @@ class Measure(Stage):
         return prepared.parameter_bytes[0] + decoded
 
     def run(self, job: Job) -> None:
-        checking = job.chains.checking
+        checking: dict[str, States] = job.chains.checking
         if not checking:
             return
         if job.state.refined:
-            self._run_again(job)
+            checking = {**checking, **self._run_again(job)}
         tallies = {name: Tally() for name in checking}
         for targets, logits in job.runner.logits(checking, job.windows.heldout, job.output(), original=ORIGINAL):
             for name, tally in tallies.items():
@@ -267,13 +343,18 @@ class Measure(Stage):
                 hint="the model overflows in fp32, or a weight is damaged; try another method",
             )
 
-    def _run_again(self, job: Job) -> None:
+    def _run_again(self, job: Job) -> dict[str, States]:
         """Run the held-out windows through the blocks with their tuned scales."""
-        names = [str(bits) for bits in job.settings.bits]
-        job.chains.checking.update(job.chains.start(names, job.windows.heldout, job.embedding()))
-        for index in range(len(job.discovery.blocks)):
+        blocks, names = range(len(job.discovery.blocks)), tuple(str(bits) for bits in job.settings.bits)
+        chains = Chains(job.runner, job.state.folder, "tuned-chain")
+        chains.begin({CHECKING: ChainSet(names, job.windows.heldout, torch.float32, len(blocks))}, 0, job.embedding())
+        for index in blocks:
             with job.runner.block(index) as block:
                 task, planes = job.task(index, block), job.planes(index)
                 for bits in job.settings.bits:
                     job.quantize(task, planes, bits)
-                    job.chains.advance(str(bits), index, block)
+                    outputs = job.runner.outputs(index, block, chains.checking[str(bits)])
+                    chains.advance(CHECKING, str(bits), outputs)
+                chains.settle()
+                chains.moved()
+        return chains.checking

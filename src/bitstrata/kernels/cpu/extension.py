@@ -55,6 +55,29 @@ def choose_codes(
     return True
 
 
+def add_gram(total: Tensor, x: Tensor, y: Tensor, *, upper: bool = False) -> bool:
+    """total += x^T y in native code, bf16 products and fp32 sums; False, and nothing done, where that cannot run.
+
+    The result is the same for any number of threads.
+
+    Args:
+        total: fp32 [Kx, Ky], contiguous; x: bf16 [n, Kx]; y: bf16 [n, Ky].
+        upper: below the diagonal nothing, or only a part, is added.
+    """
+    both = (x, y)
+    if native is None or any(one.device.type != "cpu" or one.dtype != torch.bfloat16 for one in both):
+        return False
+    if not getattr(native, "gram_runs", bool)():
+        return False
+    assert total.is_contiguous()
+    assert total.dtype == torch.float32
+    assert total.shape == (x.shape[1], y.shape[1])
+    assert len(x) == len(y)
+    x, y = (one.contiguous() for one in both)
+    native.add_gram(x.data_ptr(), y.data_ptr(), total.data_ptr(), len(x), *total.shape, upper, torch.get_num_threads())
+    return True
+
+
 def read_all(buffer: Tensor, threads: int) -> None:
     """Read every byte of a contiguous CPU tensor once: the yardstick for kernels that are bound by memory."""
     if native is None:
