@@ -67,7 +67,7 @@ def add_gram(total: Tensor, x: Tensor, y: Tensor, *, upper: bool = False) -> boo
     both = (x, y)
     if native is None or any(one.device.type != "cpu" or one.dtype != torch.bfloat16 for one in both):
         return False
-    if not getattr(native, "gram_runs", bool)():
+    if not native.gram_runs():
         return False
     assert total.is_contiguous()
     assert total.dtype == torch.float32
