@@ -107,7 +107,7 @@ def tree(config, *, loaded: bool, own: bool = False):
     rows = config.rows.of_layer(name)
     model = nn.Module()
     model.add_module("layer", nn.Module())
-    model.layer.add_module("down", nn.Linear(0, 0, bias=False))
+    model.layer.add_module("down", nn.Module())
     model.layer.add_module("norm", nn.LayerNorm(4))
     model.add_module("head", model.layer.norm)
     model.layer.down.quant_method = PlaneLinearMethod(config._stored([name]), [rows])
