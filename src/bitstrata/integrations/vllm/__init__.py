@@ -16,6 +16,7 @@ model state, all by vLLM's own doors.
     requests    bits of requests: checked in the server, handed to the rows where the model runs
     scheduler   prefixes are shared among requests at the same bits only
     state, loader    the same for model runner V2
+    waiting     threads of torch beside those of our kernels
 
 All classes stand at the top of their modules: vLLM pickles what it sends to its workers, and a class made inside a
 function would arrive as another class with a state of its own.
