@@ -72,6 +72,7 @@ VLLM = {  # the flags of another program, in the guide that is about it
     *("--logits-processors", "--scheduler-cls", "--load-format", "--hf-overrides", "--tensor-parallel-size"),
     *("--pipeline-parallel-size", "--distributed-executor-backend", "--enforce-eager", "--enable-dbo"),
     *("--middleware", "--served-model-name", "--api-server-count", "--head", "--address"),
+    "--speculative-config",
 }
 
 

@@ -129,7 +129,8 @@ def test_an_answer_in_pieces_is_the_same(server: Server):
 
 
 def test_a_burst_starts_at_fewer_bits_where_requests_allow_it(server: Server):
-    prompt = [7, 11, 13, 17] * 24  # whose beginning they share, each at its own bits
+    draw = random.Random(9)
+    prompt = [draw.randrange(2, 4096) for _ in range(96)]  # whose beginning they share, each at its own bits
     alone = {bits: server.tokens(prompt, COUNT, bits) for bits in (2, 3, 4)}
     assert len({tuple(tokens) for tokens in alone.values()}) == 3
 
@@ -187,6 +188,16 @@ def test_two_workers_with_half_of_the_layers_each(checkpoint, cases, expected, t
         status, answer = server.post("/v1/completions", {"prompt": [5], "max_tokens": 1, "vllm_xargs": {"bits": 4}})
         assert status == 400
         assert "supported bits: 2, 3" in answer["error"]["message"]
+
+
+def test_drafts_of_the_same_planes_change_no_token(checkpoint, cases, expected, tmp_path):
+    drafts = {"method": "draft_model", "model": str(checkpoint), "num_speculative_tokens": 4}
+    flags = (*SMALL_BLOCKS, EAGER, "--load-format", "bitstrata", "--speculative-config", json.dumps(drafts))
+    kept = [i for i, (_, bits) in enumerate(cases) if bits in (4, None)]
+    with serving(checkpoint, tmp_path / "log", *flags) as server:
+        assert server.many([(cases[i][0], None) for i in kept], COUNT) == [expected[i] for i in kept]
+        made, taken = (server.metric(f"vllm:spec_decode_num_{one}_tokens_total") for one in ("draft", "accepted"))
+    assert 0 < taken < made  # drafts are at 2 bits, so some are wrong
 
 
 def test_a_missing_file_is_named_before_the_server_starts(checkpoint, tmp_path):

@@ -1,4 +1,5 @@
-"""Model runner V2's side of the plugin, with vLLM's own classes: no server on a CPU without Triton runs it."""
+"""What vLLM's own classes make of the plugin in one process: model runner V2, which no server on a CPU without Triton
+runs, and drafts that share weights."""
 
 from __future__ import annotations
 
@@ -92,3 +93,62 @@ def test_a_server_whose_bits_would_not_reach_the_layers_does_not_start(config, m
         start()
     with pytest.raises(UsageError, match="other bits; add --scheduler-cls"):
         start(load_format="bitstrata", scheduler=None)
+
+
+def tree(config, *, loaded: bool, own: bool = False):
+    """A model of one linear in planes, a norm and a head that is tied to it; `own`: with a parameter beside them."""
+    import torch
+    from torch import nn
+
+    from bitstrata.integrations.vllm.linear import PlaneLinearMethod
+    from bitstrata.integrations.vllm.product import Product
+
+    name = "model.layers.0.mlp.down_proj"
+    rows = config.rows.of_layer(name)
+    model = nn.Module()
+    model.add_module("layer", nn.Module())
+    model.layer.add_module("down", nn.Linear(0, 0, bias=False))
+    model.layer.add_module("norm", nn.LayerNorm(4))
+    model.add_module("head", model.layer.norm)
+    model.layer.down.quant_method = PlaneLinearMethod(config._stored([name]), [rows])
+    if loaded:
+        model.layer.down.product = Product([(object(), rows)])
+    if own:
+        model.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    return model
+
+
+def test_a_draft_has_the_weights_of_the_model_and_bits_of_its_own(config):
+    import torch
+
+    from bitstrata.errors import UsageError
+    from bitstrata.integrations.vllm.speculation import remember, share, target_of
+
+    target, draft = (tree(config.quant_config, loaded=loaded) for loaded in (True, False))
+    remember(config.model_config, target, config.quant_config)
+    assert target_of(config.model_config) is target
+    share(draft, target, torch.float32)
+    ((weight, rows),) = draft.layer.down.product.parts
+    ((own, theirs),) = target.layer.down.product.parts
+    assert weight is own
+    assert (rows.of(5, object(), [0, 2, 5]), theirs.whole is config.quant_config.rows) == (2, True)
+    assert draft.layer.norm is draft.head is target.layer.norm
+    with pytest.raises(UsageError, match="scale of the model cannot be shared"):
+        share(tree(config.quant_config, loaded=False, own=True), target, torch.float32)
+    with pytest.raises(UsageError, match="is not the model that is served"):
+        target_of(SimpleNamespace(model="another"))
+
+
+def test_drafts_must_be_at_fewer_bits_than_requests(config):
+    from bitstrata.errors import UsageError
+    from bitstrata.integrations.vllm.options import ServeOptions
+    from bitstrata.integrations.vllm.speculation import draft_bits
+
+    def bits(**options):
+        parsed = ServeOptions(**options)
+        return draft_bits(SimpleNamespace(options=parsed, offered=parsed.offer(config.quant_config.spec)))
+
+    assert [bits(), bits(draft_bits=3), bits(bits=3)] == [2, 3, 2]
+    for wrong in ({"draft_bits": 4}, {"draft_bits": 1}, {"bits": 2}):
+        with pytest.raises(UsageError, match="cannot be made"):
+            bits(**wrong)

@@ -47,6 +47,7 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
         self.spec = spec
         self.layers = {name: name for name in spec.layers}  # vLLM's name -> the checkpoint's
         self.heads = {layer.tied: layer.tied for layer in spec.layers.values() if layer.tied}  # likewise
+        self.draft = ""  # what vLLM calls the model, if it is a draft that shares the weights of another one
         self._take(options)
 
     def _take(self, options: ServeOptions, checkpoint: CheckpointReader | None = None) -> None:
@@ -129,17 +130,20 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
     @with_hints()
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How `layer`, called `prefix` in vLLM's model, is computed; None for layers that have no weights of ours."""
+        prefix = prefix.removeprefix(self.draft)
         if isinstance(layer, LinearBase):
             names = self._names(prefix)
             rows = [self.rows.of_layer(name) for name in names]
-            return PlaneLinearMethod(self._stored(names), rows) if names else UnquantizedLinearMethod()
+            return PlaneLinearMethod(self._stored(names), rows, self.draft) if names else UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
             if prefix in self.heads:
                 return PlaneVocabularyMethod(None)
             names = self._names(prefix) or ([] if prefix or isinstance(layer, ParallelLMHead) else self._embedding())
-            return PlaneVocabularyMethod(self._stored(names)) if names else None
+            return PlaneVocabularyMethod(None if self.draft else self._stored(names)) if names else None
         if isinstance(layer, RoutedExperts):
             found = self._experts(prefix)
+            if found and self.draft:
+                raise UsageError(f"{prefix}: experts cannot be shared with a draft", hint="do without speculation")
             bias = any(self.spec.layers[name].bias for name in found.values())
             stored = {projection: self._stored([name]) for projection, name in found.items()}
             return PlaneExpertsMethod(layer.moe_config, stored, bias, self.rows, self.bits_of) if found else None

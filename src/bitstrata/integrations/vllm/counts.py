@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from prometheus_client import Counter, Gauge
@@ -17,6 +18,25 @@ from prometheus_client import Counter, Gauge
 from .offered import Choice
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+
+
+@cache
+def metrics() -> tuple[Counter, Counter, Gauge]:
+    """Those of this process: requests, tokens, the policy's level."""
+    return (
+        Counter(
+            "bitstrata_requests",
+            "Finished requests by the bits or plan that computed them, and why they ended.",
+            ["engine", "bits", "outcome"],
+        ),
+        Counter("bitstrata_tokens_by_bits", "New tokens by the bits or plan that computed them.", ["engine", "bits"]),
+        Gauge(
+            "bitstrata_policy_steps",
+            "Steps that requests with min_bits are lowered by when they start now.",
+            ["engine"],
+            multiprocess_mode="mostrecent",
+        ),
+    )
 
 
 class Counts:
@@ -28,20 +48,7 @@ class Counts:
 
     def __init__(self, engine: int) -> None:
         self._engine = str(engine)
-        self._requests = Counter(
-            "bitstrata_requests",
-            "Finished requests by the bits or plan that computed them, and why they ended.",
-            ["engine", "bits", "outcome"],
-        )
-        self._tokens = Counter(
-            "bitstrata_tokens_by_bits", "New tokens by the bits or plan that computed them.", ["engine", "bits"]
-        )
-        self._level = Gauge(
-            "bitstrata_policy_steps",
-            "Steps that requests with min_bits are lowered by when they start now.",
-            ["engine"],
-            multiprocess_mode="mostrecent",
-        )
+        self._requests, self._tokens, self._level = metrics()
         self._level.labels(self._engine).set(0)
 
     @classmethod

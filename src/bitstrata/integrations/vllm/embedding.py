@@ -19,7 +19,8 @@ class PlaneVocabularyMethod(QuantizeMethodBase):  # type: ignore[misc]
     """An embedding or a head, [tokens, K], at the one precision that it has. Tensor parallelism cuts the tokens.
 
     Args:
-        stored: None for a head that reads the planes of the embedding.
+        stored: None for a head that reads the planes of the embedding, and for a draft, which gets all from the model
+            that it drafts for (speculation.py).
     """
 
     def __init__(self, stored: Stored | None) -> None:

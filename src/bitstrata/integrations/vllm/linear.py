@@ -24,10 +24,11 @@ class PlaneLinearMethod(LinearMethodBase):  # type: ignore[misc]
     Args:
         stored: whose output features, joined, are those of the layer.
         rows: of each of the joined layers. A plan may give them different bits.
+        draft: what a draft model is called, which gets the weights of another one (speculation.py).
     """
 
-    def __init__(self, stored: Stored, rows: Sequence[LayerRows]) -> None:
-        self.stored, self.rows = stored, rows
+    def __init__(self, stored: Stored, rows: Sequence[LayerRows], draft: str = "") -> None:
+        self.stored, self.rows, self.draft = stored, rows, draft
 
     @with_hints()
     def create_weights(
@@ -55,9 +56,10 @@ class PlaneLinearMethod(LinearMethodBase):  # type: ignore[misc]
         stored.check_cut(columns, input_size // columns)
         self.columns, self.dtype = columns, params_dtype
         self.sizes = output_partition_sizes if joined else [rows]
-        add_parameters(layer, stored, rows, columns, attributes["weight_loader"])
+        if not self.draft:
+            add_parameters(layer, stored, rows, columns, attributes["weight_loader"])
         add_guard(layer, params_dtype)
-        layer.product_key = product.hold_place(f"bitstrata:{stored.title}", layer)
+        layer.product_key = product.hold_place(f"bitstrata:{self.draft}{stored.title}", layer)
         layer.product_rows = rows
 
     @with_hints()

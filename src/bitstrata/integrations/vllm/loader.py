@@ -11,13 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.config import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ...checkpoint import CheckpointReader
 from ...errors import UsageError
 from .config import BitstrataConfig
+from .speculation import remember, share, target_of
 from .state import bits_state
 from .words import with_hints
 
@@ -27,6 +30,20 @@ class BitstrataLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(replace(load_config, load_format="safetensors"))
+
+    @with_hints()
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """The model with its weights; a draft gets those of the model that is served (speculation.py)."""
+        if model_config.runner_type != "draft":
+            loaded: nn.Module = super().load_model(vllm_config, model_config, prefix)
+            remember(model_config, loaded, vllm_config.quant_config)
+            return loaded
+        target = target_of(model_config)
+        vllm_config.quant_config.draft = f"{prefix}." if prefix else ""
+        with set_default_torch_dtype(model_config.dtype), torch.device(vllm_config.device_config.device):
+            draft: nn.Module = super().create_model(vllm_config, model_config, prefix)
+        share(draft, target, model_config.dtype)
+        return draft.eval()
 
     @with_hints()
     def create_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:

@@ -33,6 +33,7 @@ class ServeOptions(BaseModel):
         plans: files by the name that requests give; read once, where the server starts.
         policy: what lowers requests that may be lowered, `load:target_ms=50`; nothing if None.
         min_bits: how far, for requests that do not say.
+        draft_bits: of drafts, where vLLM is told to speculate with the same checkpoint; the lowest if None.
         share_prefixes: requests may go on from keys and values that were computed at other bits.
     """
 
@@ -43,6 +44,7 @@ class ServeOptions(BaseModel):
     plans: dict[str, str] = Field(default_factory=dict)
     policy: str | None = None
     min_bits: _Bits | None = None
+    draft_bits: _Bits | None = None
     share_prefixes: bool = False
 
     @classmethod

@@ -20,7 +20,7 @@ from vllm.forward_context import ForwardContext, get_forward_context, is_forward
 
 from ...errors import UsageError
 from ...kernels import Weight
-from .rows import LayerRows
+from .rows import LayerRows, Rows
 
 _LIBRARY = torch.library.Library("bitstrata", "FRAGMENT")
 
@@ -42,6 +42,10 @@ class Product:
             weight.linear(x, weight.bits[-1] if rows is None else bits_of(rows, count)) for weight, rows in self.parts
         ]
         return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+
+    def at(self, rows: Rows) -> Product:
+        """The same weights, for other rows of the same model."""
+        return Product([(weight, None if own is None else rows.of_table(own.table)) for weight, own in self.parts])
 
     def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows `ids` [...] of W, which is in one part: [..., K]."""

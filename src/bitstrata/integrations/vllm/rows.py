@@ -11,6 +11,7 @@ runner V2   `buffer` has the bits of every row, for every table; it is written b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +42,20 @@ class Rows:
 
     def of_layer(self, layer: str) -> LayerRows:
         """The rows as `layer` reads them."""
-        return LayerRows(self, self._table_of[layer])
+        return self.of_table(self._table_of[layer])
 
     def of_choices(self) -> LayerRows:
         """The rows with their choices themselves, for who looks up many layers at once."""
-        return LayerRows(self, 0)
+        return self.of_table(0)
+
+    def of_table(self, table: int) -> LayerRows:
+        return LayerRows(self, table)
+
+    def fixed(self, choice: int) -> Rows:
+        """Rows of the same layers that are always at one choice."""
+        rows = copy(self)
+        rows.default, rows.requests, rows.buffer = choice, {}, None
+        return rows
 
     def hold_buffer(self, rows: int, device: torch.device | str) -> Tensor:
         """From now on rows are read from a buffer of so many, which is returned; they start at the default."""
