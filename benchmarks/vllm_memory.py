@@ -122,6 +122,10 @@ def main() -> None:
             f"    tensors {stored / 2**20:7.0f} MiB  {more['stored_bytes']:+7.0f}",
             flush=True,
         )
+        if options.json:  # after each: a later server may not start
+            options.json.write_text(
+                json.dumps({"shape": options.shape, "blocks": options.blocks, "rows": rows}, indent=1)
+            )
 
     for value in bits:
         limit = json.dumps({"bitstrata": {"max_bits": value}})
@@ -129,8 +133,6 @@ def main() -> None:
         measure(f"max_bits {value}", stored, planes, "--load-format", "bitstrata", "--hf-overrides", limit)
     whole = 2 * sum(one.numel() for one in parameters.values())
     measure("bf16", whole, options.folder / "dense", "--load-format", "dummy")
-    if options.json:
-        options.json.write_text(json.dumps({"shape": options.shape, "blocks": options.blocks, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
