@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calibration import BlockRunner, Windows
+from ..calibration import BlockRunner, Windows, text_name
 from ..checkpoint import LayerSpec, QuantizationSpec, format_version
 from ..checkpoint.schema import CONFIG_FILE, is_plane, tensor_bytes
 from ..metrics import Metrics
@@ -123,7 +123,7 @@ class Prepared:
             layers=layers,
             provenance={
                 "model": Path(settings.model).name or settings.model,
-                "calibration": None if settings.calibration is None else Path(settings.calibration).name,
+                "calibration": None if settings.calibration is None else text_name(settings.calibration),
                 **self.fingerprint,
             },
         )

@@ -25,9 +25,10 @@ from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_che
 from ..checkpoint.schema import REPORT_FILE, guard_name
 from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
 from ..memory import memory_errors, peak_memory
-from ..options import QuantizeOptions, verb
+from ..options import QuantizeOptions
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
+from ..verbs import verb
 from .companions import checkpoint_config, copy_companions
 from .context import Job, Prepared, megabytes
 from .mtp import write_mtp

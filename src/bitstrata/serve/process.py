@@ -6,8 +6,8 @@ was asked for as 0. It does not listen before the model is there.
 A connection costs an open file from when it is accepted, and memory from the first byte of a request, which may never
 become whole. So uvicorn's protocol does here what uvicorn has no option for:
 
-* The header of a request must be there HEADER_SECONDS after the connection was made or the answer before was given.
-  (The time for a body is the guard's matter: by then a client can be told.)
+* The header of a request must be there HEADER_SECONDS after the connection was made, or after the time that an idle
+  connection stays open. (The time for a body is the guard's matter: by then a client can be told.)
 * No more than `most` connections are open at a time, which is less than the files that the process may open. For one
   more, the connection goes that has been without a whole request for longest; those that are being answered stay.
 * What has come of requests that are not whole is at most `most_bytes` together; again the oldest goes.
@@ -162,6 +162,7 @@ class Connection(H11Protocol):
     """uvicorn's protocol with limits of its own. Only its methods without an underscore are extended."""
 
     all: ClassVar[Connections]
+    keep_alive: ClassVar[int]  # seconds
     _due: asyncio.TimerHandle | None = None  # when the next header must be there
     _stalled: asyncio.TimerHandle | None = None  # until when the client must take something
     _unsent = 0  # bytes of the answer when that began
@@ -213,7 +214,8 @@ class Connection(H11Protocol):
             self._due.cancel()
             self._due = None
         elif self._due is None and expected:
-            self._due = self.loop.call_later(HEADER_SECONDS, self._check_due)
+            idle = 0 if self.cycle is None else self.keep_alive
+            self._due = self.loop.call_later(idle + HEADER_SECONDS, self._check_due)
 
     def _check_due(self) -> None:
         self._due = None
@@ -244,7 +246,8 @@ class Connection(H11Protocol):
 class RateLimit(logging.Filter):
     """Lets a kind of line through once in LOG_SECONDS, then with how many were left out before it.
 
-    Of one kind are lines that come from the same place in the same words, or with the same type of error.
+    Of one kind are lines that come from the same place in the same words or, where they say it, of the same `kind`,
+    with the same type of error.
     """
 
     def __init__(self) -> None:
@@ -253,7 +256,8 @@ class RateLimit(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[0] if record.exc_info else None
-        kind = record.pathname, record.lineno, str(record.msg).partition("\n")[0], error
+        said = getattr(record, "kind", None) or str(record.msg).partition("\n")[0]
+        kind = record.pathname, record.lineno, said, error
         now = time.monotonic()
         since, left_out = self._seen.get(kind, (None, 0))
         if since is not None and now < since + LOG_SECONDS:
@@ -304,6 +308,7 @@ class Server(uvicorn.Server):
 
         class ServersConnection(Connection):
             all = Connections(most, body, UNFINISHED_BODIES * body)
+            keep_alive = settings.keep_alive
 
         super().__init__(
             uvicorn.Config(
@@ -314,6 +319,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 backlog=ACCEPTED,  # asyncio accepts so many at once as well; `startup` has the system hold more
+                timeout_keep_alive=settings.keep_alive,
                 timeout_graceful_shutdown=LAST_SECONDS,
             )
         )
