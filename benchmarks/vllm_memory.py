@@ -36,7 +36,7 @@ from bitstrata.benchmark.random_model import SHAPES, shape_config
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.checkpoint.schema import tensor_bytes
 
-START_LIMIT = 300  # seconds
+START_LIMIT = 600  # seconds
 
 
 def write_models(folder: Path, shape: str, bits: tuple[int, ...], blocks: int | None) -> None:
@@ -112,25 +112,27 @@ def main() -> None:
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.folder / "dense"))
     parameters = dict(dense.named_parameters())
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def measure(name: str, stored: int, model: Path, *flags: str) -> None:
+        rows.append({"name": name, "uss_bytes": server_memory(model, *flags), "stored_bytes": stored})
+        used, more = rows[-1], {key: (rows[-1][key] - rows[0][key]) / 2**20 for key in ("uss_bytes", "stored_bytes")}
+        print(
+            f"{name:12} {used['uss_bytes'] / 2**20:7.0f} MiB  {more['uss_bytes']:+7.0f}"
+            f"    tensors {stored / 2**20:7.0f} MiB  {more['stored_bytes']:+7.0f}",
+            flush=True,
+        )
+        if options.json:  # after each: a later server may not start
+            options.json.write_text(
+                json.dumps({"shape": options.shape, "blocks": options.blocks, "rows": rows}, indent=1)
+            )
+
     for value in bits:
         limit = json.dumps({"bitstrata": {"max_bits": value}})
-        used = server_memory(planes, "--load-format", "bitstrata", "--hf-overrides", limit)
-        rows.append(
-            {"name": f"max_bits {value}", "uss_bytes": used, "stored_bytes": stored_bytes(planes, value, parameters)}
-        )
-    used = server_memory(options.folder / "dense", "--load-format", "dummy")
-    rows.append(
-        {"name": "bf16", "uss_bytes": used, "stored_bytes": 2 * sum(one.numel() for one in parameters.values())}
-    )
-    for row in rows:
-        more = {key: (row[key] - rows[0][key]) / 2**20 for key in ("uss_bytes", "stored_bytes")}
-        print(
-            f"{row['name']:12} {row['uss_bytes'] / 2**20:7.0f} MiB  {more['uss_bytes']:+7.0f}"
-            f"    tensors {row['stored_bytes'] / 2**20:7.0f} MiB  {more['stored_bytes']:+7.0f}"
-        )
-    if options.json:
-        options.json.write_text(json.dumps({"shape": options.shape, "blocks": options.blocks, "rows": rows}, indent=1))
+        stored = stored_bytes(planes, value, parameters)
+        measure(f"max_bits {value}", stored, planes, "--load-format", "bitstrata", "--hf-overrides", limit)
+    whole = 2 * sum(one.numel() for one in parameters.values())
+    measure("bf16", whole, options.folder / "dense", "--load-format", "dummy")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from bitstrata.integrations.vllm.options import ServeOptions, bits_of_linears
 from bitstrata.integrations.vllm.rows import Rows
 from bitstrata.integrations.vllm.stored import Stored
 from bitstrata.integrations.vllm.versions import ANY_VERSION, check_version
+from bitstrata.integrations.vllm.waiting import wait_briefly
 from bitstrata.plans import Plan
 from bitstrata.runtime import Policy
 
@@ -192,3 +193,10 @@ def test_scales_of_whole_rows_are_not_cut(kind):
     stored.check_cut(128, 2)
     cut = {name: piece.input_dim for name, piece in stored.pieces(64, 128).items()}
     assert {name for name, dim in cut.items() if dim is not None} == {f"plane_{i}" for i in range(4)}
+
+
+@pytest.mark.parametrize("said", [{}, {"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "active"}], ids=str)
+def test_threads_of_torch_wait_briefly_unless_somebody_has_said_how(said):
+    environment = dict(said)
+    wait_briefly(environment)
+    assert environment == (said or {"GOMP_SPINCOUNT": "10000"})

@@ -19,6 +19,7 @@ middleware and a model state, all by vLLM's own doors.
     admission, counts    the scheduler's policy by load, and what it counts for /metrics
     state, loader    the same for model runner V2
     speculation      drafts with the same weights at fewer bits
+    waiting     threads of torch beside those of our kernels
 
 All classes stand at the top of their modules: vLLM pickles what it sends to its workers, and a class made inside a
 function would arrive as another class with a state of its own.

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 
 from ...checkpoint import CheckpointReader, QuantizationSpec
 from ...errors import UsageError
@@ -26,6 +27,7 @@ from .options import FIELD, ServeOptions, bits_of_linears
 from .rows import Rows
 from .stored import Stored
 from .versions import check_version
+from .waiting import wait_briefly
 from .words import with_hints
 
 # where a model does not say it, as some with shared experts
@@ -89,6 +91,8 @@ class BitstrataConfig(QuantizationConfig):  # type: ignore[misc]
     def from_config(cls, config: dict[str, Any]) -> BitstrataConfig:
         """From the `quantization_config` of a model; CheckpointError if it is none of ours or of a later format."""
         check_version(vllm.__version__)
+        if current_platform.is_cpu():
+            wait_briefly()
         return cls(QuantizationSpec.parse(config, "the model"), ServeOptions())
 
     @with_hints()

@@ -71,11 +71,8 @@ class PlaneExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         check_layer(layer, title)
         inner, workers = intermediate_size_per_partition, layer.moe_config.tp_size
         shapes = {GATE: (inner, hidden_size), UP: (inner, hidden_size), DOWN: (hidden_size, inner)}
-        self.columns, self.dtype, self.count = (
-            {name: size[1] for name, size in shapes.items()},
-            params_dtype,
-            num_experts,
-        )
+        self.columns = {name: columns for name, (_, columns) in shapes.items()}
+        self.dtype, self.count = params_dtype, num_experts
         for name, stored in self.stored.items():
             rows, columns = shapes[name]
             whole = (rows, columns * workers) if name == DOWN else (rows * workers, columns)

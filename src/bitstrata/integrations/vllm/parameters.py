@@ -6,6 +6,7 @@ lacks is an error by name, never a layer of chance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError
 from ...kernels import Weight, pack, select
 from ...kernels.registry import in_arithmetic
+from ...memory import allocate
 from ...planes.weights import PlaneWeight, make_scales
 from .stored import Stored
 
@@ -37,7 +39,7 @@ class Loading:
 def add_parameters(module: nn.Module, stored: Stored, rows: int, columns: int, load: Load) -> None:
     """Give `module` the tensors of `rows` output and `columns` input features of `stored`, to be filled by `load`."""
     for name, piece in stored.pieces(rows, columns).items():
-        parameter = nn.Parameter(torch.empty(piece.shape, dtype=piece.dtype), requires_grad=False)
+        parameter = nn.Parameter(_empty(piece.shape, piece.dtype), requires_grad=False)
         attributes = {"output_dim": piece.output_dim, "weight_loader": Loading(load)}
         if piece.input_dim is not None:
             attributes["input_dim"] = piece.input_dim
@@ -53,6 +55,13 @@ def add_parameters(module: nn.Module, stored: Stored, rows: int, columns: int, l
 
 def _drop(parameter: nn.Parameter, loaded: Tensor, part: Any = None) -> None:
     """What other layers need and this one does not."""
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """On torch's default device; on a CPU so that its memory goes back to the system when the weight is packed."""
+    if torch.get_default_device().type != "cpu":
+        return torch.empty(shape, dtype=dtype)
+    return allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def add_guard(module: nn.Module, dtype: torch.dtype) -> None:
