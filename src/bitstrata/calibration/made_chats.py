@@ -23,7 +23,7 @@ from .data import stdlib_documents
 
 PARTS = ("calibration", "heldout")
 EACH = 240  # chats of tools, and of JSON, a part
-DECISIONS = 40  # of each, where only these are asked for
+DECISIONS = 32  # of each, where only these are asked for
 LIBRARY = 3  # chats of the library to each of them
 LONGEST_ANSWER = 1200  # characters
 

@@ -75,6 +75,14 @@ class _Decision:
     ids: list[int]
 
 
+@dataclass(frozen=True)
+class _Passage:
+    """Tokens of one forward pass, and the decisions in it: the place of each token that is decided, and its kind."""
+
+    ids: list[int]
+    decided: tuple[tuple[int, str], ...]
+
+
 def read_chats(name: str | Path) -> list[Chat]:
     """The chats to measure on: a file of them, or `chat`, those that are built in. Raises UsageError for a text."""
     if str(name) == "chat":
@@ -90,11 +98,11 @@ def measure_margins(subject: Subject, chats: Sequence[Chat]) -> OnChats:
 
     Raises TextError where there is no decision or no chat template, InputError for a tokenizer without offsets.
     """
-    decisions = _all_decisions(subject, chats)
+    passages = _passages(subject, chats)
     margins: list[list[float]] = [[] for _ in subject.chosen]
     expected: list[float] = []
-    groups = list(batches(decisions, lambda decision: len(decision.ids)))
-    kinds = [decision.kind for group in groups for decision in group]
+    groups = list(batches(passages, lambda passage: len(passage.ids)))
+    kinds = [kind for group in groups for passage in group for _, kind in passage.decided]
     with torch.no_grad(), Steps("measuring margins", len(groups), "batch") as steps:
         for group in groups:
             if subject.original is not None:
@@ -108,11 +116,12 @@ def measure_margins(subject: Subject, chats: Sequence[Chat]) -> OnChats:
     return OnChats(rows, None if original is None else _summary(kinds, original, original))
 
 
-def _margins(model: PreTrainedModel, group: Sequence[_Decision], device: torch.device) -> list[float]:
-    ids, _ = padded([decision.ids[:-1] for decision in group], 0, device)
-    last = torch.tensor([len(decision.ids) - 2 for decision in group], device=device)
-    logits = model(input_ids=ids, use_cache=False).logits[torch.arange(len(group), device=device), last].float()
-    right = torch.tensor([[decision.ids[-1]] for decision in group], device=device)
+def _margins(model: PreTrainedModel, group: Sequence[_Passage], device: torch.device) -> list[float]:
+    ids, _ = padded([passage.ids for passage in group], 0, device)
+    places = [(row, place) for row, passage in enumerate(group) for place, _ in passage.decided]
+    rows, at = torch.tensor(places, device=device).T
+    logits = model(input_ids=ids, use_cache=False).logits[rows, at - 1].float()  # [decisions, vocab]
+    right = ids[rows, at].unsqueeze(1)
     chosen = logits.gather(1, right)
     others = logits.scatter(1, right, -torch.inf).max(1, keepdim=True).values
     return [float(value) for value in (chosen - others).squeeze(1)]
@@ -143,7 +152,7 @@ def _summary(
     return found
 
 
-def _all_decisions(subject: Subject, chats: Sequence[Chat]) -> list[_Decision]:
+def _passages(subject: Subject, chats: Sequence[Chat]) -> list[_Passage]:
     tokenizer = subject.tokenizer
     if not tokenizer.is_fast:
         raise InputError(
@@ -160,7 +169,14 @@ def _all_decisions(subject: Subject, chats: Sequence[Chat]) -> list[_Decision]:
             hint="give chats whose assistant calls tools, or answers with a JSON object",
         )
     check_vocabulary((max(one.ids) for one in kept), subject.model.config, tokenizer)
-    return kept
+    passages: list[_Passage] = []
+    for one in kept:
+        before = passages[-1] if passages else _Passage([], ())
+        if before.ids and one.ids[: len(before.ids)] == before.ids:  # a later one of the same chat: one pass for both
+            passages[-1] = _Passage(one.ids, (*before.decided, (len(one.ids) - 1, one.kind)))
+        else:
+            passages.append(_Passage(one.ids, ((len(one.ids) - 1, one.kind),)))
+    return passages
 
 
 def _decisions(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Iterator[_Decision]:
