@@ -78,7 +78,8 @@ VLLM = {  # the flags of another program, in the guide that is about it
 
 @pytest.mark.parametrize("path", GUIDES, ids=_name)
 def test_flags_that_are_named_exist(path):
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"`?(?:hf|pip|pytest|python) [^`\n]*", "", _text(path))))
+    others = r"`?(?:hf|pip|pytest|python|llama-perplexity|lm_eval) [^`\n]*"
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(others, "", _text(path))))
     known = _options() | (VLLM if path.name == "vllm.md" else set())
     assert named <= known, sorted(named - known)
 

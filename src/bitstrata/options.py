@@ -173,6 +173,10 @@ class EvaluateOptions:
         str | Sequence[str],
         Argument("Tasks of lm-eval (extra eval): names, YAML files, folders, with commas; repeatable.", each=texts),
     ] = ()
+    margins: Annotated[
+        str | Path | None,
+        Argument("Chats: how sure each bits is where they call tools or answer in JSON. A .jsonl file, or chat."),
+    ] = None
     limit: Annotated[float | None, Argument("Examples of each task; below 1 a share of them.")] = None
     num_fewshot: Annotated[int | None, Argument("Examples in front of each question of a task.")] = None
     batch_size: Annotated[int, Argument("Requests of a task computed at a time.")] = 1

@@ -157,7 +157,7 @@ def test_padding_changes_nothing(model: Path, quantized: Path, text: Path, monke
 def test_batches_hold_every_window_once_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "TOKENS_PER_BATCH", 20)
     windows = [[index] * (1 + index % 13) for index in range(40)]
-    batches = list(perplexity._batches(iter(windows)))
+    batches = list(perplexity.batches(iter(windows), len))
     assert sorted(window for batch in batches for window in batch) == sorted(windows)
     assert all(max(map(len, batch)) * len(batch) <= 20 for batch in batches)
 

@@ -4,6 +4,7 @@ from .block_runner import BlockRunner
 from .chats import Chat, usable_chats, write_chat
 from .data import SCORED, Windows, evaluation_windows, given_tokens, read_text
 from .fisher import fisher_bytes, fisher_diagonal
+from .made_chats import decision_chats
 from .mix import Mix, Text, calibration_windows, documents_of, read_mix, text_digest, text_name
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Text",
     "Windows",
     "calibration_windows",
+    "decision_chats",
     "documents_of",
     "evaluation_windows",
     "fisher_bytes",

@@ -23,6 +23,7 @@ from .data import stdlib_documents
 
 PARTS = ("calibration", "heldout")
 EACH = 240  # chats of tools, and of JSON, a part
+DECISIONS = 32  # of each, where only these are asked for
 LIBRARY = 3  # chats of the library to each of them
 LONGEST_ANSWER = 1200  # characters
 
@@ -59,7 +60,7 @@ def made_chats(part: str | None = None) -> list[Chat]:
 def decision_chats(part: str = "heldout") -> list[Chat]:
     """Those of `made_chats` that call tools or answer in JSON: quick, as no source of the library is read."""
     words = _Words(part)
-    return [chat for _ in range(EACH // 3) for chat in (_tool_chat(words), _json_chat(words))]
+    return [chat for _ in range(DECISIONS) for chat in (_tool_chat(words), _json_chat(words))]
 
 
 def _made(part: str) -> Iterator[Chat]:

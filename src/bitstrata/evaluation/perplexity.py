@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..models import check_vocabulary, context_limit
 from ..progress import Steps, note
 from .subject import Subject
 
+T = TypeVar("T")
 TOKENS_PER_BATCH = 2048
 DEFAULT_SEQ_LEN = {"all": 2048, "second-half": 512}
 
@@ -37,17 +39,17 @@ def measure_text(
     Raises TextError for a text without a window, InputError for tokens beyond the model's vocabulary.
     """
     length = context_length(subject.model, seq_len, DEFAULT_SEQ_LEN[scored])
-    batches = list(_batches(evaluation_windows(subject.tokenizer, documents, length, max_tokens, scored)))
+    groups = list(batches(evaluation_windows(subject.tokenizer, documents, length, max_tokens, scored), len))
     given = given_tokens(subject.tokenizer, length, scored)
-    tokens = (max(window) for batch in batches for window in batch)
+    tokens = (max(window) for group in groups for window in group)
     check_vocabulary(tokens, subject.model.config, subject.tokenizer)
-    if not batches:
+    if not groups:
         least = "two tokens or more" if scored == "all" else f"{length} tokens"
         raise TextError(f"the text has no window of {least}", hint="give a longer text or a smaller --seq-len")
     tallies, baseline = [Tally() for _ in subject.chosen], Tally()
-    with torch.no_grad(), Steps("evaluating", len(batches), "batch") as steps:
-        for windows in batches:
-            ids, predicted = _padded(windows, given, subject.device)
+    with torch.no_grad(), Steps("evaluating", len(groups), "batch") as steps:
+        for windows in groups:
+            ids, predicted = padded(windows, given, subject.device)
             targets, expected = ids[predicted], None
             if subject.original is not None:
                 expected = _logits(subject.original, ids, predicted)
@@ -71,19 +73,19 @@ def context_length(model: PreTrainedModel, seq_len: int | None, usual: int) -> i
     return int(limit)
 
 
-def _batches(windows: Iterator[list[int]]) -> Iterator[list[list[int]]]:
-    """Windows of similar length together, at most TOKENS_PER_BATCH tokens each, padding counted."""
-    pending: list[list[int]] = []
-    for window in sorted(windows, key=len, reverse=True):
-        if pending and len(pending[0]) * (len(pending) + 1) > TOKENS_PER_BATCH:
+def batches(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items of similar length in tokens together, at most TOKENS_PER_BATCH tokens each, padding counted."""
+    pending: list[T] = []
+    for item in sorted(items, key=length, reverse=True):
+        if pending and length(pending[0]) * (len(pending) + 1) > TOKENS_PER_BATCH:
             yield pending
             pending = []
-        pending.append(window)
+        pending.append(item)
     if pending:
         yield pending
 
 
-def _padded(windows: list[list[int]], given: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(windows: list[list[int]], given: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids int64 [b, S], padded on the right with 0, and which of them are to be predicted: bool [b, S].
 
     given: tokens at the start of each window that are not.

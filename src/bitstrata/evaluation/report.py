@@ -8,6 +8,7 @@ from typing import Any
 
 from ..metrics import Spread
 from ..tables import optional, percent, render
+from .margins import Margins
 from .tasks import Scores
 
 
@@ -20,6 +21,7 @@ class BitsResult:
     perplexity, are None where no text was given.
     perplexity_error and those in spread: standard errors, None of a single token.
     tasks: by task and metric, both as lm-evaluation-harness names them; None where no tasks were given.
+    margins: by kind of decision (margins.py); None where no chats were given.
     """
 
     bits: int | str
@@ -32,6 +34,7 @@ class BitsResult:
     perplexity_error: float | None = None
     spread: Spread | None = None
     tasks: Scores | None = None
+    margins: dict[str, Margins] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,11 @@ class Evaluation:
 
     text, seq_len, reference: None where they were not asked for; tokens is 0 without a text.
     scored: which tokens of a window were predicted: all, or second-half.
-    reference: perplexity, nll and perplexity_error of the original, and its `tasks`.
+    reference: perplexity, nll and perplexity_error of the original, its `tasks` and `margins`.
     arithmetic, kernel: what the quantized layers were computed in and by: exact, int8, or both where short windows ran
         in another than long ones.
     tasks: how each task was asked: samples, num_fewshot, version.
+    chats: what margins were measured on.
     """
 
     model: str
@@ -57,6 +61,7 @@ class Evaluation:
     notes: tuple[str, ...] = field(default=())
     scored: str = "all"
     tasks: dict[str, dict[str, Any]] | None = None
+    chats: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,6 +75,8 @@ class Evaluation:
             parts += _divergences(self.results)
         if self.tasks is not None:
             parts.append(_task_scores(f"{self.model} on tasks of lm-evaluation-harness, {ran}", self))
+        if self.chats is not None:
+            parts.append(_decision_margins(f"{self.model}: decision margins on {self.chats}, {ran}", self))
         return "\n\n".join(parts)
 
 
@@ -126,3 +133,23 @@ def _task_scores(title: str, found: Evaluation) -> str:
 def _score(metrics: dict[str, float | None], metric: str, filtered: str) -> str:
     value, error = metrics.get(f"{metric},{filtered}"), metrics.get(f"{metric}_stderr,{filtered}")
     return optional(value) if error is None else f"{optional(value)} ±{error:.4f}"
+
+
+def _decision_margins(title: str, found: Evaluation) -> str:
+    columns = ["bits", "decision", "tokens", "right", "median", "10%", "90%", "of reference", "flipped"]
+    measured = [("reference", found.reference["margins"])] if found.reference is not None else []
+    measured += [(str(row.bits), row.margins) for row in found.results]
+    rows = [
+        [
+            name,
+            kind,
+            str(it.decisions),
+            percent(it.right),
+            *(optional(value, 3) for value in (it.median, it.p10, it.p90)),
+            optional(it.of_reference, 2),
+            percent(it.flipped),
+        ]
+        for name, margins in measured
+        for kind, it in margins.items()
+    ]
+    return render(title, columns, rows)
