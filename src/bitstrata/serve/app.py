@@ -51,7 +51,8 @@ def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Set
     """
     service = Service(engine, tokenizer, settings)
     # No /docs: FastAPI's page loads its program from another site.
-    app = FastAPI(title="bitstrata", version=__version__, docs_url=None, redoc_url=None, root_path=settings.root_path)
+    prefix = [{"url": settings.root_path}] if settings.root_path else None  # the guard takes it off
+    app = FastAPI(title="bitstrata", version=__version__, docs_url=None, redoc_url=None, servers=prefix)
     app.state.service = service
     errors.install(app)
     _add_generation(app, service)

@@ -58,7 +58,7 @@ def method(path: str) -> str | None:
 
 def nothing_at(path: str) -> str:
     """What is said of a path where there is nothing."""
-    near = difflib.get_close_matches(path[:100], METHODS, 1, cutoff=0.7)
+    near = difflib.get_close_matches(path[:100], METHODS, 1, cutoff=0.5)
     return "there is nothing at this path; " + (
         f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
     )

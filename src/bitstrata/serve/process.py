@@ -6,8 +6,9 @@ was asked for as 0. It does not listen before the model is there.
 A connection costs an open file from when it is accepted, and memory from the first byte of a request, which may never
 become whole. So uvicorn's protocol does here what uvicorn has no option for:
 
-* The header of a request must be there HEADER_SECONDS after the connection was made, or after the time that an idle
-  connection stays open. (The time for a body is the guard's matter: by then a client can be told.)
+* The header of a request must be there HEADER_SECONDS after the connection was made or, on one that was used before,
+  after it began. An idle one stays open as long as settings.keep_alive says. (The time for a body is the guard's
+  matter: by then a client can be told.)
 * No more than `most` connections are open at a time, which is less than the files that the process may open. For one
   more, the connection goes that has been without a whole request for longest; those that are being answered stay.
 * What has come of requests that are not whole is at most `most_bytes` together; again the oldest goes.
@@ -165,6 +166,7 @@ class Connection(H11Protocol):
     keep_alive: ClassVar[int]  # seconds
     _due: asyncio.TimerHandle | None = None  # when the next header must be there
     _stalled: asyncio.TimerHandle | None = None  # until when the client must take something
+    _is_idle = False  # between two requests
     _unsent = 0  # bytes of the answer when that began
 
     def abort(self) -> None:
@@ -207,15 +209,16 @@ class Connection(H11Protocol):
             self.all.received(self, size)
         elif is_answering:
             self.all.complete(self)
-        self._set_due(not is_answering)
+        self._set_due(not is_answering, size > 0)
 
-    def _set_due(self, expected: bool) -> None:
-        if self._due is not None and not expected:
+    def _set_due(self, expected: bool, begun: bool = False) -> None:
+        """A header is expected, of which something has come if it has `begun`."""
+        if self._due is not None and (not expected or (begun and self._is_idle)):
             self._due.cancel()
             self._due = None
-        elif self._due is None and expected:
-            idle = 0 if self.cycle is None else self.keep_alive
-            self._due = self.loop.call_later(idle + HEADER_SECONDS, self._check_due)
+        if self._due is None and expected:
+            self._is_idle = self.cycle is not None and not begun
+            self._due = self.loop.call_later(self.keep_alive if self._is_idle else HEADER_SECONDS, self._check_due)
 
     def _check_due(self) -> None:
         self._due = None
