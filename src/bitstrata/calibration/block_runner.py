@@ -49,8 +49,8 @@ def half_products(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 faster than fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_1", "arm_bf16", "bf16"))
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not say
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_1", "bf16"))
 
 
 def _equal(one: Any, other: Any) -> bool:
