@@ -70,9 +70,9 @@ def test_commands_that_are_shown_can_be_typed(path):
 
 VLLM = {  # the flags of another program, in the guide that is about it
     *("--logits-processors", "--scheduler-cls", "--load-format", "--hf-overrides", "--tensor-parallel-size"),
-    *("--pipeline-parallel-size", "--distributed-executor-backend", "--enforce-eager", "--enable-dbo", "--enable-expert-parallel"),
+    *("--pipeline-parallel-size", "--distributed-executor-backend", "--enforce-eager", "--enable-dbo"),
     *("--middleware", "--served-model-name", "--api-server-count", "--head", "--address"),
-    "--speculative-config",
+    *("--speculative-config", "--enable-expert-parallel"),
 }
 
 
