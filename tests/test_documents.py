@@ -73,7 +73,7 @@ THEIRS = {  # the flags of other programs, in the guides that are about them
         *("--logits-processors", "--scheduler-cls", "--load-format", "--hf-overrides", "--tensor-parallel-size"),
         *("--pipeline-parallel-size", "--distributed-executor-backend", "--enforce-eager", "--enable-dbo"),
         *("--middleware", "--served-model-name", "--api-server-count", "--head", "--address"),
-        "--speculative-config",
+        *("--speculative-config", "--enable-expert-parallel"),
     },
     "clients.md": {"--apply", "--model", "--tasks"},
 }
