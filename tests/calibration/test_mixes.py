@@ -156,6 +156,11 @@ def test_lines_of_texts_are_documents(tmp_path: Path) -> None:
     path.write_text('{"text": "one"}\n{"content": "two"}\n')
     with pytest.raises(TextError, match="line 2 has neither messages nor a text"):
         read_mix(path)
+    path.write_text('\ufeff{"text": "one"}\r\n{"text": "two"}\r\n')
+    assert read_mix(path) == ["one", "two"]
+    path.write_text(json.dumps({"text": "one"}, indent=2))
+    with pytest.raises(TextError, match="line 1 is not JSON"):
+        read_mix(path)
     path.write_text("\n")
     with pytest.raises(TextError, match="is empty"):
         read_mix(path)
