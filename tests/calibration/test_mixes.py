@@ -156,6 +156,11 @@ def test_lines_of_texts_are_documents(tmp_path: Path) -> None:
     path.write_text('{"text": "one"}\n{"content": "two"}\n')
     with pytest.raises(TextError, match="line 2 has neither messages nor a text"):
         read_mix(path)
+    path.write_text('\ufeff{"text": "one"}\r\n{"text": "two"}\r\n')
+    assert read_mix(path) == ["one", "two"]
+    path.write_text(json.dumps({"text": "one"}, indent=2))
+    with pytest.raises(TextError, match="line 1 is not JSON"):
+        read_mix(path)
     path.write_text("\n")
     with pytest.raises(TextError, match="is empty"):
         read_mix(path)
@@ -208,7 +213,7 @@ def test_the_built_in_chats_are_the_same_at_every_run_and_their_parts_disjoint()
     assert parts["heldout"] == decision_chats("heldout")
     asked = {part: set().union(*map(said, found)) for part, found in parts.items()}
     assert not asked["calibration"] & asked["heldout"]
-    assert min(map(len, asked.values())) > 150, "they are not all the same few"
+    assert min(map(len, asked.values())) > 80, "they are not all the same few"
 
 
 def test_all_kinds_of_built_in_chats_can_be_written() -> None:

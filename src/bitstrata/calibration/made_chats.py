@@ -77,6 +77,7 @@ class _Words:
 
     def __init__(self, part: str) -> None:
         self.draw, place = random.Random(part), PARTS.index(part)
+        self._place = place
         # of four words the last is held out
         self._lists = {
             name: [word for number, word in enumerate(words) if (number % 4 == 3) == bool(place)]
@@ -88,6 +89,11 @@ class _Words:
 
     def date(self) -> str:
         return f"2025-{self.draw.randint(1, 12):02d}-{self.draw.randint(1, 28):02d}"
+
+    def amount(self) -> int:
+        """Tens: even ones for calibration, odd ones held out."""
+        tens = self.draw.randint(5, 95)
+        return 10 * (tens - tens % 2 + self._place)
 
     def time(self) -> str:
         return f"{self.draw.randint(8, 19):02d}:{self.draw.choice(('00', '15', '30', '45'))}"
@@ -123,7 +129,7 @@ def _tool_chat(words: _Words) -> Chat:
     draw = words.draw
     tool = draw.choice(TOOLS)["function"]["name"]
     city, person, thing, title = (words.one(name) for name in ("city", "person", "thing", "meeting"))
-    date, time, amount = words.date(), words.time(), draw.randint(5, 95) * 10
+    date, time, amount = words.date(), words.time(), words.amount()
     arguments: dict[str, Any]
     if tool == "get_weather":
         sky, degrees = draw.choice(WEATHER), draw.randint(-5, 33)

@@ -158,12 +158,10 @@ def _source(name: str, share: float, part: str | None) -> Source:
     path = Path(name)
     if path.suffix != ".jsonl":
         return Source(name, share, documents=tuple(read_text(name, part)))
-    content = file_text(name)
-    if SEPARATOR in content:  # the mark of a plain text, whatever its name
+    content = file_text(name).removeprefix("\ufeff")
+    if SEPARATOR in content or not content.lstrip().startswith("{"):  # a text, or nothing that read_text takes
         return Source(name, share, documents=tuple(read_text(name, part)))
     lines = json_lines(path, content)
-    if not lines:
-        raise TextError(f"{path} is empty", hint="a text needs words to measure on")
     if "messages" in lines[0][1]:
         return Source(name, share, chats=tuple(chats_of(lines, path)))
     for number, value in lines:
