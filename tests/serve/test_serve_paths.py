@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from http_calls import CHAT, COMPLETIONS, JSON
+from http_calls import CHAT, COMPLETIONS, JSON, events, eventually, read_all
 
+from bitstrata.serve import stream
 from bitstrata.serve.paths import METHODS, ordered
 
 ASKED = {"prompt": "x", "max_tokens": 1}
@@ -84,3 +85,21 @@ def test_tokens_of_texts_and_turns_and_back(server, chat_server, tokenizer):
     server.post("/tokenize", {"prompt": text, "model": "other"}).refused(404)
     server.post("/detokenize", {"tokens": [10**9]}).refused(400, "is not a token")
     server.post("/detokenize", {"tokens": "x"}).refused(400, "tokens")
+
+
+def test_a_stream_that_waits_says_that_it_is_alive(with_engine, monkeypatch):
+    monkeypatch.setattr(stream, "PING_SECONDS", 0.02)
+    with with_engine(max_requests=1) as server:
+        busy = server.connect(COMPLETIONS, {"prompt": "x", "max_tokens": 900, "ignore_eos": True})
+        eventually(lambda: server.engine.stats().running == 1, "a running request")
+        waiting = server.connect(COMPLETIONS, {"prompt": "x", "max_tokens": 2, "stream": True})
+        received = b""
+        while received.count(b": ping\n\n") < 3:
+            piece = waiting.recv(65536)
+            assert piece, received
+            received += piece
+        assert b"data:" not in received
+        busy.close()
+        received += read_all(waiting)
+        waiting.close()
+    assert events(received)[-1] == "[DONE]"
