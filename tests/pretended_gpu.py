@@ -316,7 +316,7 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
             "get_device_name": "Pretended GPU",
             "get_device_capability": (9, 0),
             "mem_get_info": (1 << 25, 1 << 33),
-            "get_device_properties": SimpleNamespace(L2_cache_size=1 << 12),
+            "get_device_properties": SimpleNamespace(L2_cache_size=1 << 12, major=9),
             "set_device": None,
             "synchronize": None,
             "empty_cache": None,

@@ -18,6 +18,7 @@ JOBS = {
             "method": "nested",
             "options": {"iterations": 1, "sweeps": 1, "tune_steps": 2, "tune_tokens": 64},
             "bits": "2,4",
+            "dtype": "float32",  # the pretended device has no autocast
         },
         0.02,
     ),

@@ -145,9 +145,9 @@ def count_passes(engine):
     """Tokens of each pass that goes through the modules, from now on."""
     passes, through = [], engine._forward._through_modules
 
-    def counted(tokens, spans, bits):
+    def counted(tokens, spans, bits, every):
         passes.append(sum(span.length for span in spans))
-        return through(tokens, spans, bits)
+        return through(tokens, spans, bits, every)
 
     engine._forward._through_modules = counted
     return passes

@@ -54,10 +54,10 @@ def before_block(number: int) -> Callable[[pytest.MonkeyPatch, Callable[[], None
     def install(patch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
         run_block = Blocks._run_block
 
-        def changed(self: Blocks, job: Job, index: int) -> None:
+        def changed(self: Blocks, job: Job, index: int, *, solve: bool) -> None:
             if index == number:
                 change()
-            run_block(self, job, index)
+            run_block(self, job, index, solve=solve)
 
         patch.setattr(Blocks, "_run_block", changed)
 
