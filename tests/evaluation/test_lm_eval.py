@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,20 @@ def test_the_harness_has_our_models_by_name(quantized: Path, tasks: Path) -> Non
     check_equal(harness(tasks, "bitstrata", model_args=arguments, device="cpu"), found.results[0].tasks)
     with pytest.raises(UsageError, match="must be a folder"):
         harness(tasks, "bitstrata", model_args={"pretrained": None}, device="cpu")
+
+
+def test_the_harness_own_command_needs_no_device(quantized: Path, tasks: Path) -> None:
+    """It asks for cuda:0 by itself, also where there is no GPU."""
+    found = evaluate(quantized, tasks=str(tasks / "made_capitals.yaml"), bits=3, device="cpu")
+    command = ["-m", "bitstrata.integrations.lm_eval", "run", "--model", "bitstrata"]
+    command += ["--model_args", f"pretrained={quantized},bits=3", "--tasks", "made_capitals", "--include_path", tasks]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if "|acc " in line]
+    assert found.results[0].tasks is not None
+    shown = float(row.split("|")[7])
+    assert shown == pytest.approx(found.results[0].tasks["made_capitals"]["acc,none"], abs=1e-4)
 
 
 def test_the_harness_loads_a_checkpoint_as_a_model_of_transformers(quantized: Path, tasks: Path) -> None:

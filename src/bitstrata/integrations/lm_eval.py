@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -18,6 +19,9 @@ from ..errors import UsageError
 from ..models import load_tokenizer, resolve
 from ..models.load import pick_device
 from ..plans import load, parse_bits_or_plan
+from ..progress import note
+
+HARNESS_DEVICE = "cuda:0"  # what it asks a model for where nobody chose
 
 
 @register_model("bitstrata")
@@ -27,7 +31,8 @@ class QuantizedLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: a folder written by `bitstrata quantize`, or a hub id of one.
         bits: a number, or a plan's file; the highest by default. Only the planes that it needs are loaded.
-        device, dtype: as in `bitstrata.load`; on a CPU float32 unless told otherwise.
+        device, dtype: as in `bitstrata.load`; on a CPU float32 unless told otherwise. A machine without a GPU takes the
+            harness's default for the CPU, as its own models do.
         others: arguments of the harness's `hf` that are not about loading, such as batch_size or max_length.
 
     Raises what `bitstrata.load` does, UsageError for a model in memory.
@@ -43,6 +48,9 @@ class QuantizedLM(HFLM):  # type: ignore[misc]
     ) -> None:
         if not isinstance(pretrained, str):
             raise UsageError("pretrained must be a folder or a hub id", hint="a loaded model is for `--model hf`")
+        if device == HARNESS_DEVICE and not torch.cuda.is_available():
+            note("there is no GPU: tasks run on the CPU")
+            device = "cpu"
         where = pick_device(device or "auto")
         if dtype in (None, "auto"):
             dtype = "float32" if where.type == "cpu" else None
