@@ -50,6 +50,14 @@ class Stage(ABC):
         """The bytes of its result in the job folder."""
         return 0
 
+    def passing_disk(self, prepared: Prepared) -> int:
+        """The bytes that it takes beside its result and gives back before the checkpoint is written."""
+        return 0
+
+    def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
+        """How many multiplications and additions its products take, by their dtype; none where other work is more."""
+        return {}
+
     @abstractmethod
     def run(self, job: Job) -> None:
         """Do it. Raises JobError where an earlier run's result is damaged."""
@@ -97,6 +105,14 @@ class Prepared:
         """Tokens that the model tells apart."""
         return int(self.model.config.get_text_config(decoder=True).vocab_size)
 
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Linear -> the share of all tokens that goes through it: of an expert's, on the average."""
+        found = {linear.name: 1.0 for linear in self.discovery.linears}
+        for name, (_, count) in experts_of(found, self.model).items():
+            found[name] = (active_experts(self.source.config, count) or count) / count
+        return found
+
     def spec(self) -> QuantizationSpec:
         """The `quantization_config` of the result."""
         settings = self.settings
@@ -136,9 +152,10 @@ class Prepared:
 
     @cached_property
     def disk_bytes(self) -> int:
-        """The most that the output takes at a time, just before the job folder is removed:
+        """The most that the output takes at a time: the stages' results, and the larger of
 
-        the stages' results + the checkpoint: planes and scales, unquantized tensors, files beside the weights.
+        the checkpoint: planes and scales, unquantized tensors, files beside the weights
+        and what a stage takes only while it runs.
         """
         spec, source = self.spec(), self.source
         kept = () if self.settings.drop_mtp else self.mtp
@@ -148,7 +165,8 @@ class Prepared:
         tensors = len(self.common) + sum(len(spec.layer_tensors(name)) + 1 for name in spec.layers)
         text = tensors * TENSOR_TEXT + (len(spec.layers) + len(self.discovery.left_out)) * LAYER_TEXT
         results = sum(stage.disk(self) for stage in self.stages)
-        return results + sum(map(spec.layer_bytes, spec.layers)) + copied + text
+        checkpoint = sum(map(spec.layer_bytes, spec.layers)) + copied
+        return results + max(checkpoint, *(stage.passing_disk(self) for stage in self.stages)) + text
 
     @cached_property
     def parameter_bytes(self) -> tuple[int, list[int]]:

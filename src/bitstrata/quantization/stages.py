@@ -20,7 +20,7 @@ from ..metrics import Tally
 from ..models import HeadLayer
 from ..planes import PlaneWeight, decode
 from ..progress import Steps, log, note
-from ..solvers import RTN, Tuning
+from ..solvers import RTN
 from ..solvers.clipped import clipped_rows
 from ..solvers.grouping import join_rows, row_chunks
 from .block_task import BlockTask
@@ -29,7 +29,7 @@ from .context import Job, Prepared, Stage
 from .expert_inputs import counting, tokens_of_experts
 from .settings import Settings
 from .state import SENSITIVITY
-from .tuning import tune
+from .tune_stage import Tune
 
 BASELINE = RTN()  # what the final check compares with, at each bits alone
 CHUNK = 1 << 20  # weights of the head solved at a time
@@ -99,6 +99,12 @@ class Gradients(Stage):
     def disk(self, prepared: Prepared) -> int:
         return 4 * prepared.discovery.weight_count
 
+    def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
+        """A window runs forward and backward, which is two."""
+        shares = prepared.shares
+        a_token = sum(2 * one.in_features * one.out_features * shares[one.name] for one in prepared.discovery.linears)
+        return {torch.float32: 3 * a_token * prepared.settings.num_samples * prepared.settings.seq_len}
+
     def run(self, job: Job) -> None:
         if job.state.has(SENSITIVITY) or all(map(job.state.has, range(len(job.discovery.blocks)))):
             return
@@ -123,6 +129,21 @@ class Blocks(Stage):
     def disk(self, prepared: Prepared) -> int:
         return prepared.stored_bytes(prepared.discovery.linears)
 
+    def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
+        """Every chain runs through all linears, and once more for what each of them reads; two moments of that."""
+        windows, settings = prepared.windows, prepared.settings
+        if windows is None:
+            return {}
+        learning, checking = (float(part.numel()) for part in (windows.calibration, windows.heldout))
+        bits, linears = len(settings.bits), prepared.discovery.linears
+        a_token = sum(2 * one.in_features * one.out_features * prepared.shares[one.name] for one in linears)
+        total = a_token * checking * (1 + 2 * bits)
+        if "inputs" in settings.method.needs:
+            total += a_token * learning * (1 + bits) * 2
+            read = {(one.name.rpartition(".")[0], one.in_features): prepared.shares[one.name] for one in linears}
+            total += sum(4 * width**2 * share for (_, width), share in read.items()) * learning * bits
+        return {torch.float32: total}
+
     def run(self, job: Job) -> None:
         blocks = job.discovery.blocks
         self._start_chains(job)
@@ -135,7 +156,8 @@ class Blocks(Stage):
                 self._run_block(job, index)
                 return_free_memory()
                 steps.step(name, skipped=finished)
-        job.chains.learning.clear()  # nothing reads it any more
+        for name in job.chains.learning.keys() - ({ORIGINAL} if job.settings.method.tuning is not None else set()):
+            del job.chains.learning[name]  # nothing reads it any more
 
     def _start_chains(self, job: Job) -> None:
         windows, bits, method = job.prepared.windows, job.settings.bits, job.settings.method
@@ -189,53 +211,6 @@ class Blocks(Stage):
         if "gradients" in job.settings.method.needs:
             task.sensitivity = job.state.load_tensors(SENSITIVITY, list(task.weights))
         return job.settings.method.solve_block(task)
-
-
-class Tune(Stage):
-    """Tune the scales of all blocks together; they count once every block has some."""
-
-    needs = frozenset({"windows", "whole model"})
-
-    def __init__(self, tuning: Tuning) -> None:
-        self.tuning = tuning
-
-    def memory(self, prepared: Prepared) -> int:
-        """The whole model in fp32; planes at a byte, a decoded weight and its gradient; a step's activations."""
-        settings, discovery = prepared.settings, prepared.discovery
-        whole = sum(parameter.numel() for parameter in prepared.model.parameters()) * 4
-        tokens = max(self.tuning.batch_tokens, settings.seq_len)
-        widths = sum(2 * linear.in_features + 3 * linear.out_features for linear in discovery.linears)
-        return (
-            whole + discovery.weight_count * (settings.bits[-1] + 8) + 4 * tokens * (widths + 4 * prepared.vocabulary)
-        )
-
-    def disk(self, prepared: Prepared) -> int:
-        return prepared.stored_bytes(prepared.discovery.linears, planes=False)
-
-    def run(self, job: Job) -> None:
-        if job.state.refined:
-            log.info("resuming: the scales are already tuned")
-            return
-        blocks = [job.planes(index) for index in range(len(job.discovery.blocks))]
-        layers = {name: weight for block in blocks for name, weight in block.items()}
-        transposed = frozenset(linear.name for linear in job.discovery.linears if linear.transposed)
-        generator = torch.Generator().manual_seed(job.settings.seed)
-        fixed = {**job.embedding(), **job.output()}
-        with Steps("tuning", self.tuning.steps, "step") as steps, job.runner.whole() as model:
-            tuned = tune(
-                model,
-                layers,
-                transposed,
-                fixed,
-                job.windows.calibration,
-                self.tuning,
-                generator,
-                lambda: steps.step(""),
-            )
-        for bits, (before, after) in tuned.divergence.items():
-            log.info(f"  {bits} bits: divergence on held-out windows {before:.4f} -> {after:.4f}")
-        for index, block in enumerate(blocks):
-            job.state.save_refined(index, {name: tuned.layers[name] for name in block})
 
 
 class Measure(Stage):
