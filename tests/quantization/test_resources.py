@@ -20,7 +20,7 @@ from bitstrata import memory
 from bitstrata.checkpoint import writer
 from bitstrata.errors import PreflightError, ResourceError
 from bitstrata.models import SourceModel
-from bitstrata.quantization import preflight, tuning
+from bitstrata.quantization import job, preflight, tuning
 from bitstrata.quantization.context import Prepared
 
 MB = 10**6
@@ -87,6 +87,7 @@ def test_on_a_gpu_hidden_states_are_in_main_memory_and_the_work_is_not(
     here = needed(model, tmp_path / "out", text, **ANYBCQ).memory
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    monkeypatch.setattr(job, "told", lambda prepared: "")  # there is no GPU to time
     monkeypatch.setattr(preflight, "BlockRunner", lambda *_: type("Runner", (), {"check": lambda self, window: None})())
     there = needed(model, tmp_path / "out", text, **ANYBCQ, device="cuda").memory
     assert here.gpu == 0
