@@ -68,16 +68,22 @@ def test_commands_that_are_shown_can_be_typed(path):
                 pytest.fail(f"{command}\n{type(error).__name__}: {error}")
 
 
-VLLM = {  # the flags of another program, in the guide that is about it
-    *("--logits-processors", "--scheduler-cls", "--load-format", "--hf-overrides", "--tensor-parallel-size"),
-    *("--pipeline-parallel-size", "--distributed-executor-backend", "--enforce-eager", "--enable-dbo"),
+THEIRS = {  # the flags of other programs, in the guides that are about them
+    "vllm.md": {
+        *("--logits-processors", "--scheduler-cls", "--load-format", "--hf-overrides", "--tensor-parallel-size"),
+        *("--pipeline-parallel-size", "--distributed-executor-backend", "--enforce-eager", "--enable-dbo"),
+        *("--middleware", "--served-model-name", "--api-server-count", "--head", "--address"),
+        *("--speculative-config", "--enable-expert-parallel"),
+    },
+    "clients.md": {"--apply", "--model", "--tasks"},
 }
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=_name)
 def test_flags_that_are_named_exist(path):
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"`?(?:hf|pip|pytest|python) [^`\n]*", "", _text(path))))
-    known = _options() | (VLLM if path.name == "vllm.md" else set())
+    others = r"`?(?:hf|pip|pytest|python|llama-perplexity|lm_eval) [^`\n]*"
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(others, "", _text(path))))
+    known = _options() | THEIRS.get(path.name, set())
     assert named <= known, sorted(named - known)
 
 

@@ -1,4 +1,4 @@
-"""The arguments of the verbs, each written once: from here come the Python functions (`verb`), the commands
+"""The arguments of the verbs, each written once: from here come the Python functions (verbs.py), the commands
 (cli/commands.py) and the reference pages.
 
 A verb is a frozen dataclass. Its docstring's first line is the command's help, a field's `Argument` says the rest. The
@@ -7,13 +7,10 @@ order of fields is that of positional arguments in Python, until `KW_ONLY`. Noth
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, Protocol, TypeVar, cast, get_type_hints, overload
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from .errors import UsageError
 
@@ -21,15 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 else:
     PreTrainedModel = PreTrainedTokenizerBase = Any
-
-P = ParamSpec("P")
-O = TypeVar("O")  # noqa: E741  (options)
-O_contra = TypeVar("O_contra", contravariant=True)
-R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
-REMOVED = {
-    "reporter": "messages go to logging: nothing is shown without logging.basicConfig(level=logging.INFO) or the like"
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +92,8 @@ class QuantizeOptions:
     method: Annotated[str, Argument("nested, anybcq, anyprecision, bpdq, gptq, bcq or rtn.")] = "nested"
     group_size: Annotated[int, Argument("Input columns that share scales.")] = 128
     calibration: Annotated[
-        str | Path | None, Argument("UTF-8 text file, or stdlib; the final check is measured on it too.")
+        str | Path | None,
+        Argument("UTF-8 file, chats (.jsonl), stdlib, chat, or several: a.txt,chat:0.3. The final check takes it too."),
     ] = None
     num_samples: Annotated[int, Argument("Windows to calibrate on.")] = 128
     seq_len: Annotated[int, Argument("Tokens a window.")] = 2048
@@ -124,6 +113,9 @@ class QuantizeOptions:
     drop_mtp: Annotated[bool, Argument("Leave out layers that predict further tokens (MTP).")] = False
     seed: Annotated[int, Argument("Decides windows and training order.")] = 0
     device: Device = "auto"
+    dtype: Annotated[
+        str, Argument("Products while calibrating, and what is kept: auto (what is fast here), bfloat16, float32.")
+    ] = "auto"
     dry_run: Annotated[bool, Argument("List all, with time, memory and disk; weights are not read.")] = False
 
 
@@ -160,10 +152,15 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure perplexity, KL divergence and top-1 agreement at each bits."""
+    """Measure each bits on a text, on tasks, or at the decisions of chats: distance from the original and scores."""
 
     model: Annotated[str | Path | PreTrainedModel, Checkpoint]
-    text: Annotated[str | Path, Argument("UTF-8 text, documents separated by <|endoftext|>; or stdlib.")]
+    text: Annotated[
+        str | Path | None,
+        Argument(
+            "For perplexity, kld, top-1: a UTF-8 file, <|endoftext|> between documents; chats .jsonl; stdlib, chat."
+        ),
+    ] = None
     bits: Annotated[
         Any, Argument("Bits and plans to measure: 2,3,plan.json. All bits by default; of one plan's pages that plan.")
     ] = None
@@ -173,6 +170,21 @@ class EvaluateOptions:
     seq_len: Annotated[int | None, Argument("Tokens a window (default 2048), at most the model's context.")] = None
     max_tokens: Annotated[int | None, Argument("Stop after so many predicted tokens.")] = None
     _: KW_ONLY
+    scored: Annotated[
+        str, Argument("Tokens of a window that count: all, or second-half, as llama-perplexity does (windows of 512).")
+    ] = "all"
+    tasks: Annotated[
+        str | Sequence[str],
+        Argument("Tasks of lm-eval (extra eval): names, YAML files, folders, with commas; repeatable.", each=texts),
+    ] = ()
+    margins: Annotated[
+        str | Path | None,
+        Argument("Chats: how sure each bits is where they call tools or answer in JSON. A .jsonl file, or chat."),
+    ] = None
+    limit: Annotated[float | None, Argument("Examples of each task; below 1 a share of them.")] = None
+    num_fewshot: Annotated[int | None, Argument("Examples in front of each question of a task.")] = None
+    batch_size: Annotated[int, Argument("Requests of a task computed at a time.")] = 1
+    apply_chat_template: Annotated[bool, Argument("Ask tasks through the model's chat template.")] = False
     arithmetic: Annotated[
         str | None,
         Argument("exact, or int8 as in decoding on a CPU. By default what runs for windows of this length."),
@@ -299,6 +311,14 @@ class ServerSettings:
     ] = None
     max_body: Annotated[int, Argument("The largest request, in bytes.", least=1)] = 4 * 1024 * 1024
     max_connections: Annotated[int, Argument("HTTP requests under way; more are refused.", least=1)] = 512
+    strict: Annotated[bool, Argument("Refuse what is otherwise ignored or adjusted, with a warning in the reply.")] = (
+        False
+    )
+    generation_config: Annotated[
+        str, Argument("auto: requests sample as the model's generation_config.json says where they do not; or none.")
+    ] = "auto"
+    root_path: Annotated[str, Argument("A prefix of all paths, where a proxy serves this below one: /llm.")] = ""
+    keep_alive: Annotated[int, Argument("Seconds that an idle connection stays open.", least=1)] = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,70 +355,3 @@ class ServeOptions(Size, ServerSettings):
         ),
     ] = ()
     grace: Annotated[float, Argument("Seconds for requests under way when the server closes.", least=0)] = 30.0
-
-
-def check_name(function: str, name: str, known: Iterable[str]) -> None:
-    """Raise UsageError for an argument that `function` does not have; the nearest that it has is named."""
-    known = tuple(known)
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, known, 1)
-    hint = REMOVED.get(name) or (f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}")
-    raise UsageError(f"{function} has no argument {name}", hint=hint)
-
-
-def named(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which says in words which argument it does not have. A decorator of public functions."""
-    known = inspect.signature(function).parameters
-
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs:
-            check_name(function.__name__, name, known)
-        return function(*args, **kwargs)
-
-    return checked
-
-
-class Verb(Protocol[O_contra, P, R_co]):
-    """A function that takes one object of options, or the fields of one as arguments."""
-
-    __name__: str
-
-    @overload
-    def __call__(self, options: O_contra, /) -> R_co: ...
-
-    @overload
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
-
-
-def verb(options: Callable[P, O]) -> Callable[[Callable[[O], R]], Verb[O, P, R]]:
-    """A decorator: `run(options)` becomes a function that also takes the fields of `options` as its arguments.
-
-    Its signature and the list of arguments in its docstring come from the fields. Raises UsageError for an argument
-    that there is none of.
-    """
-    kind = cast("type[O]", options)
-    signature = inspect.signature(kind)
-
-    def decorate(run: Callable[[O], R]) -> Verb[O, P, R]:
-        @functools.wraps(run)
-        def call(*args: Any, **kwargs: Any) -> R:
-            if len(args) == 1 and not kwargs and isinstance(args[0], kind):
-                return run(args[0])
-            for name in kwargs:
-                check_name(run.__name__, name, signature.parameters)
-            bound = signature.bind(*args, **kwargs)
-            return run(kind(*bound.args, **bound.kwargs))
-
-        known = arguments_of(kind)
-        described = "\n".join(["Args:", *(f"    {name}: {about.help}" for name, (_, about) in known.items())])
-        text, raises, errors = inspect.cleandoc(run.__doc__ or "").partition("\nRaises:")
-        call.__doc__ = f"{text}\n{described}\n{raises}{errors}".strip() if known else text
-        call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [one.replace(annotation=known[name][0]) for name, one in signature.parameters.items()],
-            return_annotation=run.__annotations__["return"],
-        )
-        return cast("Verb[O, P, R]", call)
-
-    return decorate

@@ -55,7 +55,7 @@ def test_a_wrong_argument_is_a_usage_error(
         (["quantize", "MODEL", "-o", "OUT", "--head-bits", "4-6"], "--head-bits"),
         (["quantize", "MODEL"], "Missing option '-o'"),
         (["quantize"], "Missing argument"),
-        (["eval", "MODEL"], "Missing option '--text'"),
+        (["eval"], "Missing argument 'model'"),
         (["generate", "MODEL", "words", "--max-new-tokens", "x"], "--max-new-tokens"),
         (["dance"], "No such command 'dance'"),
     ],

@@ -113,7 +113,7 @@ def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("changes", "said"),
     [
         ({"text": ["one", "two"]}, r"the text must be a path, got \['one', 'two'\]"),
-        ({"text": None}, "the text must be a path, got None"),
+        ({"text": None}, "nothing to measure"),
         ({"text": b"text.txt"}, "the text must be a path"),
         ({"seq_len": "32"}, "seq_len must be a whole number, got '32'"),
         ({"seq_len": 16.0}, "seq_len must be a whole number, got 16.0"),
@@ -137,20 +137,26 @@ def test_evaluate_takes_whole_numbers_of_other_libraries(quantized: Path, text: 
 RECORDS = [{"text": f"some words, number {index}", "id": index} for index in range(300)]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "\n".join(map(json.dumps, RECORDS)),
-        "\n\n".join(map(json.dumps, RECORDS)) + "\n",
-        json.dumps(RECORDS),
-        json.dumps({"data": RECORDS}, indent=2),
-        json.dumps([record["text"] for record in RECORDS], indent=1),
-        "\ufeff" + "\r\n".join(json.dumps([record["text"]]) for record in RECORDS),
-        "\n".join(json.dumps({"text": "word " * 900}) for _ in range(300)),  # beyond what is looked at line by line
-    ],
+LISTS = (
+    json.dumps(RECORDS),
+    json.dumps([record["text"] for record in RECORDS], indent=1),
+    "\ufeff" + "\r\n".join(json.dumps([record["text"]]) for record in RECORDS),
 )
-@pytest.mark.parametrize("name", ["text.jsonl", "text.txt"])
-def test_json_is_not_taken_for_text(content: str, name: str, model: Path, quantized: Path, tmp_path: Path) -> None:
+OBJECTS = (
+    "\n".join(map(json.dumps, RECORDS)),
+    "\n\n".join(map(json.dumps, RECORDS)) + "\n",
+    json.dumps({"data": RECORDS}, indent=2),
+    "\n".join(json.dumps({"text": "word " * 900}) for _ in range(300)),  # beyond what is looked at line by line
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    # what is called .jsonl and holds an object a line is documents or chats
+    [*(("text.txt", content) for content in (*LISTS, *OBJECTS)), *(("text.jsonl", content) for content in LISTS)],
+    ids=[*(f"text-{number}" for number in range(7)), *(f"jsonl-{number}" for number in range(3))],
+)
+def test_json_is_not_taken_for_text(name: str, content: str, model: Path, quantized: Path, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
     with pytest.raises(PreflightError, match="holds JSON, not text") as caught:

@@ -56,7 +56,7 @@ def test_durations_in_words(seconds: float, words: str) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which a block takes a second and half a one more for each window of 32 tokens; the rest nothing."""
-    monkeypatch.setattr(duration, "_first_block", lambda prepared, samples: 1 + samples / 2)
+    monkeypatch.setattr(duration, "_first_block", lambda prepared, *windows: 1 + sum(windows) / 2)
     monkeypatch.setattr(duration, "expected_seconds", lambda prepared: 0.0)
 
 
@@ -105,7 +105,7 @@ def test_a_resumed_job_does_not_choose_again(
     measured = []
 
     def fitting(prepared: Any, seconds: float) -> tuple[int, int]:
-        measured.append([duration._first_block(prepared, samples) for samples in (1, 2)])
+        measured.append([duration._first_block(prepared, samples, 1) for samples in (1, 2)])
         return 5, 24
 
     monkeypatch.setattr(budget, "fitting", fitting)

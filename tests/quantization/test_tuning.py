@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import bitstrata
-from bitstrata.calibration import BlockRunner, open_passes
+from bitstrata.calibration import BlockRunner, open_blockwise
 from bitstrata.checkpoint import CheckpointReader
 from bitstrata.models import SourceModel, discover
 from bitstrata.planes import PlaneWeight, decode
@@ -57,15 +57,22 @@ class Original:
     def lesson(self, replaced=None):
         return Lesson(self.windows, lambda rows: self.targets[rows], replaced or {})
 
-    def passes(self, products=torch.float32):
+    def blockwise(self, products=torch.float32):
         names = {f"{name}.weight" for name in self.layers}
-        return open_passes(self.runner, names, self.windows, products)
+        return open_blockwise(self.runner, names, self.windows, products)
 
     def tuned(self, bits, seed, steps=8, rate=0.03, products=torch.float32, replaced=None, blocks=None, **more):
         generator, options = torch.Generator().manual_seed(seed), Tuning(steps, rate, 64)
-        with self.passes(products) as passes:
+        with self.blockwise(products) as blockwise:
             return tune(
-                passes, blocks or self.blocks, bits, self.lesson(replaced), options, generator, self.transposed, **more
+                blockwise,
+                blocks or self.blocks,
+                bits,
+                self.lesson(replaced),
+                options,
+                generator,
+                self.transposed,
+                **more,
             )
 
 
@@ -145,8 +152,10 @@ def test_a_step_follows_the_derivatives_of_the_whole_model(build, size, tmp_path
     original = Original(build(tmp_path / "model"), seed, group_size=size)
     rows = torch.tensor([3, 5])
     expected = derivatives(original, tmp_path / "model", 3, rows)
-    with original.passes() as passes:
-        tuner = tuning._Tuner(passes, original.blocks, 3, original.lesson(), Tuning(100, 0.03, 32), original.transposed)
+    with original.blockwise() as blockwise:
+        tuner = tuning._Tuner(
+            blockwise, original.blocks, 3, original.lesson(), Tuning(100, 0.03, 32), original.transposed
+        )
         tuner.step(rows)
     for block, optimizer in zip(tuner.blocks, tuner.optimizers, strict=True):
         for name, layer in block.items():

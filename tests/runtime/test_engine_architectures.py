@@ -27,6 +27,29 @@ def load(name, folder):
     return bitstrata.load(folder / "out", dtype=torch.float32)
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_log_probabilities_of_prompts_are_the_models_own(tmp_path, seed, exact_kernel, caplog, batched):
+    model = load("llama", tmp_path) if batched else not_batched(tmp_path, caplog)
+    chance = random.Random(seed)
+    prompts = [[chance.randrange(3, 96) for _ in range(length)] for length in (1, 2, 16, 17, 45)]
+    expected = []
+    for bits, prompt in zip((2, 3, 8, 2, 3), prompts, strict=True):
+        with torch.no_grad():
+            values = model(torch.tensor([prompt]), bits=bits).logits[0].float().log_softmax(-1)
+        expected.append([float(values[place, token]) for place, token in enumerate(prompt[1:])])
+    with Engine(model, max_requests=3, max_batch_tokens=40) as engine:
+        handles = [
+            engine.submit(Request(prompt, bits=bits, max_new_tokens=2, prompt_logprobs=1))
+            for bits, prompt in zip((2, 3, 8, 2, 3), prompts, strict=True)
+        ]
+        found = [next(iter(handle.events(120))).tokens for handle in handles]
+        new = [handle.result(120) for handle in handles]
+    for tokens, prompt, values, bits, made in zip(found, prompts, expected, (2, 3, 8, 2, 3), new, strict=True):
+        assert [token.id for token in tokens] == prompt
+        assert [token.logprob for token in tokens[1:]] == pytest.approx(values, abs=1e-3)
+        assert made == by_generate(model, prompt, bits, 2)
+
+
 @pytest.mark.parametrize("name", [name for name in architectures.CONFIGS if "-tied" not in name])
 def test_tokens_are_those_of_generate(name, tmp_path, seed, exact_kernel):
     model = load(name, tmp_path)

@@ -83,7 +83,7 @@ def read_response(connection: socket.socket) -> int:
 def test_a_header_that_does_not_come_is_not_waited_for(serving, monkeypatch, sent, answered):
     """Neither from the beginning nor after a request, however many bytes drip in."""
     monkeypatch.setattr(process, "HEADER_SECONDS", 0.3)
-    with serving() as server:
+    with serving(keep_alive=1 if answered and not sent else 3600) as server:
         connection = connect(server)
         if answered:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")

@@ -65,7 +65,7 @@ def test_names_that_are_not_there(serving, plan):
     with serving(plans={"thrifty": plan}) as server:
         server.post(COMPLETIONS, {**ASK, "model": "small:lavish"}).refused(404, "lavish", "small:thrifty")
         server.post(COMPLETIONS, {**ASK, "bits": "lavish"}).refused(400, "lavish", "2, 3, 4, thrifty", param="bits")
-        server.post(COMPLETIONS, {**ASK, "bits": "3"}).refused(400, "whole number", param="bits")
+        server.post(COMPLETIONS, {**ASK, "bits": "3333"}).refused(400, "whole number", param="bits")
         server.post(COMPLETIONS, {**ASK, "model": "small:thrifty", "bits": 3}).refused(400, "thrifty", "3")
         server.post(COMPLETIONS, {**ASK, "bits": "thrifty", "min_bits": 2}).refused(400, "min_bits", "plan")
         server.post(COMPLETIONS, {**ASK, "min_bits": 1}).refused(400, "min_bits=1", "2, 3, 4", param="min_bits")

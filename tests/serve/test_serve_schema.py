@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
 EXAMPLES = 200
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 READ = ["/v1/models", "/v1/models/{model}", "/health", "/metrics"]
-WORK = ["/v1/chat/completions", "/v1/completions"]
+WORK = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_reading_is_never_a_server_error(described, path):
 @pytest.mark.parametrize("path", WORK)
 def test_right_requests_are_answered_or_refused_as_described(described, path):
     def change(body):
-        body["max_tokens"] = 2  # how long replies are is not what this is about
+        body["max_tokens"] = body["max_output_tokens"] = 2  # how long replies are is not what this is about
         body.pop("max_completion_tokens", None)
         body.pop("n", None)
         for name in ("model", "bits", "min_bits"):  # the schema does not know which there are
@@ -74,12 +74,17 @@ def test_the_schema_describes_what_there_is(server):
     assert set(schema["paths"]) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
         "/v1/models",
         "/v1/models/{model}",
         "/health",
         "/metrics",
     }
-    for path in ("/v1/chat/completions", "/v1/completions"):
+    for path in WORK:
         responses = schema["paths"][path]["post"]["responses"]
         assert {"200", "400", "401", "404", "413", "415", "429", "503"} <= responses.keys()
         assert "422" not in responses

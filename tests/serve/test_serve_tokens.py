@@ -75,7 +75,7 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(other, special, plain):
     assert templated["choices"][0]["token_ids"] == plain
     assert ask(other, prompt=PROMPT + END, max_tokens=1)["usage"]["prompt_tokens"] == len(special(PROMPT).input_ids) + 1
     other.post(COMPLETIONS, {"prompt": "", "add_special_tokens": False}).refused(400, "the prompt is empty")
-    other.post(COMPLETIONS, {"prompt": "x", "add_special_tokens": 0}).refused(400, param="add_special_tokens")
+    other.post(COMPLETIONS, {"prompt": "x", "add_special_tokens": 2}).refused(400, param="add_special_tokens")
 
 
 def test_a_message_cannot_write_another_turn(other, special):
@@ -124,7 +124,7 @@ def test_a_stop_text_that_is_or_holds_a_special_token(other, special, tokenizer,
 def test_stop_tokens_that_cannot_be(other):
     for tokens, said in (
         ([-1], "stop_token_ids"),
-        (["1"], "stop_token_ids"),
+        (["one"], "stop_token_ids"),
         ([1] * 17, "stop_token_ids"),
         (3, "stop"),
     ):

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration import calibration_windows, read_text, text_digest
+from ..calibration import calibration_windows, read_mix, text_digest, text_name
 from ..checkpoint import CheckpointReader, Fingerprint
 from ..errors import UsageError
 from ..models import check_vocabulary, context_limit, load_reference, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..models.source import SourceModel
-from ..options import PlanOptions, verb
+from ..options import PlanOptions
 from ..plans import PAGES_FILE, ModelSizes, Plan, load, parse_budget
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
+from ..verbs import verb
 from . import greedy, milp, paired, waterfill
 from .objective import Objective
 from .order import page_order
@@ -149,7 +150,7 @@ class _MeasuredOn:
     @classmethod
     def of(cls, reader: CheckpointReader, text: str | Path, options: PlanOptions) -> _MeasuredOn:
         seq_len, reference, seed = options.seq_len, options.reference, options.seed
-        documents = read_text(text, part="calibration")
+        documents = read_mix(text, part="calibration")
         where = pick_device(options.device)
         tokenizer = load_tokenizer(reader.folder)
         # float32 on a CPU, as in `evaluate`: exact there, and no slower
@@ -166,7 +167,7 @@ class _MeasuredOn:
         digests = None if reference is None else SourceModel(resolve(reference, kind="reference model")).digests()
         settings = MeasurementSettings(
             measure=cast("Measure", options.measure or "kld"),
-            text=Path(text).name,
+            text=text_name(text),
             text_sha256=text_digest(documents),
             reference=None if reference is None else Path(reference).name,
             reference_sha256=None if digests is None else text_digest([f"{k} {v}" for k, v in sorted(digests.items())]),

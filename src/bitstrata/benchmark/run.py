@@ -17,12 +17,13 @@ from ..kernels.cached import check_kv_cache_dtype
 from ..memory import free_memory
 from ..models.load import pick_device
 from ..nn import PlaneLinear, bits_state
-from ..options import BenchOptions, verb
+from ..options import BenchOptions
 from ..planes.weights import MAX_BITS
 from ..plans import choose_bits, load, parse_bits
 from ..progress import log
 from ..tables import render
 from ..torch_state import ordinary_torch
+from ..verbs import verb
 from .clock import current
 from .linear import REGIMES, LinearResult, bench_linear
 from .machine import Bandwidth, describe

@@ -1,21 +1,33 @@
-"""Texts as token windows, and a model run block by block with bounded memory."""
+"""Texts and chats as token windows, and a model run block by block with bounded memory."""
 
 from .block_runner import BlockRunner
-from .data import Windows, calibration_windows, evaluation_windows, given_tokens, read_text, text_digest
+from .blockwise import BlockwiseModel, open_blockwise
+from .chats import Chat, usable_chats, write_chat
+from .data import SCORED, Windows, evaluation_windows, given_tokens, read_text
 from .fisher import fisher_bytes, fisher_diagonal
-from .passes import Passes, fast_products, open_passes
+from .made_chats import decision_chats
+from .mix import Mix, Text, calibration_windows, documents_of, read_mix, text_digest, text_name
 
 __all__ = [
+    "SCORED",
     "BlockRunner",
-    "Passes",
+    "BlockwiseModel",
+    "Chat",
+    "Mix",
+    "Text",
     "Windows",
     "calibration_windows",
+    "decision_chats",
+    "documents_of",
     "evaluation_windows",
-    "fast_products",
     "fisher_bytes",
     "fisher_diagonal",
     "given_tokens",
-    "open_passes",
+    "open_blockwise",
+    "read_mix",
     "read_text",
     "text_digest",
+    "text_name",
+    "usable_chats",
+    "write_chat",
 ]

@@ -4,12 +4,12 @@ The model is a skeleton on meta. What lies outside the decoder blocks (embedding
 head) is filled in for the first and the last step only, a block only while it is worked on. So
 memory holds
 
-    max(outside the blocks, one block) in fp32  +  the hidden states of the windows,
+    max(outside the blocks, one block) in fp32  +  the hidden states of a batch,
 
-whatever the size of the model. What a block needs besides hidden states (masks, positions) depends
-neither on weights nor on tokens: it is recorded once, by sending one window through stand-ins that
-pass their input on. Hidden states are fp32 [windows, seq_len, hidden]. `check` finds out whether a
-model is like that.
+whatever the size of the model and the number of windows. What a block needs besides hidden states
+(masks, positions) depends neither on weights nor on tokens: it is recorded once, by sending one
+window through stand-ins that pass their input on. Hidden states are fp32 [windows, seq_len, hidden];
+products may be made in bf16 (`arithmetic`). `check` finds out whether a model is like that.
 """
 
 from __future__ import annotations
@@ -30,12 +30,28 @@ from ..memory import is_out_of_memory
 from ..models.discover import Discovery, find_blocks
 from ..models.source import SourceModel, release
 from ..progress import log
+from ..solvers.method import Windows
+from .lanes import batches
 
-TOKENS_PER_BATCH = 1024
+TOKENS_PER_BATCH = 2048
 # what a model's own code raises when it is given something else than it expects
 MODELS_OWN = (ValueError, TypeError, IndexError, RuntimeError, AttributeError)
 LOGITS = 1 << 23  # logits held at a time, all chains together
 APART = 1e-3  # relative distance of the same windows together and one by one that is still rounding
+HALF_APART = 0.1  # of what a block adds to hidden states, in bf16 and in fp32
+
+
+def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context in which products are made in `dtype`; norms, softmax and sums of hidden states stay fp32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False)
+
+
+def half_products(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 faster than fp32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not say
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_1", "bf16"))
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -160,19 +176,28 @@ class BlockRunner:
 
         `replaced`: parameter name -> fp32 weight in the place of the source's.
         """
+        return torch.cat(list(self.embedded(tokens, replaced)))
+
+    @torch.no_grad()
+    def embedded(self, tokens: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Iterator[Tensor]:
+        """The same, a batch at a time."""
         first: list[Tensor] = []
 
         def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             first.append(hidden.float().cpu())
             raise Reached
 
-        self._record(tokens[:1])
+        self.prepare(tokens)
         weights = self._here(replaced)
         with self._outside([note] * len(self._blocks)):
             for part in tokens.split(self._batch):
                 with contextlib.suppress(Reached):
                     self._run_model(part, weights)
-        return torch.cat(first)
+                yield first.pop()
+
+    def prepare(self, tokens: Tensor) -> None:
+        """Find out what blocks are called with, from the first of the windows tokens int64 [n, S]."""
+        self._record(tokens[:1])
 
     def _record(self, window: Tensor, other: Tensor | None = None) -> None:
         """Note what each block is called with. Blocks return hidden states, bare or first in a tuple of up to three.
@@ -238,7 +263,7 @@ class BlockRunner:
     @torch.no_grad()
     def logits(
         self,
-        hidden: Mapping[str, Tensor],
+        hidden: Mapping[str, Windows],
         tokens: Tensor,
         replaced: Mapping[str, Tensor] | None = None,
         original: str | None = None,
@@ -260,11 +285,12 @@ class BlockRunner:
         others = self._here(replaced)
         with self._outside(visits):
             for window in range(len(tokens)):
+                whole = {chain: states[window : window + 1] for chain, states in hidden.items()}
                 for start in range(0, tokens.shape[1] - 1, stretch):
                     end = min(start + stretch, tokens.shape[1] - 1)
                     result = {}
-                    for chain, states in hidden.items():
-                        current[:] = [states[window : window + 1, start:end].to(self.device)]
+                    for chain, states in whole.items():
+                        current[:] = [states[:, start:end].to(self.device)]
                         weights = {} if chain == original else others
                         result[chain] = self._run_model(tokens[window : window + 1, start:end], weights)[0].float()
                     yield tokens[window, start + 1 : end + 1].to(self.device), result
@@ -315,7 +341,13 @@ class BlockRunner:
             )
         return output
 
-    def _probe(self, index: int, block: nn.Module, hidden: Tensor) -> None:
+    @property
+    def batch(self) -> int:
+        """Windows that run at a time."""
+        return 1 if self._alone else self._batch
+
+    @torch.no_grad()
+    def probe(self, index: int, block: nn.Module, hidden: Windows) -> None:
         """Find out once whether what was recorded for one window serves several at a time."""
         if self._probed or len(hidden) < 2:
             return
@@ -332,10 +364,26 @@ class BlockRunner:
         self._alone = not bool((together - one_by_one).norm() <= APART * one_by_one.norm())
 
     @torch.no_grad()
-    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Block `index` on all windows: [n, S, hidden] -> [n, S, hidden], in batches."""
-        self._probe(index, block, hidden)
-        output = torch.empty_like(hidden)
-        for part, result in zip(hidden.split(self._batch), output.split(self._batch), strict=True):
-            result.copy_(self.call(index, block, part.to(self.device)))
-        return output
+    def works_in(self, dtype: torch.dtype, index: int, block: nn.Module, hidden: Windows) -> bool:
+        """Whether block `index` does with products in `dtype` what it does in fp32, by one of the windows `hidden`."""
+        window = hidden[:1].to(self.device)
+        expected = self.call(index, block, window)
+        try:
+            with arithmetic(self.device, dtype):
+                found = self.call(index, block, window)
+        except MODELS_OWN as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        return bool((found - expected).norm() <= HALF_APART * (expected - window).norm())
+
+    @torch.no_grad()
+    def outputs(self, index: int, block: nn.Module, hidden: Windows) -> Iterator[Tensor]:
+        """Block `index` on all windows [n, S, hidden]: its output [b, S, hidden], a batch at a time."""
+        self.probe(index, block, hidden)
+        for rows in batches(len(hidden), self.batch):
+            yield self.call(index, block, hidden[rows].to(self.device))
+
+    def run(self, index: int, block: nn.Module, hidden: Windows) -> Tensor:
+        """The same as one tensor on the CPU."""
+        return torch.cat([part.cpu() for part in self.outputs(index, block, hidden)])

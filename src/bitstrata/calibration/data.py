@@ -9,7 +9,10 @@ other tokens for a few, nothing for the others.
 
 Evaluation windows never cross a document: each document is cut into windows of at most `seq_len`
 tokens, the prefix included; windows do not overlap. The text's tokens behind the prefix are predicted; without a
-prefix the first token of a window is only read, because nothing stands before it.
+prefix the first token of a window is only read, because nothing stands before it. This is `scored` "all". With
+"second-half" windows are cut and predicted as llama.cpp's `llama-perplexity` does: documents are joined, each window is
+exactly `seq_len` long, and only the tokens behind its middle are predicted, seq_len - 1 - seq_len // 2 of them.
+
 Calibration windows are all exactly `seq_len` long: documents, each behind the prefix, are joined and
 cut, and the prefix stands first in every window.
 """
@@ -33,6 +36,7 @@ from ..models import encode_body, text_prefix
 
 SEPARATOR = "<|endoftext|>"
 JSON_SAMPLE = 1 << 20  # characters in which JSON is looked for line by line
+SCORED = ("all", "second-half")  # tokens of a window that are predicted
 LONGEST_PATH = 300  # characters of a name in a message
 
 
@@ -49,19 +53,7 @@ def read_text(text: str | Path, part: str | None = None) -> list[str]:
     )
     if text == "stdlib":
         return stdlib_documents(part)
-    path, name = Path(text), arguments.shown(text, LONGEST_PATH)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise TextError(f"there is no text {name}", hint="pass a UTF-8 file, or the built-in text `stdlib`") from None
-    except UnicodeDecodeError as error:
-        raise TextError(
-            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
-            hint="convert it, for example: iconv -f latin1 -t utf-8",
-        ) from error
-    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise TextError(f"{name} cannot be read: {reason}", hint="pass a UTF-8 text file") from error
+    path, content = Path(text), file_text(text)
     if _is_json(content):
         raise TextError(
             f"{path} holds JSON, not text: keys and quotes would be measured with the words",
@@ -73,6 +65,25 @@ def read_text(text: str | Path, part: str | None = None) -> list[str]:
     if not documents:
         raise TextError(f"{path} is empty", hint="a text needs words to measure on")
     return documents
+
+
+def file_text(name: str) -> str:
+    """The UTF-8 text of a file. Raises TextError if it cannot be read."""
+    path, name = Path(name), arguments.shown(name, LONGEST_PATH)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TextError(
+            f"there is no text {name}", hint="pass a UTF-8 file, or what is built in: stdlib, chat"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
+            hint="convert it, for example: iconv -f latin1 -t utf-8",
+        ) from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TextError(f"{name} cannot be read: {reason}", hint="pass a UTF-8 text file") from error
 
 
 def _is_json(content: str) -> bool:
@@ -126,36 +137,65 @@ def text_digest(documents: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def given_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+def given_tokens(tokenizer: PreTrainedTokenizerBase, seq_len: int = 0, scored: str = "all") -> int:
     """Tokens at the start of an evaluation window that are read and not predicted."""
-    return max(1, len(text_prefix(tokenizer)))
+    given = max(1, len(text_prefix(tokenizer)))
+    return given if scored == "all" else max(given, seq_len // 2 + 1)
 
 
 def evaluation_windows(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int, max_tokens: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    seq_len: int,
+    max_tokens: int | None = None,
+    scored: str = "all",
 ) -> Iterator[list[int]]:
     """Windows of at most `seq_len` tokens that together predict at most `max_tokens` tokens.
 
     A window predicts all but its first `given_tokens`. Raises UsageError if `seq_len` leaves none to predict.
     """
-    prefix, given = text_prefix(tokenizer), given_tokens(tokenizer)
+    given, left = given_tokens(tokenizer, seq_len, scored), max_tokens
     if seq_len <= given:
-        raise UsageError(f"seq_len must be at least {given + 1}, got {seq_len}")
-    left = max_tokens
+        least = given + 1 if scored == "all" else max(3, len(text_prefix(tokenizer)) + 1)
+        raise UsageError(f"seq_len must be at least {least}, got {seq_len}")
+    cut = _within_documents if scored == "all" else _whole
+    for window in cut(tokenizer, documents, seq_len):
+        if left is not None:
+            window = window[: left + given]
+        if len(window) <= given:
+            continue
+        yield window
+        if left is not None:
+            left -= len(window) - given
+            if left <= 0:
+                return
+
+
+def _within_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int
+) -> Iterator[list[int]]:
+    """Windows that begin with the prefix and never cross a document; its last is as long as it happens to be."""
+    prefix = text_prefix(tokenizer)
+    step = seq_len - len(prefix)
     for document in documents:
         tokens = encode_body(tokenizer, document)
-        step = seq_len - len(prefix)
         for start in range(0, len(tokens), step):
-            window = prefix + tokens[start : start + step]
-            if left is not None:
-                window = window[: left + given]
-            if len(window) <= given:
-                continue
-            yield window
-            if left is not None:
-                left -= len(window) - given
-                if left <= 0:
-                    return
+            yield prefix + tokens[start : start + step]
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int) -> Iterator[list[int]]:
+    """Windows of exactly `seq_len` tokens of all documents, each behind the prefix, which also takes the place of what
+    a window begins with."""
+    prefix = text_prefix(tokenizer)
+    stream = _stream(tokenizer, documents)
+    for start in range(0, len(stream) - seq_len + 1, seq_len):
+        yield prefix + stream[start + len(prefix) : start + seq_len]
+
+
+def _stream(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> list[int]:
+    """The tokens of all documents, each behind the prefix."""
+    prefix = text_prefix(tokenizer)
+    return [token for document in documents for token in (*prefix, *encode_body(tokenizer, document))]
 
 
 @dataclass(frozen=True)
@@ -172,7 +212,7 @@ class Windows:
         return digest.hexdigest()
 
 
-def calibration_windows(
+def cut_windows(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
     *,
@@ -180,6 +220,7 @@ def calibration_windows(
     seq_len: int,
     num_heldout: int,
     seed: int,
+    name: str = "the calibration text",
 ) -> Windows:
     """Up to `num_samples` windows to calibrate on and up to `num_heldout` to check on, chosen by `seed`.
 
@@ -190,11 +231,11 @@ def calibration_windows(
     step = seq_len - len(prefix)
     if seq_len < 2 or step < 1:
         raise UsageError(f"seq_len must be at least {max(2, 1 + len(prefix))}, got {seq_len}")
-    stream = [token for document in documents for token in (*prefix, *encode_body(tokenizer, document))]
+    stream = _stream(tokenizer, documents)
     count = len(stream) // step
     if count < 2:
         raise TextError(
-            f"the calibration text has {len(stream)} tokens; two windows of {seq_len} are the least",
+            f"{name} has {len(stream)} tokens; two windows of {seq_len} are the least",
             hint="give a longer text or a smaller --seq-len",
         )
     windows = torch.tensor(stream[: count * step]).view(count, step)

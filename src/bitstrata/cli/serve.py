@@ -12,7 +12,7 @@ from ..checkpoint import CheckpointReader
 from ..errors import UsageError
 from ..models import end_tokens, load_tokenizer, resolve
 from ..options import ServeOptions, ServerSettings
-from ..plans import Plan, bits_name, choose_bits, parse_bits_or_plan
+from ..plans import Plan, bits_name, check_plan_name, choose_bits, parse_bits_or_plan
 from ..progress import log, note
 from ..runtime import Engine, parse_policy
 from ..runtime.batching import check_reuse
@@ -147,11 +147,7 @@ def _plans(given: Sequence[str]) -> dict[str, Plan]:
 
 def _add(plans: dict[str, Plan], name: str, plan: Plan, flag: str) -> str:
     """Put `plan` among the others and return its name. Raises UsageError for one that requests could not say."""
-    if not name or not name.isascii() or not name.isprintable() or name.isdigit() or set(name) & set(": /"):
-        raise UsageError(
-            f"{flag}: a plan cannot be called {name!r}",
-            hint="--plan NAME=FILE, the name not a number and without spaces, colons and slashes",
-        )
+    check_plan_name(name, flag, "--plan NAME=FILE")
     if name in plans:
         raise UsageError(f"{flag}: there are two plans called {name!r}", hint="--plan NAME=FILE gives each a name")
     plans[name] = plan

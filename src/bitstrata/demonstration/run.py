@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..evaluation import evaluate
 from ..models import encode_prompt, load_tokenizer
-from ..options import DemoOptions, verb
+from ..options import DemoOptions
 from ..plans import load
 from ..progress import log
 from ..quantization import quantize
 from ..runtime import Generation, GenerationSettings, continue_tokens
 from ..tables import render
 from ..torch_state import ordinary_torch
+from ..verbs import verb
 
 MODEL = Path(__file__).parent / "model"
 BITS = (2, 3, 4)

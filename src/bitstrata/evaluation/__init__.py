@@ -1,6 +1,6 @@
 """How far a quantized model is from the original: loss, divergence, agreement, per bits."""
 
-from .perplexity import evaluate
 from .report import BitsResult, Evaluation
+from .run import evaluate
 
 __all__ = ["BitsResult", "Evaluation", "evaluate"]

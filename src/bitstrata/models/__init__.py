@@ -7,7 +7,7 @@ from .hf import BitstrataConfig, BitstrataQuantizer, attach
 from .hub import resolve
 from .kinds import LinearInfo
 from .load import OpenCheckpoint, open_checkpoint, pick_device
-from .rules import score_rules
+from .rules import SamplingDefaults, score_rules
 from .source import SourceModel, load_reference
 from .speculation import DraftLength, Speculation, accept
 from .tokens import (
@@ -16,12 +16,12 @@ from .tokens import (
     check_vocabulary,
     encode_body,
     encode_prompt,
-    encode_turns,
     end_tokens,
     load_tokenizer,
     text_prefix,
     vocabulary_size,
 )
+from .turns import encode_turns, is_template_variable, template_knows, text_length
 
 __all__ = [
     "BitstrataConfig",
@@ -32,6 +32,7 @@ __all__ = [
     "LeftOut",
     "LinearInfo",
     "OpenCheckpoint",
+    "SamplingDefaults",
     "SourceModel",
     "Speculation",
     "Stops",
@@ -48,6 +49,7 @@ __all__ = [
     "end_tokens",
     "find_head",
     "input_device",
+    "is_template_variable",
     "load_reference",
     "load_tokenizer",
     "open_checkpoint",
@@ -55,6 +57,8 @@ __all__ = [
     "resolve",
     "score_rules",
     "steady_context",
+    "template_knows",
+    "text_length",
     "text_prefix",
     "vocabulary_size",
 ]

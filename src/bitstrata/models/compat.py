@@ -222,13 +222,15 @@ def conversions_of(model: PreTrainedModel) -> Callable[[str], tuple[str, int, Co
     Called with a name that `name_changes` has renamed: (the name of the first tensor that is made, which of those
     taken this one is, the conversion); None for what only gets another name.
     """
-    from transformers.core_model_loading import Chunk, Concatenate, Interleave, Split
+    from transformers import core_model_loading as loading
 
+    # transformers 5.17 has no Split yet
+    kinds = {getattr(loading, name, None) for name in ("Chunk", "Concatenate", "Interleave", "Split")}
     sizes = dict(model.named_parameters())  # of now: what is quantized later no longer has its parameters
     stand_in = SimpleNamespace(config=model.config, get_parameter=sizes.__getitem__)
 
     def conversion(converter: Any) -> Conversion:
-        by_rows = all(type(op) in (Chunk, Concatenate, Interleave, Split) and op.dim > 0 for op in converter.operations)
+        by_rows = all(type(op) in kinds and op.dim > 0 for op in converter.operations)
         return Conversion(len(converter.source_patterns), by_rows, converter, stand_in)
 
     found = [(converter, conversion(converter)) for converter in _conversions(model)[1]]

@@ -7,6 +7,7 @@ from .order import PAGES_FILE, Page, PageOrder
 from .page_reader import PageReader
 from .parsing import (
     bits_name,
+    check_plan_name,
     choose_bits,
     highest_bits,
     parse_bits,
@@ -29,6 +30,7 @@ __all__ = [
     "Resized",
     "bits_name",
     "bytes_text",
+    "check_plan_name",
     "choose_bits",
     "fit_budget",
     "highest_bits",

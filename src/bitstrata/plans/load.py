@@ -14,9 +14,9 @@ from ..errors import UnsupportedBitsError, UsageError
 from ..kernels.cached import check_kv_cache_dtype
 from ..models import open_checkpoint, resolve
 from ..nn import Bits
-from ..options import named
 from ..planes import whole_number
 from ..torch_state import ordinary_torch
+from ..verbs import named
 from .budget import Budget, parse_budget
 from .fit import fit_budget
 from .parsing import as_whole

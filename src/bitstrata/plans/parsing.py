@@ -90,6 +90,15 @@ def choose_bits(target: str, bits: Chosen | None) -> tuple[str, Chosen | int | N
     return name, named if bits is None else as_whole(bits)
 
 
+def check_plan_name(name: str, where: str, how: str) -> None:
+    """Raise UsageError for a plan's name that a request to a server could not say; `how` says how to give another."""
+    if not name or not name.isascii() or not name.isprintable() or name.isdigit() or set(name) & set(": /"):
+        raise UsageError(
+            f"{where}: a plan cannot be called {name!r}",
+            hint=f"{how}, the name not a number and without spaces, colons and slashes",
+        )
+
+
 def highest_bits(bits: BitsOrPlan) -> int:
     """The number of planes that have to be there."""
     return bits if isinstance(bits, int) else max(bits.values())

@@ -29,9 +29,9 @@ from transformers import PreTrainedModel
 from ..checkpoint import CheckpointReader, Fingerprint
 from ..errors import CheckpointError, PlanError, UsageError
 from ..nn import PlaneLinear, bits_state
-from ..options import named
 from ..planes import whole_number
 from ..torch_state import ordinary_torch
+from ..verbs import named
 from .budget import Budget, ModelSizes, parse_budget
 from .order import PAGES_FILE, PageOrder
 from .page_reader import PageReader

@@ -2,27 +2,34 @@
 
 Linears that read one tensor form a group. Groups are solved in the order in which the block runs them, each on the
 inputs that the quantized weights of those before it give (solvers/moments.py has the mathematics). Each expert has two
-groups of its own (expert_inputs.py).
+groups of its own (expert_inputs.py). What the original's linears read is recorded in one pass (`record`); each chain
+passes the block once a group (passes.py). Memory holds one batch of one chain, and the moments of a group.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..calibration.block_runner import Reached
+from ..calibration.block_runner import arithmetic
+from ..calibration.lanes import batches, lanes
+from ..calibration.states import Scratch, ahead
 from ..errors import ModelError
 from ..nn import Experts
 from ..solvers import Block, Moments
-from .expert_inputs import ExpertMoments, Routed, routed
-
-WINDOWS_A_BATCH = 4
+from ..solvers.method import Windows
+from .expert_inputs import ExpertMoments, Routed
+from .moment_sums import MomentSums
+from .passes import Passes, Tail, finding_tails, hooked, raw
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
@@ -36,15 +43,23 @@ class BlockTask(Block):
         prefix: its name and a dot, with which linears' names begin.
         transposed: names of linears whose parameter holds W^T.
         call: hidden [b, S, hidden] -> the block's output, differentiable in the block's parameters.
+        batch: windows that run at a time; dtype: what products are made in where nothing is differentiated.
+        scratch: the folder for what is kept of the block meanwhile; None for the system's own.
     """
 
     block: nn.Module
     prefix: str = ""
     transposed: frozenset[str]
     call: Callable[[nn.Module, Tensor], Tensor]
+    batch: int = 4
+    dtype: torch.dtype = torch.float32
+    scratch: Path | None = None
     _of_experts: tuple[str, ExpertMoments] | None = field(
         default=None, init=False
     )  # a module's name, while it is solved
+    _recorded: dict[str, Scratch] | None = field(default=None, init=False)  # by the first linear of a group
+    _routing: dict[str, list[Routed]] = field(default_factory=dict, init=False)  # by a module of experts
+    _passes: dict[int, Passes] = field(default_factory=dict, init=False)  # of each chain
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Put weights [N, K] in the places of the block's own."""
@@ -69,6 +84,11 @@ class BlockTask(Block):
 
         Raises ModelError if a linear is never run.
         """
+        return self._structure[0]
+
+    @cached_property
+    def _structure(self) -> tuple[list[list[str]], dict[str, Tail]]:
+        """The groups, and the modules that end in a linear, by one window."""
         assert self.inputs is not None
         found: list[list[str]] = []
         read: list[Tensor] = []  # keeps the inputs alive, so that no other can be taken for one of them
@@ -92,12 +112,16 @@ class BlockTask(Block):
 
             return hook
 
-        experts = {name: module for name, module in self.block.named_modules() if isinstance(module, Experts)}
-        hooks = {name: note(name) for name in self.weights if self._expert_of(name) is None}
+        single = [name for name in self.weights if self._expert_of(name) is None]
+        local = [name.removeprefix(self.prefix) for name in single]
         with contextlib.ExitStack() as stack, torch.no_grad():
-            stack.enter_context(self._hooks(hooks))
-            for name, module in experts.items():
-                stack.callback(module.register_forward_pre_hook(note_experts(name)).remove)
+            handles = [self._linear(name).register_forward_pre_hook(note(name)) for name in single]
+            handles += [
+                module.register_forward_pre_hook(note_experts(name)) for name, module in self._experts().items()
+            ]
+            stack.enter_context(hooked(handles))
+            tails = stack.enter_context(finding_tails(self.block, local, self.dtype))
+            stack.enter_context(arithmetic(self._device, self.dtype))
             self.call(self.block, self.inputs[:1].to(self._device))
         missing = set(self.weights) - {name for group in found for name in group}
         if missing:
@@ -105,27 +129,116 @@ class BlockTask(Block):
                 f"the block never runs {', '.join(sorted(missing))}, so its inputs cannot be seen",
                 hint="leave the layer out with --skip, or use a method without calibration",
             )
-        return found
+        return found, tails
+
+    def _experts(self) -> dict[str, Experts]:
+        """The modules of experts with linears to be solved, by their names in the block."""
+        return {
+            name: module
+            for name, module in self.block.named_modules()
+            if isinstance(module, Experts) and self._groups_of(name)
+        }
+
+    @torch.no_grad()
+    def record(self) -> Iterator[Tensor]:
+        """Run the original on all windows, and record what the first linear of each group reads.
+
+        Yields the block's output, a batch at a time, [b, S, hidden].
+        """
+        assert self.inputs is not None
+        firsts = [group[0] for group in self.input_groups() if self._expert_of(group[0]) is None]
+        recorded = self._recorded = {name: Scratch(self.scratch, self.dtype) for name in firsts}
+        self._routing = {name: [] for name in self._experts()}
+
+        def note(name: str) -> Hook:
+            return lambda _, arguments: recorded[name].append(arguments[0])
+
+        def note_routed(name: str, module: Experts) -> Hook:
+            return lambda _, arguments: self._routing[name].append(Routed.of(module, arguments).cpu())
+
+        handles = [self._linear(name).register_forward_pre_hook(note(name)) for name in firsts]
+        handles += [
+            module.register_forward_pre_hook(note_routed(name, module)) for name, module in self._experts().items()
+        ]
+        with hooked(handles):
+            yield from self.outputs(self.weights, self.inputs)
+
+    @torch.no_grad()
+    def outputs(self, weights: Mapping[str, Tensor], states: Windows) -> Iterator[Tensor]:
+        """The block's output on `states` with these weights [N, K], a batch at a time."""
+        reads = [lambda rows=rows: raw(states, rows) for rows in batches(len(states), self.batch)]
+        with self._with_products(weights):
+            for hidden in ahead(reads):
+                with arithmetic(self._device, self.dtype):
+                    output = self.call(self.block, hidden.to(self._device).float())
+                yield output
 
     def moments(self, names: Sequence[str], solved: Mapping[int, Mapping[str, Tensor]]) -> dict[int, Moments]:
-        assert self.inputs is not None
-        first, tokens = names[0], 0
+        first = names[0]
+        if self._recorded is None:
+            collections.deque(self.record(), maxlen=0)
+        assert self._recorded is not None
         place = self._expert_of(first)
         if place is not None:
             return self._moments_of_expert(*place, first, solved)
-        columns = self.weights[first].shape[1]
-        sums = {bits: torch.zeros(2, columns, columns, device=self._device) for bits in self.chains}
-        for start in range(0, len(self.inputs), WINDOWS_A_BATCH):
-            windows = slice(start, start + WINDOWS_A_BATCH)
-            original = self._input_of(first, self.inputs[windows])
-            tokens += len(original)
-            for bits, chain in self.chains.items():
-                with self.with_weights(solved[bits]):
-                    quantized = self._input_of(first, chain[windows])
-                hessian, cross = sums[bits]
-                hessian.addmm_(quantized.T, quantized)
-                cross.addmm_(original.T, quantized)
-        return {bits: Moments(hessian / tokens, cross / tokens, tokens) for bits, (hessian, cross) in sums.items()}
+        assert self.inputs is not None
+        originals, columns = self._recorded.pop(first), self.weights[first].shape[1]
+        found = {}
+        for bits in self.chains:
+            passes, sums = self._passes_of(bits), MomentSums(columns, self._device)
+            with contextlib.closing(self._pass(bits, solved[bits], first.removeprefix(self.prefix))) as inputs:
+                for lane in lanes(len(self.inputs), self.batch):
+                    for _ in lane:
+                        number, arguments = next(inputs)
+                        quantized = arguments[0].to(self.dtype)
+                        for name in names:
+                            passes.keep(name.removeprefix(self.prefix), quantized)
+                        original = originals[number].to(self._device)
+                        sums.add(original.flatten(0, -2), quantized.flatten(0, -2))
+                    sums.end_lane()
+                for _ in inputs:  # lets the pass end
+                    raise AssertionError
+            found[bits] = sums.result()
+        originals.close()
+        return found
+
+    def advance(self, bits: int, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """The block's output with its quantized weights [N, K] on the chain of `bits`, a batch at a time."""
+        for _, output in self._pass(bits, weights, None):
+            yield output
+        self._passes.pop(bits).close()
+
+    def _pass(self, bits: int, weights: Mapping[str, Tensor], until: str | None) -> Generator[tuple[int, Any]]:
+        """`Passes.run` on the chain of `bits`, with these weights [N, K] of the linears that are solved."""
+        passes = self._passes_of(bits)
+        solved = frozenset(name.removeprefix(self.prefix) for name in weights)
+        needed = {f"{self.prefix}{name}" for name in passes.needed(solved)}
+        with self._with_products({name: weights[name] for name in weights if name in needed}):
+            yield from passes.run(solved, until)
+
+    def _passes_of(self, bits: int) -> Passes:
+        if bits not in self._passes:
+            chain = self.chains[bits]
+            self._passes[bits] = Passes(
+                self.block,
+                self.call,
+                chain,
+                batches(len(chain), self.batch),
+                self._tails,
+                self._device,
+                self.dtype,
+                self.scratch,
+            )
+        return self._passes[bits]
+
+    @property
+    def _tails(self) -> dict[str, Tail]:
+        """None where the block's structure was never asked for: a pass then runs all of it."""
+        return self.__dict__["_structure"][1] if "_structure" in self.__dict__ else {}
+
+    def _with_products(self, weights: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+        """The block with these weights [N, K] in the dtype of products."""
+        return self.with_weights({name: weight.to(self.dtype) for name, weight in weights.items()})
 
     def _expert_of(self, name: str) -> tuple[str, int] | None:
         """The module of experts in the block that the linear belongs to, and which expert it is of; None if to none."""
@@ -153,10 +266,11 @@ class BlockTask(Block):
         assert self.inputs is not None
         if self._of_experts is None or self._of_experts[0] != module:
             chains = {}
-            for bits, chain in self.chains.items():
-                with self.with_weights(solved[bits]):
-                    chains[bits] = self._routed(experts, chain)
-            self._of_experts = module, ExpertMoments(experts, self._routed(experts, self.inputs), chains, self._device)
+            for bits in self.chains:
+                inputs = self._pass(bits, solved[bits], module)
+                chains[bits] = Routed.join([Routed.of(experts, arguments).cpu() for _, arguments in inputs])
+            called = Routed.join(self._routing.pop(module))
+            self._of_experts = module, ExpertMoments(experts, called, chains, self._device)
         moments = self._of_experts[1]
         if not first.endswith(".down_proj"):
             return moments.of_inputs(expert)
@@ -166,15 +280,6 @@ class BlockTask(Block):
             bits: {name: of.get(full, original[name]) for name, full in names.items()} for bits, of in solved.items()
         }
         return moments.of_inner(expert, original, quantized)
-
-    @torch.no_grad()
-    def _routed(self, experts: Experts, hidden: Tensor) -> Routed:
-        """What the experts are called with when the block runs on `hidden`."""
-
-        def run(part: Tensor) -> None:
-            self.call(self.block, part.to(self._device))
-
-        return routed(experts, run, hidden, WINDOWS_A_BATCH, Reached)
 
     def output(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         class Caller(nn.Module):
@@ -192,28 +297,6 @@ class BlockTask(Block):
         }
         output: Tensor = functional_call(Caller(self), named, (hidden,))
         return output
-
-    @torch.no_grad()
-    def _input_of(self, name: str, hidden: Tensor) -> Tensor:
-        """What the linear reads when the block runs on `hidden`: fp32 [tokens, K]."""
-        seen: list[Tensor] = []
-
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen.append(arguments[0].reshape(-1, arguments[0].shape[-1]).float())
-            raise Reached
-
-        with self._hooks({name: hook}), contextlib.suppress(Reached):
-            self.call(self.block, hidden.to(self._device))
-        return seen[0]
-
-    @contextlib.contextmanager
-    def _hooks(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
-        handles = [self._linear(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _linear(self, name: str) -> nn.Linear:
         module = self.block.get_submodule(name.removeprefix(self.prefix))

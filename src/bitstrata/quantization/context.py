@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calibration import BlockRunner, Windows
+from ..calibration import BlockRunner, Windows, text_name
+from ..calibration.block_runner import TOKENS_PER_BATCH
 from ..checkpoint import LayerSpec, QuantizationSpec, format_version
 from ..checkpoint.schema import CONFIG_FILE, is_plane, tensor_bytes
 from ..metrics import Metrics
@@ -20,6 +21,7 @@ from ..models import Discovery, HeadLayer, LinearInfo, SourceModel
 from ..models.experts import active_experts, experts_of
 from ..planes import PlaneWeight, decode
 from ..progress import log
+from ..solvers.method import MomentsMethod
 from .block_task import BlockTask
 from .chains import ORIGINAL, Chains
 from .companions import companions
@@ -51,7 +53,7 @@ class Stage(ABC):
         return 0
 
     def passing_disk(self, prepared: Prepared) -> int:
-        """The bytes that it takes beside its result and gives back before the checkpoint is written."""
+        """The bytes of what the job folder holds beside results while it runs, such as chains of hidden states."""
         return 0
 
     def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
@@ -101,9 +103,32 @@ class Prepared:
     mtp: tuple[str, ...] = ()
 
     @property
+    def hidden_size(self) -> int:
+        """The width of hidden states."""
+        return int(self.model.config.get_text_config(decoder=True).hidden_size)
+
+    @property
     def vocabulary(self) -> int:
         """Tokens that the model tells apart."""
         return int(self.model.config.get_text_config(decoder=True).vocab_size)
+
+    @property
+    def heldout_bytes(self) -> int:
+        """Of the held-out chains: the original's, and of each bits its own, round-to-nearest's and the tuned one."""
+        if self.windows is None:
+            return 0
+        chains = 1 + (2 + (self.settings.method.tuning is not None)) * len(self.settings.bits)
+        return self.windows.heldout.numel() * self.hidden_size * 4 * chains
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """What the experts of a block read in the original and at each bits, and one of these while it is joined."""
+        settings = self.settings
+        if self.windows is None or not isinstance(settings.method, MomentsMethod) or not settings.method.needs:
+            return 0
+        if not experts_of((linear.name for linear in self.discovery.linears), self.model):
+            return 0
+        return self.windows.calibration.numel() * self.hidden_size * 4 * (2 + len(settings.bits))
 
     @cached_property
     def shares(self) -> dict[str, float]:
@@ -139,7 +164,7 @@ class Prepared:
             layers=layers,
             provenance={
                 "model": Path(settings.model).name or settings.model,
-                "calibration": None if settings.calibration is None else Path(settings.calibration).name,
+                "calibration": None if settings.calibration is None else text_name(settings.calibration),
                 **self.fingerprint,
             },
         )
@@ -154,8 +179,8 @@ class Prepared:
     def disk_bytes(self) -> int:
         """The most that the output takes at a time: the stages' results, and the larger of
 
-        the checkpoint: planes and scales, unquantized tensors, files beside the weights
-        and what a stage takes only while it runs.
+        what a stage takes while it runs, such as chains of hidden states and what is kept of a block;
+        the checkpoint (planes and scales, unquantized tensors, files beside the weights) and the held-out chains.
         """
         spec, source = self.spec(), self.source
         kept = () if self.settings.drop_mtp else self.mtp
@@ -165,8 +190,8 @@ class Prepared:
         tensors = len(self.common) + sum(len(spec.layer_tensors(name)) + 1 for name in spec.layers)
         text = tensors * TENSOR_TEXT + (len(spec.layers) + len(self.discovery.left_out)) * LAYER_TEXT
         results = sum(stage.disk(self) for stage in self.stages)
-        checkpoint = sum(map(spec.layer_bytes, spec.layers)) + copied
-        return results + max(checkpoint, *(stage.passing_disk(self) for stage in self.stages)) + text
+        final = sum(map(spec.layer_bytes, spec.layers)) + copied + self.heldout_bytes
+        return results + text + max(final, *(stage.passing_disk(self) for stage in self.stages))
 
     @cached_property
     def parameter_bytes(self) -> tuple[int, list[int]]:
@@ -185,17 +210,16 @@ class Prepared:
     def memory(self) -> MemoryNeed:
         """An estimate of the peak: that of the stage that takes most (`Stage.memory`) and
 
-            hidden states: windows x seq_len x hidden x 4 bytes x (2 + 2 x bits)
+            hidden states of what runs at a time: 4 batches x hidden x 4 bytes
+            what experts read (`expert_bytes`)
 
         The interpreter and its libraries, about 0.4 GB, come on top. On a GPU all but the hidden states is there; main
         memory holds those, and what is on its way: whatever of the model is in memory at a time, in fp32.
         """
         hidden, settings = 0, self.settings
         if self.windows is not None:
-            tokens = self.windows.heldout.numel()
-            tokens += self.windows.calibration.numel() if "inputs" in settings.method.needs else 0
-            width = self.model.config.get_text_config(decoder=True).hidden_size
-            hidden = tokens * width * 4 * (2 + 2 * len(settings.bits))
+            tokens = 4 * max(TOKENS_PER_BATCH, settings.seq_len)
+            hidden = tokens * self.hidden_size * 4 + self.expert_bytes
         work = max(stage.memory(self) for stage in self.stages)
         if settings.device.type == "cpu":
             return MemoryNeed(work + hidden)
@@ -225,7 +249,7 @@ class Job:
         self.runner = BlockRunner(
             prepared.source, prepared.model, prepared.discovery, self.settings.seq_len, self.settings.device
         )
-        self.chains = Chains(self.runner)
+        self.chains = Chains(self.runner, self.state.folder)
 
     @property
     def windows(self) -> Windows:
@@ -272,9 +296,20 @@ class Job:
             inputs=learning.get(ORIGINAL),
             targets=None,
             chains={bits: learning[str(bits)] for bits in self.settings.bits} if learning else {},
+            batch=self.runner.batch,
+            dtype=self._dtype(index, block),
+            scratch=self.state.folder,
             generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
             say=lambda message: log.info(f"  {name}: {message}"),
         )
+
+    def _dtype(self, index: int, block: nn.Module) -> torch.dtype:
+        """What the products of block `index` are made in: fp32 where the settings' dtype does not serve it."""
+        dtype, original = self.settings.dtype, self.chains.learning.get(ORIGINAL)
+        if dtype == torch.float32 or original is None or self.runner.works_in(dtype, index, block, original):
+            return dtype
+        log.info(f"  {self.discovery.blocks[index]}: products in fp32, because in {dtype} they are too far from it")
+        return torch.float32
 
     def quantize(self, task: BlockTask, planes: dict[str, PlaneWeight], bits: int) -> None:
         """Put the weights at `bits` into the block, and note how far they are from the original's."""

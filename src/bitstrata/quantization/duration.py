@@ -95,17 +95,18 @@ def fitting(prepared: Prepared, budget: float) -> tuple[int, int]:
             f"--time-budget chooses how much text is read, and {prepared.settings.method.name} reads none here",
             hint="leave it out",
         )
+    heldout = len(prepared.windows.heldout)
     log.info(f"time budget: the first block is run on {FEW[0]} windows, then on {FEW[1]}")
-    few, more = (_first_block(prepared, count) for count in FEW)
+    few, more, checked = (_first_block(prepared, *counts) for counts in ((FEW[0], 1), (FEW[1], 1), (FEW[0], FEW[1])))
     length = prepared.settings.seq_len
     a_token = max(0.0, more - few) / ((FEW[1] - FEW[0]) * length)
-    alone = max(0.0, few - a_token * FEW[0] * length)  # whatever the tokens
-    heldout = len(prepared.windows.heldout)
+    a_heldout = max(0.0, checked - few) / ((FEW[1] - 1) * length)
+    alone = max(0.0, few - (a_token * FEW[0] + a_heldout) * length)  # whatever the tokens
     others = [stage for stage in prepared.stages if not isinstance(stage, Blocks)]
     predicted = float("inf")
     for samples, length in _sizes(*_size(prepared)):
         smaller = replace(_with_size(prepared, samples, length), stages=tuple(others))
-        blocks = alone + a_token * (samples + heldout) * length
+        blocks = alone + (a_token * samples + a_heldout * heldout) * length
         predicted = blocks * len(prepared.discovery.blocks) + expected_seconds(smaller)
         if predicted <= budget:
             log.info(f"time budget: {samples} windows of {length} tokens, about {in_words(predicted)}")
@@ -127,26 +128,23 @@ def _sizes(samples: int, length: int) -> Iterator[tuple[int, int]]:
         yield samples, length
 
 
-def _first_block(prepared: Prepared, samples: int) -> float:
+def _first_block(prepared: Prepared, samples: int, heldout: int) -> float:
     """Seconds that the first block takes on so many windows, in a job of its own that leaves nothing."""
-    discovery = prepared.discovery
-    small = replace(
-        _with_size(prepared, samples, prepared.settings.seq_len),
-        discovery=replace(discovery, blocks=discovery.blocks[:1], linears=discovery.of_block(0)),
-        stages=(Blocks(),),
-        head=(),
-    )
+    stage = Blocks()
+    small = replace(_with_size(prepared, samples, prepared.settings.seq_len), stages=(stage,), head=())
     assert small.windows is not None
-    small = replace(small, windows=replace(small.windows, heldout=small.windows.heldout[:1]))
+    small = replace(small, windows=replace(small.windows, heldout=small.windows.heldout[:heldout]))
     with tempfile.TemporaryDirectory() as folder, own_notes():
         job = Job(small, JobState(Path(folder) / "first", {}, small.spec()))
         try:
             if "gradients" in small.settings.method.needs:
-                linears = small.discovery.linears
+                linears = small.discovery.of_block(0)
                 ones = {one.name: torch.ones(one.out_features, one.in_features) for one in linears}
                 job.state.save_tensors(SENSITIVITY, ones)
+            stage.begin(job)
             began = time.perf_counter()
-            Blocks().run(job)
+            stage.run_block(job, 0, solve=True)
             return time.perf_counter() - began
         finally:
+            job.chains.close()
             job.state.close()

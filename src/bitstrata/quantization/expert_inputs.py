@@ -21,7 +21,7 @@ number of experts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,37 +64,18 @@ class Routed:
         inputs = each.gather(0, first[None, :, None].expand(1, -1, each.shape[2]))[0]
         return cls(inputs, first[:, None], has.any(0)[:, None].float())
 
+    @classmethod
+    def join(cls, parts: Sequence[Routed]) -> Routed:
+        """Calls in order, as one."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "chosen", "scores")))
+
+    def cpu(self) -> Routed:
+        return Routed(self.inputs.cpu(), self.chosen.cpu(), self.scores.cpu())
+
     def rows_of(self, expert: int) -> tuple[Tensor, Tensor]:
         """The tokens that go through `expert`, int64 [n], and their scores, [n]."""
         at, slot = ((self.chosen == expert) & (self.scores > 0)).nonzero(as_tuple=True)
         return at, self.scores[at, slot]
-
-
-def routed(
-    experts: Experts, run: Callable[[Tensor], None], hidden: Tensor, batch: int, reached: type[Exception]
-) -> Routed:
-    """What `experts` are called with while `run` runs batches of hidden states [n, S, H], on the CPU.
-
-    A hook raises `reached` once they are; `run` may end there.
-    """
-    found: list[Routed] = []
-
-    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found.append(Routed.of(experts, arguments))
-        raise reached
-
-    handle = experts.register_forward_pre_hook(hook)
-    try:
-        for part in hidden.split(batch):
-            try:
-                run(part)
-            except reached:
-                continue
-    finally:
-        handle.remove()
-    return Routed(
-        *(torch.cat([getattr(part, name).cpu() for part in found]) for name in ("inputs", "chosen", "scores"))
-    )
 
 
 class ExpertMoments:

@@ -25,9 +25,10 @@ from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_che
 from ..checkpoint.schema import REPORT_FILE, guard_name
 from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
 from ..memory import memory_errors, peak_memory
-from ..options import QuantizeOptions, verb
+from ..options import QuantizeOptions
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
+from ..verbs import verb
 from .budget import within_budget
 from .companions import checkpoint_config, copy_companions
 from .context import Job, Prepared
@@ -83,6 +84,7 @@ def quantize(options: QuantizeOptions) -> Report:
     except BaseException:
         job.state.close()
         raise
+    job.chains.close()
     job.state.finish()
     return _with_measures(report, prepared.settings.output, started)
 

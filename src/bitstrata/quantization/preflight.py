@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import shown
-from ..calibration import BlockRunner, Windows, calibration_windows, read_text, text_digest
+from ..calibration import BlockRunner, Text, Windows, calibration_windows, read_mix, text_digest
 from ..checkpoint import is_checkpoint
 from ..checkpoint.writer import TEMPORARY
 from ..errors import BitstrataError, ModelError, PreflightError, ResourceError, UsageError
@@ -76,7 +76,7 @@ def prepare(
     documents = None
     if settings.calibration is not None:
         calibration = settings.calibration
-        documents = problems.attempt(lambda: read_text(calibration, part="calibration"))
+        documents = problems.attempt(lambda: read_mix(calibration, part="calibration"))
     folder = problems.attempt(lambda: resolve(settings.model))
     source = None if folder is None else problems.attempt(lambda: SourceModel(folder))
     tokenizer = None
@@ -186,9 +186,7 @@ def _existing(output: Path) -> Path:
     return next((path for path in [output, *output.absolute().parents] if os.path.exists(path)), Path("/"))
 
 
-def _windows(
-    settings: Settings, source: SourceModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]
-) -> Windows:
+def _windows(settings: Settings, source: SourceModel, tokenizer: PreTrainedTokenizerBase, documents: Text) -> Windows:
     wanted = settings.num_samples if settings.method.needs_calibration else 0
     windows = calibration_windows(
         tokenizer,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from .. import arguments
+from ..calibration.block_runner import half_products
 from ..errors import BitstrataError, PreflightError, UsageError
 from ..models.load import pick_device
 from ..options import QuantizeOptions
@@ -19,8 +20,10 @@ from ..planes import whole_number
 from ..planes.weights import MAX_BITS
 from ..plans import parse_bits
 from ..solvers import RTN, Method, make_method
+from ..solvers.method import MomentsMethod
 
 T = TypeVar("T")
+DTYPES = ("auto", "bfloat16", "float32")
 MODEL_HINT = "give a folder or a hub id; a model in memory: save_pretrained writes such a folder"
 TEXT_HINT = "write the texts into a file, separated by <|endoftext|>, and give its name"
 
@@ -43,6 +46,7 @@ class Settings:
     device: torch.device
     head_bits: int | None = None
     drop_mtp: bool = False
+    dtype: torch.dtype = torch.float32  # of products while calibrating
     time_budget: float | None = None  # in seconds; not part of the fingerprint: what it leads to is
 
     @classmethod
@@ -85,6 +89,7 @@ class Settings:
             "drop_mtp": bool(options.drop_mtp),
             "time_budget": None,
         }
+        parsed["dtype"] = attempt(lambda: _dtype(options.dtype, method, parsed["device"]), torch.float32)
         if options.time_budget is not None:
             parsed["time_budget"] = attempt(lambda: arguments.duration("--time-budget", options.time_budget), None)
         if options.calibration is not None:
@@ -112,6 +117,7 @@ class Settings:
             "device": self.device.type,
             **({} if self.head_bits is None else {"head_bits": self.head_bits}),
             **({"drop_mtp": True} if self.drop_mtp else {}),
+            **({} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}),
         }
 
 
@@ -127,6 +133,18 @@ def _mismatches(method: Method, bits: tuple[int, ...], options: QuantizeOptions)
             f"method {method.name} needs calibration text at preset {options.preset!r}",
             hint="give --calibration FILE (or the built-in text `stdlib`), or use --preset fast",
         )
+
+
+def _dtype(value: object, method: Method, device: torch.device) -> torch.dtype:
+    """What products are made in. Methods without moments differentiate, or need no products, so they are exact."""
+    if value not in DTYPES:
+        raise UsageError(
+            f"--dtype must be one of {', '.join(DTYPES)}, got {arguments.shown(value)}", hint="the default is auto"
+        )
+    if not isinstance(method, MomentsMethod) or not method.needs:
+        return torch.float32
+    half = half_products(device) if value == "auto" else value == "bfloat16"
+    return torch.bfloat16 if half else torch.float32
 
 
 def _head_bits(value: object) -> int | None:

@@ -1,35 +1,42 @@
 """The stages of a job: the head, gradients, blocks, tuning, the final check. Each is skipped where its result is there.
 
 The head and the embedding are quantized first, from their weights alone, so chains of hidden states begin and end in
-what they will be, and methods that learn make up for it. An interrupted job recomputes the chains from its finished
-blocks, so a resumed job sees exactly the numbers the first run saw. The chains that have passed the blocks give the
-logits of the final check, without ever holding the model.
+what they will be, and methods that learn make up for it. Chains are files beside the finished blocks (chains.py), so a
+resumed job goes on where the first run was, with exactly the numbers it saw. Those of held-out windows, which are
+always run in fp32, have passed all blocks in the end and give the logits of the final check, without ever holding the
+model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..calibration import fisher_bytes, fisher_diagonal
+from ..calibration import Windows, fisher_bytes, fisher_diagonal
+from ..calibration.states import States
 from ..errors import CheckError
+from ..kernels.cpu import gram_runs
 from ..memory import return_free_memory
 from ..metrics import Tally
 from ..models import HeadLayer
+from ..models.experts import experts_of
 from ..planes import PlaneWeight, decode
 from ..progress import Steps, log, note
 from ..solvers import RTN
 from ..solvers.clipped import clipped_rows
 from ..solvers.grouping import join_rows, row_chunks
+from ..solvers.method import Decoded, MomentsMethod
 from .block_task import BlockTask
-from .chains import ORIGINAL, baseline
+from .chains import CHECKING, LEARNING, ORIGINAL, Chains, ChainSet, baseline
 from .context import Job, Prepared, Stage
 from .expert_inputs import counting, tokens_of_experts
 from .settings import Settings
 from .state import SENSITIVITY
 from .tune_stage import Tune
+from .work import of_blocks, of_divergence, of_experts, of_head, of_moments
 
 BASELINE = RTN()  # what the final check compares with, at each bits alone
 CHUNK = 1 << 20  # weights of the head solved at a time
@@ -45,6 +52,21 @@ def stages_of(settings: Settings) -> tuple[Stage, ...]:
         *([Tune(method.tuning)] if method.tuning is not None else []),
         Measure(),
     )
+
+
+def chain_sets(settings: Settings, windows: Windows, blocks: int) -> dict[str, ChainSet]:
+    """The chains that a job with these settings carries through so many blocks."""
+    method, names = settings.method, (ORIGINAL, *map(str, settings.bits))
+    learning: dict[str, int] = {}
+    if "inputs" in method.needs:
+        learning = dict.fromkeys(names, blocks - 1)
+        if method.tuning is not None or not isinstance(method, MomentsMethod):
+            learning[ORIGINAL] = blocks  # what the last block, or the whole model, is to imitate
+    plain = tuple(map(baseline, settings.bits)) if method != BASELINE or len(settings.bits) > 1 else ()
+    return {
+        LEARNING: ChainSet(learning, windows.calibration, settings.dtype),
+        CHECKING: ChainSet(dict.fromkeys((*names, *plain), blocks), windows.heldout, torch.float32),
+    }
 
 
 class Head(Stage):
@@ -101,9 +123,8 @@ class Gradients(Stage):
 
     def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
         """A window runs forward and backward, which is two."""
-        shares = prepared.shares
-        a_token = sum(2 * one.in_features * one.out_features * shares[one.name] for one in prepared.discovery.linears)
-        return {torch.float32: 3 * a_token * prepared.settings.num_samples * prepared.settings.seq_len}
+        tokens = prepared.settings.num_samples * prepared.settings.seq_len
+        return {torch.float32: 3 * tokens * (of_blocks(prepared) + of_head(prepared))}
 
     def run(self, job: Job) -> None:
         if job.state.has(SENSITIVITY) or all(map(job.state.has, range(len(job.discovery.blocks)))):
@@ -130,82 +151,153 @@ class Blocks(Stage):
         return prepared.stored_bytes(prepared.discovery.linears)
 
     def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
-        """Every chain runs through all linears, and once more for what each of them reads; two moments of that."""
+        """Each chain passes all blocks once (passes.py), and moments are summed of what linears read at each bits."""
         windows, settings = prepared.windows, prepared.settings
         if windows is None:
             return {}
-        learning, checking = (float(part.numel()) for part in (windows.calibration, windows.heldout))
-        bits, linears = len(settings.bits), prepared.discovery.linears
-        a_token = sum(2 * one.in_features * one.out_features * prepared.shares[one.name] for one in linears)
-        total = a_token * checking * (1 + 2 * bits)
-        if "inputs" in settings.method.needs:
-            total += a_token * learning * (1 + bits) * 2
-            read = {(one.name.rpartition(".")[0], one.in_features): prepared.shares[one.name] for one in linears}
-            total += sum(4 * width**2 * share for (_, width), share in read.items()) * learning * bits
-        return {torch.float32: total}
+        found = {torch.float32: 0.0, settings.dtype: 0.0}
+        for each in chain_sets(settings, windows, len(prepared.discovery.blocks)).values():
+            found[each.dtype] += len(each.names) * each.tokens.numel() * of_blocks(prepared)
+        if isinstance(settings.method, MomentsMethod) and settings.method.needs:
+            tokens, bits = windows.calibration.numel(), len(settings.bits)
+            summed = settings.dtype if gram_runs(settings.device, settings.dtype) else torch.float32
+            found[summed] += bits * tokens * of_moments(prepared)
+            found[torch.float32] += bits * of_experts(prepared, tokens)
+        return found
+
+    def passing_disk(self, prepared: Prepared) -> int:
+        """Chains before and behind a block, and what is kept of it while it is solved:
+
+        windows x seq_len x bytes x (inputs of the original's linears + bits x (inputs of linears of different widths))
+        """
+        if prepared.windows is None:
+            return 0
+        chains = 0
+        for each in chain_sets(prepared.settings, prepared.windows, len(prepared.discovery.blocks)).values():
+            chains += 2 * each.tokens.numel() * prepared.hidden_size * each.dtype.itemsize * len(each.names)
+        settings, kept = prepared.settings, 0
+        if isinstance(settings.method, MomentsMethod) and settings.method.needs:
+            experts = experts_of((linear.name for linear in prepared.discovery.linears), prepared.model)
+            for index in range(len(prepared.discovery.blocks)):
+                linears = [one for one in prepared.discovery.of_block(index) if one.name not in experts]
+                inputs = [linear.in_features for linear in linears]
+                kept = max(kept, sum(inputs) + len(settings.bits) * sum(set(inputs)))
+            kept *= prepared.windows.calibration.numel() * settings.dtype.itemsize
+        return chains + kept
 
     def run(self, job: Job) -> None:
-        blocks = job.discovery.blocks
-        self._start_chains(job)
-        resumed = sum(map(job.state.has, range(len(blocks))))
+        blocks, chains = job.discovery.blocks, job.chains
+        resumed = self.begin(job)
         if resumed:
             log.info(f"resuming: {resumed} of {len(blocks)} blocks are already done")
+        for index in range(resumed):
+            self._recall(job, index)
         with Steps("quantizing", len(blocks), "block") as steps:
             for index, name in enumerate(blocks):
-                finished = job.state.has(index)
-                self._run_block(job, index)
-                return_free_memory()
-                steps.step(name, skipped=finished)
-        for name in job.chains.learning.keys() - ({ORIGINAL} if job.settings.method.tuning is not None else set()):
-            del job.chains.learning[name]  # nothing reads it any more
+                if index >= chains.place:
+                    self.run_block(job, index, solve=index >= resumed)
+                    return_free_memory()
+                steps.step(name, skipped=index < resumed)
+        if job.settings.method.tuning is None:
+            chains.drop(LEARNING)  # nothing reads it any more
 
-    def _start_chains(self, job: Job) -> None:
-        windows, bits, method = job.prepared.windows, job.settings.bits, job.settings.method
-        if windows is None:
-            return
-        names, embedding = [ORIGINAL, *map(str, bits)], job.embedding()
-        if "inputs" in method.needs:
-            job.chains.learning = job.chains.start(names, windows.calibration, embedding)
-        if method != BASELINE or len(bits) > 1:
-            names += map(baseline, bits)
-        job.chains.checking = job.chains.start(names, windows.heldout, embedding)
+    def begin(self, job: Job) -> int:
+        """Bring the chains to the first block that has to be run. Returns how many are finished."""
+        count = len(job.discovery.blocks)
+        finished = next((index for index in range(count) if not job.state.has(index)), count)
+        if job.prepared.windows is None:
+            job.chains.place = finished
+            return finished
+        sets = chain_sets(job.settings, job.windows, count)
+        if finished == count and (job.settings.method.tuning is None or job.state.refined):
+            del sets[LEARNING]  # nothing reads it any more
+        job.chains.begin(sets, finished, job.embedding())
+        return finished
 
-    def _run_block(self, job: Job, index: int) -> None:
-        chains = job.chains
-        with job.runner.block(index) as block:
+    def _recall(self, job: Job, index: int) -> None:
+        """Take over what was found out about a finished block."""
+        facts = job.state.facts(index)
+        job.layer_error.update(facts.get("layer_error", {}))
+        job.routing.update(facts.get("routing", {}))
+        for message in facts.get("notes", ()):
+            note(message)
+
+    def run_block(self, job: Job, index: int, *, solve: bool) -> None:
+        """Move all chains past a block; `solve`: and find its planes first."""
+        chains, runner = job.chains, job.runner
+        with runner.block(index) as block:
+            for each in (chains.learning, chains.checking):
+                if each:
+                    runner.probe(index, block, each[ORIGINAL])
             task = job.task(index, block)
             with counting(block) as calls:
-                chains.advance(ORIGINAL, index, block)
-            self._note_routing(job, f"{job.discovery.blocks[index]}.", calls)
-            if job.state.has(index):
-                planes = job.planes(index)
-            else:
-                task.targets = chains.learning.get(ORIGINAL)
+                if chains.learning:
+                    task.targets = self._original(job, task, index, block, record=solve)
+                if chains.checking:
+                    chains.advance(CHECKING, ORIGINAL, runner.outputs(index, block, chains.checking[ORIGINAL]))
+            if solve:
+                facts = self._routing(job, f"{job.discovery.blocks[index]}.", calls)
                 planes = self._solved(job, task)
-                job.state.save(index, planes)
+            else:
+                facts, planes = job.state.facts(index), job.planes(index)
             for bits in job.settings.bits:
-                job.quantize(task, planes, bits)
-                chains.advance(str(bits), index, block)
-                if baseline(bits) in chains.checking:
-                    for name, weight in task.weights.items():
-                        plain = BASELINE.solve_layer(weight, (bits,), job.settings.group_size)
-                        task.put({name: decode(plain, bits)})
-                    chains.advance(baseline(bits), index, block)
+                self._advance(job, task, planes, index, bits)
                 return_free_memory()
+            facts["layer_error"] = {name: job.layer_error[name] for name in task.weights}
+            chains.settle()
+            if solve:
+                job.state.remember(index, facts)
+                job.state.save(index, planes)
+            chains.moved()
 
-    def _note_routing(self, job: Job, prefix: str, calls: dict[str, list[tuple[int, Tensor]]]) -> None:
-        """Note how many tokens of the learning windows each expert got in the original."""
-        learning, checking = (chains.get(ORIGINAL) for chains in (job.chains.learning, job.chains.checking))
-        if learning is None:
+    def _original(self, job: Job, task: BlockTask, index: int, block: nn.Module, *, record: bool) -> States | None:
+        """Move the original's learning chain past a block, and record what methods with moments ask for."""
+        if record and isinstance(job.settings.method, MomentsMethod):
+            outputs = task.record()
+        else:
+            outputs = task.outputs(task.weights, job.chains.learning[ORIGINAL])
+        behind = job.chains.advance(LEARNING, ORIGINAL, outputs)
+        for _ in outputs:  # what was not asked for is recorded all the same
+            pass
+        return behind
+
+    def _advance(self, job: Job, task: BlockTask, planes: dict[str, PlaneWeight], index: int, bits: int) -> None:
+        """Put a block's weights at `bits` into it, and move the chains of these bits past it."""
+        chains, block = job.chains, task.block
+        job.quantize(task, planes, bits)
+        if chains.learning:
+            dense = Decoded(planes, bits, job.settings.device)
+            chains.advance(LEARNING, str(bits), task.advance(bits, dense))
+        if not chains.checking:
             return
+        chains.advance(CHECKING, str(bits), job.runner.outputs(index, block, chains.checking[str(bits)]))
+        if baseline(bits) in chains.checking:
+            for name, weight in task.weights.items():
+                plain = BASELINE.solve_layer(weight, (bits,), job.settings.group_size)
+                task.put({name: decode(plain, bits)})
+            states = chains.checking[baseline(bits)]
+            chains.advance(CHECKING, baseline(bits), job.runner.outputs(index, block, states))
+
+    def _routing(self, job: Job, prefix: str, calls: dict[str, list[tuple[int, Tensor]]]) -> dict[str, Any]:
+        """How many tokens of the learning windows each expert got in the original, and what is to be said of that."""
+        facts: dict[str, Any] = {"routing": {}, "notes": []}
+        learning, checking = (each.get(ORIGINAL) for each in (job.chains.learning, job.chains.checking))
+        if learning is None:
+            return facts
         later = 0 if checking is None else checking.shape[:2].numel()
         for name, found in calls.items():
             if found:
                 tokens = tokens_of_experts(found, learning.shape[:2].numel(), later)
-                job.routing[prefix + name] = tokens
+                facts["routing"][prefix + name] = tokens
                 unseen = [str(expert) for expert, count in enumerate(tokens) if not count]
                 if unseen:
-                    note(f"{prefix}{name}: no token of the calibration text reached expert {', '.join(unseen)}")
+                    facts["notes"].append(
+                        f"{prefix}{name}: no token of the calibration text reached expert {', '.join(unseen)}"
+                    )
+        job.routing.update(facts["routing"])
+        for message in facts["notes"]:
+            note(message)
+        return facts
 
     def _solved(self, job: Job, task: BlockTask) -> dict[str, PlaneWeight]:
         if "gradients" in job.settings.method.needs:
@@ -222,12 +314,30 @@ class Measure(Stage):
         decoded = max((5 * layer.in_features * layer.out_features for layer in prepared.head), default=0)
         return prepared.parameter_bytes[0] + decoded
 
+    def passing_disk(self, prepared: Prepared) -> int:
+        """The held-out chains; the tuned ones stand before and behind a block."""
+        settings = prepared.settings
+        if prepared.windows is None or settings.method.tuning is None:
+            return prepared.heldout_bytes
+        again = prepared.windows.heldout.numel() * prepared.hidden_size * 4 * len(settings.bits)
+        return prepared.heldout_bytes + again
+
+    def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
+        """Every chain's logits and divergence; tuned scales pass the blocks first."""
+        if prepared.windows is None:
+            return {}
+        tokens, bits = prepared.windows.heldout.numel(), len(prepared.settings.bits)
+        total = (1 + 2 * bits) * (of_head(prepared) + of_divergence(prepared))
+        if prepared.settings.method.tuning is not None:
+            total += bits * of_blocks(prepared)
+        return {torch.float32: tokens * total}
+
     def run(self, job: Job) -> None:
-        checking = job.chains.checking
+        checking: dict[str, States] = job.chains.checking
         if not checking:
             return
         if job.state.refined:
-            self._run_again(job)
+            checking = {**checking, **self._run_again(job)}
         tallies = {name: Tally() for name in checking}
         for targets, logits in job.runner.logits(checking, job.windows.heldout, job.output(), original=ORIGINAL):
             for name, tally in tallies.items():
@@ -242,13 +352,19 @@ class Measure(Stage):
                 hint="the model overflows in fp32, or a weight is damaged; try another method",
             )
 
-    def _run_again(self, job: Job) -> None:
+    def _run_again(self, job: Job) -> dict[str, States]:
         """Run the held-out windows through the blocks with their tuned scales."""
-        names = [str(bits) for bits in job.settings.bits]
-        job.chains.checking.update(job.chains.start(names, job.windows.heldout, job.embedding()))
-        for index in range(len(job.discovery.blocks)):
+        blocks, names = range(len(job.discovery.blocks)), tuple(str(bits) for bits in job.settings.bits)
+        chains = Chains(job.runner, job.state.folder, "tuned-chain")
+        heldout = ChainSet(dict.fromkeys(names, len(blocks)), job.windows.heldout, torch.float32)
+        chains.begin({CHECKING: heldout}, 0, job.embedding())
+        for index in blocks:
             with job.runner.block(index) as block:
                 task, planes = job.task(index, block), job.planes(index)
                 for bits in job.settings.bits:
                     job.quantize(task, planes, bits)
-                    job.chains.advance(str(bits), index, block)
+                    outputs = job.runner.outputs(index, block, chains.checking[str(bits)])
+                    chains.advance(CHECKING, str(bits), outputs)
+                chains.settle()
+                chains.moved()
+        return chains.checking

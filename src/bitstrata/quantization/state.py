@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ JOB_FOLDER = ".job"
 # what is made durable at once: a block by its index; the head and the embedding by their role; the sensitivities
 Part = int | str
 SENSITIVITY = "fisher"  # of all layers
+FACTS = "facts"
 
 
 def is_job(output: Path) -> bool:
@@ -56,6 +57,7 @@ class JobState:
 
     def __init__(self, output: Path, fingerprint: dict[str, Any], spec: QuantizationSpec) -> None:
         self.output, self.folder, self.spec = output, output / JOB_FOLDER, spec
+        self._facts: dict[Part, Mapping[str, Any]] = {}
         self._sound: set[Path] = set()  # files whose digest this process has compared
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -123,10 +125,28 @@ class JobState:
     def has(self, part: Part) -> bool:
         return self._file(part).exists()
 
+    def remember(self, block: Part, facts: Mapping[str, Any]) -> None:
+        """What else was found out about a block, as JSON values; it becomes durable with the block."""
+        self._facts[block] = facts
+
     def save(self, block: Part, weights: dict[str, PlaneWeight]) -> None:
         """Make a block's result durable; `weights` by full layer name."""
-        self._write(self._file(block), [entry for name in weights for entry in entries_of(name, weights[name])])
+        entries = [entry for name in weights for entry in entries_of(name, weights[name])]
+        self._write(self._file(block), entries, {FACTS: json.dumps(self._facts.pop(block, {}))})
         self._look()
+
+    def facts(self, block: Part) -> dict[str, Any]:
+        """What was remembered of a finished block. Raises JobError if its file is damaged."""
+        path = self._file(block)
+        try:
+            self._check(path)
+            with safe_open(str(path), framework="pt") as file:
+                found: dict[str, Any] = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+                return found
+        except (SafetensorError, OSError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise _damaged(path, error) from error
 
     def save_refined(self, block: int, weights: dict[str, PlaneWeight]) -> None:
         """Make a block's tuned scales durable; its planes stay as they were. They count once every block has some."""
@@ -138,9 +158,9 @@ class JobState:
         """Make tensors that are not part of the result durable."""
         self._write(self._file(part), [TensorEntry.of(name, tensor) for name, tensor in tensors.items()])
 
-    def _write(self, path: Path, entries: list[TensorEntry]) -> None:
+    def _write(self, path: Path, entries: list[TensorEntry], metadata: Mapping[str, str] | None = None) -> None:
         self._sound.discard(path)
-        write_safetensors(path, entries, sealed=True)
+        write_safetensors(path, entries, metadata, sealed=True)
 
     def load_tensors(self, part: Part, names: Iterable[str]) -> dict[str, Tensor]:
         """Some of the tensors of `part`. Raises JobError if its file is damaged."""
@@ -182,9 +202,7 @@ class JobState:
         """A tensor of a file whose digest is compared once."""
         path = self._home(part, tensor)
         try:
-            if path not in self._sound and not has_right_seal(path):
-                raise _damaged(path, "its bytes are not those that were written")
-            self._sound.add(path)
+            self._check(path)
             with safe_open(str(path), framework="pt") as file:
                 value: Tensor = file.get_tensor(tensor)
                 return value.clone()
@@ -192,6 +210,12 @@ class JobState:
             if is_out_of_memory(error):
                 raise
             raise _damaged(path, error) from error
+
+    def _check(self, path: Path) -> None:
+        """Compare a file's digest, once."""
+        if path not in self._sound and not has_right_seal(path):
+            raise _damaged(path, "its bytes are not those that were written")
+        self._sound.add(path)
 
     def entries(self, block: Part, layers: list[str]) -> list[TensorEntry]:
         """The block's tensors as entries that are read only when they are written; its files are compared anew."""

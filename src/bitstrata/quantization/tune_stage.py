@@ -11,17 +11,17 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from ..calibration import fast_products, open_passes
+from ..calibration import open_blockwise
 from ..planes import PlaneWeight
 from ..planes.pack import words_per_row
 from ..planes.weights import Scales, group_count, make_scales, scales_tensors
 from ..progress import Steps, log
 from ..solvers import Tuning
-from .chains import ORIGINAL
+from .chains import LEARNING, ORIGINAL
 from .context import Job, Prepared, Stage
-from .tuning import LOGITS, Lesson, tune
+from .tuning import LOGITS, Lesson, heldout_count, look_count, tune
+from .work import EACH, of_blocks, of_divergence, of_head
 
 HEAD_COPIES = 6  # of a stretch's logits
 STATE = 4 * 3  # bytes of a coefficient while it is tuned: its change and Adam's two moments
@@ -55,8 +55,7 @@ class Tune(Stage):
         kept = outside + sum(inside) - 4 * discovery.weight_count + head
         planes = sum(4 * bits * words_per_row(one.in_features) * one.out_features for one in discovery.linears)
         coefficients = _coefficients(prepared, bits)
-        width: int = prepared.model.config.get_text_config(decoder=True).hidden_size
-        states = 4 * tokens * width * (len(discovery.blocks) + 3)
+        states = 4 * tokens * prepared.hidden_size * (len(discovery.blocks) + 3)
         most = 0
         for index in range(len(discovery.blocks)):
             linears = discovery.of_block(index)
@@ -72,42 +71,61 @@ class Tune(Stage):
         return prepared.stored_bytes(prepared.discovery.linears, planes=False)
 
     def passing_disk(self, prepared: Prepared) -> int:
-        """The tuned scales by precision, and an old and a new state of one, before there is a result."""
-        scales, states = self.disk(prepared), 2 * STATE * _coefficients(prepared, prepared.settings.bits[-1])
-        return scales + max(0, states - scales)
+        """Until there is a result, the tuned scales by precision, and an old and a new state of one; chains:
+
+        the held-out ones, and the original's of the windows that are learnt from.
+        """
+        settings = prepared.settings
+        assert prepared.windows is not None
+        targets = prepared.windows.calibration.numel() * prepared.hidden_size * settings.dtype.itemsize
+        scales, states = self.disk(prepared), 2 * STATE * _coefficients(prepared, settings.bits[-1])
+        return max(scales, states) + targets + prepared.heldout_bytes
 
     def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
-        """A step runs each block forward twice and backward once, which is two; the head once more for the original."""
-        settings, shares = prepared.settings, prepared.shares
-        blocks = sum(2 * one.in_features * one.out_features * shares[one.name] for one in prepared.discovery.linears)
-        head = 2.0 * prepared.vocabulary * prepared.model.config.get_text_config(decoder=True).hidden_size
-        tokens = len(settings.bits) * self.tuning.steps * max(self.tuning.batch_tokens, settings.seq_len)
-        found = {fast_products(settings.device): 4 * blocks * tokens}
-        found[torch.float32] = found.get(torch.float32, 0.0) + 3 * head * tokens
+        """A step runs each block forward twice and backward once, which is two; logits are made, and differentiated.
+
+        A look at the held-out windows runs each block forward once, in fp32. Both decode the planes anew.
+        """
+        settings, length = prepared.settings, prepared.settings.seq_len
+        assert prepared.windows is not None
+        steps, windows = self.tuning.steps, len(prepared.windows.calibration)
+        together = max(1, self.tuning.batch_tokens // length)
+        stepped = together * length
+        looks, looked = 1 + look_count(steps), heldout_count(windows) * length
+        head, divergence = of_head(prepared), of_divergence(prepared)
+        found = {torch.float32: 0.0, settings.dtype: 0.0}
+        for bits in settings.bits:
+            weights = EACH * (bits + 1) * prepared.discovery.weight_count
+            found[settings.dtype] += steps * stepped * 4 * of_blocks(prepared)
+            found[torch.float32] += steps * (stepped * (3 * head + divergence) + 3 * weights)
+            batches = -(-heldout_count(windows) // together)
+            found[torch.float32] += looks * looked * (of_blocks(prepared) + 2 * head + divergence)
+            found[torch.float32] += looks * batches * weights
         return found
 
     def run(self, job: Job) -> None:
-        state, targets = job.state, job.chains.learning.pop(ORIGINAL)  # nobody reads it after this
+        state = job.state
         parts = {bits: f"tuning-{bits}" for bits in job.settings.bits}
         if state.refined:
             log.info("resuming: the scales are already tuned")
         else:
-            self._tune(job, parts, targets)
+            self._tune(job, parts)
             for index in range(len(job.discovery.blocks)):
                 layers = job.planes(index)
                 state.save_refined(index, {name: _tuned(job, parts, name, weight) for name, weight in layers.items()})
+        job.chains.drop(LEARNING)  # nothing reads it any more
         for part in parts.values():
             state.drop(part)
 
-    def _tune(self, job: Job, parts: Mapping[int, str], targets: Tensor) -> None:
-        device = job.settings.device
+    def _tune(self, job: Job, parts: Mapping[int, str]) -> None:
+        device, targets = job.settings.device, job.chains.learning[ORIGINAL]
         replaced = {name: value.to(device) for name, value in {**job.embedding(), **job.output()}.items()}
         lesson = Lesson(job.windows.calibration, lambda rows: targets[rows], replaced)
         names = {f"{linear.name}.weight" for linear in job.discovery.linears}
         transposed = frozenset(linear.name for linear in job.discovery.linears if linear.transposed)
         with (
             Steps("tuning", len(parts) * self.tuning.steps, "step") as steps,
-            open_passes(job.runner, names, lesson.windows, fast_products(device)) as passes,
+            open_blockwise(job.runner, names, lesson.windows, job.settings.dtype) as model,
         ):
             for bits, part in parts.items():
                 blocks = [
@@ -115,7 +133,7 @@ class Tune(Stage):
                     for index in range(len(job.discovery.blocks))
                 ]
                 tuned = tune(
-                    passes,
+                    model,
                     blocks,
                     bits,
                     lesson,

@@ -12,8 +12,8 @@ held out: the coefficients with the least divergence there are kept, the start a
 in fp32, whatever the products of training are.
 
 The original is there as its hidden states after the last block, and its head. The tuned model runs block by block
-(calibration/passes.py): a block's weights are decoded from its packed planes when the block runs, and its coefficients
-move as soon as their derivatives are known.
+(calibration/blockwise.py): a block's weights are decoded from its packed planes when the block runs, and its
+coefficients move as soon as their derivatives are known.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration import Passes
+from ..calibration import BlockwiseModel
 from ..planes import PlaneWeight
 from ..planes.weights import ByteScales, Codebook, Scales, make_scales, scales_tensors
 from ..solvers import Tuning
@@ -67,7 +67,7 @@ class Tuned:
 
 
 def tune(
-    passes: Passes,
+    model: BlockwiseModel,
     blocks: Sequence[Mapping[str, PlaneWeight]],
     bits: int,
     lesson: Lesson,
@@ -87,7 +87,7 @@ def tune(
         save: called with the state every few minutes, and with the result.
         step_done: called after every step, with whether an earlier run has done it.
     """
-    tuner = _Tuner(passes, blocks, bits, lesson, tuning, transposed)
+    tuner = _Tuner(model, blocks, bits, lesson, tuning, transposed)
     chosen = batches(tuner.training, max(1, tuning.batch_tokens // lesson.windows.shape[1]), generator)
     if saved is None:
         tuner.look()
@@ -105,6 +105,20 @@ def tune(
     if begun < tuning.steps:
         save(tuner.result())
     return Tuned(tuner.best, tuner.first_loss, tuner.best_loss)
+
+
+def heldout_count(windows: int) -> int:
+    """How many of so many windows are held out."""
+    return max(1, min(16, windows // 8))
+
+
+def look_count(steps: int) -> int:
+    """How often the held-out windows are measured while so many steps are done."""
+    return sum(_looks_after(step, steps) for step in range(1, steps + 1))
+
+
+def _looks_after(step: int, steps: int) -> bool:
+    return step % max(1, steps // LOOKS) == 0 or step == steps
 
 
 class _Layer:
@@ -147,17 +161,15 @@ class _Tuner:
 
     def __init__(
         self,
-        passes: Passes,
+        model: BlockwiseModel,
         blocks: Sequence[Mapping[str, PlaneWeight]],
         bits: int,
         lesson: Lesson,
         tuning: Tuning,
         transposed: frozenset[str],
     ) -> None:
-        self.passes, self.bits, self.lesson, self.tuning, self.transposed = passes, bits, lesson, tuning, transposed
-        self.blocks = [
-            {name: _Layer(weight, bits, passes.device) for name, weight in block.items()} for block in blocks
-        ]
+        self.model, self.bits, self.lesson, self.tuning, self.transposed = model, bits, lesson, tuning, transposed
+        self.blocks = [{name: _Layer(weight, bits, model.device) for name, weight in block.items()} for block in blocks]
         # one for each block, which moves as soon as its derivatives are known
         self.optimizers = [
             torch.optim.Adam([layer.change for layer in block.values()], lr=tuning.learning_rate, betas=(0.9, 0.99))
@@ -165,7 +177,7 @@ class _Tuner:
             else None
             for block in self.blocks
         ]
-        self.training = len(lesson.windows) - max(1, min(16, len(lesson.windows) // 8))
+        self.training = len(lesson.windows) - heldout_count(len(lesson.windows))
         self.steps_done = 0
         self.best_loss = self.first_loss = math.inf
         self.best: dict[str, Scales] = {}
@@ -175,9 +187,9 @@ class _Tuner:
         steps = self.tuning.steps
         rate = self.tuning.learning_rate * cosine(self.steps_done, steps)
         rate *= min(1.0, (self.steps_done + 1) / max(1.0, 0.05 * steps))
-        tokens = self.lesson.windows[rows].to(self.passes.device)
-        states = [self.passes.ends.embed(tokens, self.lesson.replaced)]
-        states.extend(self.passes.forward(states[0], self._weights(self.passes.products)))
+        tokens = self.lesson.windows[rows].to(self.model.device)
+        states = [self.model.ends.embed(tokens, self.lesson.replaced)]
+        states.extend(self.model.forward(states[0], self._weights(self.model.products)))
         gradient = torch.empty_like(states[-1])
         self._divergence(rows, tokens, states.pop(), gradient)
 
@@ -194,9 +206,9 @@ class _Tuner:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-        self.passes.backward(states, gradient, self._weights(self.passes.products), found, done)
+        self.model.backward(states, gradient, self._weights(self.model.products), found, done)
         self.steps_done += 1
-        if self.steps_done % max(1, steps // LOOKS) == 0 or self.steps_done == steps:
+        if _looks_after(self.steps_done, steps):
             self.look()
 
     def look(self) -> None:
@@ -204,9 +216,9 @@ class _Tuner:
         windows, total = self.lesson.windows, 0.0
         heldout = torch.arange(self.training, len(windows))
         for rows in heldout.split(max(1, self.tuning.batch_tokens // windows.shape[1])):
-            tokens = windows[rows].to(self.passes.device)
-            hidden = self.passes.ends.embed(tokens, self.lesson.replaced)
-            for state in self.passes.forward(hidden, self._weights(torch.float32), torch.float32):
+            tokens = windows[rows].to(self.model.device)
+            hidden = self.model.ends.embed(tokens, self.lesson.replaced)
+            for state in self.model.forward(hidden, self._weights(torch.float32), torch.float32):
                 hidden = state
             total += self._divergence(rows, tokens, hidden)
         loss = total / (len(heldout) * windows.shape[1])
@@ -225,9 +237,9 @@ class _Tuner:
 
     def _divergence(self, rows: Tensor, tokens: Tensor, hidden: Tensor, gradient: Tensor | None = None) -> float:
         """KL(original || model) summed over tokens; the derivatives of its mean by `hidden` go into `gradient`."""
-        logits, total = self.passes.ends.logits, 0.0
+        logits, total = self.model.ends.logits, 0.0
         targets = self.lesson.targets(rows)
-        for part in _stretches(len(tokens), tokens.shape[1], self.passes.vocabulary):
+        for part in _stretches(len(tokens), tokens.shape[1], self.model.vocabulary):
             with torch.no_grad():
                 reference = targets[part].to(hidden.device).float()
                 reference = logits(reference, tokens[part], {}).log_softmax(-1)

@@ -1,7 +1,7 @@
 """Running a quantized model: text generation, many requests in one batch, and what can run here."""
 
 from ..options import GenerationSettings
-from .batching import Engine, EngineStats, Event, Finished, Handle, Request, Token
+from .batching import Engine, EngineStats, Event, Finished, Handle, Request, Scored, Token
 from .conversation import Conversation
 from .environment import Environment, env
 from .generation import Generation, continue_tokens, generate
@@ -25,6 +25,7 @@ __all__ = [
     "Policy",
     "PositionPolicy",
     "Request",
+    "Scored",
     "Token",
     "continue_tokens",
     "env",

@@ -20,7 +20,7 @@ class Conversation:
     """Turns of a user and a model.
 
     With the tokenizer's chat template where there is one. A base model without one continues the text as a
-    whole: what the user says is simply what comes next. Control tokens that a turn spells are text (models/tokens.py).
+    whole: what the user says is simply what comes next. Control tokens that a turn spells are text (models/turns.py).
 
     Args:
         bits: of the next replies; the model's highest if None. Set `bits` to change them.

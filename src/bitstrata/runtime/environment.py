@@ -11,7 +11,8 @@ import psutil
 import torch
 
 from ..kernels import cpu, describe
-from ..options import EnvOptions, verb
+from ..options import EnvOptions
+from ..verbs import verb
 from ..version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface-hub", "numpy")

@@ -28,10 +28,11 @@ from ..models import (
     score_rules,
 )
 from ..nn import Assignment, BitsOrPlan, bits_state
-from ..options import GenerationSettings, named
+from ..options import GenerationSettings
 from ..plans import Plan, bits_name, choose_bits, highest_bits, load
 from ..progress import note
 from ..torch_state import ordinary_torch
+from ..verbs import named
 from .batching import Continuation, Drafts, Sampler, Session, session_of
 
 

@@ -12,8 +12,9 @@ from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE
 from ..errors import CheckpointError
 from ..kernels import select
 from ..models import resolve
-from ..options import InspectOptions, verb
+from ..options import InspectOptions
 from ..tables import render
+from ..verbs import verb
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A request that was understood -> its answer, whole or as a stream: the same for chats and completions.
+"""A request that was understood -> its answer, whole or as a stream: the same for every API.
 
 Every engine request makes `Delta`s of its choice; a whole choice is the sum of them. A `Formatter` puts both into the
 words of one API.
@@ -6,10 +6,12 @@ words of one API.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
@@ -17,11 +19,14 @@ from pydantic import BaseModel
 
 from ..errors import InputError
 from ..nn import Assignment, BitsOrPlan
-from ..runtime import Request, Token
+from ..runtime import Request, Scored, Token
 from .errors import ApiError, closing, translate
-from .replies import Delta, FinishReason, Formatter, PlacedToken, PromptDetails, Usage, dump
+from .fields import Notice
+from .notices import Notices
+from .replies import Delta, FinishReason, Formatter, PlacedToken, PromptDetails, Usage
 from .requests import GenerationBody
 from .service import Service
+from .spelling import dump
 from .stream import Arrival, EventStream, Submission, while_connected
 from .text import ReplyText
 
@@ -34,21 +39,27 @@ class GenerationSpec:
 
     prompts: tokens of each. continues: whether a reply's text goes on where its prompt's ends.
     max_tokens: asked for, or None and then at most `default_tokens`. logprobs: as in runtime.Request.
+    echo: of each prompt what its tokens add to its text, where replies begin with their prompts.
     """
 
     prompts: Sequence[Sequence[int]]
     precision: Assignment
+    notices: Notices
     continues: bool
     max_tokens: int | None
     default_tokens: int
-    logprobs: int | None
+    logprobs: int | None = None
+    echo: Sequence[Sequence[str]] | None = None
 
 
 class _Choice:
     """One reply in the making."""
 
-    def __init__(self, index: int, text: ReplyText, asked: BitsOrPlan, service: Service, started: float) -> None:
+    def __init__(
+        self, index: int, text: ReplyText, echo: Sequence[str], asked: BitsOrPlan, service: Service, started: float
+    ) -> None:
         self.index, self._text, self._metrics, self._started = index, text, service.metrics, started
+        self._echo, self._begin = echo, sum(map(len, echo))  # characters before the reply's own
         self._plan = str(asked)  # of tokens without bits of their own: the plan's name
         self.bits: Counter[str] = Counter()
         self.latest: int | None = None  # bits of the latest token
@@ -59,13 +70,22 @@ class _Choice:
         """Raises ApiError if the request did not end as it should."""
         if isinstance(arrival.event, Token):
             return self._add_token(arrival.event, arrival.time)
+        if isinstance(arrival.event, Scored):
+            return self.prompt(arrival.event.tokens)
         if arrival.event.error is not None:
             raise translate(arrival.event.error)
         if arrival.event.reason == "cancelled":
             raise closing()
         text = self._text.flush()
         is_stop = arrival.event.reason == "stop" or self._text.stopped
-        return Delta(self.index, text, finish=self._finish("stop" if is_stop else "length"))
+        finish = self._finish("stop" if is_stop else "length")
+        return Delta(self.index, text, finish=finish, stop=self._text.stop)
+
+    def prompt(self, tokens: Sequence[Token] = ()) -> Delta:
+        """The prompt as the beginning of the reply, with `tokens` where log-probabilities are wanted."""
+        ends = itertools.accumulate(map(len, self._echo))
+        placed = (PlacedToken(one, end - len(piece)) for one, end, piece in zip(tokens, ends, self._echo, strict=False))
+        return Delta(self.index, "".join(self._echo), tuple(placed))
 
     def _add_token(self, token: Token, when: float) -> Delta:
         self._last = when
@@ -76,9 +96,10 @@ class _Choice:
         bits = self._plan if token.bits is None else str(token.bits)
         self.bits[bits] += 1
         self._metrics.tokens.labels(bits).inc()
-        placed = PlacedToken(token, self._text.length)
+        placed = PlacedToken(token, self._begin + self._text.length)
         text = self._text.push(token.id)
-        return Delta(self.index, text, (placed,), self._finish("stop") if self._text.stopped else None)
+        finish = self._finish("stop") if self._text.stopped else None
+        return Delta(self.index, text, (placed,), finish, self._text.stop)
 
     def _finish(self, reason: FinishReason) -> FinishReason:
         self.is_finished = True
@@ -95,13 +116,18 @@ class _Answer:
         started = time.perf_counter()
         self._prompts, self._prompt_tokens = len(spec.prompts), sum(map(len, spec.prompts))
         self._shows_tokens = spec.logprobs is not None or bool(body.return_token_ids)
+        self._echoes_text = spec.echo is not None and spec.logprobs is None
         self.submission = Submission(service.engine, requests)  # first: it checks the tokens that texts are made from
         self._choices = []
         for index, request in enumerate(requests):
             text = ReplyText(service.tokenizer, request.prompt_ids if spec.continues else (), body.stop)
-            self._choices.append(_Choice(index, text, spec.precision.given, service, started))
+            echo = () if spec.echo is None else spec.echo[index // (body.n or 1)]
+            self._choices.append(_Choice(index, text, echo, spec.precision.given, service, started))
 
     async def deltas(self) -> AsyncIterator[Delta]:
+        if self._echoes_text:
+            for choice in self._choices:
+                yield choice.prompt()
         async for arrival in self.submission.arrivals():
             choice = self._choices[arrival.index]
             if choice.is_finished:  # a stop text was found; what the engine made meanwhile does not count
@@ -118,14 +144,15 @@ class _Answer:
             found[delta.index].append(delta)
         return [Delta.joined(deltas) for deltas in found]
 
-    async def chunks(self, formatter: Formatter, *, with_usage: bool) -> AsyncIterator[BaseModel]:
-        for chunk in formatter.first_chunks(len(self._choices)):
+    async def chunks(self, formatter: Formatter) -> AsyncIterator[BaseModel]:
+        for chunk in formatter.first_chunks(len(self._choices), self.usage):
             yield chunk
         async for delta in self.deltas():
             if delta.text or delta.finish is not None or self._shows_tokens:
-                yield formatter.next_chunk(delta, self._choices[delta.index].latest)
-        if with_usage:
-            yield formatter.last_chunk(self.usage, self.bits)
+                for chunk in formatter.next_chunks(delta, self._choices[delta.index].latest, self.usage):
+                    yield chunk
+        for chunk in formatter.last_chunks(self.usage, self.bits):
+            yield chunk
 
     @property
     def usage(self) -> Usage:
@@ -161,15 +188,16 @@ async def answer(
     """
     answered = _Answer(service, body, spec)
     if body.stream:
-        chunks = answered.chunks(formatter, with_usage=body.includes_usage)
-        return EventStream(chunks, answered.submission.cancel)
+        chunks = answered.chunks(formatter)
+        return EventStream(chunks, answered.submission.cancel, formatter.spelling, spec.notices.headers)
     try:
         deltas = await while_connected(answered.whole(), http.receive)
     finally:
         answered.submission.cancel()
     if deltas is None:
         return Response(status_code=CLIENT_GONE)
-    return Response(dump(formatter.reply(deltas, answered.usage, answered.bits)), media_type="application/json")
+    whole = dump(formatter.reply(deltas, answered.usage, answered.bits))
+    return Response(whole, media_type="application/json", headers=spec.notices.headers)
 
 
 def engine_requests(service: Service, body: GenerationBody, spec: GenerationSpec) -> list[Request]:
@@ -177,22 +205,39 @@ def engine_requests(service: Service, body: GenerationBody, spec: GenerationSpec
     count = body.n or 1
     service.check_choices(len(spec.prompts), count)
     min_bits = service.catalog.min_bits(spec.precision, body.min_bits)
+    sampling = _sampling(service, body)
     return [
         Request(
             prompt,
             bits=spec.precision,
             min_bits=min_bits,
             max_new_tokens=_new_tokens(service, len(prompt), spec),
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
             seed=None if body.seed is None else body.seed + copy,
             stop=[*body.stop, *(body.stop_token_ids or ())],
             logprobs=spec.logprobs,
+            prompt_logprobs=None if spec.echo is None else spec.logprobs,
             ignore_eos=bool(body.ignore_eos),
+            **sampling,
         )
         for prompt in spec.prompts
         for copy in range(count)
     ]
+
+
+def _sampling(service: Service, body: GenerationBody) -> dict[str, Any]:
+    """How tokens are picked: as `body` says, else as the model's makers advise. Fields of runtime.Request."""
+    chosen = asdict(service.defaults)
+    chosen |= {name: value for name in chosen if (value := getattr(body, name)) is not None}
+    chosen["top_k"] = max(0, chosen["top_k"])
+    if chosen["top_p"] == 0:  # the smallest set of tokens that there can be: the likeliest
+        chosen |= {"temperature": 0.0, "top_p": 1.0}
+    return chosen | {
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "logit_bias": body.logit_bias,
+        "min_tokens": body.min_tokens or 0,
+        "model_rules": service.has_model_rules,
+    }
 
 
 def _new_tokens(service: Service, prompt: int, spec: GenerationSpec) -> int:
@@ -205,8 +250,15 @@ def _new_tokens(service: Service, prompt: int, spec: GenerationSpec) -> int:
             param="prompt",
             code="context_length_exceeded",
         )
+    limits, asked = service.engine.limits, spec.max_tokens
     try:
-        room = service.engine.limits.room(prompt, spec.max_tokens)
+        room = limits.room(prompt)
+        if asked is None:
+            return min(room, spec.default_tokens)
+        if asked > room:
+            said = f"max_tokens lowered from {asked} to {room}, which the prompt's {prompt} tokens leave"
+            refusal = f"the prompt's {prompt} tokens and max_tokens={asked} do not fit: ask for at most {room}"
+            spec.notices.add(Notice("max_tokens", said, refusal, "context_length_exceeded"))
+        return min(room, asked)
     except InputError as error:
         raise ApiError(400, error.sentence, code="context_length_exceeded") from error
-    return room if spec.max_tokens is not None else min(room, spec.default_tokens)

@@ -8,27 +8,30 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse
-from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime import Engine
 from ..version import __version__
-from . import errors
+from . import errors, paths
 from .answer import GenerationSpec, answer
+from .anthropic import add_messages
+from .chats import chat_spec
+from .described import answers, refusals
 from .guard import Guard
 from .replies import (
     ChatFormatter,
     ChatReply,
     CompletionFormatter,
     CompletionReply,
-    ErrorReply,
     Health,
     ModelCard,
     ModelList,
 )
 from .requests import ChatBody, CompletionBody
+from .responses import add_responses
 from .service import Service
 from .settings import Settings
+from .tokenization import add_tokenization
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
 PLAYGROUND_HEADERS = {  # the page may talk to this server and load nothing
@@ -38,18 +41,6 @@ PLAYGROUND_HEADERS = {  # the page may talk to this server and load nothing
     "X-Content-Type-Options": "nosniff",
 }
 COMPLETION_TOKENS = 16  # of a completion request that says no number, as at OpenAI
-_REFUSALS = {
-    400: "what was asked for is wrong or not supported",
-    401: "the API key is missing or wrong",
-    404: "no such model",
-    408: "the body did not come",
-    413: "the body is too large",
-    403: "the server does not go by that name",
-    415: "the body is not JSON",
-    429: "too many requests",
-    500: "the server's fault",
-    503: "the server is closing",
-}
 
 
 def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> FastAPI:
@@ -60,10 +51,14 @@ def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Set
     """
     service = Service(engine, tokenizer, settings)
     # No /docs: FastAPI's page loads its program from another site.
-    app = FastAPI(title="bitstrata", version=__version__, docs_url=None, redoc_url=None)
+    prefix = [{"url": settings.root_path}] if settings.root_path else None  # the guard takes it off
+    app = FastAPI(title="bitstrata", version=__version__, docs_url=None, redoc_url=None, servers=prefix)
     app.state.service = service
     errors.install(app)
     _add_generation(app, service)
+    add_responses(app, service)
+    add_messages(app, service)
+    add_tokenization(app, service)
     _add_information(app, service)
     app.add_middleware(Guard, service=service)
     if settings.allowed_origins:  # outside of the guard: a preflight request carries no key
@@ -77,45 +72,40 @@ def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Set
 def _add_generation(app: FastAPI, service: Service) -> None:
     catalog = service.catalog
 
-    @app.post("/v1/chat/completions", response_model=None, responses=_answers(ChatReply))
+    @app.post(paths.CHAT, response_model=None, responses=answers(ChatReply))
     async def chat_completions(http: Request, body: ChatBody) -> Response:
         """Answer a conversation, whole or, with `stream`, as server-sent events that end with `[DONE]`."""
-        precision = catalog.precision(body.model, body.bits)  # refused before anything is tokenized
-        spec = GenerationSpec(
-            prompts=[await service.prompts.chat(body.messages)],
-            precision=precision,
-            continues=not service.tokenizer.chat_template,
-            max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
-            default_tokens=service.settings.default_max_tokens,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        )
-        return await answer(service, http, body, spec, ChatFormatter(body, catalog.name, service.names))
+        notices = service.notices(body)
+        spec = await chat_spec(service, body, notices)
+        return await answer(service, http, body, spec, ChatFormatter(body, catalog.name, service.names, notices))
 
-    @app.post("/v1/completions", response_model=None, responses=_answers(CompletionReply))
+    @app.post(paths.COMPLETIONS, response_model=None, responses=answers(CompletionReply))
     async def completions(http: Request, body: CompletionBody) -> Response:
         """Continue texts or tokens, whole or, with `stream`, as server-sent events that end with `[DONE]`."""
+        notices = service.notices(body)
         precision = catalog.precision(body.model, body.bits)
         service.check_choices(len(body.prompt), body.n or 1)
+        prompts = await service.prompts.completion(body.prompt, add_special_tokens=body.add_special_tokens is not False)
         spec = GenerationSpec(
-            prompts=await service.prompts.completion(
-                body.prompt, add_special_tokens=body.add_special_tokens is not False
-            ),
+            prompts=prompts,
             precision=precision,
+            notices=notices,
             continues=True,
             max_tokens=body.max_tokens,
             default_tokens=COMPLETION_TOKENS,
             logprobs=body.logprobs,
+            echo=await service.echo(prompts) if body.echo else None,
         )
-        return await answer(service, http, body, spec, CompletionFormatter(body, catalog.name, service.names))
+        return await answer(service, http, body, spec, CompletionFormatter(body, catalog.name, service.names, notices))
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models", responses=_refusals(401))
+    @app.get(paths.MODELS, responses=refusals(401))
     async def models() -> ModelList:
         """The model under each of its names: `name` by default, `name:2`, `name:3`, and plans' names."""
         return ModelList(data=service.catalog.cards)
 
-    @app.get("/v1/models/{model:path}", responses=_refusals(401, 404))
+    @app.get(paths.MODELS + "/{model:path}", responses=refusals(401, 404))
     async def model(model: str) -> ModelCard:
         return service.catalog.card(model)
 
@@ -126,7 +116,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
         response.status_code = 200 if state == "ok" else 503
         return Health(status=state)
 
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **_refusals(401)})
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **refusals(401)})
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -135,16 +125,6 @@ def _add_information(app: FastAPI, service: Service) -> None:
     def playground() -> HTMLResponse:
         """A page that asks this server at two precisions side by side; one file without a build step."""
         return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"), headers=PLAYGROUND_HEADERS)
-
-
-def _answers(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    description = "the whole answer; with `stream` events of data that add up to it"
-    answer = {"model": whole, "content": {"text/event-stream": {}}, "description": description}
-    return {200: answer, **_refusals(*_REFUSALS)}
-
-
-def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorReply, "description": _REFUSALS[status]} for status in statuses}
 
 
 def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:

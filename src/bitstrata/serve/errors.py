@@ -10,9 +10,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from ..errors import BitstrataError, ClosedError, InputError, ResourceError, UnsupportedBitsError, UsageError
-from .requests import UNKNOWN
+from . import paths
+from .fields import REFUSED
+from .requests import ChatBody
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1
@@ -40,9 +43,14 @@ class ApiError(HTTPException):
         kind = _KINDS.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
+    def response(self, scope: Scope) -> Response:
+        """To the request of `scope`; those who run the server see why, too."""
+        path, status, where = str(scope["path"]), self.status_code, paths.route(scope["path"])
+        kind = (where, status, self.code, self.param if self.param in ChatBody.model_fields else None)
+        log.info("refused %s %s: %d, %s", scope["method"], path[:100], status, self.message, extra={"kind": kind})
+        body = {"type": "error", **self.body()} if where in paths.ANTHROPIC else self.body()
         # ASCII only: what the client sent may hold half a surrogate pair, which no encoding takes
-        return Response(json.dumps(self.body()), self.status_code, self.headers, media_type="application/json")
+        return Response(json.dumps(body), status, self.headers, media_type="application/json")
 
 
 def closing() -> ApiError:
@@ -82,9 +90,9 @@ def _validation(error: RequestValidationError) -> ApiError:
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}")
-    if first["type"] == UNKNOWN:
-        name = ".".join([*where, first["ctx"]["field"]])
-        return ApiError(400, f"unknown field {name!r}", param=name, code="unknown_parameter")
+    if first["type"] == REFUSED:
+        name = ".".join([*where, first["ctx"]["param"]])
+        return ApiError(400, f"{name}: {first['msg']}", param=name)
     message = str(first["msg"]).removeprefix("Value error, ")
     if where:
         name = ".".join(where)
@@ -97,21 +105,24 @@ def install(app: FastAPI) -> None:
     """Answer every error of `app` in OpenAI's form."""
 
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> Response:
+    async def refused(http: Request, error: HTTPException) -> Response:
         if not isinstance(error, ApiError):  # Starlette's own
-            said = {404: "there is nothing at this path", 405: "this path does not take this method"}
-            message = said.get(error.status_code, str(error.detail))
+            path, message = http.scope["path"], str(error.detail)
+            if error.status_code == 404:
+                message = paths.nothing_at(path)
+            elif error.status_code == 405:
+                message = f"this path does not take the method {http.method}; it takes {paths.method(path)}"
             error = ApiError(error.status_code, message, headers=error.headers)
-        return error.response()
+        return error.response(http.scope)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return _validation(error).response()
+    async def invalid(http: Request, error: RequestValidationError) -> Response:
+        return _validation(error).response(http.scope)
 
     @app.exception_handler(BitstrataError)
-    async def known(_: Request, error: BitstrataError) -> Response:
-        return translate(error).response()
+    async def known(http: Request, error: BitstrataError) -> Response:
+        return translate(error).response(http.scope)
 
     @app.exception_handler(Exception)
-    async def unknown(_: Request, error: Exception) -> Response:  # the server logs it
-        return internal(error).response()
+    async def unknown(http: Request, error: Exception) -> Response:  # the server logs it
+        return internal(error).response(http.scope)

@@ -17,14 +17,14 @@ import re
 from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import paths
 from .errors import ApiError, busy, closing
 from .service import Service
 from .settings import ANY
 
-OPEN = {"/", "/health"}  # paths that need no key and are served however much there is to do
-PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/openapi.json"} | OPEN
 BODY_SECONDS = 60  # for a client to send its whole body
 CLOSE = {"Connection": "close"}  # with an answer after which nothing more is read
 # A client that is still sending when the connection closes may never see the answer, so a body that is too
@@ -44,11 +44,15 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        service = self._service
+        service, settings = self._service, self._service.settings
+        path = paths.ordered(scope["path"], settings.root_path)
+        # uvicorn leaves the body of an answer to HEAD away
+        scope = {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                service.metrics.responses.labels(_route(scope["path"]), str(message["status"])).inc()
+                service.metrics.responses.labels(paths.route(path), str(message["status"])).inc()
+                message["headers"] = [*message.get("headers", ()), (b"keep-alive", b"timeout=%d" % settings.keep_alive)]
             await send(message)
 
         headers = Headers(scope=scope)
@@ -64,15 +68,19 @@ class Guard:
                 counted = True
                 service.active += 1
 
-        body = _Body(receive, headers, service.settings.max_body, admit)
-        is_open = scope["path"] in OPEN
+        body = _Body(receive, headers, settings.max_body, admit)
+        is_open = path in paths.OPEN
         refusal = self._misled(scope, headers)
+        if refusal is None and scope["method"] == "OPTIONS" and (takes := paths.method(path)) is not None:
+            allowed = {"Allow": f"{takes}, HEAD, OPTIONS" if takes == "GET" else f"{takes}, OPTIONS"}
+            await Response(status_code=204, headers=allowed)(scope, receive, counting)  # a proxy asks, without a key
+            return
         if refusal is None and not is_open:
             refusal = self._refusal(headers, is_work)
         if refusal is None and not is_open and body.announces_too_much:
             refusal = await body.too_large()
         if refusal is not None:
-            await refusal.response()(scope, receive, counting)
+            await refusal.response(scope)(scope, receive, counting)
             return
         try:
             await self.app(scope, receive if is_open else body.receive, counting)
@@ -187,12 +195,8 @@ def is_address(text: str) -> bool:
 
 
 def _has_key(headers: Headers, key: bytes) -> bool:
+    """Whether the key is there: as a bearer, or where Anthropic's clients put it."""
+    if hmac.compare_digest(headers.get("x-api-key", "").encode(), key):
+        return True
     scheme, _, given = headers.get("authorization", "").partition(" ")
     return hmac.compare_digest(given.strip().encode(), key) and scheme.lower() == "bearer"
-
-
-def _route(path: str) -> str:
-    """A label of which there are few, whatever clients ask for."""
-    if path.startswith("/v1/models/"):
-        return "/v1/models/{model}"
-    return path if path in PATHS else "other"

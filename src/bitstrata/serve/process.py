@@ -6,8 +6,9 @@ was asked for as 0. It does not listen before the model is there.
 A connection costs an open file from when it is accepted, and memory from the first byte of a request, which may never
 become whole. So uvicorn's protocol does here what uvicorn has no option for:
 
-* The header of a request must be there HEADER_SECONDS after the connection was made or the answer before was given.
-  (The time for a body is the guard's matter: by then a client can be told.)
+* The header of a request must be there HEADER_SECONDS after the connection was made or, on one that was used before,
+  after it began. An idle one stays open as long as settings.keep_alive says. (The time for a body is the guard's
+  matter: by then a client can be told.)
 * No more than `most` connections are open at a time, which is less than the files that the process may open. For one
   more, the connection goes that has been without a whole request for longest; those that are being answered stay.
 * What has come of requests that are not whole is at most `most_bytes` together; again the oldest goes.
@@ -162,8 +163,10 @@ class Connection(H11Protocol):
     """uvicorn's protocol with limits of its own. Only its methods without an underscore are extended."""
 
     all: ClassVar[Connections]
+    keep_alive: ClassVar[int]  # seconds
     _due: asyncio.TimerHandle | None = None  # when the next header must be there
     _stalled: asyncio.TimerHandle | None = None  # until when the client must take something
+    _is_idle = False  # between two requests
     _unsent = 0  # bytes of the answer when that began
 
     def abort(self) -> None:
@@ -206,14 +209,16 @@ class Connection(H11Protocol):
             self.all.received(self, size)
         elif is_answering:
             self.all.complete(self)
-        self._set_due(not is_answering)
+        self._set_due(not is_answering, size > 0)
 
-    def _set_due(self, expected: bool) -> None:
-        if self._due is not None and not expected:
+    def _set_due(self, expected: bool, begun: bool = False) -> None:
+        """A header is expected, of which something has come if it has `begun`."""
+        if self._due is not None and (not expected or (begun and self._is_idle)):
             self._due.cancel()
             self._due = None
-        elif self._due is None and expected:
-            self._due = self.loop.call_later(HEADER_SECONDS, self._check_due)
+        if self._due is None and expected:
+            self._is_idle = self.cycle is not None and not begun
+            self._due = self.loop.call_later(self.keep_alive if self._is_idle else HEADER_SECONDS, self._check_due)
 
     def _check_due(self) -> None:
         self._due = None
@@ -244,7 +249,8 @@ class Connection(H11Protocol):
 class RateLimit(logging.Filter):
     """Lets a kind of line through once in LOG_SECONDS, then with how many were left out before it.
 
-    Of one kind are lines that come from the same place in the same words, or with the same type of error.
+    Of one kind are lines that come from the same place in the same words or, where they say it, of the same `kind`,
+    with the same type of error.
     """
 
     def __init__(self) -> None:
@@ -253,7 +259,8 @@ class RateLimit(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[0] if record.exc_info else None
-        kind = record.pathname, record.lineno, str(record.msg).partition("\n")[0], error
+        said = getattr(record, "kind", None) or str(record.msg).partition("\n")[0]
+        kind = record.pathname, record.lineno, said, error
         now = time.monotonic()
         since, left_out = self._seen.get(kind, (None, 0))
         if since is not None and now < since + LOG_SECONDS:
@@ -304,6 +311,7 @@ class Server(uvicorn.Server):
 
         class ServersConnection(Connection):
             all = Connections(most, body, UNFINISHED_BODIES * body)
+            keep_alive = settings.keep_alive
 
         super().__init__(
             uvicorn.Config(
@@ -314,6 +322,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 backlog=ACCEPTED,  # asyncio accepts so many at once as well; `startup` has the system hold more
+                timeout_keep_alive=settings.keep_alive,
                 timeout_graceful_shutdown=LAST_SECONDS,
             )
         )

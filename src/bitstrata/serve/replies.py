@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -13,7 +12,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from ..runtime import Token
+from .notices import Notices
 from .requests import ChatBody, CompletionBody, GenerationBody
+from .spelling import Spelling
 from .text import TokenNames
 
 FinishReason = Literal["stop", "length"]
@@ -30,17 +31,20 @@ class PlacedToken:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one event, or all of them, add to the choice `index`."""
+    """What one event, or all of them, add to the choice `index`. stop: the stop text that ended it."""
 
     index: int
     text: str = ""
     tokens: tuple[PlacedToken, ...] = ()
     finish: FinishReason | None = None
+    stop: str | None = None
 
     @classmethod
     def joined(cls, deltas: Sequence[Delta]) -> Delta:
         tokens = tuple(placed for delta in deltas for placed in delta.tokens)
-        return cls(deltas[-1].index, "".join(delta.text for delta in deltas), tokens, deltas[-1].finish)
+        return cls(
+            deltas[-1].index, "".join(delta.text for delta in deltas), tokens, deltas[-1].finish, deltas[-1].stop
+        )
 
 
 class ErrorBody(BaseModel):
@@ -105,8 +109,8 @@ class ChatLogprobs(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None] = Field(description="null for the first token of an echoed prompt")
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int] = Field(description="where each token begins in the choice's text")
 
 
@@ -117,6 +121,7 @@ class _Reply(BaseModel):
     bits: int | None = Field(
         description="that computed all tokens, or a chunk's latest; null for none yet, several (usage.bits) or a plan"
     )
+    warnings: list[str] | None = Field(None, description="what in the request was ignored, or read as something else")
 
 
 class ChatMessage(BaseModel):
@@ -176,51 +181,68 @@ class CompletionReply(_Reply):
     usage: Usage | None = None
 
 
-_OMITTED = {"token_ids", "usage", "role", "content"}  # where there is none; other fields are null
-
-
-def dump(reply: BaseModel) -> str:
-    """As JSON."""
-    return json.dumps(_without(reply.model_dump(mode="json")), ensure_ascii=False, separators=(",", ":"))
-
-
-def _without(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without(item) for key, item in value.items() if item is not None or key not in _OMITTED}
-    return [_without(item) for item in value] if isinstance(value, list) else value
-
-
 class Formatter(ABC):
     """How an API spells an answer. `bits` as in _Reply.
 
-    name: the model's, where the body gives none.
+    name: the model's, where the body gives none. notices: what the reply has to say of the request.
     """
+
+    spelling: ClassVar[Spelling] = Spelling()  # of events
+
+    def __init__(self, body: GenerationBody, name: str, names: TokenNames, notices: Notices) -> None:
+        self.model, self._names, self._notices = body.model or name, names, notices
+        self._shows_ids = bool(body.return_token_ids)
+
+    @abstractmethod
+    def first_chunks(self, count: int, usage: Usage) -> list[BaseModel]:
+        """What a stream of `count` choices begins with; of `usage` the prompts are known."""
+
+    @abstractmethod
+    def next_chunks(self, delta: Delta, bits: int | None, usage: Usage) -> list[BaseModel]:
+        """What a stream goes on with; `usage` so far."""
+
+    @abstractmethod
+    def last_chunks(self, usage: Usage, bits: int | None) -> list[BaseModel]:
+        """What a stream ends with."""
+
+    @abstractmethod
+    def reply(self, deltas: Sequence[Delta], usage: Usage, bits: int | None) -> BaseModel:
+        """A whole answer, one delta a choice."""
+
+    def _named(self, token: int, logprob: float | None) -> TokenLogprob:
+        text, raw = self._names.of(token)
+        return TokenLogprob(token=text, logprob=LEAST if logprob is None else max(logprob, LEAST), bytes=list(raw))
+
+
+class OpenAIFormatter(Formatter):
+    """What chats and completions have in common."""
 
     prefix: ClassVar[str]  # of an answer's id
     whole: ClassVar[type[BaseModel]]  # a reply
     chunk: ClassVar[type[BaseModel]]  # of a stream
 
-    def __init__(self, body: GenerationBody, name: str, names: TokenNames) -> None:
-        self._names = names
-        self._shows_ids = bool(body.return_token_ids)
+    def __init__(self, body: GenerationBody, name: str, names: TokenNames, notices: Notices) -> None:
+        super().__init__(body, name, names, notices)
+        self._includes_usage, self._repeats_usage = body.includes_usage, body.repeats_usage
+        self._said = False  # the notices, in this stream
         self._head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": body.model or name,
+            "model": self.model,
         }
 
-    def first_chunks(self, count: int) -> list[BaseModel]:
-        """What a stream of `count` choices begins with."""
+    def first_chunks(self, count: int, usage: Usage) -> list[BaseModel]:
         return []
 
-    def next_chunk(self, delta: Delta, bits: int | None) -> BaseModel:
-        return self.chunk(**self._head, bits=bits, choices=[self._chunk_choice(delta)])
+    def next_chunks(self, delta: Delta, bits: int | None, usage: Usage) -> list[BaseModel]:
+        return [self._chunk(bits, [self._chunk_choice(delta)], usage if self._repeats_usage else None)]
 
-    def last_chunk(self, usage: Usage, bits: int | None) -> BaseModel:
-        return self.chunk(**self._head, bits=bits, choices=[], usage=usage)
+    def last_chunks(self, usage: Usage, bits: int | None) -> list[BaseModel]:
+        return [self._chunk(bits, [], usage)] if self._includes_usage else []
 
     def reply(self, deltas: Sequence[Delta], usage: Usage, bits: int | None) -> BaseModel:
-        return self.whole(**self._head, bits=bits, choices=[self._choice(delta) for delta in deltas], usage=usage)
+        choices = [self._choice(delta) for delta in deltas]
+        return self.whole(**self._head, bits=bits, choices=choices, usage=usage, warnings=self._notices.messages)
 
     @abstractmethod
     def _choice(self, delta: Delta) -> BaseModel: ...
@@ -228,29 +250,30 @@ class Formatter(ABC):
     @abstractmethod
     def _chunk_choice(self, delta: Delta) -> BaseModel: ...
 
+    def _chunk(self, bits: int | None, choices: list[BaseModel], usage: Usage | None) -> BaseModel:
+        """A part of a stream; the first one has the notices."""
+        warnings, self._said = None if self._said else self._notices.messages, True
+        return self.chunk(**self._head, bits=bits, choices=choices, usage=usage, warnings=warnings)
+
     def _shared(self, delta: Delta) -> dict[str, Any]:
         """The fields that every kind of choice has."""
         ids = [placed.token.id for placed in delta.tokens] if self._shows_ids else None
         return {"index": delta.index, "finish_reason": delta.finish, "token_ids": ids}
 
-    def _named(self, token: int, logprob: float | None) -> TokenLogprob:
-        text, raw = self._names.of(token)
-        return TokenLogprob(token=text, logprob=LEAST if logprob is None else max(logprob, LEAST), bytes=list(raw))
 
-
-class ChatFormatter(Formatter):
+class ChatFormatter(OpenAIFormatter):
     prefix, whole, chunk = "chatcmpl", ChatReply, ChatChunk
 
-    def __init__(self, body: ChatBody, name: str, names: TokenNames) -> None:
-        super().__init__(body, name, names)
+    def __init__(self, body: ChatBody, name: str, names: TokenNames, notices: Notices) -> None:
+        super().__init__(body, name, names, notices)
         self._shows_logprobs = bool(body.logprobs)
 
-    def first_chunks(self, count: int) -> list[BaseModel]:
-        chunks: list[BaseModel] = []
+    def first_chunks(self, count: int, usage: Usage) -> list[BaseModel]:
+        chunks = []
         for index in range(count):
             delta = ChatDelta(role="assistant", content="")
             choice = ChatChunkChoice(**self._shared(Delta(index)), delta=delta, logprobs=None)
-            chunks.append(ChatChunk(**self._head, bits=None, choices=[choice]))
+            chunks.append(self._chunk(None, [choice], usage if self._repeats_usage else None))
         return chunks
 
     def _choice(self, delta: Delta) -> ChatChoice:
@@ -272,11 +295,11 @@ class ChatFormatter(Formatter):
         return ChatLogprobs(content=content)
 
 
-class CompletionFormatter(Formatter):
+class CompletionFormatter(OpenAIFormatter):
     prefix, whole, chunk = "cmpl", CompletionReply, CompletionReply
 
-    def __init__(self, body: CompletionBody, name: str, names: TokenNames) -> None:
-        super().__init__(body, name, names)
+    def __init__(self, body: CompletionBody, name: str, names: TokenNames, notices: Notices) -> None:
+        super().__init__(body, name, names, notices)
         self._asked = body.logprobs
 
     def _choice(self, delta: Delta) -> CompletionChoice:
@@ -287,11 +310,20 @@ class CompletionFormatter(Formatter):
     def _logprobs(self, delta: Delta) -> CompletionLogprobs | None:
         if self._asked is None:
             return None
-        chosen = [self._named(placed.token.id, placed.token.logprob) for placed in delta.tokens]
-        top = [[self._named(*pair) for pair in placed.token.top] for placed in delta.tokens]
+        tokens = [placed.token for placed in delta.tokens]
+        chosen = [self._named(token.id, token.logprob) for token in tokens]
         return CompletionLogprobs(
             tokens=[item.token for item in chosen],
-            token_logprobs=[item.logprob for item in chosen],
-            top_logprobs=[{item.token: item.logprob for item in items} for items in top] if self._asked else None,
+            token_logprobs=[
+                None if token.logprob is None else item.logprob for token, item in zip(tokens, chosen, strict=True)
+            ],
+            top_logprobs=[self._top(token) for token in tokens] if self._asked else None,
             text_offset=[placed.offset for placed in delta.tokens],
         )
+
+    def _top(self, token: Token) -> dict[str, float] | None:
+        """The likeliest tokens by name; of those with one name the likeliest. None where nothing came before."""
+        if token.logprob is None:
+            return None
+        named = [self._named(*pair) for pair in reversed(token.top)]
+        return {item.token: item.logprob for item in reversed(list({item.token: item for item in named}.values()))}

@@ -1,8 +1,8 @@
 """What clients send: the bodies of /v1/chat/completions and /v1/completions.
 
-Nothing is ignored silently: a field that would change the answer and that this server does not have is refused unless
-it has the value that changes nothing (`Only`); one that changes nothing here is accepted (`Ignored`); an unknown one is
-refused unless it is null.
+A field that would change the answer and that this server does not have is refused by name unless it has the value that
+changes nothing (`Only`); one that changes nothing here is accepted (`Ignored`). Unknown fields, and values of another
+type than the field's that can only mean one thing, are taken with a notice (fields.py).
 """
 
 from __future__ import annotations
@@ -11,88 +11,32 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     FailFast,
     Field,
     PlainValidator,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-UNKNOWN = "unknown_field"  # the type of the error; its context has the `field`
-MOST_FIELDS = 200  # of one object, nulls included
+from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, encodable, refused, unlimited
+
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 1024
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
-
-
-def encodable(text: str) -> str:
-    """JSON can spell half a surrogate pair; it is no text, and no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("this is not Unicode text: it holds half a surrogate pair") from None
-    return text
-
-
-class Only:
-    """A field that this server takes at these values or null only: they ask for nothing that it does not do."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = (None, *values)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._check)
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"enum": list(self.values)}
-
-    def _check(self, value: Any) -> Any:
-        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.values):
-            known = ", ".join(json.dumps(item) for item in self.values)
-            raise ValueError(f"this server does not do that; it takes {known} only")
-        return value
-
-
-class Body(BaseModel):
-    """A JSON object from a client. Numbers are numbers and texts texts; nothing is converted.
-
-    What may be wrong a thousand times in one body is refused where it is met first: pydantic would make an error for
-    each, on the event loop.
-    """
-
-    model_config = ConfigDict(
-        strict=True, allow_inf_nan=False, json_schema_extra={"additionalProperties": {"type": "null"}}
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_fields(cls, data: Any) -> Any:
-        """Clients dump whole objects, with null for whatever they know and do not use: an unknown null is ignored."""
-        if not isinstance(data, dict):
-            return data
-        if len(data) > MOST_FIELDS:
-            raise ValueError(f"{len(data)} fields are more than anything here has; at most {MOST_FIELDS} are read")
-        for key, value in data.items():
-            if value is not None and key not in cls.model_fields:
-                raise PydanticCustomError(UNKNOWN, "unknown field", {"field": encodable(key)})
-        return data
+MOST_BIASES = 1024
+MOST_BIAS = 100.0
 
 
 def _stop(value: Any) -> list[str]:
-    if value is None:
+    """Stop texts; an empty one, as forms send it that were left empty, is none."""
+    if value is None or value == "":
         return []
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or len(texts) > MOST_STOPS or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"must be a text or a list of at most {MOST_STOPS} texts")
-    if "" in texts:
-        raise ValueError("an empty stop text would end every reply at once")
-    return [encodable(text) for text in texts]
+    return [encodable(text) for text in texts if text]
 
 
 def _prompt(value: Any) -> list[str] | list[list[int]]:
@@ -116,13 +60,35 @@ def _is_tokens(value: Any) -> bool:
 
 
 def _bits(value: Any) -> int | str | None:
-    if value is None or type(value) is int or (isinstance(value, str) and value and not value.isdigit()):
+    if value is None or type(value) is int:
         return value
+    if isinstance(value, str) and value:
+        if not value.isdigit():
+            return value
+        if value.isascii() and len(value) <= 3:
+            return int(value)
     raise ValueError("must be a whole number, or the name of a plan")
 
 
-def _content(value: Any) -> str:
-    """The text of a message: given as such, or in parts of the type text."""
+def _biases(value: Any) -> dict[int, float]:
+    """Token -> what is added to its logit; JSON's keys are texts."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MOST_BIASES:
+        raise ValueError(f"must be an object of at most {MOST_BIASES} tokens")
+    found = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 18):
+            raise ValueError(f"{key[:20]!r} is not a token; tokens are whole numbers")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MOST_BIAS <= bias <= MOST_BIAS:
+            raise ValueError(f"the bias of token {key} must be a number from {-MOST_BIAS:g} to {MOST_BIAS:g}")
+        if bias:
+            found[int(key)] = float(bias)
+    return found
+
+
+def content_text(value: Any) -> str:
+    """The text of a message: given as such, or in parts that are texts."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -132,9 +98,10 @@ def _content(value: Any) -> str:
     texts = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
             raise ValueError(f'parts must be {{"type": "text", "text": ...}}; this model reads text only, not {kind!r}')
-        texts.append(encodable(part["text"]))
+        texts.append(encodable(text))
     return "".join(texts)
 
 
@@ -145,8 +112,32 @@ def _few_messages(value: Any) -> Any:
     return value
 
 
+def _calls(value: Any) -> list[dict[str, Any]]:
+    """Tool calls as chat templates take them: the arguments as an object where their text spells one."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or len(value) > MOST_MESSAGES:
+        raise ValueError("must be a list of calls")
+    found = []
+    for call in value:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                'calls must be {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
+            )
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                read = json.loads(arguments)
+            except (ValueError, RecursionError):
+                read = None
+            arguments = read if isinstance(read, dict) else arguments
+        found.append({**call, "type": "function", "function": {**function, "arguments": arguments or {}}})
+    return found
+
+
 _Filled = Field(min_length=1)
-_Stop = Annotated[str, _Filled]
+_Stop = Annotated[str, Field()]
 _Stops = Annotated[list[_Stop], Field(max_length=MOST_STOPS)]
 _PlanName = Annotated[str, Field(pattern="[^0-9]")]
 _Prompts = str | Annotated[list[str], _Filled] | Annotated[list[int], _Filled] | Annotated[list[list[int]], _Filled]
@@ -155,39 +146,64 @@ _PART = {
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
+_BIASES = {
+    "anyOf": [
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,18}$"},
+            "additionalProperties": {"type": "number", "minimum": -MOST_BIAS, "maximum": MOST_BIAS},
+        },
+        {"type": "null"},
+    ]
+}
+_CALLS = {"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
 _Part = Annotated[dict[str, str], WithJsonSchema(_PART)]
-Text = Annotated[str, AfterValidator(encodable)]
-Ignored = Annotated[Any, Field(description="accepted; changes nothing here")]
 Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=_Stop | _Stops | None)]
 Bits = Annotated[int | str | None, PlainValidator(_bits, json_schema_input_type=int | _PlanName | None)]
 Prompt = Annotated[list[str] | list[list[int]], PlainValidator(_prompt, json_schema_input_type=_Prompts)]
-Content = Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[_Part] | None)]
+Content = Annotated[str, PlainValidator(content_text, json_schema_input_type=str | list[_Part] | None)]
+Biases = Annotated[dict[int, float], PlainValidator(_biases), WithJsonSchema(_BIASES)]
+Calls = Annotated[list[dict[str, Any]], PlainValidator(_calls), WithJsonSchema(_CALLS)]
+NewTokens = Annotated[Annotated[Whole, Field(ge=0)] | None, BeforeValidator(unlimited)]
 
 
 class StreamOptions(Body):
-    include_usage: bool | None = None
+    include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None
     include_obfuscation: Ignored = None
 
 
-class GenerationBody(Body):
+class SamplingFields(Body):
+    """How a reply's tokens are picked. What is left out is the model's own, or changes nothing."""
+
+    temperature: Number | None = Field(None, ge=0, description="0 is greedy; the model's own, or 1, if left out")
+    top_p: Number | None = Field(None, ge=0, le=1, description="0 is the likeliest token")
+    top_k: Annotated[Whole, Field(ge=-1)] | None = Field(None, description="0 and -1 are all tokens")
+    min_p: Number | None = Field(None, ge=0, le=1)
+    repetition_penalty: Number | None = Field(None, gt=0, le=100)
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    logit_bias: Biases = Field(default_factory=dict)
+    min_tokens: Whole | None = Field(None, ge=0, description="new tokens before one may end the reply")
+
+
+class GenerationBody(SamplingFields):
     """What both kinds of requests have in common."""
 
     model: Text | None = Field(None, description="NAME, or NAME:BITS for a precision; the only model if left out")
     bits: Bits = Field(None, description="planes to use, or a plan's name; only where `model` does not say")
-    min_bits: int | None = Field(None, description="the least that a policy may lower this request to; `bits` if null")
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, description="0 is greedy; 1 if left out")
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    n: int | None = Field(None, ge=1)
+    min_bits: Whole | None = Field(None, description="the least that a policy may lower this to; `bits` if null")
+    max_tokens: NewTokens = Field(None, description="-1 and null are no limit but the context's")
+    seed: Annotated[Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None, BeforeValidator(unlimited)] = None
+    n: Whole | None = Field(None, ge=1)
     stop: Stop = Field(default_factory=list)
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+    stop_token_ids: list[Annotated[Whole, Field(ge=0)]] | None = Field(
         None, max_length=MOST_STOPS, description="tokens that end the reply"
     )
-    stream: bool | None = None
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = Field(None, description="go on after an end-of-sequence token")
-    return_token_ids: bool | None = Field(None, description="add `token_ids` to every choice")
+    ignore_eos: Flag | None = Field(None, description="go on after an end-of-sequence token")
+    return_token_ids: Flag | None = Field(None, description="add `token_ids` to every choice")
 
     user: Ignored = None
     metadata: Ignored = None
@@ -196,63 +212,129 @@ class GenerationBody(Body):
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
+    request_id: Ignored = None
+    priority: Ignored = None
+    cache_prompt: Ignored = None
+    id_slot: Ignored = None
+    prediction: Ignored = None
+    include_stop_str_in_output: Annotated[Any, Only(False)] = None
+    skip_special_tokens: Annotated[Any, Only(True)] = None
+    spaces_between_special_tokens: Ignored = None
 
-    presence_penalty: Annotated[Any, Only(0)] = None
-    frequency_penalty: Annotated[Any, Only(0)] = None
-    repetition_penalty: Annotated[Any, Only(1)] = None
-    logit_bias: Annotated[Any, Only({})] = None
-    top_k: Annotated[Any, Only(0, -1)] = None
-    min_p: Annotated[Any, Only(0)] = None
     best_of: Annotated[Any, Only(1)] = None
-
-    @model_validator(mode="after")
-    def _options_of_a_stream(self) -> GenerationBody:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
-        return self
+    use_beam_search: Annotated[Any, Only(False)] = None
+    typical_p: Annotated[Any, Only(1, 0)] = None
+    tfs_z: Annotated[Any, Only(1, 0)] = None
+    top_a: Annotated[Any, Only(0)] = None
+    mirostat: Annotated[Any, Only(0)] = None
+    dry_multiplier: Annotated[Any, Only(0)] = None
+    xtc_probability: Annotated[Any, Only(0)] = None
+    no_repeat_ngram_size: Annotated[Any, Only(0)] = None
+    bad_words: Annotated[Any, Only([])] = None
+    grammar: Annotated[Any, Only("")] = None
+    json_schema: Annotated[Any, Only()] = None
+    structured_outputs: Annotated[Any, Only()] = None
+    guided_json: Annotated[Any, Only()] = None
+    guided_regex: Annotated[Any, Only()] = None
+    guided_choice: Annotated[Any, Only()] = None
+    guided_grammar: Annotated[Any, Only()] = None
+    response_format: Annotated[Any, Only({"type": "text"})] = None
 
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def repeats_usage(self) -> bool:
+        """Whether every chunk of a stream is to have the usage so far."""
+        return self.includes_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
 
 class Message(Body):
     """A turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = ""
-    name: Ignored = None
+    reasoning_content: Annotated[Any, Field(description="for chat templates that show a model what it thought")] = None
+    reasoning: Annotated[Any, Field(description="another name of reasoning_content")] = None
+    tool_calls: Calls = Field(default_factory=list, description="for chat templates that know them")
+    tool_call_id: Any = None
+    prefix: Flag | None = Field(None, description="of the last message: the reply goes on where it ends")
+    name: Any = None
+
+    id: Ignored = None
+    type: Ignored = None
+    index: Ignored = None
+    timestamp: Ignored = None
+    created: Ignored = None
+    created_at: Ignored = None
     refusal: Ignored = None
     annotations: Ignored = None
-    reasoning_content: Ignored = None
+    provider_specific_fields: Ignored = None
+    reasoning_details: Ignored = None
+    thinking_blocks: Ignored = None
+    cache_control: Ignored = None
+    images: Annotated[Any, Only([])] = None
     audio: Annotated[Any, Only()] = None
-    function_call: Annotated[Any, Only()] = None
-    tool_calls: Annotated[Any, Only([])] = None
+    function_call: Annotated[Any, Only({})] = None
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        # OpenAI's newer name of a system message, and its older one of a tool's; templates know the others
+        turn: dict[str, Any] = {"role": {"developer": "system", "function": "tool"}.get(self.role, self.role)}
+        turn["content"] = self.content
+        thought = self.reasoning_content or self.reasoning
+        if isinstance(thought, str) and self.role == "assistant":
+            turn["reasoning_content"] = encodable(thought)
+        if self.tool_calls and self.role == "assistant":
+            turn["tool_calls"] = self.tool_calls
+        if turn["role"] == "tool":
+            turn |= {key: value for key in ("name", "tool_call_id") if isinstance(value := getattr(self, key), str)}
+        return turn
 
 
-class ChatBody(GenerationBody):
-    """/v1/chat/completions"""
+class ConversationBody(Body):
+    """Turns, and what the chat template is told beside them."""
 
     messages: Annotated[
         list[Message], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES), BeforeValidator(_few_messages)
     ]
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables of the chat template")
+    reasoning_effort: Annotated[Any, Field(description="for chat templates that know it")] = None
+    continue_final_message: Flag | None = Field(None, description="the reply goes on where the last message ends")
+    add_generation_prompt: Flag | None = Field(None, description="false: do not begin the model's turn")
+
+    @model_validator(mode="after")
+    def _one_way_to_go_on(self) -> ConversationBody:
+        if self.continues and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        if self.continues and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message needs a last message of the assistant's")
+        return self
+
+    @property
+    def continues(self) -> bool:
+        """Whether the reply goes on where the last message ends."""
+        return bool(self.continue_final_message or self.messages[-1].prefix)
+
+
+class ChatBody(GenerationBody, ConversationBody):
+    """/v1/chat/completions"""
+
+    max_completion_tokens: NewTokens = None
+    logprobs: Flag | None = None
+    top_logprobs: Whole | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
     parallel_tool_calls: Ignored = None
-    tools: Annotated[Any, Only([])] = None
+    tools: Any = Field(None, description='not supported yet; taken with tool_choice "none", which leaves them out')
     tool_choice: Annotated[Any, Only("none", "auto")] = None
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
-    response_format: Annotated[Any, Only({"type": "text"})] = None
     modalities: Annotated[Any, Only(["text"])] = None
     audio: Annotated[Any, Only()] = None
-    prediction: Annotated[Any, Only()] = None
-    reasoning_effort: Annotated[Any, Only("none")] = None
     verbosity: Annotated[Any, Only("medium")] = None
     web_search_options: Annotated[Any, Only()] = None
-    chat_template_kwargs: Annotated[Any, Only({})] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatBody:
@@ -260,16 +342,33 @@ class ChatBody(GenerationBody):
             raise ValueError("top_logprobs needs logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(self, name) == 0:
+                raise refused(name, "must be at least 1")
+        if self.tools and self.tool_choice != "none":
+            raise refused("tools", 'this server does not do that; it takes them with tool_choice "none" only')
         return self
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class CompletionBody(GenerationBody):
     """/v1/completions"""
 
     prompt: Prompt
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="this many likeliest tokens at each place")
-    echo: Annotated[Any, Only(False)] = None
+    logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(
+        None, description="this many likeliest tokens at each place"
+    )
+    echo: Flag | None = Field(None, description="begin the reply with the prompt, and its log-probabilities")
     suffix: Annotated[Any, Only("")] = None
-    add_special_tokens: bool | None = Field(
+    add_special_tokens: Flag | None = Field(
         None, description="false: a text's prompt is not begun as the tokenizer begins a text (BOS); true if left out"
     )
+
+    @model_validator(mode="after")
+    def _some_tokens(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1; 0 goes with echo: true only")
+        return self

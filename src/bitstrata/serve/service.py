@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,12 +13,14 @@ from prometheus_client.registry import Collector
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UnsupportedBitsError, UsageError
-from ..models import bytes_per_token
+from ..models import SamplingDefaults, bytes_per_token
 from ..nn import Assignment, BitsState
 from ..runtime import Engine
 from .errors import ApiError, translate
+from .fields import Body
+from .notices import Notices, Told
 from .replies import ModelCard
-from .settings import Settings
+from .settings import FROM_MODEL, Settings
 from .text import PromptEncoder, TokenNames
 
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # seconds
@@ -29,7 +31,8 @@ class Service:
     """Lives in one event loop; the engine has a thread of its own.
 
     active: HTTP requests under way. closing: no new ones are taken.
-    Raises UnsupportedBitsError or UsageError if settings.bits or a plan is not of the engine's model.
+    Raises UnsupportedBitsError or UsageError if settings.bits or a plan is not of the engine's model, InputError for
+    numbers in its generation config that nobody can sample by.
     """
 
     def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
@@ -39,8 +42,25 @@ class Service:
         self.names = TokenNames(tokenizer)
         longest = engine.limits.longest - 1  # a new token at least must find room
         self.prompts = PromptEncoder(tokenizer, min(longest, settings.max_prompt_tokens or longest))
+        self.has_model_rules = settings.generation_config == FROM_MODEL
+        self.defaults = SamplingDefaults.of(engine.model.generation_config if self.has_model_rules else None)
+        self._told = Told()
         self.active = 0
         self.closing = False
+
+    def notices(self, body: Body) -> Notices:
+        """What is to be told of a request with this body. Raises ApiError for anything if the server is strict."""
+        found = Notices(self.settings.strict, self._told)
+        found.extend(body.notices)
+        return found
+
+    async def echo(self, prompts: Sequence[Sequence[int]]) -> list[list[str]]:
+        """What the tokens of each prompt add to its text. Raises ApiError for a prompt that is too long anyway."""
+        for prompt in prompts:
+            self.engine.limits.room(len(prompt))
+            for token in prompt:
+                self.engine.limits.check_token(token)
+        return await self.prompts.pieces(prompts)
 
     def check_choices(self, prompts: int, count: int) -> None:
         """Raises ApiError if `count` replies to each of `prompts` prompts are too many for one request."""

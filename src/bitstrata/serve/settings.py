@@ -11,12 +11,17 @@ from ..options import ServerSettings
 from ..plans import Plan
 
 ANY = "*"
+FROM_MODEL = "auto"  # of generation_config
+GENERATION_CONFIGS = (FROM_MODEL, "none")
+_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 
 
 @dataclass(frozen=True)
 class Settings(ServerSettings):
-    """What one server is told. Raises UsageError for a name that is no text, or a host that is no name.
+    """What one server is told.
+
+    Raises UsageError for a name that is no text, a host that is no name, no root_path or generation_config.
 
     Args:
         name: what the model is called; `name:BITS` is the same model at those bits.
@@ -42,6 +47,13 @@ class Settings(ServerSettings):
                 f"a model cannot be called {self.name!r}: that is not Unicode text, and no answer could hold it",
                 hint="choose another name with --served-model-name",
             ) from None
+        if self.generation_config not in GENERATION_CONFIGS:
+            raise UsageError(
+                f"--generation-config {self.generation_config!r} cannot be used",
+                hint=f"it takes {' or '.join(GENERATION_CONFIGS)}",
+            )
+        if self.root_path and not _PATH.fullmatch(self.root_path):
+            raise UsageError(f"--root-path {self.root_path!r} is no path", hint="it begins with /, as in /llm")
         for name in self.allowed_hosts:
             if not is_name(name):
                 raise UsageError(

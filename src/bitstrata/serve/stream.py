@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from ..runtime import Engine, Event, Finished, Handle, Request
 from .errors import translate
-from .replies import dump
+from .spelling import Spelling
 
+PING_SECONDS = 10
 T = TypeVar("T")
 
 
@@ -91,7 +91,9 @@ async def while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T |
 
 
 class EventStream(StreamingResponse):
-    """`chunks` as server-sent events, then `[DONE]`. An error on the way is an event of its own before that.
+    """`chunks` as server-sent events, spelled as an API spells them. An error on the way is an event of its own.
+
+    While there is nothing to send, a comment goes out every PING_SECONDS: proxies close connections that are silent.
 
     end: called when all was sent or the client has gone away. Starlette's own response notices that only by the next
     thing it sends, if the server speaks the newer ASGI.
@@ -99,8 +101,15 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncIterator[BaseModel], end: Callable[[], None]) -> None:
-        super().__init__(_events(chunks), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(
+        self,
+        chunks: AsyncIterator[BaseModel],
+        end: Callable[[], None],
+        spelling: Spelling,
+        headers: Mapping[str, str],
+    ) -> None:
+        fixed = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(_events(chunks, spelling), headers={**fixed, **headers})
         self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,10 +119,31 @@ class EventStream(StreamingResponse):
             self._end()
 
 
-async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
+async def _events(chunks: AsyncIterator[BaseModel], spelling: Spelling) -> AsyncIterator[str]:
     try:
-        async for chunk in chunks:
-            yield f"data: {dump(chunk)}\n\n"
+        async for chunk in _or_silence(chunks):
+            yield ": ping\n\n" if chunk is None else spelling.event(chunk)
     except Exception as error:
-        yield f"data: {json.dumps(translate(error).body())}\n\n"
-    yield "data: [DONE]\n\n"
+        yield spelling.error(translate(error))
+    yield spelling.last
+
+
+async def _or_silence(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[BaseModel | None]:
+    """`chunks`, and None whenever none came for PING_SECONDS."""
+    coming: asyncio.Future[BaseModel] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(chunks))
+            done, _ = await asyncio.wait([coming], timeout=PING_SECONDS)
+            if not done:
+                yield None
+                continue
+            try:
+                chunk = coming.result()
+            except StopAsyncIteration:
+                return
+            coming = None
+            yield chunk
+    finally:
+        if coming is not None:
+            coming.cancel()

@@ -16,15 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..models import Stops, encode_prompt, encode_turns
+from ..models import Stops, encode_prompt, encode_turns, text_length, text_prefix
 from ..models.compat import byte_level_characters
 from .errors import ApiError
-from .requests import Message
 
 LONG = 2000  # characters from which on a text is long
 LONG_AT_ONCE = 2
@@ -79,22 +78,32 @@ class PromptEncoder:
             return list(map(encode, prompts))
         return await self._run(sum(lengths), lambda: list(map(encode, prompts)))
 
-    async def chat(self, messages: Sequence[Message]) -> list[int]:
+    async def chat(self, turns: Sequence[dict[str, Any]], **settings: Any) -> list[int]:
         """The tokens of a conversation up to where the model answers, as `bitstrata chat` makes them.
+
+        settings: of `encode_turns`.
 
         Raises:
             ApiError: 400 for texts that cannot fit, and where `encode_turns` raises InputError.
             UsageError: as `encode_turns`.
         """
-        characters = sum(len(message.content) for message in messages)
-        self.check(characters, "messages")
-        # OpenAI's newer name of a system message; templates know the older one
-        roles = ["system" if message.role == "developer" else message.role for message in messages]
-        turns = [{"role": role, "content": message.content} for role, message in zip(roles, messages, strict=True)]
-        try:  # aside however short they are: a template is a program, and may run for long on nothing
-            return await self._run(characters, lambda: encode_turns(self._tokenizer, turns))
+        try:
+            characters = text_length(turns)
         except InputError as error:
             raise ApiError(400, error.sentence, param="messages") from error
+        self.check(characters, "messages")
+        try:  # aside however short they are: a template is a program, and may run for long on nothing
+            return await self._run(characters, lambda: encode_turns(self._tokenizer, turns, **settings))
+        except InputError as error:
+            raise ApiError(400, error.sentence, param="messages") from error
+
+    async def pieces(self, prompts: Sequence[Sequence[int]]) -> list[list[str]]:
+        """What each token adds to the text of its prompt."""
+        return await self._run(sum(map(len, prompts)), lambda: [pieces(self._tokenizer, prompt) for prompt in prompts])
+
+    async def text(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, special ones included."""
+        return await self._run(len(tokens), lambda: str(self._tokenizer.decode(list(tokens))))
 
     def check(self, characters: int, param: str) -> None:
         """Raises ApiError 400 if no text of this length can fit."""
@@ -120,10 +129,13 @@ class Detokenizer:
     Args:
         context: the tokens before them, where the text continues theirs; nothing where it stands alone.
             A character that they leave half may be lost.
+        skip_special_tokens: whether they have no text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer, self._skips = tokenizer, skip_special_tokens
         self._window = list(context[-CONTEXT:])
         while self._window and self._decode().startswith(REPLACEMENT):
             del self._window[0]  # the middle of a character: with it, decoders may spoil what follows
@@ -162,7 +174,18 @@ class Detokenizer:
             self._given = len(self._decode())
 
     def _decode(self) -> str:
-        return str(self._tokenizer.decode(self._window, skip_special_tokens=True))
+        return str(self._tokenizer.decode(self._window, skip_special_tokens=self._skips))
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """What each token adds to the text of `tokens`, special ones that the tokenizer puts in front of texts left out."""
+    before = text_prefix(tokenizer)
+    begin = len(before) if list(tokens[: len(before)]) == before else 0
+    text = Detokenizer(tokenizer, skip_special_tokens=False)
+    found = [*[""] * begin, *map(text.push, tokens[begin:])]
+    if found:
+        found[-1] += text.flush()
+    return found
 
 
 class StopTexts:
@@ -172,17 +195,19 @@ class StopTexts:
         self._stops = tuple(stops)
         self._held = ""
         self.found = False
+        self.stop = ""  # the one that was found
 
     def push(self, piece: str) -> str:
         """What can be given of the text so far; nothing more once a stop text is found."""
         if self.found:
             return ""
         text = self._held + piece
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        places = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:
             self.found = True
             self._held = ""
-            return text[: min(places)]
+            place, self.stop = min(places)
+            return text[:place]
         sure = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[sure:]
         return text[:sure]
@@ -203,7 +228,7 @@ class ReplyText:
     """The text of one reply: detokenized, and cut before the first stop text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int], stops: Iterable[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer, context)
+        self._tokenizer, self._detokenizer = tokenizer, Detokenizer(tokenizer, context)
         self._marks: dict[int, str] = {}  # of special tokens in stop texts
         if texts := tuple(stops):
             read = Stops(tokenizer, texts)
@@ -216,6 +241,14 @@ class ReplyText:
     def stopped(self) -> bool:
         """Whether a stop text was found."""
         return self._stops.found
+
+    @property
+    def stop(self) -> str | None:
+        """The stop text that was found."""
+        names: dict[str, str | int | None] = {
+            character: str(self._tokenizer.convert_ids_to_tokens(token)) for token, character in self._marks.items()
+        }
+        return self._stops.stop.translate(str.maketrans(names)) if self.stopped else None
 
     def push(self, token: int) -> str:
         piece = self._detokenizer.push(token)

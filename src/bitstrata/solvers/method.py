@@ -7,10 +7,11 @@ The job asks for what `needs` names, and knows nothing else about a method.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,17 @@ class Tuning:
     batch_tokens: int
 
 
+class Windows(Protocol):
+    """Hidden states [n, S, hidden] of n windows: a tensor, or a file of which some windows are read at a time."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor: ...
+
+
 @dataclass(kw_only=True)
 class Block(ABC):
     """One transformer block, ready to be quantized.
@@ -57,9 +69,9 @@ class Block(ABC):
     weights: Mapping[str, Tensor]
     bits: tuple[int, ...]
     group_size: int
-    inputs: Tensor | None
-    targets: Tensor | None
-    chains: Mapping[int, Tensor]
+    inputs: Windows | None
+    targets: Windows | None
+    chains: Mapping[int, Windows]
     sensitivity: Mapping[str, Tensor] | None = None
     generator: torch.Generator
     say: Callable[[str], None]
@@ -133,6 +145,22 @@ class Method(ABC):
         return {name: self.solve_layer(weight, block.bits, block.group_size) for name, weight in block.weights.items()}
 
 
+class Decoded(Mapping[str, Tensor]):
+    """The weights [N, K] of layers at `bits`, decoded when they are asked for, on `device`."""
+
+    def __init__(self, layers: Mapping[str, PlaneWeight], bits: int, device: torch.device) -> None:
+        self._layers, self._bits, self._device = layers, bits, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return decode(self._layers[name], self._bits).to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
 @dataclass(frozen=True)
 class MomentsMethod(Method):
     """Solves the linears of a block in the order in which they run, each on the inputs that the solved ones give it."""
@@ -157,20 +185,23 @@ class MomentsMethod(Method):
     def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
         if not self.needs:
             return super().solve_block(block)
-        solved: dict[int, dict[str, Tensor]] = {bits: {} for bits in block.bits}
-        result = {}
+        result: dict[str, PlaneWeight] = {}
+        device = next(iter(block.weights.values())).device
+        solved = {bits: Decoded(result, bits, device) for bits in block.bits}
         for names in block.input_groups():
             found = block.moments(names, solved)
-            tokens = found[max(found)].tokens
+            tokens, columns = found[max(found)].tokens, block.weights[names[0]].shape[1]
             for name in names:
-                weight = block.weights[name].float()
-                check_weight(name, weight)
-                if tokens < weight.shape[1]:
+                check_weight(name, block.weights[name])
+                if tokens < columns:
                     block.say(
-                        f"{name}: {tokens} calibration tokens for {weight.shape[1]} inputs; "
+                        f"{name}: {tokens} calibration tokens for {columns} inputs; "
                         "damping fills in, more tokens would be better"
                     )
-                result[name] = self.solve(weight, found, block.group_size)
-                for bits in block.bits:
-                    solved[bits][name] = decode(result[name], bits).to(weight.device)
+            # rows are independent, so what reads the same inputs is solved as one layer
+            rows = [block.weights[name].float() for name in names]
+            whole = self.solve(torch.cat(rows) if len(rows) > 1 else rows[0], found, block.group_size)
+            ends = list(itertools.accumulate(map(len, rows), initial=0))
+            for name, start, end in zip(names, ends, ends[1:], strict=False):
+                result[name] = whole.outputs(start, end)
         return {name: result[name] for name in block.weights}

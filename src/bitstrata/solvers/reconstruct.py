@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .grouping import Grouping, to_scale
-from .method import Block
+from .method import Block, Windows
 
 
 class _Affine(torch.autograd.Function):
@@ -90,7 +90,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @torch.no_grad()
-def block_loss(block: Block, weights: Mapping[str, Tensor], inputs: Tensor, batch_size: int) -> float:
+def block_loss(block: Block, weights: Mapping[str, Tensor], inputs: Windows, batch_size: int) -> float:
     """Mean squared error of the block's output with `weights` against the targets, over all windows."""
     assert block.targets is not None
     total, device = 0.0, next(iter(weights.values())).device
@@ -98,11 +98,11 @@ def block_loss(block: Block, weights: Mapping[str, Tensor], inputs: Tensor, batc
         rows = slice(start, start + batch_size)
         output = block.output(weights, inputs[rows].to(device))
         total += float((output - block.targets[rows].to(device)).square().sum(dtype=torch.float64))
-    return total / block.targets.numel()
+    return total / block.targets.shape.numel()
 
 
 def reconstruct(
-    block: Block, layers: Mapping[str, LayerState], chain: Tensor, training: Training
+    block: Block, layers: Mapping[str, LayerState], chain: Windows, training: Training
 ) -> tuple[float, float]:
     """Train the scales (and offsets) of `layers` in place; returns the loss before and after.
 

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from ...errors import UsageError
 from . import product
-from .parameters import add_guard, add_parameters, take_weight
+from .parameters import Part, add_guard, add_parameters, take_weights
 from .stored import Stored
 from .words import with_hints
 
@@ -19,7 +19,8 @@ class PlaneVocabularyMethod(QuantizeMethodBase):  # type: ignore[misc]
     """An embedding or a head, [tokens, K], at the one precision that it has. Tensor parallelism cuts the tokens.
 
     Args:
-        stored: None for a head that reads the planes of the embedding.
+        stored: None for a head that reads the planes of the embedding, and for a draft, which gets all from the model
+            that it drafts for (speculation.py).
     """
 
     def __init__(self, stored: Stored | None) -> None:
@@ -63,7 +64,9 @@ class PlaneVocabularyMethod(QuantizeMethodBase):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack what was loaded for the kernel that runs here."""
         if self.stored is not None and not hasattr(layer, "product"):
-            layer.product = product.Product(take_weight(layer, self.stored, self.columns, self.dtype), None)
+            whole = [Part(layer.product_rows, self.stored.bits)]
+            (weight,) = take_weights(layer, self.stored, self.columns, self.dtype, whole)
+            layer.product = product.Product([(weight, None)])
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         """ids [...] of this worker's tokens -> [..., K]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,17 +12,23 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from ...errors import UsageError
 from . import product
-from .parameters import add_guard, add_parameters, take_weight
-from .rows import Rows
+from .parameters import Part, add_guard, add_parameters, take_weights
+from .rows import LayerRows
 from .stored import Stored
 from .words import with_hints
 
 
 class PlaneLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """y = x @ W_bits^T + bias of one layer. Its output features are those of `stored`, joined."""
+    """y = x @ W_bits^T + bias of one layer.
 
-    def __init__(self, stored: Stored, rows: Rows) -> None:
-        self.stored, self.rows = stored, rows
+    Args:
+        stored: whose output features, joined, are those of the layer.
+        rows: of each of the joined layers. A plan may give them different bits.
+        draft: what a draft model is called, which gets the weights of another one (speculation.py).
+    """
+
+    def __init__(self, stored: Stored, rows: Sequence[LayerRows], draft: str = "") -> None:
+        self.stored, self.rows, self.draft = stored, rows, draft
 
     @with_hints()
     def create_weights(
@@ -47,16 +55,25 @@ class PlaneLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
         stored.check_cut(columns, input_size // columns)
         self.columns, self.dtype = columns, params_dtype
-        add_parameters(layer, stored, rows, columns, attributes["weight_loader"])
+        self.sizes = output_partition_sizes if joined else [rows]
+        if not self.draft:
+            add_parameters(layer, stored, rows, columns, attributes["weight_loader"])
         add_guard(layer, params_dtype)
-        layer.product_key = product.hold_place(f"bitstrata:{stored.title}", layer)
+        layer.product_key = product.hold_place(f"bitstrata:{self.draft}{stored.title}", layer)
         layer.product_rows = rows
 
     @with_hints()
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack what was loaded for the kernel that runs here."""
-        if not hasattr(layer, "product"):
-            layer.product = product.Product(take_weight(layer, self.stored, self.columns, self.dtype), self.rows)
+        if hasattr(layer, "product"):
+            return
+        runs = [
+            (rows, sum(size for size, _ in run))
+            for rows, run in groupby(zip(self.sizes, self.rows, strict=True), lambda part: part[1])
+        ]
+        parts = [Part(size, rows.needed) for rows, size in runs]
+        weights = take_weights(layer, self.stored, self.columns, self.dtype, parts)
+        layer.product = product.Product([(weight, rows) for weight, (rows, _) in zip(weights, runs, strict=True)])
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N], the part of this worker."""

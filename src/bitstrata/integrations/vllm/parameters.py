@@ -6,7 +6,9 @@ lacks is an error by name, never a layer of chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError
 from ...kernels import Weight, pack, select
 from ...kernels.registry import in_arithmetic
+from ...memory import allocate
 from ...planes.weights import PlaneWeight, make_scales
 from .stored import Stored
 
@@ -36,13 +39,29 @@ class Loading:
 def add_parameters(module: nn.Module, stored: Stored, rows: int, columns: int, load: Load) -> None:
     """Give `module` the tensors of `rows` output and `columns` input features of `stored`, to be filled by `load`."""
     for name, piece in stored.pieces(rows, columns).items():
-        parameter = nn.Parameter(torch.empty(piece.shape, dtype=piece.dtype), requires_grad=False)
+        parameter = nn.Parameter(_empty(piece.shape, piece.dtype), requires_grad=False)
         attributes = {"output_dim": piece.output_dim, "weight_loader": Loading(load)}
         if piece.input_dim is not None:
             attributes["input_dim"] = piece.input_dim
         for key, value in attributes.items():
             setattr(parameter, key, value)
         module.register_parameter(name, parameter)
+
+    for name in stored.dropped:
+        unused = nn.Parameter(torch.empty(0), requires_grad=False)
+        unused.weight_loader = _drop  # type: ignore[attr-defined]
+        module.register_parameter(name, unused)
+
+
+def _drop(parameter: nn.Parameter, loaded: Tensor, part: Any = None) -> None:
+    """What other layers need and this one does not."""
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """On torch's default device; on a CPU so that its memory goes back to the system when the weight is packed."""
+    if torch.get_default_device().type != "cpu":
+        return torch.empty(shape, dtype=dtype)
+    return allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def add_guard(module: nn.Module, dtype: torch.dtype) -> None:
@@ -57,19 +76,51 @@ def _load_guard(parameter: nn.Parameter, loaded: Tensor, part: Any = None) -> No
         raise CheckpointError(f"a weight of shape {list(loaded.shape)} is stored where planes are")
 
 
-def take_weight(module: nn.Module, stored: Stored, columns: int, dtype: torch.dtype) -> Weight:
-    """The filled parameters of `module`, packed for the kernel that runs here; they leave the module.
+@dataclass(frozen=True)
+class Part:
+    """Output features of a layer that follow each other, and the bits that they are needed at."""
+
+    outputs: int
+    bits: Collection[int]
+
+
+def take_weights(
+    module: nn.Module, stored: Stored, columns: int, dtype: torch.dtype, parts: Sequence[Part]
+) -> list[Weight]:
+    """The filled parameters of `module`, packed for the kernel that runs here: one weight a part.
+
+    They leave the module. Raises CheckpointError for what was not loaded.
+    """
+    (weight,) = take_stored(module, stored, columns)
+    kernel = steady_kernel(weight.planes[0].device.type, dtype)
+    packed, start = [], 0
+    for part in parts:
+        own = weight if len(parts) == 1 else weight.outputs(start, start + part.outputs)
+        kept = {bits: scales for bits, scales in own.scales.items() if bits in part.bits}
+        packed.append(pack(replace(own, planes=own.planes[: max(kept)], scales=kept), dtype=dtype, kernel=kernel))
+        start += part.outputs
+    return packed
+
+
+def take_stored(module: nn.Module, stored: Stored, columns: int) -> list[PlaneWeight]:
+    """The filled parameters of `module` as they are, a weight for each expert or one; they leave the module.
 
     Raises CheckpointError for what was not loaded.
     """
-    tensors = dict(_filled(module, stored))
-    scales = {bits: make_scales(stored.kind, bits, tensors) for bits in stored.bits}
-    planes = tuple(tensors[f"plane_{index}"] for index in range(stored.planes))
-    weight = PlaneWeight(planes, scales, columns, stored.group_size)
-    packed = pack(weight, dtype=dtype, kernel=steady_kernel(planes[0].device.type, dtype))
-    for name in tensors:
+    filled = dict(_filled(module, stored))
+    for name in (*filled, *stored.dropped):
         delattr(module, name)
-    return packed
+    each = (
+        [filled]
+        if stored.experts is None
+        else [{name: tensor[expert] for name, tensor in filled.items()} for expert in range(stored.experts)]
+    )
+    weights = []
+    for tensors in each:
+        scales = {bits: make_scales(stored.kind, bits, tensors) for bits in stored.bits}
+        planes = tuple(tensors[f"plane_{index}"] for index in range(max(stored.bits)))
+        weights.append(PlaneWeight(planes, scales, columns, stored.group_size))
+    return weights
 
 
 def _filled(module: nn.Module, stored: Stored) -> Iterator[tuple[str, Tensor]]:

@@ -25,13 +25,14 @@ from .offered import served
 from .words import with_hints
 
 SCHEDULER = "bitstrata.integrations.vllm.scheduler.BitsScheduler"
+_FLAG = f"--scheduler-cls {SCHEDULER}"
 
 
 class RequestBits(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
-    """Takes `bits` from the extra arguments of requests (`vllm_xargs`).
+    """Takes `bits`, `plan` and `min_bits` from the extra arguments of requests (`vllm_xargs`).
 
-    Raises UsageError at the start where a request's bits would not reach the layers, or keys and values that were
-    computed at other bits could reach a request.
+    Raises UsageError at the start where a request's bits would not reach the layers, keys and values that were
+    computed at other bits could reach a request, or nobody would follow the operator's policy.
     """
 
     @with_hints()
@@ -48,20 +49,20 @@ class RequestBits(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
                 "model runner V1 records bits into CUDA graphs",
                 hint="run without VLLM_USE_V2_MODEL_RUNNER=0, or add --enforce-eager",
             )
-        check_prefixes(vllm_config, config)
+        check_scheduler(vllm_config, config)
 
     @classmethod
     @with_hints()
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raise UsageError, a ValueError, for bits that are not offered: HTTP 400."""
+        """Raise UsageError, a ValueError, for bits and plans that are not offered: HTTP 400."""
         served().of_request(sampling_params.extra_args)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Runner V1: who is in the batch of the next step, and at what place."""
-        process_dict_updates(self.rows.requests, batch_update, self._bits_of)
+        process_dict_updates(self.rows.requests, batch_update, self._place_of)
 
-    def _bits_of(self, params: SamplingParams, *_: Any) -> int:
-        return self.offered.of_request(params.extra_args)
+    def _place_of(self, params: SamplingParams, *_: Any) -> int:
+        return self.offered.place(self.offered.of_request(params.extra_args).choice)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Runner V2, whose model state knows the bits (state.py): this leaves the logits alone."""
@@ -74,16 +75,20 @@ class RequestBits(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
         return logits
 
 
-def check_prefixes(vllm_config: Any, config: BitstrataConfig) -> None:
-    """Raise UsageError if requests at different bits would share keys and values."""
+def check_scheduler(vllm_config: Any, config: BitstrataConfig) -> None:
+    """Raise UsageError if requests at different bits would share keys and values, or the policy needs our scheduler."""
     scheduler = vllm_config.scheduler_config.scheduler_cls
     name = (
         scheduler if isinstance(scheduler, str) or scheduler is None else f"{scheduler.__module__}.{scheduler.__name__}"
     )
-    shared = vllm_config.cache_config.enable_prefix_caching and name != SCHEDULER
-    if shared and not config.options.share_prefixes and len(config.offered.bits) > 1:
+    if name == SCHEDULER:
+        return
+    if config.options.policy is not None:
+        raise UsageError(f"nobody would follow the policy {config.options.policy}", hint=f"add {_FLAG}")
+    shared = vllm_config.cache_config.enable_prefix_caching and not config.options.share_prefixes
+    if shared and len(config.offered.choices) > 1:
         raise UsageError(
             "prefix caching would let a request go on from keys and values of other bits",
-            hint=f"add --scheduler-cls {SCHEDULER}, which keeps them apart, or --no-enable-prefix-caching; "
+            hint=f"add {_FLAG}, which keeps them apart, or --no-enable-prefix-caching; "
             'to allow it, --hf-overrides \'{"bitstrata": {"share_prefixes": true}}\'',
         )

@@ -11,7 +11,7 @@ from .config import BitstrataConfig
 
 
 class RowBits:
-    """The bits of requests by their place in the runner, and of the rows of a step; all on the device.
+    """The choices of requests by their place in the runner, and the bits of the rows of a step; all on the device.
 
     Args:
         config: of the model; its rows read the buffer from now on.
@@ -19,13 +19,14 @@ class RowBits:
     """
 
     def __init__(self, config: BitstrataConfig, most_requests: int, most_rows: int, device: torch.device) -> None:
-        self.offered = config.offered
-        self.buffer = config.rows.hold_buffer(most_rows, device)  # [most_rows]
-        self.requests = torch.full((most_requests,), self.offered.default, dtype=torch.int8, device=device)
+        self.offered, self.default = config.offered, config.rows.default
+        self.buffer = config.rows.hold_buffer(most_rows, device)  # [tables, most_rows]
+        self.tables = torch.tensor(config.rows.tables, dtype=torch.int8, device=device)  # [tables, choices]
+        self.requests = torch.full((most_requests,), self.default, dtype=torch.int64, device=device)
 
     def add(self, place: int, extra: dict[str, Any] | None) -> None:
         """The request at `place` is a new one."""
-        self.requests[place] = self.offered.of_request(extra)
+        self.requests[place] = self.offered.place(self.offered.of_request(extra).choice)
 
     def write(self, places: Tensor, starts: Tensor, rows: int) -> None:
         """Bits of the rows of one step; rows that fill it up are at the default.
@@ -36,8 +37,9 @@ class RowBits:
             rows: the last of `starts`, known without waiting for the device.
         """
         counts = starts[1:] - starts[:-1]
-        self.buffer.fill_(self.offered.default)
-        self.buffer[:rows] = self.requests[places.long()].repeat_interleave(counts, output_size=rows)
+        choices = self.requests[places.long()].repeat_interleave(counts, output_size=rows)  # [rows]
+        self.buffer.copy_(self.tables[:, self.default, None].expand_as(self.buffer))
+        self.buffer[:, :rows] = self.tables[:, choices]
 
 
 class BitsOfRequests:

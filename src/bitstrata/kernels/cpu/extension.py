@@ -55,6 +55,31 @@ def choose_codes(
     return True
 
 
+def gram_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `add_gram` can run for such matrices."""
+    return native is not None and device.type == "cpu" and dtype == torch.bfloat16 and bool(native.gram_runs())
+
+
+def add_gram(total: Tensor, x: Tensor, y: Tensor, *, upper: bool = False) -> bool:
+    """total += x^T y in native code, bf16 products and fp32 sums; False, and nothing done, where that cannot run.
+
+    The result is the same for any number of threads.
+
+    Args:
+        total: fp32 [Kx, Ky], contiguous; x: bf16 [n, Kx]; y: bf16 [n, Ky].
+        upper: below the diagonal nothing, or only a part, is added.
+    """
+    if native is None or not all(gram_runs(one.device, one.dtype) for one in (x, y)):
+        return False
+    assert total.is_contiguous()
+    assert total.dtype == torch.float32
+    assert total.shape == (x.shape[1], y.shape[1])
+    assert len(x) == len(y)
+    x, y = x.contiguous(), y.contiguous()
+    native.add_gram(x.data_ptr(), y.data_ptr(), total.data_ptr(), len(x), *total.shape, upper, torch.get_num_threads())
+    return True
+
+
 def read_all(buffer: Tensor, threads: int) -> None:
     """Read every byte of a contiguous CPU tensor once: the yardstick for kernels that are bound by memory."""
     if native is None:

@@ -5,7 +5,7 @@ from .drafts import Drafts
 from .engine import Engine
 from .graph import captured
 from .prefixes import REUSE, check_reuse
-from .request import Event, Finished, Handle, Request, Token
+from .request import Event, Finished, Handle, Request, Scored, Token
 from .sampling import Sampler
 from .session import Session, session_of
 from .stats import EngineStats
@@ -21,6 +21,7 @@ __all__ = [
     "Handle",
     "Request",
     "Sampler",
+    "Scored",
     "Session",
     "Token",
     "captured",

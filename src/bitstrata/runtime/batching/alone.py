@@ -39,7 +39,9 @@ class Passes(Protocol):
 
     def detach(self) -> None: ...
 
-    def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment]) -> Tensor: ...
+    def run(
+        self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment], every: Sequence[bool] = ()
+    ) -> Tensor: ...
 
 
 class Alone:
@@ -61,13 +63,15 @@ class Alone:
     def detach(self) -> None:
         let_go(self.model)
 
-    def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment]) -> Tensor:
-        """Logits [spans, V] float32 after the last token of each span; each span's tokens run at its own bits."""
+    def run(
+        self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment], every: Sequence[bool] = ()
+    ) -> Tensor:
+        """As Forward.run."""
         rows = []
-        for part, span, choice in zip(tokens, spans, bits, strict=True):
+        for part, span, choice, whole in zip(tokens, spans, bits, every or [False] * len(spans), strict=True):
             if span.past == 0:
                 self.pool.states[span.start] = _Text(self.model)
-            rows.append(self.pool.states[span.start].feed(part, choice))
+            rows.append(self.pool.states[span.start].feed(part, choice, every=whole))
         return torch.cat(rows)
 
     def check(self) -> None:
@@ -93,15 +97,18 @@ class _Text:
         self._inputs: dict[str, Any] = {}
         self._outputs: Any = None
 
-    def feed(self, tokens: Sequence[int], bits: Assignment) -> Tensor:
-        """Logits [1, V] float32 after `tokens`, which follow those that it was fed before."""
+    def feed(self, tokens: Sequence[int], bits: Assignment, *, every: bool = False) -> Tensor:
+        """Logits [1, V] float32 after `tokens`, which follow those that it was fed before; after `every` one [n, V]."""
         self._tokens += tokens
         ids = torch.tensor([self._tokens], device=input_device(self._model))
         if not self._inputs:
             self._inputs = generation_inputs(self._model, ids)
-        step = generation_step(self._model, ids, self._inputs, self._outputs, len(tokens), bits=bits)
-        self._outputs, self._inputs = step
-        logits: Tensor = self._outputs.logits[:, -1].float()
+        before = self._inputs
+        all_rows = {key: 0 for key in before if every and key == "logits_to_keep"}
+        step = generation_step(self._model, ids, before | all_rows, self._outputs, len(tokens), bits=bits)
+        self._outputs, inputs = step
+        self._inputs = inputs | {key: before[key] for key in all_rows}
+        logits: Tensor = self._outputs.logits[0, -len(tokens) if every else -1 :].float()
         self._outputs.logits = None
         return logits
 

@@ -19,7 +19,7 @@ from .alone import Passes
 from .attention import Span
 from .packing import Segment
 from .request import Token
-from .sampling import Sampler, choose
+from .sampling import Sampler, choose, scored
 
 GROWTH = 256  # tokens
 STOP_TOKENS = 4  # a character may take this many tokens, so a stop text of n lies within the last 4 n and a few
@@ -31,7 +31,8 @@ class Continuation:
 
     most: new tokens it may make. ends: tokens that end it; stops: texts that do. grows: it takes room in the cache as
     it goes, GROWTH tokens more at a time, and not all from the start. rules: (tokens int64 [1, n], logits [1, V]) ->
-    logits to pick from, if they are others.
+    logits to pick from, if they are others. scores: how many likely tokens to note at each place of the prompt, which
+    is then computed as a whole; None for no log-probabilities of it.
     """
 
     tokens: list[int]
@@ -45,6 +46,13 @@ class Continuation:
     written: list[Choice] = field(default_factory=list)  # at what each token that is in the cache was computed
     reused: int = 0  # of these, the ones that were there before
     new: list[int] = field(default_factory=list)
+    scores: int | None = None
+    scored: list[Token] = field(default_factory=list)  # of the prompt, so far
+
+    @property
+    def scores_next(self) -> bool:
+        """Whether what is fed next has to be scored."""
+        return self.scores is not None and not self.new
 
     @property
     def past(self) -> int:
@@ -63,7 +71,7 @@ class Continuation:
 
     def segment(self, owner: int, bits: Assignment) -> Segment:
         """What is to be fed next, as `packing` takes it."""
-        return Segment(owner, self.past, len(self.tokens) - self.past, bits)
+        return Segment(owner, self.past, len(self.tokens) - self.past, bits, every=self.scores_next)
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
@@ -88,18 +96,37 @@ def advance(forward: Passes, items: Sequence[Continuation], batch: Sequence[Segm
         spans.append(Span(item.place.start, part.past, part.length))
     bits = [part.bits for part in batch]
     wrote = [one.choices[0] for one in bits]
-    logits = forward.run(tokens, spans, bits)
+    logits = forward.run(tokens, spans, bits, [part.every for part in batch])
     for item, part, choice in zip(items, batch, wrote, strict=True):
         # a resize may have come before the pass or after it; nobody asks for no layers
         item.written += [choice if part.bits.choices[0] is choice else ()] * part.length
-    return logits
+    if not any(part.every for part in batch):
+        return logits
+    rows = logits.split([part.length if part.every else 1 for part in batch])  # [length or 1, V] each
+    for item, part, own in zip(items, batch, rows, strict=True):
+        if part.every:
+            _score(item, part.past, own)
+    return torch.stack([own[-1] for own in rows])
+
+
+def _score(item: Continuation, past: int, logits: Tensor) -> None:
+    """Note how likely the tokens were that follow those of logits [n, V], the first after `past` tokens."""
+    assert item.scores is not None
+    if not item.scored:
+        item.scored.append(Token(item.tokens[0]))
+    following = item.tokens[past + 1 : past + 1 + len(logits)]
+    item.scored += scored(logits[: len(following)], following, item.scores)
 
 
 def pick(logits: Tensor, items: Sequence[Continuation]) -> list[Token | CheckError]:
     """The next token of each of `items` from its row of logits [items, V], not yet added; or why there is none."""
+    allowed = None
     if any(item.rules is not None for item in items):
-        logits = torch.cat([ruled(row, item, item.tokens) for row, item in zip(logits.split(1), items, strict=True)])
-    return choose(logits, [item.sampler for item in items])
+        allowed = logits.clone()
+        for row, item in enumerate(items):
+            if item.rules is not None:
+                allowed[row] = ruled(logits[row : row + 1], item, item.tokens)[0]
+    return choose(logits, [item.sampler for item in items], allowed)
 
 
 def ruled(logits: Tensor, item: Continuation, tokens: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ A round of the thread: drop what was cancelled; admit waiting requests while the
 (packing.py); run them, and give every request its next token.
 
 Greedy tokens are those of `model.generate(bits=...)` alone. Settings of the model's generation config other than its
-end-of-sequence tokens (penalties and the like) are not applied.
+end-of-sequence tokens are applied where a request says so (model_rules).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
-from ...models import Stops, end_tokens, steady_context, vocabulary_size
+from ...models import Stops, end_tokens, input_device, score_rules, steady_context, vocabulary_size
 from ...nn import Assignment, bits_state
 from ...torch_state import ordinary_torch
 from ..policy import LoadView, Policy, RequestView
@@ -37,10 +37,13 @@ from .forward import steady_rows
 from .memory import BLOCK, TokenPool
 from .packing import Segment, pack
 from .prefixes import Prefixes
-from .request import REASONS, Event, Finished, Handle, Limits, Request, Token
+from .request import REASONS, Event, Finished, Handle, Limits, Request, Scored, Token
+from .rules import Rules, rules_of
 from .sampling import Sampler, normalised_entropy
 from .session import forget
 from .stats import EngineStats, Pace
+
+SCORED_BYTES = 64 * 2**20  # of logits after every token of prompts, in one batch
 
 
 class Engine:
@@ -106,6 +109,8 @@ class Engine:
         vocabulary = vocabulary_size(model.config)
         self.limits = Limits(bits_state(model), vocabulary, context, self._pool.tokens, tokenizer is not None)
         self._eos = end_tokens(model, tokenizer)
+        self._has_rules = score_rules(model, [0], 1, self._eos, repetition_penalty=1.0) is not None
+        self._stretch = max(SCORED_BYTES // (4 * vocabulary), 2 * (self._steady or 0) + 2)
         self._changed = threading.Condition()  # guards what follows, down to the counters
         self._waiting: dict[int, Running] = {}  # in the order in which they came
         self._running: dict[int, Running] = {}
@@ -142,12 +147,14 @@ class Engine:
         """
         most = self.limits.admit(request)
         seed = request.seed if request.seed is not None else random.SystemRandom().getrandbits(64)
-        sampler = Sampler(request.temperature, request.top_p, random.Random(seed), request.logprobs)
+        numbers = random.Random(seed)
+        sampler = Sampler(request.temperature, request.top_p, numbers, request.logprobs, request.top_k, request.min_p)
         texts = [stop for stop in request.stop if isinstance(stop, str)]
         stops = Stops(self._tokenizer, texts) if texts and self._tokenizer is not None else None
         ends = {stop for stop in request.stop if not isinstance(stop, str)}
         if not request.ignore_eos:
             ends |= self._eos
+        rules = self._rules(request, most, ends)
         with self._changed:
             if self._failure is not None:
                 raise ClosedError(f"the engine has failed: {self._failure!r}", hint="start another") from self._failure
@@ -164,12 +171,21 @@ class Engine:
                 frozenset(ends),
                 stops,
                 grows=request.max_new_tokens is None,
+                rules=rules,
+                scores=request.prompt_logprobs,
                 handle=handle,
                 policy=self._policy.start(),
             )
             self._waiting[handle.number] = item
             self._changed.notify_all()
         return handle
+
+    def _rules(self, request: Request, most: int, ends: set[int]) -> Rules | None:
+        """What is done to the logits of `request` before its tokens are picked."""
+        own = None
+        if request.model_rules and self._has_rules:
+            own = score_rules(self.model, list(request.prompt_ids), most, ends, repetition_penalty=1.0)
+        return rules_of(request, ends, input_device(self.model), own)
 
     @property
     def is_open(self) -> bool:
@@ -264,7 +280,7 @@ class Engine:
             if number not in self._stalled
         ]
         most = self.max_batch_tokens if self._forward.splits else self._pool.tokens
-        for batch in pack(segments, most, self._steady):
+        for batch in pack(segments, most, self._steady, self._stretch):
             try:
                 self._run(batch)
             except Exception as error:  # out of memory, say: these requests end, the others go on
@@ -310,6 +326,11 @@ class Engine:
         rows = [row for row, part in enumerate(batch) if part.is_last]
         if not rows:
             return
+        for row in rows:
+            self._emit_scored(items[row])
+        rows = [row for row in rows if self._running.get(batch[row].owner) is items[row]]
+        if not rows:
+            return
         logits = logits if len(rows) == len(batch) else logits[rows]
         if self._policy.wants_entropy:
             for row, entropy in zip(rows, normalised_entropy(logits).tolist(), strict=True):
@@ -321,6 +342,15 @@ class Engine:
             else:
                 bits = batch[row].bits.given
                 self._add(items[row], replace(token, bits=bits if isinstance(bits, int) else None))
+
+    def _emit_scored(self, item: Running) -> None:
+        """Give out the log-probabilities of a prompt, once; a request that asks for nothing else then ends."""
+        if not item.scored:
+            return
+        item.handle._emit(Scored(tuple(item.scored)))
+        item.scored, item.scores = [], None
+        if item.handle.request.max_new_tokens == 0:
+            self._end(item, Finished("length"))
 
     def _add(self, item: Running, token: Token) -> None:
         item.add(token.id)

@@ -8,6 +8,7 @@ model's own forward before the first request.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -54,6 +55,19 @@ def steady_rows(model: PreTrainedModel) -> int | None:
     return FEW_ROWS if limit is None else min(limit, FEW_ROWS)
 
 
+def _token_by_token(
+    tokens: Sequence[Sequence[int]], spans: Sequence[Span], bits: Sequence[Assignment], every: Sequence[bool]
+) -> tuple[list[Sequence[int]], list[Span], list[Assignment]]:
+    """The same batch with a span for each token of those `every` of whose tokens counts."""
+    parts: list[tuple[Sequence[int], Span, Assignment]] = []
+    for part, span, one, whole in zip(tokens, spans, bits, every, strict=True):
+        if whole:
+            parts += [([token], Span(span.start, span.past + step, 1), one) for step, token in enumerate(part)]
+        else:
+            parts.append((part, span, one))
+    return [part for part, _, _ in parts], [span for _, span, _ in parts], [one for _, _, one in parts]
+
+
 class Forward:
     """Runs batches through `model`, which belongs to it from `attach` to `detach`.
 
@@ -88,9 +102,20 @@ class Forward:
             self._own_attention = None
             let_go(self.model)
 
-    def run(self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment]) -> Tensor:
-        """Logits [spans, V] float32 after the last token of each span; each span's tokens run at its own bits."""
+    def run(
+        self,
+        tokens: Sequence[Sequence[int]],
+        spans: list[Span],
+        bits: Sequence[Assignment],
+        every: Sequence[bool] = (),
+    ) -> Tensor:
+        """Logits [rows, V] float32 after the last token of each span; each span's tokens run at its own bits.
+
+        every: of which spans a row for each of their tokens is wanted; of none if it is empty.
+        """
         if self._step is not None and self._step.fits(sum(span.length for span in spans)):
+            if any(every):
+                tokens, spans, bits = _token_by_token(tokens, spans, bits, every)
             try:
                 with self._state.step(together(bits, [span.length for span in spans])):
                     if not self._step.is_current:
@@ -99,7 +124,7 @@ class Forward:
                     return self._step.run(tokens, spans, bits)
             except UnfitError as error:
                 self._go_without_step(str(error))
-        return self._through_modules(tokens, spans, bits)
+        return self._through_modules(tokens, spans, bits, every)
 
     def _go_without_step(self, reason: str) -> None:
         self._step, self.reason = None, reason
@@ -108,7 +133,11 @@ class Forward:
         note(f"{kind} makes its tokens by its modules, not in one {what}, which is slower: {reason}")
 
     def _through_modules(
-        self, tokens: Sequence[Sequence[int]], spans: list[Span], bits: Sequence[Assignment]
+        self,
+        tokens: Sequence[Sequence[int]],
+        spans: list[Span],
+        bits: Sequence[Assignment],
+        every: Sequence[bool] = (),
     ) -> Tensor:
         device = input_device(self.model)
         positions = [span.past + step for span in spans for step in range(span.length)]
@@ -116,7 +145,13 @@ class Forward:
         ids = torch.tensor([[token for part in tokens for token in part]], device=device)  # [1, T]
         position_ids = torch.tensor([positions], device=device)
         places = torch.tensor(starts, device=device) + position_ids[0]
-        last = torch.tensor([span.length for span in spans], device=device).cumsum(0) - 1
+        ends = list(itertools.accumulate(span.length for span in spans))
+        kept = [
+            row
+            for span, end, whole in zip(spans, ends, every or [False] * len(spans), strict=True)
+            for row in range(end - span.length if whole else end - 1, end)
+        ]
+        last = torch.tensor(kept, device=device)
         batch = FlatBatch(self.pool, spans, places, gather=self._gather, calls=self._calls)
         extra: dict[str, Any] = {"logits_to_keep": last} if self._can_keep else {}
         logits: Tensor = self.model(

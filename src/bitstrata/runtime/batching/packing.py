@@ -19,6 +19,7 @@ class Segment:
     """What request `owner` feeds: `length` tokens at `bits`, after the `past` ones that the cache holds.
 
     Its last token while it decodes, its prompt or a part of it before. is_last: whether it is given a token for them.
+    every: whether logits after every token are wanted, and not only after the last.
     """
 
     owner: int
@@ -26,17 +27,21 @@ class Segment:
     length: int
     bits: Assignment
     is_last: bool = True
+    every: bool = False
 
 
-def pack(waiting: Sequence[Segment], max_tokens: int, steady: int | None) -> list[list[Segment]]:
+def pack(
+    waiting: Sequence[Segment], max_tokens: int, steady: int | None, stretch: int | None = None
+) -> list[list[Segment]]:
     """The batches of one round: every short segment, and up to `max_tokens` tokens of long ones, oldest first.
 
+    Of tokens with logits after every one a batch has at most `stretch`, which is enough for one long segment.
     Long segments are cut where max_tokens ends, but neither the piece nor what is left of it gets as short as
     `steady`. Without `steady` everything is in one batch, decoding requests first.
     """
     if steady is None:
         ordered = sorted(waiting, key=lambda item: item.length > 1)
-        return [batch] if (batch := _fill(ordered, max_tokens, 0, max_tokens)) else []
+        return [batch] if (batch := _fill(ordered, max_tokens, 0, max_tokens, stretch)) else []
     short = sorted((item for item in waiting if item.length <= steady), key=lambda item: _order(item.bits))
     batches: list[list[Segment]] = []
     rows = steady
@@ -46,7 +51,7 @@ def pack(waiting: Sequence[Segment], max_tokens: int, steady: int | None) -> lis
             rows = 0
         batches[-1].append(item)
         rows += item.length
-    long = _fill([item for item in waiting if item.length > steady], max_tokens, steady, steady)
+    long = _fill([item for item in waiting if item.length > steady], max_tokens, steady, steady, stretch)
     return [*batches, long] if long else batches
 
 
@@ -56,14 +61,18 @@ def _order(bits: Assignment) -> tuple[float, tuple[int, ...]]:
     return sum(choice) / len(choice), choice
 
 
-def _fill(items: Sequence[Segment], max_tokens: int, steady: int, most: int) -> list[Segment]:
+def _fill(items: Sequence[Segment], max_tokens: int, steady: int, most: int, stretch: int | None) -> list[Segment]:
     """At most `most` segments, of max_tokens tokens together: one row of each goes through the output head."""
     batch: list[Segment] = []
-    left = max_tokens
+    left, every_left = max_tokens, max_tokens if stretch is None else stretch
     for item in items[:most]:
-        length = item.length if item.length <= left else min(left, item.length - steady - 1)
+        room = min(left, every_left) if item.every else left
+        length = item.length if item.length <= room else min(room, item.length - steady - 1)
         if length <= steady:
+            if room < left:
+                continue
             break
         batch.append(item if length == item.length else replace(item, length=length, is_last=False))
         left -= length
+        every_left -= length * item.every
     return batch

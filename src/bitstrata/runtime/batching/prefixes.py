@@ -61,7 +61,10 @@ class Prefixes:
         """
         if item.room > self._pool.longest(kept.place for kept in self._kept):  # before the texts are compared
             return False
-        source, common = self._longest(item.tokens, bits, [*self._kept, *running])
+        sources: list[_Kept | Continuation] = (
+            [] if item.scores_next else [*self._kept, *running]
+        )  # what is not computed has no logits
+        source, common = self._longest(item.tokens, bits, sources)
         place = self._reserve(item.room) if source is None else self._place(source, common, item.room)
         if place is None:
             return False

@@ -6,9 +6,10 @@ follows, steers and cancels it, from any thread.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...errors import InputError, UnsupportedBitsError, UsageError
 from ...nn import Assignment, BitsOrPlan, BitsState
@@ -28,11 +29,22 @@ class Request:
         min_bits: the least that the engine's policy may lower an int `bits` to; `bits` if None, so never lower.
         max_new_tokens: at most so many tokens. None for as many as the model's context leaves; such a request takes
             room in the engine's cache as it goes, and ends, with the reason "length", when it can get no more there.
+            0 goes with prompt_logprobs only.
         temperature: 0 takes the most likely token every time; above 0 samples from softmax(logits / temperature).
         top_p: sample from the smallest set of most likely tokens whose probability reaches top_p.
+        top_k: sample from the top_k most likely tokens, of which top_p then counts; 0 for all.
+        min_p: sample from tokens at least min_p times as likely as the likeliest.
+        repetition_penalty: logits of tokens of the prompt and the reply are divided by it, or multiplied if negative.
+        presence_penalty, frequency_penalty: taken off the logits of the reply's tokens, once and for each time.
+        logit_bias: token -> what is added to its logit.
+        min_tokens: so many new tokens come before one that ends the request can; a stop text ends it at any time.
+        model_rules: the model's generation config changes logits too: tokens that never come, and the like. Its
+            repetition_penalty, temperature, top_p, top_k and min_p count only as they are given here.
         seed: a seeded request samples the same tokens whatever else is in the batch; None draws a fresh seed.
         stop: texts, or single token ids, after which the request ends. What ended it is among the tokens.
         logprobs: None for no log-probabilities, 0 for those of the chosen tokens, n for the n likeliest as well.
+        prompt_logprobs: the same of the prompt's tokens, which come in one event, Scored. The prompt is then computed
+            as a whole, even where the cache has its beginning.
         ignore_eos: go on after an end-of-sequence token.
     """
 
@@ -46,6 +58,15 @@ class Request:
     stop: Sequence[str | int] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    model_rules: bool = False
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +85,13 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """The tokens of a prompt with their log-probabilities, None of the first, which nothing comes before."""
+
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True)
 class Finished:
     """The last event. reason: "stop", "length", "cancelled" or "error", and then `error` says what happened."""
 
@@ -71,7 +99,7 @@ class Finished:
     error: Exception | None = None
 
 
-Event = Token | Finished
+Event = Token | Scored | Finished
 
 
 @dataclass(frozen=True)
@@ -114,11 +142,15 @@ class Limits:
                 f"temperature={request.temperature}, top_p={request.top_p} cannot be used",
                 hint="temperature must be a number from 0 up, top_p must lie in (0, 1]",
             )
-        if request.logprobs is not None and not 0 <= request.logprobs <= self.vocabulary:
-            raise UsageError(f"logprobs={request.logprobs} must lie between 0 and the vocabulary's {self.vocabulary}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(request, name)
+            if count is not None and not 0 <= count <= self.vocabulary:
+                raise UsageError(f"{name}={count} must lie between 0 and the vocabulary's {self.vocabulary}")
+        self._check_choice(request)
         self._check_stop(request.stop)
         self._check_prompt(request.prompt_ids)
-        return self.room(len(request.prompt_ids), request.max_new_tokens)
+        scores_only = request.max_new_tokens == 0 and request.prompt_logprobs is not None
+        return self.room(len(request.prompt_ids), 1 if scores_only else request.max_new_tokens)
 
     def room(self, prompt: int, asked: int | None = None) -> int:
         """How many new tokens a prompt of so many tokens may have: `asked`, or all that fit.
@@ -149,6 +181,22 @@ class Limits:
             raise UnsupportedBitsError(bits, self.state.supported)
         return self.state.resolve(bits)
 
+    def _check_choice(self, request: Request) -> None:
+        """What decides which tokens can come."""
+        if request.top_k < 0 or not 0 <= request.min_p <= 1 or request.min_tokens < 0:
+            raise UsageError(
+                f"top_k={request.top_k}, min_p={request.min_p}, min_tokens={request.min_tokens} cannot be used",
+                hint="top_k and min_tokens must not be negative, min_p must lie in [0, 1]",
+            )
+        numbers = (request.repetition_penalty, request.presence_penalty, request.frequency_penalty)
+        if not all(map(math.isfinite, (*numbers, *request.logit_bias.values()))) or not numbers[0] > 0:
+            raise UsageError(
+                "penalties and biases must be finite numbers, repetition_penalty above 0",
+                hint=f"repetition_penalty={numbers[0]}, presence_penalty={numbers[1]}, frequency_penalty={numbers[2]}",
+            )
+        for token in request.logit_bias:
+            self.check_token(token)
+
     def _check_stop(self, stop: Sequence[str | int]) -> None:
         if isinstance(stop, str) or any(isinstance(item, bool) or not isinstance(item, (str, int)) for item in stop):
             raise UsageError(f"stop must be a sequence of texts and token ids, got {stop!r}")
@@ -161,10 +209,14 @@ class Limits:
         if len(ids) == 0:
             raise InputError("the prompt is empty", hint="give at least one token")
         for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocabulary:
-                raise InputError(
-                    f"{token!r} is not a token of this model", hint=f"tokens are ints from 0 to {self.vocabulary - 1}"
-                )
+            self.check_token(token)
+
+    def check_token(self, token: object) -> None:
+        """Raises InputError for what is no token of the model."""
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocabulary:
+            raise InputError(
+                f"{token!r} is not a token of this model", hint=f"tokens are ints from 0 to {self.vocabulary - 1}"
+            )
 
 
 class Handle:

@@ -1,4 +1,8 @@
-"""The next token of each request from its own logits, at its own temperature, top_p and random numbers.
+"""The next token of each request from its own logits, at its own temperature, top_k, top_p, min_p and random numbers.
+
+What is sampled from is what transformers' warpers leave of softmax(logits / temperature), in its order: the top_k
+likeliest; of these, the likeliest until their share reaches top_p; of these, what is at least min_p times as likely as
+the likeliest. All three are cuts of one sorted row.
 
 A sampled token is where one uniform number falls among the cumulative probabilities of the tokens, likeliest first. The
 number comes from the request's own generator, one a token, so a seeded request draws the same ones in any batch.
@@ -20,24 +24,31 @@ from .request import Token
 
 @dataclass(frozen=True)
 class Sampler:
-    """How one request picks tokens. temperature 0 is greedy; `random` gives one number a sampled token."""
+    """How one request picks tokens. temperature 0 is greedy; `random` gives one number a sampled token.
+
+    top_k 0 and min_p 0 leave all tokens.
+    """
 
     temperature: float
     top_p: float
     random: random.Random
     logprobs: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
 
 
-def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | CheckError]:
+def choose(logits: Tensor, samplers: Sequence[Sampler], allowed: Tensor | None = None) -> list[Token | CheckError]:
     """One token a row of logits [rows, V] (float32), with log-probabilities where the sampler asks for them.
 
+    allowed: the logits to pick from, if they are others; log-probabilities are those of `logits`.
     A row with no usable maximum gets a CheckError in its place.
     """
-    best, tokens = logits.max(dim=-1)
+    allowed = logits if allowed is None else allowed
+    best, tokens = allowed.max(dim=-1)
     usable = best.isfinite().tolist()
     sampled = [row for row, sampler in enumerate(samplers) if sampler.temperature > 0 and usable[row]]
     if sampled:
-        tokens[sampled] = _sample(logits[sampled], [samplers[row] for row in sampled])
+        tokens[sampled] = _sample(allowed[sampled], [samplers[row] for row in sampled])
     taken = tokens.tolist()
     choices: list[Token | CheckError] = []
     for row, sampler in enumerate(samplers):
@@ -67,8 +78,17 @@ def likeliest_first(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor
     # a tiny temperature must not turn the largest logits into infinities: their difference to the maximum counts
     centred = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # float64: in float32 1e-50 would be 0
     probability, order = torch.softmax(centred, dim=-1).sort(dim=-1, descending=True, stable=True)
+    if any(item.top_k for item in samplers):
+        vocabulary = probability.shape[-1]
+        top_k = torch.tensor([[item.top_k or vocabulary] for item in samplers], device=device)
+        probability = torch.where(torch.arange(vocabulary, device=device) < top_k, probability, 0.0)
+        # a row that keeps all tokens stays as it is to the last bit
+        top_p = torch.where(top_k < vocabulary, top_p * probability.sum(dim=-1, keepdim=True), top_p)
     reached = probability.cumsum(dim=-1)
     kept = reached - probability < top_p  # the likeliest always stays
+    if any(item.min_p for item in samplers):
+        min_p = torch.tensor([[item.min_p] for item in samplers], dtype=torch.float64, device=device)
+        kept &= probability >= min_p * probability[:, :1]
     return torch.where(kept, probability, 0.0), order
 
 
@@ -85,6 +105,17 @@ def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     probability, order = likeliest_first(logits, samplers)
     uniform = torch.tensor([[item.random.random()] for item in samplers], dtype=torch.float64, device=logits.device)
     return order.gather(1, place_of(probability, uniform)).squeeze(1)
+
+
+def scored(logits: Tensor, tokens: Sequence[int], count: int) -> list[Token]:
+    """How likely each of `tokens` was by its row of logits [n, V] (float32), and the `count` likeliest there."""
+    values = torch.log_softmax(logits, dim=-1)
+    chosen = values.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    largest, ids = (side.tolist() for side in values.topk(count))
+    return [
+        Token(token, logprob=logprob, top=tuple(zip(ids[row], largest[row], strict=True)))
+        for row, (token, logprob) in enumerate(zip(tokens, chosen, strict=True))
+    ]
 
 
 def _with_logprobs(logits: Tensor, token: int, count: int) -> Token:

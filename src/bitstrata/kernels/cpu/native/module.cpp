@@ -18,6 +18,7 @@
 
 #include "bindings.h"
 #include "dispatch.h"
+#include "gram.h"
 #include "layout.h"
 #include "linear.h"
 #include "threads.h"
@@ -182,6 +183,12 @@ NB_MODULE(_native, m) {
   m.def("linear", &run_linear);
   m.def("choose_codes", &choose);
   m.def("meet", &meet);
+  m.def("gram_runs", &gram_runs);
+  m.def("add_gram", [](uintptr_t x, uintptr_t y, uintptr_t total, int rows, int x_columns, int y_columns, bool upper,
+                       int threads) {
+    nb::gil_scoped_release release;
+    add_gram(at<const uint16_t>(x), at<const uint16_t>(y), at<float>(total), rows, x_columns, y_columns, upper, threads);
+  });
   bind_step(m);
 
   nb::class_<Weight>(m, "Weight")

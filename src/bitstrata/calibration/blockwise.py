@@ -18,24 +18,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .block_runner import BlockRunner, Ends
+from .block_runner import BlockRunner, Ends, arithmetic
 
 # the index of a block -> parameter name -> its weights
 Made = Callable[[int], Mapping[str, Tensor]]
 
 
-def fast_products(device: torch.device) -> torch.dtype:
-    """The dtype whose products are several times as fast as those of fp32: bf16 where the processor has them."""
-    if device.type == "cuda":
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        has = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    return torch.bfloat16 if has else torch.float32
-
-
-class Passes:
-    """Passes through one model; see `open_passes`. Hidden states are fp32 [b, S, hidden] on the runner's device.
+class BlockwiseModel:
+    """A model that runs as above; see `open_blockwise`. Hidden states are fp32 [b, S, hidden] on the runner's device.
 
     ends: what the model does before the blocks and after them.
     products: the dtype in which the blocks' linears multiply: of inputs, weights and results; sums are fp32.
@@ -82,9 +72,7 @@ class Passes:
             done(index)
 
     def _call(self, index: int, block: nn.Module, hidden: Tensor, products: torch.dtype) -> Tensor:
-        if products == torch.float32:
-            return self._runner.call(index, block, hidden)
-        with torch.autocast(hidden.device.type, products, cache_enabled=False):  # a made weight is used once
+        with arithmetic(hidden.device, products):
             return self._runner.call(index, block, hidden).float()
 
     @contextlib.contextmanager
@@ -118,9 +106,9 @@ def _hand_over(name: str, found: Callable[[str, Tensor], None]) -> Callable[[Ten
 
 
 @contextlib.contextmanager
-def open_passes(
+def open_blockwise(
     runner: BlockRunner, made: Collection[str], windows: Tensor, products: torch.dtype = torch.float32
-) -> Iterator[Passes]:
+) -> Iterator[BlockwiseModel]:
     """Everything of a model in memory but the weights that are made.
 
     Args:
@@ -133,4 +121,4 @@ def open_passes(
     with contextlib.ExitStack() as stack:
         ends = stack.enter_context(runner.ends())
         blocks = [stack.enter_context(runner.block(index, made)) for index in range(len(runner.discovery.blocks))]
-        yield Passes(runner, blocks, ends, products)
+        yield BlockwiseModel(runner, blocks, ends, products)

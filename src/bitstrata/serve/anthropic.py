@@ -1,0 +1,219 @@
+"""/v1/messages and /v1/messages/count_tokens: Anthropic's API, for text.
+
+A request is translated into one for /v1/chat/completions, and goes the same way; only the words of the answer differ.
+What is not text (images, documents, tools to call) is refused by name; thinking and tool calls in the history go to
+chat templates that know them.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator
+
+from . import paths
+from .answer import answer
+from .chats import chat_spec, conversation_tokens
+from .described import answers, refusals
+from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, unlimited
+from .replies import Delta, Formatter, Usage
+from .requests import MOST_STOPS, Bits, ChatBody, content_text
+from .service import Service
+from .spelling import NamedEvents
+from .translated import translated
+
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
+SAME = {"model", "max_tokens", "temperature", "top_p", "top_k", "stream", "bits", "min_bits"}  # as of a chat
+STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 503)
+
+
+class MessagesBody(Body):
+    """/v1/messages"""
+
+    model: Text | None = None
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    system: Annotated[str, PlainValidator(content_text, json_schema_input_type=str | list[dict[str, Any]] | None)] = ""
+    max_tokens: Annotated[Annotated[Whole, Field(ge=1)] | None, BeforeValidator(unlimited)] = None
+    temperature: Number | None = Field(None, ge=0)
+    top_p: Number | None = Field(None, ge=0, le=1)
+    top_k: Annotated[Whole, Field(ge=-1)] | None = None
+    stop_sequences: list[Text] | None = Field(None, max_length=MOST_STOPS)
+    stream: Flag | None = None
+    bits: Bits = Field(None, description="as of /v1/chat/completions")
+    min_bits: Whole | None = None
+
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    container: Ignored = None
+    cache_control: Ignored = None
+    betas: Ignored = None
+    thinking: Annotated[Any, Only({"type": "disabled"})] = None
+    tools: Any = None
+    tool_choice: dict[str, Any] | None = None
+    mcp_servers: Annotated[Any, Only([])] = None
+    output_format: Annotated[Any, Only()] = None
+
+    def chat(self) -> ChatBody:
+        """The same as a chat. Raises RequestValidationError for what a chat cannot say."""
+        turns: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
+        for message in self.messages:
+            turns += _turns(message)
+        choice = (self.tool_choice or {}).get("type")
+        return translated(
+            ChatBody,
+            {
+                "messages": turns,
+                "continue_final_message": turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1],
+                "stop": self.stop_sequences,
+                "tools": self.tools,
+                "tool_choice": choice if choice == "none" else None,
+                **self.model_dump(include=SAME),
+            },
+        )
+
+
+def _turns(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """A message's turns: the results of tools are turns of their own."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(content, list):
+        return [{"role": role, "content": content}]
+    texts: list[Any] = []
+    turn: dict[str, Any] = {"role": role, "content": texts}
+    results = []
+    for block in content:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "thinking":
+            turn["reasoning_content"] = block.get("thinking")
+        elif kind == "redacted_thinking":
+            continue
+        elif kind == "tool_use":
+            function = {"name": block.get("name"), "arguments": block.get("input")}
+            turn.setdefault("tool_calls", []).append({"id": block.get("id"), "type": "function", "function": function})
+        elif kind == "tool_result":
+            results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": block.get("content")})
+        else:
+            texts.append(block)  # a text, or refused as such by its name
+    return results + ([turn] if texts or len(turn) > 2 or not results else [])
+
+
+class TextBlock(BaseModel):
+    type: Literal["text"] = "text"
+    text: str
+
+
+class MessagesUsage(BaseModel):
+    input_tokens: int
+    output_tokens: int
+    cache_read_input_tokens: int
+    cache_creation_input_tokens: int = 0
+
+    @classmethod
+    def of(cls, usage: Usage) -> MessagesUsage:
+        """Anthropic's input_tokens leave out what was in the cache."""
+        cached = min(usage.prompt_tokens_details.cached_tokens, usage.prompt_tokens)
+        return cls(
+            input_tokens=usage.prompt_tokens - cached,
+            output_tokens=usage.completion_tokens,
+            cache_read_input_tokens=cached,
+        )
+
+
+class MessagesReply(BaseModel):
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: list[TextBlock]
+    stop_reason: StopReason | None
+    stop_sequence: str | None = None
+    usage: MessagesUsage
+    bits: int | None = Field(None, description="that computed all tokens; null for several or a plan")
+    warnings: list[str] | None = Field(None, description="what in the request was ignored, or read as something else")
+
+
+class MessagesEvent(BaseModel):
+    """message_start, content_block_start, ..._delta, ..._stop, message_delta or message_stop."""
+
+    type: str
+    message: MessagesReply | None = None
+    index: int | None = None
+    content_block: TextBlock | None = None
+    delta: dict[str, Any] | None = None
+    usage: MessagesUsage | None = None
+
+
+class TokenCount(BaseModel):
+    input_tokens: int
+
+
+class MessagesFormatter(Formatter):
+    spelling: ClassVar[NamedEvents] = NamedEvents()
+    _reason: StopReason | None = None
+    _stop: str | None = None  # the text that ended the reply
+
+    def _message(self, texts: Sequence[str], usage: Usage, bits: int | None) -> MessagesReply:
+        return MessagesReply(
+            id=f"msg_{uuid.uuid4().hex}",
+            model=self.model,
+            content=[TextBlock(text=text) for text in texts],
+            stop_reason=self._reason,
+            stop_sequence=self._stop,
+            usage=MessagesUsage.of(usage),
+            bits=bits,
+            warnings=self._notices.messages,
+        )
+
+    def first_chunks(self, count: int, usage: Usage) -> list[BaseModel]:
+        return [
+            MessagesEvent(type="message_start", message=self._message([], usage, None)),
+            MessagesEvent(type="content_block_start", index=0, content_block=TextBlock(text="")),
+        ]
+
+    def next_chunks(self, delta: Delta, bits: int | None, usage: Usage) -> list[BaseModel]:
+        self._note(delta)
+        if not delta.text:
+            return []
+        said = {"type": "text_delta", "text": delta.text}
+        return [MessagesEvent(type="content_block_delta", index=0, delta=said)]
+
+    def last_chunks(self, usage: Usage, bits: int | None) -> list[BaseModel]:
+        ended = {"stop_reason": self._reason, "stop_sequence": self._stop}
+        return [
+            MessagesEvent(type="content_block_stop", index=0),
+            MessagesEvent(type="message_delta", delta=ended, usage=MessagesUsage.of(usage)),
+            MessagesEvent(type="message_stop"),
+        ]
+
+    def reply(self, deltas: Sequence[Delta], usage: Usage, bits: int | None) -> BaseModel:
+        for delta in deltas:
+            self._note(delta)
+        return self._message([delta.text for delta in deltas], usage, bits)
+
+    def _note(self, delta: Delta) -> None:
+        if delta.finish is not None:
+            self._stop = delta.stop
+            stopped: StopReason = "end_turn" if delta.stop is None else "stop_sequence"
+            self._reason = "max_tokens" if delta.finish == "length" else stopped
+
+
+def add_messages(app: FastAPI, service: Service) -> None:
+    @app.post(paths.MESSAGES, response_model=None, responses=answers(MessagesReply))
+    async def messages(http: Request, body: MessagesBody) -> Response:
+        """Answer a conversation as Anthropic does, whole or, with `stream`, as named events."""
+        notices = service.notices(body)
+        chat = body.chat()
+        notices.extend(chat.notices)
+        spec = await chat_spec(service, chat, notices)
+        formatter = MessagesFormatter(chat, service.catalog.name, service.names, notices)
+        return await answer(service, http, chat, spec, formatter)
+
+    @app.post(paths.COUNT, responses=refusals(*STATUSES))
+    async def count_tokens(body: MessagesBody) -> TokenCount:
+        """How many tokens the prompt of such a request has."""
+        notices = service.notices(body)
+        chat = body.chat()
+        service.catalog.precision(chat.model, chat.bits)
+        return TokenCount(input_tokens=len(await conversation_tokens(service, chat, notices)))

@@ -1,0 +1,73 @@
+"""A conversation as a client sends it -> what is generated: the same for every API that has conversations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..models import is_template_variable, template_knows
+from .answer import GenerationSpec
+from .errors import ApiError
+from .fields import Notice
+from .notices import Notices
+from .requests import ChatBody, ConversationBody
+from .service import Service
+
+
+async def conversation_tokens(service: Service, body: ConversationBody, notices: Notices) -> list[int]:
+    """The tokens of a conversation, up to where the model answers.
+
+    Raises ApiError for what the chat template cannot show, and as PromptEncoder.chat.
+    """
+    turns = [message.turn for message in body.messages]
+    _check_tools(service, turns)
+    return await service.prompts.chat(
+        turns,
+        variables=_variables(service, body, notices),
+        goes_on=body.continues and bool(service.tokenizer.chat_template),
+        generation_prompt=body.add_generation_prompt is not False,
+    )
+
+
+async def chat_spec(service: Service, body: ChatBody, notices: Notices) -> GenerationSpec:
+    """What `body` asks for. Raises ApiError, and as `conversation_tokens`."""
+    precision = service.catalog.precision(body.model, body.bits)  # refused before anything is tokenized
+    return GenerationSpec(
+        prompts=[await conversation_tokens(service, body, notices)],
+        precision=precision,
+        notices=notices,
+        continues=body.continues or not service.tokenizer.chat_template,
+        max_tokens=body.new_tokens,
+        default_tokens=service.settings.default_max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+
+
+def _check_tools(service: Service, turns: list[dict[str, Any]]) -> None:
+    """A template would leave out what it does not know of, and the model answer to something else."""
+    for what, is_there in (
+        ("tool_calls", lambda turn: "tool_calls" in turn),
+        ("tool", lambda turn: turn["role"] == "tool"),
+    ):
+        if any(map(is_there, turns)) and not template_knows(service.tokenizer, what):
+            raise ApiError(
+                400, f"this model's chat template does not know {what}: it was not trained for tools", param="messages"
+            )
+
+
+def _variables(service: Service, body: ConversationBody, notices: Notices) -> dict[str, Any]:
+    """What the chat template is told beside the turns. Raises ApiError for names that are not the client's to give."""
+    given = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        given.setdefault("reasoning_effort", body.reasoning_effort)
+    for name in list(given):
+        if not is_template_variable(name):
+            raise ApiError(
+                400, f"{name[:60]!r} is not a variable to give to a chat template", param="chat_template_kwargs"
+            )
+        if not template_knows(service.tokenizer, name):
+            del given[name]
+            if name != "reasoning_effort" or body.reasoning_effort != "none":
+                shown = name[:60]
+                said = f"{shown} was ignored: this model's chat template does not know it"
+                notices.add(Notice(shown, said, f"{shown}: this model's chat template does not know it"))
+    return given

@@ -1,0 +1,57 @@
+"""Replies and the events of a stream as text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel
+
+from .errors import ApiError
+
+_OMITTED = {
+    "token_ids",
+    "usage",
+    "role",
+    "content",
+    "warnings",
+    "message",
+    "index",
+    "content_block",
+    "delta",
+}  # where there is none; other fields are null
+
+
+def dump(reply: BaseModel) -> str:
+    """As JSON."""
+    return json.dumps(_without(reply.model_dump(mode="json")), ensure_ascii=False, separators=(",", ":"))
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(item) for key, item in value.items() if item is not None or key not in _OMITTED}
+    return [_without(item) for item in value] if isinstance(value, list) else value
+
+
+class Spelling:
+    """How an API writes the events of a stream: OpenAI's way. last: what ends a stream."""
+
+    last = "data: [DONE]\n\n"
+
+    def event(self, chunk: BaseModel) -> str:
+        return f"data: {dump(chunk)}\n\n"
+
+    def error(self, error: ApiError) -> str:
+        return f"data: {json.dumps(error.body())}\n\n"
+
+
+class NamedEvents(Spelling):
+    """Events whose name is their field `type`, as newer APIs have them; nothing but the last of them ends a stream."""
+
+    last = ""
+
+    def event(self, chunk: BaseModel) -> str:
+        return f"event: {getattr(chunk, 'type', 'message')}\n{super().event(chunk)}"
+
+    def error(self, error: ApiError) -> str:
+        return f"event: error\ndata: {json.dumps({'type': 'error', **error.body()})}\n\n"
