@@ -26,20 +26,23 @@ def arguments(model: Path, output: Path, text: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def start(command: list[str], log: Path, kill_at: int | None = None) -> ForkServerProcess:
+def start(
+    command: list[str], log: Path, kill_at: int | None = None, save_seconds: float | None = None
+) -> ForkServerProcess:
     """Run `bitstrata` with `command` in a process of its own, its output in `log`.
 
     kill_at: the process sends itself SIGKILL at this moment: 2 n just before its n-th file is renamed
         into place, 2 n + 1 just after.
+    save_seconds: instead of the usual time between two saved states of a tuning.
     """
-    process = _CONTEXT.Process(target=_run, args=(command, str(log), kill_at))
+    process = _CONTEXT.Process(target=_run, args=(command, str(log), kill_at, save_seconds))
     process.start()
     return process
 
 
-def finish(command: list[str], log: Path, kill_at: int | None = None) -> int:
+def finish(command: list[str], log: Path, kill_at: int | None = None, save_seconds: float | None = None) -> int:
     """`start`, wait, and return the exit code; -9 if the process was killed."""
-    process = start(command, log, kill_at)
+    process = start(command, log, kill_at, save_seconds)
     process.join()
     assert process.exitcode is not None
     return process.exitcode
@@ -72,12 +75,16 @@ def _print(command: list[str], out: str, err: str, encoding: str | None) -> None
     main()
 
 
-def _run(command: list[str], log: str, kill_at: int | None) -> None:
+def _run(command: list[str], log: str, kill_at: int | None, save_seconds: float | None) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     if kill_at is not None:
         _kill_at(kill_at)
+    if save_seconds is not None:
+        from bitstrata.quantization import tuning
+
+        tuning.SAVE_SECONDS = save_seconds
     from bitstrata.cli.main import main
 
     sys.argv = ["bitstrata", *command]

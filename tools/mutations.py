@@ -162,6 +162,8 @@ MUTATIONS = [
     Mutation("other-settings", "a job goes on with other settings", "quantization/state.py",
              "            if changed:\n", "            if len(changed) > 99:\n",
              ("tests/quantization/test_resume.py", *JOB)),
+    Mutation("tuning-moments", "a resumed tuning forgets the moments of Adam", "quantization/tuning.py",
+             "optimizer.state[layer.change] = moments", "moments.clear()", (TUNING,)),
     Mutation("half-tuned", "tuned scales count before every block has some", "quantization/state.py",
              "self.refined = 0 < solved == sum(1 for _ in self.folder.glob(\"refined-*.safetensors\"))",
              "self.refined = 0 < sum(1 for _ in self.folder.glob(\"refined-*.safetensors\"))",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 
 from .errors import UsageError
 from .planes import whole_number
 
+UNITS = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
 SHOWN = 60  # characters of a value in a message
 
 
@@ -25,6 +27,15 @@ def number(name: str, value: object, least: int, *, hint: str | None = None) -> 
         bound = f"at least {least}" if found < least else "below 2^63"
         raise UsageError(f"{name} must be {bound}, got {shown(value)}", hint=hint)
     return found
+
+
+def duration(name: str, value: object) -> float:
+    """Seconds of a text such as "30min", "2h", "90s" or "1h30min"."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)(h|min|m|s)", value) if isinstance(value, str) else []
+    seconds = sum(float(count) * UNITS[unit] for count, unit in parts)
+    if "".join(map("".join, parts)) != value or not 0 < seconds < 1e9:
+        raise UsageError(f"{name} {shown(value)} is not a time", hint="such as 30min, 2h, 90s or 1h30min")
+    return seconds
 
 
 def path(name: str, value: object, *, hint: str) -> str:

@@ -97,6 +97,10 @@ class QuantizeOptions:
     ] = None
     num_samples: Annotated[int, Argument("Windows to calibrate on.")] = 128
     seq_len: Annotated[int, Argument("Tokens a window.")] = 2048
+    time_budget: Annotated[
+        str | None,
+        Argument("Lower windows, then their tokens, so that it takes about so long: 30min, 2h. Measured first."),
+    ] = None
     preset: Annotated[str, Argument("fast (no calibration text), default or best (slowest).")] = "default"
     head_bits: Annotated[
         int | None,
@@ -112,7 +116,7 @@ class QuantizeOptions:
     dtype: Annotated[
         str, Argument("Products while calibrating, and what is kept: auto (what is fast here), bfloat16, float32.")
     ] = "auto"
-    dry_run: Annotated[bool, Argument("Check and list everything; write nothing.")] = False
+    dry_run: Annotated[bool, Argument("List all, with time, memory and disk; weights are not read.")] = False
 
 
 @dataclass(frozen=True)

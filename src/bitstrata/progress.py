@@ -21,6 +21,7 @@ log = logging.getLogger("bitstrata")
 log.addHandler(logging.NullHandler())
 
 MAX_LINES = 100  # lines a piece of work logs at INFO; its other steps are logged at DEBUG
+TOLD_SECONDS = 120.0  # from which what is left is also said in words, once the first step is done
 _keys = itertools.count()
 _notes: ContextVar[tuple[str, ...] | None] = ContextVar("notes", default=None)
 
@@ -67,6 +68,16 @@ class Progress:
         return f"{self.what}: {self.unit} {self.done}/{self.total} {self.detail} {eta}".rstrip()
 
 
+def in_words(seconds: float) -> str:
+    """About how long that is: "41 s", "22 min", "3.5 h", "4 days"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 10 else f"{round(hours)} h" if hours < 72 else f"{round(hours / 24)} days"
+
+
 class Steps:
     """A running count that logs each step. Use as `with Steps(...) as steps`, and call `steps.step` after each."""
 
@@ -89,6 +100,12 @@ class Steps:
         self._measured += not skipped
         is_line = self._done % -(-self._total // MAX_LINES) == 0 or self._done == self._total
         self._log(logging.INFO if is_line else logging.DEBUG, detail)
+        if self._measured == 1 and not skipped and self._done < self._total:
+            took = time.monotonic() - self._start
+            left = took * (self._total - self._done)
+            if left > TOLD_SECONDS:
+                which = f"{self._what}: {self._unit} {self._done} of {self._total}"
+                log.info(f"{which} took {in_words(took)}; about {in_words(left)} to go")
 
     def _log(self, level: int, detail: str = "", *, ended: bool = False) -> None:
         left = None

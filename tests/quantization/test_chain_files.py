@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bitstrata.calibration import BlockRunner
 from bitstrata.quantization.job import JobState
+from bitstrata.quantization.stages import Blocks
 
 NESTED: dict[str, Any] = {"method": "nested", "options": {"iterations": 2}}
 METHODS = pytest.mark.parametrize("method", [NESTED, ANYBCQ], ids=lambda method: method["method"])
@@ -78,6 +79,48 @@ def test_no_finished_block_is_run_again(
     calls = calls_of(model, text, tmp_path / "out", method)
     assert set(calls) == set(range(after, 3))
     assert "missing or damaged" not in caplog.text
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+TUNED: dict[str, Any] = {"method": "nested", "options": {"iterations": 1, "tune_steps": 2, "tune_tokens": 64}}
+
+
+@pytest.mark.parametrize("moment", ["tuned-one", "refined-one", "refined-all"])
+def test_no_block_is_run_again_for_the_tuning(
+    moment: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of it is done: the original's hidden states behind the last block lie there as long as it needs them."""
+    run(model, tmp_path / "whole", text, **TUNED)
+    method = "save_tensors" if moment == "tuned-one" else "save_refined"
+    save, saves = getattr(JobState, method), 0
+
+    def save_and_stop(self: JobState, *arguments: Any) -> None:
+        nonlocal saves
+        save(self, *arguments)
+        saves += 1
+        if saves == (3 if moment == "refined-all" else 1):
+            raise InterruptedJobError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobState, method, save_and_stop)
+        with pytest.raises(InterruptedJobError):
+            run(model, tmp_path / "out", text, **TUNED)
+    assert (tmp_path / "out" / ".job" / "chain-0003-learning-original").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Blocks, "run_block", lambda *_, **__: pytest.fail("a block is run again"))
+        run(model, tmp_path / "out", text, **TUNED)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_tuning_whose_targets_are_damaged_ends_in_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(model, tmp_path / "whole", text, **TUNED)
+    interrupted(model, text, tmp_path / "out", 3, TUNED)
+    turn_a_bit([tmp_path / "out" / ".job" / "chain-0003-learning-original"])
+    caplog.clear()
+    run(model, tmp_path / "out", text, **TUNED)
+    assert "hidden states are missing or damaged; they pass the finished blocks again" in caplog.text
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 

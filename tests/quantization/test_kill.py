@@ -30,8 +30,8 @@ def unbroken(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     return digests(folder / "out"), time.monotonic() - began
 
 
-# fingerprint, blocks, tuned blocks, copies of tokenizer files, shards, and index, report, config
-GROUPS = (1, 3, 3, 3, 6, 3)
+# fingerprint, blocks, tuned precisions, tuned blocks, copies of tokenizer files, shards, and index, report, config
+GROUPS = (1, 3, 2, 3, 3, 6, 3)
 FIRSTS = [sum(GROUPS[:at]) for at in range(len(GROUPS))]
 MOMENTS = [
     pytest.param([*FIRSTS, sum(GROUPS)], id="each-kind-of-file"),

@@ -20,11 +20,11 @@ from bitstrata import memory
 from bitstrata.checkpoint import writer
 from bitstrata.errors import PreflightError, ResourceError
 from bitstrata.models import SourceModel
-from bitstrata.quantization import preflight
+from bitstrata.quantization import job, preflight, tuning
 from bitstrata.quantization.context import Prepared
 
 MB = 10**6
-TUNED = {"method": "nested", "preset": "best", "options": {"iterations": 1, "tune_steps": 2}}
+TUNED = {"method": "nested", "preset": "best", "options": {"iterations": 1, "tune_steps": 3}}
 
 
 def needed(model: Path, output: Path, text: Path | None, **settings: Any) -> Prepared:
@@ -88,14 +88,17 @@ def test_on_a_gpu_hidden_states_are_in_main_memory_and_the_work_is_not(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    monkeypatch.setattr(job, "told", lambda prepared: "")  # there is no GPU to time
     monkeypatch.setattr(preflight, "BlockRunner", lambda *_: type("Runner", (), {"check": lambda self, window: None})())
     there = needed(model, tmp_path / "out", text, **ANYBCQ, device="cuda").memory
     assert here.gpu == 0
     assert here.main - there.gpu == 4 * 2048 * 64 * 4  # hidden states of what runs at a time, however long the text
     assert here.main - there.gpu < there.main < here.main + there.gpu
     tuned = needed(model, tmp_path / "out", text, **TUNED, device="cuda").memory
+    assert tuned.main == there.main, "a block at a time"
+    gradients = needed(model, tmp_path / "out", text, **ANYPRECISION, device="cuda").memory
     weights = sum(math.prod(SourceModel(model).spec(name)[1]) for name in SourceModel(model).files)
-    assert tuned.main > 4 * weights, "the whole model passes through main memory"
+    assert gradients.main > 4 * weights, "the whole model passes through main memory"
 
 
 JOBS: dict[str, dict[str, Any]] = {
@@ -122,10 +125,12 @@ def test_the_disk_that_is_asked_for_is_what_the_job_takes_at_its_peak(
 
     def watched(one: Any, other: Any) -> None:
         nonlocal peak
-        replace(one, other)
-        peak = max(peak, sum(path.stat().st_size for path in output.rglob("*") if path.is_file()))
+        for step in (lambda: None, lambda: replace(one, other)):
+            step()
+            peak = max(peak, sum(path.stat().st_size for path in output.rglob("*") if path.is_file()))
 
     monkeypatch.setattr(writer.os, "replace", watched)
+    monkeypatch.setattr(tuning, "SAVE_SECONDS", -1.0)  # so that a state is saved at all
     run(source, output, {"calibration": text, **JOBS[job]}["calibration"], **settings)
     assert not (output / ".job").exists()
     assert peak <= estimate < 1.6 * peak, f"{peak} bytes were taken, {estimate} asked for"

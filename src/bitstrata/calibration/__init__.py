@@ -1,6 +1,7 @@
 """Texts and chats as token windows, and a model run block by block with bounded memory."""
 
 from .block_runner import BlockRunner
+from .blockwise import BlockwiseModel, open_blockwise
 from .chats import Chat, usable_chats, write_chat
 from .data import SCORED, Windows, evaluation_windows, given_tokens, read_text
 from .fisher import fisher_bytes, fisher_diagonal
@@ -10,6 +11,7 @@ from .mix import Mix, Text, calibration_windows, documents_of, read_mix, text_di
 __all__ = [
     "SCORED",
     "BlockRunner",
+    "BlockwiseModel",
     "Chat",
     "Mix",
     "Text",
@@ -21,6 +23,7 @@ __all__ = [
     "fisher_bytes",
     "fisher_diagonal",
     "given_tokens",
+    "open_blockwise",
     "read_mix",
     "read_text",
     "text_digest",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,6 +84,19 @@ class Reached(Exception):  # noqa: N818
     """Not an error: the part of a model that was wanted has run."""
 
 
+@dataclass(frozen=True)
+class Ends:
+    """What a model does before its blocks and after them; weights: parameter name -> what stands for the model's own.
+
+    embed: tokens int64 [b, S], weights -> hidden states before the first block, fp32 [b, S, hidden].
+    logits: hidden states after the last block [b, S, hidden], tokens, weights -> fp32 [b, S, vocabulary],
+        differentiable in the hidden states.
+    """
+
+    embed: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    logits: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+
+
 class BlockRunner:
     """Runs `source` one block at a time.
 
@@ -112,7 +126,8 @@ class BlockRunner:
             self.source.materialise(module, prefix, skip=skip)
             if module is self.model:
                 self.model.tie_weights()
-            nn.Module.to(module, self.device)  # a model's own `to` may refuse some devices
+            # a model's own `to` may refuse some devices; what was skipped stays on meta
+            module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
             yield
         finally:
             release(module)
@@ -281,9 +296,34 @@ class BlockRunner:
                     yield tokens[window, start + 1 : end + 1].to(self.device), result
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights in memory, fp32."""
-        with self._in_memory(self._blocks[index], self.discovery.blocks[index]):
+    def ends(self) -> Iterator[Ends]:
+        """What lies outside the blocks in memory, as long as it takes."""
+        current: list[Tensor] = []
+        reached: list[Tensor] = []
+
+        def visit(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if current:
+                return self._returned(current[0])
+            reached[:] = [hidden]
+            raise Reached
+
+        def embed(tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+            current.clear()
+            with torch.no_grad(), contextlib.suppress(Reached):
+                self._run_model(tokens, dict(weights))
+            return reached.pop().float()
+
+        def logits(hidden: Tensor, tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+            current[:] = [hidden]
+            return self._run_model(tokens, dict(weights)).float()
+
+        with self._outside([visit] * len(self._blocks)):
+            yield Ends(embed, logits)
+
+    @contextmanager
+    def block(self, index: int, skip: Iterable[str] = ()) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory, fp32, but not those in `skip`, which are on meta."""
+        with self._in_memory(self._blocks[index], self.discovery.blocks[index], skip):
             yield self._blocks[index]
 
     def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:

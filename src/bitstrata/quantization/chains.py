@@ -36,15 +36,18 @@ def baseline(bits: int) -> str:
 
 @dataclass(frozen=True)
 class ChainSet:
-    """The chains of a set: their names, the windows' tokens int64 [n, S], how they are stored, where they end.
+    """The chains of a set, the windows' tokens int64 [n, S], and how they are stored.
 
-    last: the last block that they stand before; the number of blocks if they pass all.
+    ends: chain's name -> the last block that it stands before; the number of blocks if it passes all.
     """
 
-    names: tuple[str, ...]
+    ends: Mapping[str, int]
     tokens: Tensor
     dtype: torch.dtype
-    last: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.ends)
 
 
 class Chains:
@@ -92,9 +95,7 @@ class Chains:
     def _find(self, place: int) -> bool:
         found: dict[str, dict[str, States]] = {LEARNING: {}, CHECKING: {}}
         for name, each in self.sets.items():
-            if place > each.last:
-                continue
-            for chain in each.names:
+            for chain in (chain for chain, end in each.ends.items() if place <= end):
                 states = States.find(self._path(place, name, chain))
                 whole = states is not None and states.shape[:2] == each.tokens.shape and states.dtype == each.dtype
                 if states is None or not whole:
@@ -128,9 +129,9 @@ class Chains:
     def advance(self, name: str, chain: str, outputs: Iterable[Tensor]) -> States | None:
         """Move a chain past the block it stands before, whose `outputs` on all of its windows these are, in order.
 
-        Where the set ends before that, the outputs are not asked for. Returns the chain behind the block.
+        Where the chain ends before that, the outputs are not asked for. Returns the chain behind the block.
         """
-        if self.place >= self.sets[name].last:
+        if self.place >= self.sets[name].ends[chain]:
             return None
         before = self._now[name][chain]
         behind = self._create(self.place + 1, name, chain, before.shape, before.dtype)

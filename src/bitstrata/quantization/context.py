@@ -21,6 +21,7 @@ from ..models import Discovery, HeadLayer, LinearInfo, SourceModel
 from ..models.experts import active_experts, experts_of
 from ..planes import PlaneWeight, decode
 from ..progress import log
+from ..solvers.method import MomentsMethod
 from .block_task import BlockTask
 from .chains import ORIGINAL, Chains
 from .companions import companions
@@ -52,8 +53,12 @@ class Stage(ABC):
         return 0
 
     def passing_disk(self, prepared: Prepared) -> int:
-        """The bytes of what it keeps in the job folder beside its result, and removes at its end."""
+        """The bytes of what the job folder holds beside results while it runs, such as chains of hidden states."""
         return 0
+
+    def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
+        """How many multiplications and additions its products take, by their dtype; none where other work is more."""
+        return {}
 
     @abstractmethod
     def run(self, job: Job) -> None:
@@ -107,6 +112,32 @@ class Prepared:
         """Tokens that the model tells apart."""
         return int(self.model.config.get_text_config(decoder=True).vocab_size)
 
+    @property
+    def heldout_bytes(self) -> int:
+        """Of the held-out chains: the original's, and of each bits its own, round-to-nearest's and the tuned one."""
+        if self.windows is None:
+            return 0
+        chains = 1 + (2 + (self.settings.method.tuning is not None)) * len(self.settings.bits)
+        return self.windows.heldout.numel() * self.hidden_size * 4 * chains
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """What the experts of a block read in the original and at each bits, and one of these while it is joined."""
+        settings = self.settings
+        if self.windows is None or not isinstance(settings.method, MomentsMethod) or not settings.method.needs:
+            return 0
+        if not experts_of((linear.name for linear in self.discovery.linears), self.model):
+            return 0
+        return self.windows.calibration.numel() * self.hidden_size * 4 * (2 + len(settings.bits))
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Linear -> the share of all tokens that goes through it: of an expert's, on the average."""
+        found = {linear.name: 1.0 for linear in self.discovery.linears}
+        for name, (_, count) in experts_of(found, self.model).items():
+            found[name] = (active_experts(self.source.config, count) or count) / count
+        return found
+
     def spec(self) -> QuantizationSpec:
         """The `quantization_config` of the result."""
         settings = self.settings
@@ -148,7 +179,7 @@ class Prepared:
     def disk_bytes(self) -> int:
         """The most that the output takes at a time: the stages' results, and the larger of
 
-        what a stage keeps while it runs, such as chains of hidden states and what is kept of a block;
+        what a stage takes while it runs, such as chains of hidden states and what is kept of a block;
         the checkpoint (planes and scales, unquantized tensors, files beside the weights) and the held-out chains.
         """
         spec, source = self.spec(), self.source
@@ -159,8 +190,7 @@ class Prepared:
         tensors = len(self.common) + sum(len(spec.layer_tensors(name)) + 1 for name in spec.layers)
         text = tensors * TENSOR_TEXT + (len(spec.layers) + len(self.discovery.left_out)) * LAYER_TEXT
         results = sum(stage.disk(self) for stage in self.stages)
-        heldout = 0 if self.windows is None else self.windows.heldout.numel() * self.hidden_size * 4
-        final = sum(map(spec.layer_bytes, spec.layers)) + copied + heldout * (1 + 2 * len(self.settings.bits))
+        final = sum(map(spec.layer_bytes, spec.layers)) + copied + self.heldout_bytes
         return results + text + max(final, *(stage.passing_disk(self) for stage in self.stages))
 
     @cached_property
@@ -181,6 +211,7 @@ class Prepared:
         """An estimate of the peak: that of the stage that takes most (`Stage.memory`) and
 
             hidden states of what runs at a time: 4 batches x hidden x 4 bytes
+            what experts read (`expert_bytes`)
 
         The interpreter and its libraries, about 0.4 GB, come on top. On a GPU all but the hidden states is there; main
         memory holds those, and what is on its way: whatever of the model is in memory at a time, in fp32.
@@ -188,7 +219,7 @@ class Prepared:
         hidden, settings = 0, self.settings
         if self.windows is not None:
             tokens = 4 * max(TOKENS_PER_BATCH, settings.seq_len)
-            hidden = tokens * self.hidden_size * 4
+            hidden = tokens * self.hidden_size * 4 + self.expert_bytes
         work = max(stage.memory(self) for stage in self.stages)
         if settings.device.type == "cpu":
             return MemoryNeed(work + hidden)

@@ -6,7 +6,7 @@
 
 Chains of hidden states, one a precision and one for the original, are carried from block to block: a method sees the
 inputs that each precision really produces, and after the last block they give the logits for the final check. What
-weighs errors by gradients of the loss, or tunes end to end, holds the whole model once.
+weighs errors by gradients of the loss holds the whole model once; end-to-end tuning goes block by block too.
 
 `Prepared.memory` estimates the peak memory; the measured peak is in the report.
 """
@@ -29,8 +29,10 @@ from ..options import QuantizeOptions
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from ..verbs import verb
+from .budget import within_budget
 from .companions import checkpoint_config, copy_companions
-from .context import Job, Prepared, megabytes
+from .context import Job, Prepared
+from .duration import told
 from .mtp import write_mtp
 from .preflight import prepare
 from .report import Report, make_report
@@ -63,7 +65,8 @@ def quantize(options: QuantizeOptions) -> Report:
     problems: list[BitstrataError] = []
     settings = Settings.parse(options, problems)
     with memory_errors("while the model was checked", hint="end other programs, or lower --num-samples or --seq-len"):
-        prepared = prepare(settings, stages_of(settings), problems)
+        settings = within_budget(settings, problems)
+        prepared = prepare(settings, stages_of(settings), problems, weights=not options.dry_run)
     if options.dry_run:
         return _describe(prepared)
     done = _already_done(prepared)
@@ -73,6 +76,7 @@ def quantize(options: QuantizeOptions) -> Report:
     job = Job(prepared, JobState(prepared.settings.output, prepared.fingerprint, prepared.spec()))
     try:
         with memory_errors("while quantizing", hint=MORE_MEMORY):
+            log.info(told(prepared))
             for stage in prepared.stages:
                 stage.run(job)
             report = make_report(prepared, notes(), job.measured, job.layer_error, job.routing)
@@ -160,8 +164,7 @@ def _describe(prepared: Prepared) -> Report:
     for entry in discovery.left_out:
         log.info(f"{entry.name}: {list(entry.shape)} stays as it is ({entry.reason})")
     log.info(
-        f"dry run: {len(discovery.linears)} layers, {discovery.weight_count} weights; needs about "
-        f"{megabytes(prepared.disk_bytes)} of disk and {prepared.memory}; "
-        "nothing was written"
+        f"dry run: {len(discovery.linears)} layers, {discovery.weight_count} weights; {told(prepared)}; "
+        "weights were not read, so not checked; nothing was written"
     )
     return make_report(prepared, notes())

@@ -1,8 +1,8 @@
 """Everything that can be found wrong before the first expensive step, found at once.
 
-`prepare` reads every byte of the model once (digests, finite weights) and nothing more than the
-headers otherwise; it either returns a job ready to run or raises a PreflightError that lists all
-problems. Nothing is written.
+`prepare` reads every byte of the model, file by file (digests, finite weights), or, without `weights`, nothing
+but the headers, which takes seconds whatever the size of the model. It either returns a job ready to run or raises
+a PreflightError that lists all problems. Nothing is written.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ from ..models import (
 )
 from ..models.source_files import missing_tensors
 from ..planes.weights import all_finite
-from ..progress import note
+from ..progress import log, note
 from ..solvers.grouping import check_weight
 from ..version import __version__
 from .companions import note_companions
 from .context import Prepared, Stage, megabytes
+from .duration import told
 from .mtp import Unused, sort_unused, with_mtp
 from .settings import Settings
 from .state import JOB_FOLDER, is_job
@@ -63,8 +64,13 @@ class _Problems(list[BitstrataError]):
             return None
 
 
-def prepare(settings: Settings, stages: Sequence[Stage], earlier: Sequence[BitstrataError] = ()) -> Prepared:
-    """Check everything and gather what the job needs. Raises PreflightError, `earlier` problems first."""
+def prepare(
+    settings: Settings, stages: Sequence[Stage], earlier: Sequence[BitstrataError] = (), *, weights: bool = True
+) -> Prepared:
+    """Check everything and gather what the job needs. Raises PreflightError, `earlier` problems first.
+
+    `weights`: whether they are read. Without them there is no fingerprint, and what is wrong with them is not found.
+    """
     problems = _Problems(earlier)
     problems.attempt(lambda: _check_output(settings))
     documents = None
@@ -91,16 +97,21 @@ def prepare(settings: Settings, stages: Sequence[Stage], earlier: Sequence[Bitst
     settings = _within_layers(settings, discovery)
     head = () if settings.head_bits is None else problems.attempt(lambda: find_head(model)) or ()
     discovery = _without(discovery, head)
-    common, unused = _check_tensors(source, model, discovery, head, problems)
+    common, unused = _check_tensors(source, model, discovery, head, problems, weights)
     discovery = with_mtp(discovery, source, unused.mtp, settings)
     note_companions(source)
     prepared = Prepared(settings, tuple(stages), source, model, discovery, windows, common, {}, head, unused.mtp)
-    problems.extend(_check_resources(prepared))
-    if not problems and windows is not None:  # it takes memory, and a model that is whole
+    lacking = list(_check_resources(prepared))
+    if lacking and not weights and not problems:
+        log.info(told(prepared))  # what was asked for, though it cannot be done here
+    problems.extend(lacking)
+    if not problems and windows is not None and weights:  # it takes memory, and a model that is whole
         runner = BlockRunner(source, model, discovery, settings.seq_len, settings.device)
         problems.attempt(lambda: runner.check(windows.heldout[:1]))
     if problems:
         raise PreflightError(problems)
+    if not weights:
+        return prepared
     fingerprint = {
         **settings.fingerprint(),
         "model_sha256": source.digests(),
@@ -201,8 +212,12 @@ def _check_tensors(
     discovery: Discovery,
     head: Sequence[HeadLayer],
     problems: list[BitstrataError],
+    weights: bool,
 ) -> tuple[dict[str, str], Unused]:
-    """Compare stored tensors with the model: state-dict name -> stored name of unquantized ones, and unused ones."""
+    """Compare stored tensors with the model: state-dict name -> stored name of unquantized ones, and unused ones.
+
+    weights: whether to look at what the tensors hold too.
+    """
     # what is quantized -> what to do where it cannot be
     quantized = {f"{linear.name}.weight": "leave the layer out with --skip" for linear in discovery.linears}
     quantized |= {f"{layer.name}.weight": "leave --head-bits out" for layer in head}
@@ -218,7 +233,9 @@ def _check_tensors(
             missing.append(name)
             continue
         try:
-            _check_tensor(source, stored, tensor, quantize=quantized.get(name))
+            _check_form(source, stored, tensor)
+            if weights:
+                _check_numbers(source, stored, quantize=quantized.get(name))
         except ModelError as error:
             problems.append(error)
             continue
@@ -238,8 +255,7 @@ def _check_tensors(
     return common, unused
 
 
-def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantize: str | None) -> None:
-    """`quantize`: for a weight to be quantized, what to do if it cannot be; None for any other tensor."""
+def _check_form(source: SourceModel, stored: str, expected: Tensor) -> None:
     dtype, shape = source.spec(stored)
     if shape != tuple(expected.shape):
         raise ModelError(
@@ -250,6 +266,10 @@ def _check_tensor(source: SourceModel, stored: str, expected: Tensor, *, quantiz
         raise ModelError(
             f"{stored} holds {dtype}, not floating-point weights", hint="quantize the original model, not a packed copy"
         )
+
+
+def _check_numbers(source: SourceModel, stored: str, *, quantize: str | None) -> None:
+    """`quantize`: for a weight to be quantized, what to do if it cannot be; None for any other tensor."""
     value = source.map(stored)
     if quantize is not None:
         check_weight(stored, value, hint=quantize)

@@ -47,6 +47,7 @@ class Settings:
     head_bits: int | None = None
     drop_mtp: bool = False
     dtype: torch.dtype = torch.float32  # of products while calibrating
+    time_budget: float | None = None  # in seconds; not part of the fingerprint: what it leads to is
 
     @classmethod
     def parse(cls, options: QuantizeOptions, problems: list[BitstrataError] | None = None) -> Settings:
@@ -86,8 +87,11 @@ class Settings:
             "head_bits": attempt(lambda: _head_bits(options.head_bits), None),
             "calibration": None,
             "drop_mtp": bool(options.drop_mtp),
+            "time_budget": None,
         }
         parsed["dtype"] = attempt(lambda: _dtype(options.dtype, method, parsed["device"]), torch.float32)
+        if options.time_budget is not None:
+            parsed["time_budget"] = attempt(lambda: arguments.duration("--time-budget", options.time_budget), None)
         if options.calibration is not None:
             parsed["calibration"] = path("--calibration", options.calibration, TEXT_HINT)
         skip: tuple[str, ...] = attempt(lambda: _patterns(options.skip), ())

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from ..calibration import Windows, fisher_bytes, fisher_diagonal
 from ..calibration.states import States
 from ..errors import CheckError
+from ..kernels.cpu import gram_runs
 from ..memory import return_free_memory
 from ..metrics import Tally
 from ..models import HeadLayer
 from ..models.experts import experts_of
 from ..planes import PlaneWeight, decode
 from ..progress import Steps, log, note
-from ..solvers import RTN, Tuning
+from ..solvers import RTN
 from ..solvers.clipped import clipped_rows
 from ..solvers.grouping import join_rows, row_chunks
 from ..solvers.method import Decoded, MomentsMethod
@@ -34,7 +35,8 @@ from .context import Job, Prepared, Stage
 from .expert_inputs import counting, tokens_of_experts
 from .settings import Settings
 from .state import SENSITIVITY
-from .tuning import tune
+from .tune_stage import Tune
+from .work import of_blocks, of_divergence, of_experts, of_head, of_moments
 
 BASELINE = RTN()  # what the final check compares with, at each bits alone
 CHUNK = 1 << 20  # weights of the head solved at a time
@@ -55,12 +57,15 @@ def stages_of(settings: Settings) -> tuple[Stage, ...]:
 def chain_sets(settings: Settings, windows: Windows, blocks: int) -> dict[str, ChainSet]:
     """The chains that a job with these settings carries through so many blocks."""
     method, names = settings.method, (ORIGINAL, *map(str, settings.bits))
-    learning = names if "inputs" in method.needs else ()
-    last = blocks - isinstance(method, MomentsMethod)  # others also need the output of the last block
+    learning: dict[str, int] = {}
+    if "inputs" in method.needs:
+        learning = dict.fromkeys(names, blocks - 1)
+        if method.tuning is not None or not isinstance(method, MomentsMethod):
+            learning[ORIGINAL] = blocks  # what the last block, or the whole model, is to imitate
     plain = tuple(map(baseline, settings.bits)) if method != BASELINE or len(settings.bits) > 1 else ()
     return {
-        LEARNING: ChainSet(learning, windows.calibration, settings.dtype, last),
-        CHECKING: ChainSet((*names, *plain), windows.heldout, torch.float32, blocks),
+        LEARNING: ChainSet(learning, windows.calibration, settings.dtype),
+        CHECKING: ChainSet(dict.fromkeys((*names, *plain), blocks), windows.heldout, torch.float32),
     }
 
 
@@ -116,6 +121,11 @@ class Gradients(Stage):
     def disk(self, prepared: Prepared) -> int:
         return 4 * prepared.discovery.weight_count
 
+    def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
+        """A window runs forward and backward, which is two."""
+        tokens = prepared.settings.num_samples * prepared.settings.seq_len
+        return {torch.float32: 3 * tokens * (of_blocks(prepared) + of_head(prepared))}
+
     def run(self, job: Job) -> None:
         if job.state.has(SENSITIVITY) or all(map(job.state.has, range(len(job.discovery.blocks)))):
             return
@@ -140,6 +150,21 @@ class Blocks(Stage):
     def disk(self, prepared: Prepared) -> int:
         return prepared.stored_bytes(prepared.discovery.linears)
 
+    def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
+        """Each chain passes all blocks once (passes.py), and moments are summed of what linears read at each bits."""
+        windows, settings = prepared.windows, prepared.settings
+        if windows is None:
+            return {}
+        found = {torch.float32: 0.0, settings.dtype: 0.0}
+        for each in chain_sets(settings, windows, len(prepared.discovery.blocks)).values():
+            found[each.dtype] += len(each.names) * each.tokens.numel() * of_blocks(prepared)
+        if isinstance(settings.method, MomentsMethod) and settings.method.needs:
+            tokens, bits = windows.calibration.numel(), len(settings.bits)
+            summed = settings.dtype if gram_runs(settings.device, settings.dtype) else torch.float32
+            found[summed] += bits * tokens * of_moments(prepared)
+            found[torch.float32] += bits * of_experts(prepared, tokens)
+        return found
+
     def passing_disk(self, prepared: Prepared) -> int:
         """Chains before and behind a block, and what is kept of it while it is solved:
 
@@ -162,22 +187,32 @@ class Blocks(Stage):
 
     def run(self, job: Job) -> None:
         blocks, chains = job.discovery.blocks, job.chains
-        resumed = next((index for index in range(len(blocks)) if not job.state.has(index)), len(blocks))
-        if job.prepared.windows is None:
-            chains.place = resumed
-        else:
-            chains.begin(chain_sets(job.settings, job.windows, len(blocks)), resumed, job.embedding())
+        resumed = self.begin(job)
         if resumed:
             log.info(f"resuming: {resumed} of {len(blocks)} blocks are already done")
-        for index in range(chains.place):
+        for index in range(resumed):
             self._recall(job, index)
         with Steps("quantizing", len(blocks), "block") as steps:
             for index, name in enumerate(blocks):
                 if index >= chains.place:
-                    self._run_block(job, index, solve=index >= resumed)
+                    self.run_block(job, index, solve=index >= resumed)
                     return_free_memory()
                 steps.step(name, skipped=index < resumed)
-        chains.drop(LEARNING)  # nothing reads it any more
+        if job.settings.method.tuning is None:
+            chains.drop(LEARNING)  # nothing reads it any more
+
+    def begin(self, job: Job) -> int:
+        """Bring the chains to the first block that has to be run. Returns how many are finished."""
+        count = len(job.discovery.blocks)
+        finished = next((index for index in range(count) if not job.state.has(index)), count)
+        if job.prepared.windows is None:
+            job.chains.place = finished
+            return finished
+        sets = chain_sets(job.settings, job.windows, count)
+        if finished == count and (job.settings.method.tuning is None or job.state.refined):
+            del sets[LEARNING]  # nothing reads it any more
+        job.chains.begin(sets, finished, job.embedding())
+        return finished
 
     def _recall(self, job: Job, index: int) -> None:
         """Take over what was found out about a finished block."""
@@ -187,7 +222,7 @@ class Blocks(Stage):
         for message in facts.get("notes", ()):
             note(message)
 
-    def _run_block(self, job: Job, index: int, *, solve: bool) -> None:
+    def run_block(self, job: Job, index: int, *, solve: bool) -> None:
         """Move all chains past a block; `solve`: and find its planes first."""
         chains, runner = job.chains, job.runner
         with runner.block(index) as block:
@@ -200,8 +235,11 @@ class Blocks(Stage):
                     task.targets = self._original(job, task, index, block, record=solve)
                 if chains.checking:
                     chains.advance(CHECKING, ORIGINAL, runner.outputs(index, block, chains.checking[ORIGINAL]))
-            facts = self._routing(job, f"{job.discovery.blocks[index]}.", calls)
-            planes = self._solved(job, task) if solve else job.planes(index)
+            if solve:
+                facts = self._routing(job, f"{job.discovery.blocks[index]}.", calls)
+                planes = self._solved(job, task)
+            else:
+                facts, planes = job.state.facts(index), job.planes(index)
             for bits in job.settings.bits:
                 self._advance(job, task, planes, index, bits)
                 return_free_memory()
@@ -267,53 +305,6 @@ class Blocks(Stage):
         return job.settings.method.solve_block(task)
 
 
-class Tune(Stage):
-    """Tune the scales of all blocks together; they count once every block has some."""
-
-    needs = frozenset({"windows", "whole model"})
-
-    def __init__(self, tuning: Tuning) -> None:
-        self.tuning = tuning
-
-    def memory(self, prepared: Prepared) -> int:
-        """The whole model in fp32; planes at a byte, a decoded weight and its gradient; a step's activations."""
-        settings, discovery = prepared.settings, prepared.discovery
-        whole = sum(parameter.numel() for parameter in prepared.model.parameters()) * 4
-        tokens = max(self.tuning.batch_tokens, settings.seq_len)
-        widths = sum(2 * linear.in_features + 3 * linear.out_features for linear in discovery.linears)
-        return (
-            whole + discovery.weight_count * (settings.bits[-1] + 8) + 4 * tokens * (widths + 4 * prepared.vocabulary)
-        )
-
-    def disk(self, prepared: Prepared) -> int:
-        return prepared.stored_bytes(prepared.discovery.linears, planes=False)
-
-    def run(self, job: Job) -> None:
-        if job.state.refined:
-            log.info("resuming: the scales are already tuned")
-            return
-        blocks = [job.planes(index) for index in range(len(job.discovery.blocks))]
-        layers = {name: weight for block in blocks for name, weight in block.items()}
-        transposed = frozenset(linear.name for linear in job.discovery.linears if linear.transposed)
-        generator = torch.Generator().manual_seed(job.settings.seed)
-        fixed = {**job.embedding(), **job.output()}
-        with Steps("tuning", self.tuning.steps, "step") as steps, job.runner.whole() as model:
-            tuned = tune(
-                model,
-                layers,
-                transposed,
-                fixed,
-                job.windows.calibration,
-                self.tuning,
-                generator,
-                lambda: steps.step(""),
-            )
-        for bits, (before, after) in tuned.divergence.items():
-            log.info(f"  {bits} bits: divergence on held-out windows {before:.4f} -> {after:.4f}")
-        for index, block in enumerate(blocks):
-            job.state.save_refined(index, {name: tuned.layers[name] for name in block})
-
-
 class Measure(Stage):
     """Fill `Job.measured`, with nothing if there is no text. Raises CheckError if a loss is not finite."""
 
@@ -322,6 +313,24 @@ class Measure(Stage):
         # decoding needs the planes at 1 byte a weight or less
         decoded = max((5 * layer.in_features * layer.out_features for layer in prepared.head), default=0)
         return prepared.parameter_bytes[0] + decoded
+
+    def passing_disk(self, prepared: Prepared) -> int:
+        """The held-out chains; the tuned ones stand before and behind a block."""
+        settings = prepared.settings
+        if prepared.windows is None or settings.method.tuning is None:
+            return prepared.heldout_bytes
+        again = prepared.windows.heldout.numel() * prepared.hidden_size * 4 * len(settings.bits)
+        return prepared.heldout_bytes + again
+
+    def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
+        """Every chain's logits and divergence; tuned scales pass the blocks first."""
+        if prepared.windows is None:
+            return {}
+        tokens, bits = prepared.windows.heldout.numel(), len(prepared.settings.bits)
+        total = (1 + 2 * bits) * (of_head(prepared) + of_divergence(prepared))
+        if prepared.settings.method.tuning is not None:
+            total += bits * of_blocks(prepared)
+        return {torch.float32: tokens * total}
 
     def run(self, job: Job) -> None:
         checking: dict[str, States] = job.chains.checking
@@ -347,7 +356,8 @@ class Measure(Stage):
         """Run the held-out windows through the blocks with their tuned scales."""
         blocks, names = range(len(job.discovery.blocks)), tuple(str(bits) for bits in job.settings.bits)
         chains = Chains(job.runner, job.state.folder, "tuned-chain")
-        chains.begin({CHECKING: ChainSet(names, job.windows.heldout, torch.float32, len(blocks))}, 0, job.embedding())
+        heldout = ChainSet(dict.fromkeys(names, len(blocks)), job.windows.heldout, torch.float32)
+        chains.begin({CHECKING: heldout}, 0, job.embedding())
         for index in blocks:
             with job.runner.block(index) as block:
                 task, planes = job.task(index, block), job.planes(index)

@@ -27,7 +27,7 @@ from ..checkpoint import (
     write_safetensors,
 )
 from ..checkpoint.schema import SAFETENSORS_DTYPES, TensorSpec, is_plane
-from ..checkpoint.writer import TEMPORARY
+from ..checkpoint.writer import SEAL, TEMPORARY
 from ..errors import JobError, disk_errors
 from ..memory import is_out_of_memory
 from ..planes.weights import PlaneWeight, make_scales
@@ -165,6 +165,20 @@ class JobState:
     def load_tensors(self, part: Part, names: Iterable[str]) -> dict[str, Tensor]:
         """Some of the tensors of `part`. Raises JobError if its file is damaged."""
         return {name: self._read(part, name) for name in names}
+
+    def load_all(self, part: Part) -> dict[str, Tensor]:
+        """All tensors of `part`. Raises JobError if its file is damaged."""
+        path = self._file(part)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                names = set(file.keys()) - {SEAL}
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from error
+        return self.load_tensors(part, sorted(names))
+
+    def drop(self, part: Part) -> None:
+        """Remove what was saved of `part`, if anything was."""
+        self._file(part).unlink(missing_ok=True)
 
     def load(self, part: Part, layers: Iterable[str]) -> dict[str, PlaneWeight]:
         """A finished part's layers. Raises JobError if its files are damaged."""

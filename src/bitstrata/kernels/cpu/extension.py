@@ -55,6 +55,11 @@ def choose_codes(
     return True
 
 
+def gram_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `add_gram` can run for such matrices."""
+    return native is not None and device.type == "cpu" and dtype == torch.bfloat16 and bool(native.gram_runs())
+
+
 def add_gram(total: Tensor, x: Tensor, y: Tensor, *, upper: bool = False) -> bool:
     """total += x^T y in native code, bf16 products and fp32 sums; False, and nothing done, where that cannot run.
 
@@ -64,16 +69,13 @@ def add_gram(total: Tensor, x: Tensor, y: Tensor, *, upper: bool = False) -> boo
         total: fp32 [Kx, Ky], contiguous; x: bf16 [n, Kx]; y: bf16 [n, Ky].
         upper: below the diagonal nothing, or only a part, is added.
     """
-    both = (x, y)
-    if native is None or any(one.device.type != "cpu" or one.dtype != torch.bfloat16 for one in both):
-        return False
-    if not native.gram_runs():
+    if native is None or not all(gram_runs(one.device, one.dtype) for one in (x, y)):
         return False
     assert total.is_contiguous()
     assert total.dtype == torch.float32
     assert total.shape == (x.shape[1], y.shape[1])
     assert len(x) == len(y)
-    x, y = (one.contiguous() for one in both)
+    x, y = x.contiguous(), y.contiguous()
     native.add_gram(x.data_ptr(), y.data_ptr(), total.data_ptr(), len(x), *total.shape, upper, torch.get_num_threads())
     return True
 

@@ -1,0 +1,68 @@
+"""How much work a job does: multiplications and additions of its products, which duration.py turns into time.
+
+Attention is counted over whole windows, as wide as hidden states. What goes over numbers one by one, such as softmax
+over the vocabulary or the decoding of planes, is bound by memory: a number that is read and written counts as EACH.
+"""
+
+from __future__ import annotations
+
+from ..models.experts import experts_of
+from .context import Prepared
+from .expert_inputs import PASSED_ON
+
+EACH = 100.0
+IN_SOFTMAX = 8  # how often a divergence goes over the logits of both distributions
+
+
+def of_blocks(prepared: Prepared) -> float:
+    """One token through all blocks."""
+    linears = sum(
+        2.0 * one.in_features * one.out_features * prepared.shares[one.name] for one in prepared.discovery.linears
+    )
+    return linears + 4.0 * len(prepared.discovery.blocks) * prepared.settings.seq_len * prepared.hidden_size
+
+
+def of_head(prepared: Prepared) -> float:
+    """One token's logits."""
+    return 2.0 * prepared.vocabulary * prepared.hidden_size
+
+
+def of_divergence(prepared: Prepared) -> float:
+    """What a token's divergence takes beside its logits."""
+    return EACH * IN_SOFTMAX * prepared.vocabulary
+
+
+def of_moments(prepared: Prepared) -> float:
+    """The moments of one token's inputs at one precision, without those of experts: H is half of a product."""
+    experts = _experts(prepared)
+    inputs = {
+        (one.name.rpartition(".")[0], one.in_features) for one in prepared.discovery.linears if one.name not in experts
+    }
+    return sum(3.0 * columns**2 for _, columns in inputs)
+
+
+def of_experts(prepared: Prepared, tokens: int) -> float:
+    """The moments at one precision of what experts read, and what is run to know the inputs of their last linears."""
+    experts, total = _experts(prepared), 0.0
+    read: set[tuple[str, int]] = set()
+    layers: set[tuple[str, int]] = set()
+    for one in prepared.discovery.linears:
+        if one.name not in experts:
+            continue
+        expert, _, name = one.name.rpartition(".")
+        routed = tokens * prepared.shares[one.name]
+        if name == "down_proj":  # also of some of the layer's inputs
+            rows = routed + min(tokens, PASSED_ON * one.in_features)
+            total += rows * 4.0 * one.in_features**2
+        else:
+            rows = routed + min(tokens, PASSED_ON * one.out_features)
+            total += rows * 2 * 2.0 * one.in_features * one.out_features  # the original's and the quantized one's
+            if (expert, one.in_features) not in read:
+                read.add((expert, one.in_features))
+                total += routed * 4.0 * one.in_features**2
+            layers.add((expert.rpartition(".")[0], one.in_features))
+    return total + sum(tokens * 4.0 * columns**2 for _, columns in layers)
+
+
+def _experts(prepared: Prepared) -> set[str]:
+    return set(experts_of((one.name for one in prepared.discovery.linears), prepared.model))
