@@ -118,7 +118,7 @@ def test_per_sequence_bits_survive_beams_and_several_returns(quantized, settings
 @pytest.mark.parametrize("model_type", ["bloom", "gptj"])
 def test_blocks_that_return_tuples_run_with_calibration(model_type, tmp_path):
     settings = {"hidden_size": 48, "n_embd": 48, "n_layer": 2, "n_head": 4, "num_hidden_layers": 2, "rotary_dim": 8}
-    config = AutoConfig.for_model(model_type, vocab_size=64, n_positions=64, **settings)
+    config = AutoConfig.for_model(model_type, vocab_size=64, n_positions=64, initializer_range=0.1, **settings)
     tiny_models.save(AutoModelForCausalLM.from_config(config), tmp_path / "source")
     tiny_models.tiny_text(tmp_path / "text.txt")
     report = bitstrata.quantize(

@@ -52,14 +52,14 @@ CHANGES = [replace_weights, overwrite_weights, overwrite_config]
 
 def before_block(number: int) -> Callable[[pytest.MonkeyPatch, Callable[[], None]], None]:
     def install(patch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
-        run_block = Blocks._run_block
+        run_block = Blocks.run_block
 
         def changed(self: Blocks, job: Job, index: int, *, solve: bool) -> None:
             if index == number:
                 change()
             run_block(self, job, index, solve=solve)
 
-        patch.setattr(Blocks, "_run_block", changed)
+        patch.setattr(Blocks, "run_block", changed)
 
     return install
 
