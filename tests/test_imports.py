@@ -47,17 +47,7 @@ ROOMS = [
     "cli",
     "integrations",
 ]
-GROUND = (
-    "errors",
-    "version",
-    "memory",
-    "torch_state",
-    "options",
-    "verbs",
-    "progress",
-    "tables",
-    "metrics",
-)  # one floor
+GROUND = tuple(ROOMS[: ROOMS.index("metrics") + 1])  # one floor
 MOST_FLOORS = 8
 LATE = "kernels.triton"  # one of its files imports triton, and is itself imported where a product is first asked for
 MODULES = sorted(SOURCE.rglob("*.py"))
