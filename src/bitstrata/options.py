@@ -269,6 +269,7 @@ class Size:
     ] = None
     fit: Annotated[bool, Argument("Load as much as the free memory holds beside the cache of keys and values.")] = False
     kv_cache_dtype: CacheDtype = "auto"
+    adapter: Annotated[str | None, Argument("LoRA adapter to run with: a folder or hub id (extra lora).")] = None
     device: Device = "auto"
 
 

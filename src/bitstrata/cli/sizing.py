@@ -27,9 +27,9 @@ def load_sized(
         raise UsageError(f"{' and '.join(given)} each say how much of the model to run", hint="give one of them")
     check_kv_cache_dtype(size.kv_cache_dtype)  # before a model is read
     if isinstance(bits, Plan):
-        return load(target, plan=bits, device=size.device)
+        return load(target, plan=bits, device=size.device, adapter=size.adapter)
     if size.budget is None and not size.fit:
-        return load(target, bits=bits, device=size.device, max_bits=max_bits)
+        return load(target, bits=bits, device=size.device, max_bits=max_bits, adapter=size.adapter)
     context = context if size.fit else None
     return load(
         target,
@@ -38,4 +38,5 @@ def load_sized(
         context=context,
         kv_cache_dtype=size.kv_cache_dtype if size.fit else "auto",
         device=size.device,
+        adapter=size.adapter,
     )

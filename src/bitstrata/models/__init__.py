@@ -1,5 +1,6 @@
 """Joining to transformers: which linears, loading and saving, source models."""
 
+from .adapters import add_stored, check_peft, lora_on_planes
 from .config import context_limit, steady_context
 from .discover import Discovery, LeftOut, bytes_per_token, discover, input_device
 from .head import HeadLayer, find_head
@@ -36,8 +37,10 @@ __all__ = [
     "Speculation",
     "Stops",
     "accept",
+    "add_stored",
     "attach",
     "bytes_per_token",
+    "check_peft",
     "check_text",
     "check_vocabulary",
     "context_limit",
@@ -51,6 +54,7 @@ __all__ = [
     "is_template_variable",
     "load_reference",
     "load_tokenizer",
+    "lora_on_planes",
     "open_checkpoint",
     "pick_device",
     "resolve",

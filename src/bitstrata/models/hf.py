@@ -35,6 +35,7 @@ from ..nn import (
     bits_state,
     fuse,
 )
+from .adapters import lora_on_planes, read_config
 from .attention import use_grouped_sdpa
 from .compat import only_renamings, save_own_names, stored_file, unhooked
 from .discover import linear_of, local_name, set_submodule, submodule
@@ -120,7 +121,8 @@ class BitstrataQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters beside planes are, planes are not."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -261,6 +263,18 @@ class TakesBits:
             )
         return self.pages.resize(self, size)
 
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        config = lora_on_planes(self, adapter_config)  # type: ignore[arg-type]
+        super().add_adapter(config, adapter_name)  # type: ignore[misc]
+
+    def load_adapter(
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, peft_config: Any = None, **kwargs: Any
+    ) -> Any:
+        if peft_config is None and peft_model_id is not None:
+            peft_config = read_config(peft_model_id, kwargs)
+        config = lora_on_planes(self, peft_config)  # type: ignore[arg-type]
+        return super().load_adapter(peft_model_id, adapter_name, peft_config=config, **kwargs)  # type: ignore[misc]
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         if (args or kwargs) and isinstance(self.get_input_embeddings(), PlaneEmbedding):  # type: ignore[attr-defined]
             raise UsageError(
@@ -316,7 +330,7 @@ def _class_with_bits(base: Any) -> Any:
     mixin = TakesDraftBits if hasattr(base, "generate") else TakesBits
     members: dict[str, Any] = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
     members["_architecture"] = base
-    for name in ("forward", "generate", "resize_token_embeddings", "save_pretrained"):
+    for name in ("forward", "generate", "resize_token_embeddings", "save_pretrained", "add_adapter", "load_adapter"):
         if hasattr(mixin, name):
             members[name] = _described(getattr(mixin, name), getattr(base, name))
     return type(base.__name__, (mixin, base), members)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedBitsError, UsageError
 from ..kernels.cached import check_kv_cache_dtype
-from ..models import open_checkpoint, resolve
+from ..models import add_stored, check_peft, open_checkpoint, resolve
 from ..nn import Bits
 from ..planes import whole_number
 from ..torch_state import ordinary_torch
@@ -39,6 +39,7 @@ def load(
     kv_cache_dtype: str = "auto",
     dtype: torch.dtype | str | None = None,
     verify: bool = False,
+    adapter: str | Path | None = None,
 ) -> PreTrainedModel:
     """Load a quantized model: whole, or with `plan`, `budget` or `fit` only the pages of one plan.
 
@@ -61,6 +62,7 @@ def load(
             model with one plan's pages compares the others when it first reads from them. Without it, files are checked
             to be whole and as config.json describes them, and a changed byte among the weights goes unnoticed, as with
             other loaders: `bitstrata inspect OUT --verify` after a download or a copy.
+        adapter: folder or hub id of a LoRA adapter to run it with (models/adapters.py); needs the extra `lora`.
 
     Returns:
         A transformers model whose `forward` and `generate` take `bits=`.
@@ -70,6 +72,7 @@ def load(
             that is not as it was written; other changes of config.json are a note.
         PlanError: a plan or the page order is malformed or of another model, or there is no order.
         UnsupportedBitsError: `bits` or `max_bits` is not available in the file.
+        InputError: the adapter is not there, or of another model.
         UsageError: a budget below the smallest plan, more than one way of saying how much to load, or an argument of
             the wrong type.
         ResourceError: with `fit`, not even the smallest plan fits into memory.
@@ -78,6 +81,8 @@ def load(
     sizes = {"plan": plan, "budget": budget, "fit": fit or None}
     _check_arguments({"bits": bits, "max_bits": max_bits, **sizes}, context, kv_cache_dtype)
     dtype = _as_dtype(dtype)
+    if adapter is not None:
+        check_peft()
     paged = any(size is not None for size in sizes.values())
     # a model with one plan's pages may be resized to any other plan, so it needs all files
     folder = resolve(path_or_id, kind="bitstrata checkpoint", max_bits=None if paged else max_bits)
@@ -91,7 +96,7 @@ def load(
         model = opened.build()
         if bits is not None:
             model.bits = bits  # type: ignore[assignment]
-        return model
+        return model if adapter is None else _with_adapter(model, adapter)
     pages = Pages(folder, verify=verify, dtype=dtype)
     size: Any = Path(plan) if isinstance(plan, str) else plan
     if fit:
@@ -102,6 +107,11 @@ def load(
     model = opened.build()
     model.pages = pages  # type: ignore[assignment]
     pages.exchange(model, chosen)
+    return model if adapter is None else _with_adapter(model, adapter)
+
+
+def _with_adapter(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
+    add_stored(model, adapter)
     return model
 
 

@@ -158,6 +158,7 @@ class Pages:
             weights = {}
             for name in changed:
                 layer = model.get_submodule(name)
+                layer = getattr(layer, "base_layer", layer)  # with an adapter beside it
                 assert isinstance(layer, PlaneLinear)
                 pages = reader.pages(name, held.get(name, 0), plan[name])
                 weights[layer] = layer.with_pages(plan[name], *pages)
