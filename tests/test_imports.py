@@ -55,6 +55,7 @@ HEAVY = ("fastapi", "matplotlib", "rich", "scipy", "typer", "uvicorn")
 PUBLIC = {
     "Bench",
     "BenchOptions",
+    "BitstrataConfig",
     "BitstrataError",
     "Conversation",
     "Demo",
@@ -82,6 +83,7 @@ PUBLIC = {
     "inspect",
     "layers",
     "load",
+    "lora_on_planes",
     "plan",
     "quantize",
     "resize",

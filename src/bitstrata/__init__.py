@@ -25,6 +25,7 @@ if typing.TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as eval  # noqa: F401
     from .evaluation import evaluate as evaluate
+    from .models import BitstrataConfig as BitstrataConfig
     from .models import lora_on_planes as lora_on_planes
     from .nn import use_bits as use_bits
     from .options import BenchOptions as BenchOptions
@@ -55,7 +56,7 @@ _NAMES = {  # room -> what it gives to the top
     "demonstration": "Demo demo",
     "errors": "BitstrataError",
     "evaluation": "Evaluation evaluate",
-    "models": "lora_on_planes",
+    "models": "BitstrataConfig lora_on_planes",
     "nn": "use_bits",
     "options": "BenchOptions EvaluateOptions GenerationSettings PlanOptions QuantizeOptions",
     "plans": "Plan Resized layers load resize",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 
 from .errors import UsageError
-from .planes import whole_number
+from .planes.weights import MAX_BITS, whole_number
 
 UNITS = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
 SHOWN = 60  # characters of a value in a message
@@ -43,3 +44,29 @@ def path(name: str, value: object, *, hint: str) -> str:
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise UsageError(f"{name} must be a path, got {shown(value)}", hint=hint)
     return os.fspath(value)
+
+
+def parse_bits(text: str | int | Iterable[int | str]) -> tuple[int, ...]:
+    """Bits from what a user types: `3`, `2,4`, `2-4` or a mix; ascending, distinct, within 1..8.
+
+    Raises UsageError for anything else.
+    """
+    values: list[int] = []
+    whole = whole_number(text)
+    try:
+        parts = [whole] if whole is not None else text.split(",") if isinstance(text, str) else text
+        for given in parts:  # type: ignore[union-attr]  # TypeError for what is no number, text or several
+            whole = whole_number(given)
+            part = str(given if whole is None else whole)
+            low, dash, high = part.strip().partition("-")
+            first, last = int(low), int(high if dash else low)
+            if not 1 <= first <= last <= MAX_BITS:
+                raise ValueError(part)
+            values.extend(range(first, last + 1))
+    except (TypeError, ValueError):
+        values = []
+    if not values:
+        raise UsageError(
+            f"bits {text!r} cannot be used", hint=f"give whole numbers from 1 to {MAX_BITS}: 3, 2,4 or 2-4"
+        )
+    return tuple(sorted(set(values)))

@@ -4,7 +4,8 @@ from .adapters import add_stored, check_peft, lora_on_planes
 from .config import context_limit, steady_context
 from .discover import Discovery, LeftOut, bytes_per_token, discover, input_device
 from .head import HeadLayer, find_head
-from .hf import BitstrataConfig, BitstrataQuantizer, attach
+from .hf import BitstrataQuantizer, attach
+from .hf_config import BitstrataConfig
 from .hub import resolve
 from .kinds import LinearInfo
 from .load import OpenCheckpoint, open_checkpoint, pick_device

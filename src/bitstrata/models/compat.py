@@ -111,6 +111,13 @@ def untie(model: PreTrainedModel, parameter: str) -> None:
         model._tied_weights_keys = {key: value for key, value in listed.items() if key != parameter}
 
 
+def tie(model: PreTrainedModel, parameter: str, source: str) -> None:
+    """Put `parameter` on the lists of tied weights: it is the one called `source`."""
+    model.all_tied_weights_keys = {**tied_parameters(model), parameter: source}
+    if isinstance(model._tied_weights_keys, dict):
+        model._tied_weights_keys = {**model._tied_weights_keys, parameter: source}
+
+
 def name_changes(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
     """What becomes of a stored name in `model`: the new name, and whether transformers merges or splits the tensor."""
     renamings, converters = _conversions(model)

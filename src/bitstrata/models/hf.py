@@ -17,9 +17,8 @@ from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import QUANT_METHOD, CheckpointReader, QuantizationSpec
 from ..checkpoint.schema import INDEX_FILE
@@ -38,9 +37,12 @@ from ..nn import (
 from .adapters import lora_on_planes, read_config
 from .attention import use_grouped_sdpa
 from .compat import only_renamings, save_own_names, stored_file, unhooked
+from .dequantize import dequantize_in_place
 from .discover import linear_of, local_name, set_submodule, submodule
 from .experts import check_whole, put_stored_experts
 from .head import check_untied, put_embedding
+from .hf_config import BitstrataConfig
+from .on_the_fly import quantize_in_place
 from .speculation import Speculation, speculate
 
 
@@ -50,31 +52,10 @@ class PageSource(Protocol):
     def resize(self, model: Any, size: Any) -> Any: ...
 
 
-@register_quantization_config(QUANT_METHOD)
-class BitstrataConfig(QuantizationConfigMixin):
-    """`quantization_config` of a bitstrata checkpoint as transformers wants it; fields as in FORMAT.md.
-
-    Raises CheckpointError naming the field that is wrong.
-    """
-
-    def __init__(self, *, paged: bool = False, **fields: Any) -> None:
-        """`paged` is never in a file: `load` asks with it for layers that start without pages."""
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.paged = paged
-        self.spec = QuantizationSpec.parse({"quant_method": QUANT_METHOD, **fields}, "the model's config.json")
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.spec.model_dump(exclude_none=True)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BitstrataConfig:
-        return self  # the spec is frozen
-
-
 @register_quantizer(QUANT_METHOD)
 class BitstrataQuantizer(HfQuantizer):
     """Puts planes in the place of quantized layers before transformers loads the weights."""
 
-    requires_calibration = True
     quantization_config: BitstrataConfig
 
     def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -86,13 +67,19 @@ class BitstrataQuantizer(HfQuantizer):
 
         transformers would take that of the first floating tensor, which is one of our scales.
         """
-        if config.dtype is None and (index := stored_file(config.name_or_path, INDEX_FILE)) is not None:
+        if (
+            self.pre_quantized
+            and config.dtype is None
+            and (index := stored_file(config.name_or_path, INDEX_FILE)) is not None
+        ):
             config.dtype = CheckpointReader(index.parent).dtype
         return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        if self.quantization_config.recipe is not None:
+            return model
         if checkpoint_files:
             reader = CheckpointReader(Path(checkpoint_files[0]).parent)  # names whatever is missing or malformed
             reader.note_changes()
@@ -102,6 +89,12 @@ class BitstrataQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        recipe = self.quantization_config.recipe
+        if recipe is not None:
+            spec = quantize_in_place(model, recipe)
+            self.quantization_config = BitstrataConfig(**spec.model_dump(exclude_none=True))
+            model.config.quantization_config = self.quantization_config
+            return attach(model)
         for name, found in _shapes(model).items():  # some versions of transformers do not compare them for a quantizer
             if found != (wanted := self._shapes.get(name, found)):
                 raise CheckpointError(
@@ -112,9 +105,12 @@ class BitstrataQuantizer(HfQuantizer):
         save_own_names(model)  # those that the config calls its layers by
         return attach(model)
 
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return leave_bits(dequantize_in_place(model, dtype))
+
     def update_weight_conversions(self, weight_conversions: list[Any], *rest: Any) -> list[Any]:
         """A checkpoint has the model's own names and shapes: experts in planes are not merged, nor turned."""
-        return only_renamings(weight_conversions)
+        return only_renamings(weight_conversions) if self.pre_quantized else weight_conversions
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -214,6 +210,16 @@ def take_bits(model: PreTrainedModel) -> None:
         if "bits_state" not in module.__dict__ and any(map(_has_planes, module.modules())):
             module.bits_state = state  # type: ignore[assignment]
             module.__class__ = _class_with_bits(type(module))  # type: ignore[arg-type]
+
+
+def leave_bits(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the `bits` argument away again, from a model that holds no planes any more; the same object."""
+    for module in model.modules():
+        if isinstance(module, TakesBits):
+            module.__class__ = module._architecture
+            for name in ("bits_state", "pages", "speculation"):
+                module.__dict__.pop(name, None)
+    return model
 
 
 def _has_planes(module: Any) -> bool:

@@ -1,5 +1,6 @@
 """Any size: plans, budgets, the order of pages, and models that hold one plan's pages and change it while they run."""
 
+from ..arguments import parse_bits
 from .budget import Budget, ModelSizes, PlanBytes, bytes_text, parse_budget
 from .fit import fit_budget
 from .load import load
@@ -10,7 +11,6 @@ from .parsing import (
     check_plan_name,
     choose_bits,
     highest_bits,
-    parse_bits,
     parse_bits_or_plan,
     parse_bits_or_plans,
     parse_target,

@@ -4,42 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from ..arguments import parse_bits
 from ..errors import UsageError
 from ..nn import BitsOrPlan
-from ..planes.weights import MAX_BITS, whole_number
+from ..planes.weights import whole_number
 from .plan import Plan
 
 Chosen = TypeVar("Chosen", bound=int | Plan)
-
-
-def parse_bits(text: str | int | Iterable[int | str]) -> tuple[int, ...]:
-    """Bits from what a user types: `3`, `2,4`, `2-4` or a mix; ascending, distinct, within 1..8.
-
-    Raises UsageError for anything else.
-    """
-    values: list[int] = []
-    whole = whole_number(text)
-    try:
-        parts = [whole] if whole is not None else text.split(",") if isinstance(text, str) else text
-        for given in parts:  # type: ignore[union-attr]  # TypeError for what is no number, text or several
-            whole = whole_number(given)
-            part = str(given if whole is None else whole)
-            low, dash, high = part.strip().partition("-")
-            first, last = int(low), int(high if dash else low)
-            if not 1 <= first <= last <= MAX_BITS:
-                raise ValueError(part)
-            values.extend(range(first, last + 1))
-    except (TypeError, ValueError):
-        values = []
-    if not values:
-        raise UsageError(
-            f"bits {text!r} cannot be used", hint=f"give whole numbers from 1 to {MAX_BITS}: 3, 2,4 or 2-4"
-        )
-    return tuple(sorted(set(values)))
 
 
 def parse_bits_or_plans(text: str) -> tuple[int | Plan, ...]:
