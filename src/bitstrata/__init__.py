@@ -25,8 +25,8 @@ if typing.TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as eval  # noqa: F401
     from .evaluation import evaluate as evaluate
-    from .models import BitstrataConfig as BitstrataConfig
-    from .models import lora_on_planes as lora_on_planes
+    from .models.adapters import lora_on_planes as lora_on_planes
+    from .models.hf_config import BitstrataConfig as BitstrataConfig
     from .nn import use_bits as use_bits
     from .options import BenchOptions as BenchOptions
     from .options import EvaluateOptions as EvaluateOptions

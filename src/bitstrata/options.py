@@ -85,14 +85,14 @@ CacheDtype = Annotated[str, Argument("How the cache keeps keys and values: auto 
 class QuantizeOptions:
     """Quantize MODEL into nested bit-planes. Run the same command again to resume an interrupted job."""
 
-    model: Annotated[str | Path, Argument("Model folder (safetensors) or hub id.", flag="")]
+    model: Annotated[str | Path | PreTrainedModel, Argument("Model folder (safetensors) or hub id.", flag="")]
     output: Annotated[str | Path, Argument("Folder to write; an unfinished job in it is resumed.", short="-o")]
     _: KW_ONLY
     bits: Annotated[str | int | Iterable[int], Argument("Bits to support, each 1 to 8: 2-4, 2,4 or 3.")] = "2-4"
     method: Annotated[str, Argument("nested, anybcq, anyprecision, bpdq, gptq, bcq or rtn.")] = "nested"
     group_size: Annotated[int, Argument("Input columns that share scales.")] = 128
     calibration: Annotated[
-        str | Path | None,
+        str | Path | Sequence[Any] | None,
         Argument("UTF-8 file, chats (.jsonl), stdlib, chat, or several: a.txt,chat:0.3. The final check takes it too."),
     ] = None
     num_samples: Annotated[int, Argument("Windows to calibrate on.")] = 128

@@ -41,9 +41,9 @@ class Chat:
         return replace(self, messages=self.messages[:turn])
 
 
-def chats_of(lines: Sequence[tuple[int, Any]], path: Path) -> list[Chat]:
-    """The chats of a file's lines, each with its number. Raises TextError that names the line."""
-    return [_chat(value, f"{path} line {number}") for number, value in lines]
+def chats_of(lines: Sequence[tuple[int, Any]], where: str) -> list[Chat]:
+    """The chats of what `where` says ("FILE line"), each with its number there. Raises TextError that names it."""
+    return [_chat(value, f"{where} {number}") for number, value in lines]
 
 
 def json_lines(path: Path, content: str) -> list[tuple[int, dict[str, Any]]]:

@@ -6,6 +6,8 @@
     chats.jsonl         chats of one's own (chats.py), or {"text": ...} a line
     text.txt,chat:0.3   both: three windows of ten are of chats, the others of the text
 
+A list of texts, or of chats, is what a Python caller may give instead of a file's name.
+
 A share is above 0 and below 1; sources without one share what is left evenly.
 """
 
@@ -14,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -63,14 +66,16 @@ class Mix:
 Text = Sequence[str] | Mix  # documents of one text, or what needs a tokenizer or has shares
 
 
-def read_mix(text: str | Path, part: str | None = None) -> Text:
-    """What `text` names: the documents of one plain text, or a Mix.
+def read_mix(text: str | Path | Sequence[Any], part: str | None = None) -> Text:
+    """What `text` names: the documents of one plain text, or a Mix. A list of texts or chats is itself.
 
     Args:
         part: of what is built in: "calibration" or "heldout", disjoint; None for all of it.
 
     Raises UsageError for shares that cannot be used, TextError for a text or a line that cannot be read.
     """
+    if isinstance(text, (list, tuple)):
+        return _listed(text)
     name = arguments.path(
         "the text", text, hint="write texts into a file, separated by <|endoftext|>, and give its name"
     )
@@ -81,9 +86,26 @@ def read_mix(text: str | Path, part: str | None = None) -> Text:
     return Mix(sources)
 
 
-def text_name(text: str | Path) -> str:
+def _listed(items: Sequence[Any]) -> Text:
+    if all(isinstance(item, str) for item in items):
+        documents = [item.strip("\n") for item in items if item.strip()]
+        if not documents:
+            raise TextError("the list of texts is empty", hint="a text needs words to measure on")
+        return documents
+    if any(isinstance(item, str) for item in items):
+        raise TextError("the list holds texts and chats", hint="give one kind: texts, or a list of messages each")
+    chats = [{"messages": list(item)} if isinstance(item, (list, tuple)) else item for item in items]
+    for place, chat in enumerate(chats, 1):
+        if not isinstance(chat, Mapping):
+            raise TextError(f"entry {place} of the list is a {type(chat).__name__}, not a text or a chat")
+    return Mix((Source("chats", 1.0, chats=tuple(chats_of(list(enumerate(chats, 1)), "the list's entry"))),))
+
+
+def text_name(text: str | Path | Sequence[Any]) -> str:
     """How a report names it: without folders."""
-    shares = _shares(os.fspath(text))
+    if isinstance(text, (list, tuple)):
+        return f"{len(text)} texts" if all(isinstance(item, str) for item in text) else f"{len(text)} chats"
+    shares = _shares(os.fspath(text))  # type: ignore[arg-type]
     if len(shares) == 1:
         return Path(next(iter(shares))).name
     return ",".join(f"{Path(name).name}:{share:.4g}" for name, share in shares.items())
@@ -163,7 +185,7 @@ def _source(name: str, share: float, part: str | None) -> Source:
         return Source(name, share, documents=tuple(read_text(name, part)))
     lines = json_lines(path, content)
     if "messages" in lines[0][1]:
-        return Source(name, share, chats=tuple(chats_of(lines, path)))
+        return Source(name, share, chats=tuple(chats_of(lines, f"{path} line")))
     for number, value in lines:
         if not isinstance(value.get("text"), str):
             raise TextError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .. import arguments
+from ..arguments import number, parse_bits
 from ..checkpoint import LayerSpec, QuantizationSpec, format_version
 from ..errors import ModelError, UsageError
 from ..nn import BitsState, PlaneLinear
@@ -50,11 +50,11 @@ class Recipe:
                 f"{method} with preset {preset} learns from a text, which from_pretrained has none of",
                 hint='leave preset="fast", or use bitstrata.quantize(MODEL, OUT, calibration=...) and load OUT',
             )
-        chosen = arguments.parse_bits(bits)
+        chosen = parse_bits(bits)
         if len(chosen) > 1 and not made.nests:
             raise UsageError(f"method {method} makes one precision, not {len(chosen)}", hint="give one number of bits")
         patterns = (skip,) if isinstance(skip, str) else tuple(skip)
-        return cls(chosen, made, arguments.number("group_size", group_size, 1), patterns)
+        return cls(chosen, made, number("group_size", group_size, 1), patterns)
 
     def to_dict(self) -> dict[str, Any]:
         return {"bits": list(self.bits), "method": self.method.name, "group_size": self.group_size}

@@ -33,6 +33,7 @@ from .budget import within_budget
 from .companions import checkpoint_config, copy_companions
 from .context import Job, Prepared
 from .duration import told
+from .given_model import on_disk
 from .mtp import write_mtp
 from .preflight import prepare
 from .report import Report, make_report
@@ -61,6 +62,11 @@ def quantize(options: QuantizeOptions) -> Report:
         ResourceError: the disk or memory filled up; finished blocks are kept.
         CheckError: the result is not finite.
     """
+    with on_disk(options) as stored:
+        return _quantize(stored)
+
+
+def _quantize(options: QuantizeOptions) -> Report:
     started = time.monotonic()
     problems: list[BitstrataError] = []
     settings = Settings.parse(options, problems)

@@ -30,7 +30,7 @@ TEXT_HINT = "write the texts into a file, separated by <|endoftext|>, and give i
 
 @dataclass(frozen=True)
 class Settings:
-    """A job's arguments, parsed. `calibration` is a file, the name of a built-in text, or None."""
+    """A job's arguments, parsed. `calibration`: what `read_mix` takes, or None."""
 
     model: str
     output: Path
@@ -38,7 +38,7 @@ class Settings:
     method: Method
     preset: str
     group_size: int
-    calibration: str | None
+    calibration: str | tuple[Any, ...] | None
     num_samples: int
     seq_len: int
     skip: tuple[str, ...]
@@ -93,7 +93,10 @@ class Settings:
         if options.time_budget is not None:
             parsed["time_budget"] = attempt(lambda: arguments.duration("--time-budget", options.time_budget), None)
         if options.calibration is not None:
-            parsed["calibration"] = path("--calibration", options.calibration, TEXT_HINT)
+            given = options.calibration
+            parsed["calibration"] = (
+                tuple(given) if isinstance(given, (list, tuple)) else path("--calibration", given, TEXT_HINT)
+            )
         skip: tuple[str, ...] = attempt(lambda: _patterns(options.skip), ())
         bad = dict(_bad_patterns(skip))
         parsed["skip"] = tuple(pattern for pattern in skip if pattern not in bad)
