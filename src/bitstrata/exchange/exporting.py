@@ -1,0 +1,58 @@
+"""`bitstrata.export_model`: one precision of a checkpoint as another program's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import arguments
+from ..errors import UsageError
+from ..options import ExportOptions
+from ..plans import bits_name
+from ..progress import notes, own_notes
+from ..torch_state import ordinary_torch
+from ..verbs import verb
+from .chosen import Chosen
+from .dense import DTYPES, write_dense
+from .divergence import divergence
+from .result import Export
+
+FORMATS = ("dense",)
+
+
+@verb(ExportOptions)
+@ordinary_torch()
+@own_notes()
+def export_model(options: ExportOptions) -> Export:
+    """Write a quantized model at one number of bits for other programs: plain safetensors, GGUF or GPTQ.
+
+    Memory is one weight, and with `text` two models in fp32.
+
+    Raises:
+        CheckpointError, UnsupportedBitsError, PlanError: what the checkpoint lacks.
+        UsageError: a format that does not hold these weights, without `refit`; an architecture that it does not know;
+            an output that is there already.
+        ResourceError: the disk has no room for it.
+        CheckError: the result is not what the other program reads.
+    """
+    if options.format not in FORMATS:
+        raise UsageError(f"format {options.format!r} is not known", hint=f"one of {', '.join(FORMATS)}")
+    output = Path(arguments.path("the output", options.output, hint="give the file or folder to write"))
+    chosen = Chosen(options.model, options.bits)
+    layers, size = write_dense(chosen, output, options.dtype)
+    measured = None
+    if options.text is not None:
+        dtype = chosen.dtype if options.dtype == "auto" else DTYPES[options.dtype]
+        measured = divergence(chosen, lambda name: chosen.decoded(name, dtype).float(), options.text)
+    return Export(
+        output=str(output),
+        format=options.format,
+        model=str(chosen.folder),
+        bits=bits_name(chosen.asked),
+        bytes=size,
+        layers=tuple(layers),
+        text=None if options.text is None else str(options.text),
+        kld=None if measured is None else measured.kld,
+        top1_agreement=None if measured is None else measured.top1_agreement,
+        tokens=0 if measured is None else measured.tokens,
+        notes=notes(),
+    )
