@@ -63,11 +63,15 @@ def test_edges(name):
     ("name", "bits", "offset"),
     [
         *((name, bits, 0.0) for name, most in (("Q8_0", 7), ("Q5_1", 5), ("Q4_1", 4)) for bits in range(1, most + 1)),
-        *((name, bits, 0.3) for name, most in (("Q5_1", 5), ("Q4_1", 4), ("Q4_K", 4), ("Q2_K", 2)) for bits in (1, most)),
+        *(
+            (name, bits, 0.3)
+            for name, most in (("Q5_1", 5), ("Q4_1", 4), ("Q4_K", 4), ("Q2_K", 2))
+            for bits in (1, most)
+        ),
     ],
 )
 def test_uniform_codes_are_held(name, bits, offset):
-    """Levels low + step q of fp16 coefficients, groups of 128: the error is that of fp16 at most, 0 where d and m fit."""
+    """Levels low + step q of fp16 coefficients in groups of 128: the error is that of fp16 at most, or none."""
     kind = BLOCK_TYPES[name]
     generator = torch.Generator().manual_seed(bits)
     groups = 6

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import Tensor
 
 from .. import arguments
 from ..errors import UsageError
@@ -14,9 +17,26 @@ from ..verbs import verb
 from .chosen import Chosen
 from .dense import DTYPES, write_dense
 from .divergence import divergence
-from .result import Export
+from .gguf_export import GGUFExport
+from .gguf_types import Asked
+from .result import Export, Written
 
-FORMATS = ("dense",)
+Result = tuple[list[Written], int, Callable[[str], Tensor]]  # layers, bytes, and a linear's weight as it was written
+
+
+def _dense(chosen: Chosen, output: Path, options: ExportOptions) -> Result:
+    layers, size = write_dense(chosen, output, options.dtype)
+    dtype = chosen.dtype if options.dtype == "auto" else DTYPES[options.dtype]
+    return layers, size, lambda name: chosen.decoded(name, dtype).float()
+
+
+def _gguf(chosen: Chosen, output: Path, options: ExportOptions) -> Result:
+    export = GGUFExport(chosen, Asked.parse(options.types), refit=options.refit)
+    size = export.write(output)
+    return export.layers, size, export.written(output)
+
+
+WRITERS: dict[str, Callable[[Chosen, Path, ExportOptions], Result]] = {"dense": _dense, "gguf": _gguf}
 
 
 @verb(ExportOptions)
@@ -34,15 +54,12 @@ def export_model(options: ExportOptions) -> Export:
         ResourceError: the disk has no room for it.
         CheckError: the result is not what the other program reads.
     """
-    if options.format not in FORMATS:
-        raise UsageError(f"format {options.format!r} is not known", hint=f"one of {', '.join(FORMATS)}")
+    if options.format not in WRITERS:
+        raise UsageError(f"format {options.format!r} is not known", hint=f"one of {', '.join(WRITERS)}")
     output = Path(arguments.path("the output", options.output, hint="give the file or folder to write"))
     chosen = Chosen(options.model, options.bits)
-    layers, size = write_dense(chosen, output, options.dtype)
-    measured = None
-    if options.text is not None:
-        dtype = chosen.dtype if options.dtype == "auto" else DTYPES[options.dtype]
-        measured = divergence(chosen, lambda name: chosen.decoded(name, dtype).float(), options.text)
+    layers, size, weight = WRITERS[options.format](chosen, output, options)
+    measured = None if options.text is None else divergence(chosen, weight, options.text)
     return Export(
         output=str(output),
         format=options.format,

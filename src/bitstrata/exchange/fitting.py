@@ -1,4 +1,4 @@
-"""Levels on a grid for values that are on none, or on one that is given: by trying spacings, and least squares for each.
+"""Levels on a grid for values that are on none, or on one that is given: spacings are tried, then least squares.
 
     affine      x = low + step q,     0 <= q <= top
     symmetric   x = step c,           least <= c <= most
@@ -22,9 +22,7 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
     return torch.where(below > TINY, above / below.clamp_min(TINY), 0.0)
 
 
-def _best(
-    candidates: Iterable[tuple[Tensor, ...]], error_of: Callable[..., Tensor], count: int
-) -> tuple[Tensor, ...]:
+def _best(candidates: Iterable[tuple[Tensor, ...]], error_of: Callable[..., Tensor], count: int) -> tuple[Tensor, ...]:
     """Row by row the candidate of the smallest error; each is a tuple of `count` tensors [n]."""
     kept: tuple[Tensor, ...] | None = None
     least: Tensor | None = None
@@ -90,7 +88,9 @@ def fit_affine(
 def symmetric_codes(x: Tensor, step: Tensor, least: int, most: int) -> Tensor:
     """The nearest multiples of a step of either sign: fp32 [n, s] of whole numbers from least to most."""
     step = step.unsqueeze(1).expand_as(x)
-    return torch.where(step.abs() > TINY, x / torch.where(step.abs() > TINY, step, 1.0), 0.0).round_().clamp_(least, most)
+    return (
+        torch.where(step.abs() > TINY, x / torch.where(step.abs() > TINY, step, 1.0), 0.0).round_().clamp_(least, most)
+    )
 
 
 def fit_symmetric(x: Tensor, least: int, most: int, given: Iterable[Tensor] = ()) -> Tensor:

@@ -1,7 +1,7 @@
 """The block types of ggml: values to bytes, for those that can be written here.
 
-A row is cut into blocks; a block has its numbers in fp16 first or last, and codes in an order of its own. With sub-blocks
-of 16 or 32 values the numbers of each are small whole multiples of the block's:
+A row is cut into blocks; a block has its numbers in fp16 first or last, and codes in an order of its own. With
+sub-blocks of 16 or 32 values the numbers of each are small whole multiples of the block's:
 
     Q4_0 Q5_0 Q8_0   d c                       Q4_1 Q5_1        d q + m             32 values
     IQ4_NL           d times one of 16 numbers                                      32
@@ -40,7 +40,8 @@ class BlockType:
     """A type of ggml.
 
     values, size: of a block, and its bytes. part: values of a sub-block, which share a scale.
-    levels: how many a value may have. write: blocks fp32 [n, values], and what is known of their parts -> uint8 [n, size].
+    levels: how many a value may have.
+    write: blocks fp32 [n, values], and what is known of their parts -> uint8 [n, size].
     """
 
     name: str

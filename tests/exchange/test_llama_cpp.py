@@ -1,0 +1,69 @@
+"""Exported GGUF files in llama.cpp: its tokens and its logits against ours. With `-s` the divergences are shown."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from known_models import KNOWN, TEXT
+
+import bitstrata
+from bitstrata.metrics import Tally
+from bitstrata.models import load_tokenizer
+
+pytest.importorskip("gguf", reason="the gguf package is not installed (extra gguf)")
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra peers)")
+
+
+def engine(path):
+    return llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
+
+
+def divergence(llama, model, tokens, bits):
+    """KL divergence of llama.cpp's next tokens from ours, in nats, and how often the first is the same."""
+    llama.eval(tokens)
+    theirs = torch.from_numpy(llama.scores[: len(tokens)].copy())
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        ours = model(input_ids=ids, bits=bits).logits[0]
+    tally = Tally()
+    tally.add(theirs[:-1], ids[0, 1:], ours[:-1])
+    return tally.result()
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_architecture_computes_the_same(name, known, tmp_path):
+    """In fp32, so that what is left is the order of sums, and llama.cpp's fp16 cache."""
+    _, out = known(name)
+    path = tmp_path / "model.gguf"
+    result = bitstrata.export_model(out, path, format="gguf", bits=3, types="F32")
+    assert result.exact
+    llama, tokenizer = engine(path), load_tokenizer(out)
+    tokens = tokenizer(TEXT).input_ids
+    assert llama.tokenize(TEXT.encode(), add_bos=True, special=False) == tokens
+    assert len(tokens) > 50
+    model = bitstrata.load(out, bits=3, dtype=torch.float32)
+    found = divergence(llama, model, tokens, 3)
+    sys.stdout.write(f"{name}: kld {found.kld:.2e}, top-1 {found.top1_agreement:.3f}\n")
+    assert found.kld < 1e-4
+    assert divergence(llama, model, tokens, 2).kld > 100 * found.kld + 1e-3
+    assert llama.metadata["tokenizer.chat_template"] == tokenizer.chat_template
+    assert llama.token_eos() == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(("bits", "name"), [(bits, name) for name in ("llama", "llama-wide") for bits in (2, 3, 4)])
+def test_every_bits_runs(bits, name, known, tmp_path):
+    """llama.cpp rounds activations to 8 bits beside these types, which is most of what is measured here."""
+    _, out = known(name)
+    llama_kld = {}
+    for refit in (False, True):
+        path = tmp_path / f"{refit}.gguf"
+        result = bitstrata.export_model(out, path, format="gguf", bits=bits, refit=refit)
+        model = bitstrata.load(out, bits=bits, dtype=torch.float32)
+        found = divergence(engine(path), model, load_tokenizer(out)(TEXT).input_ids, bits)
+        llama_kld[refit] = found.kld
+        kinds = sorted({one.type for one in result.layers})
+        error = result.relative_error
+        sys.stdout.write(f"{name} at {bits} bits as {kinds}: error {error:.1e}, kld {found.kld:.2e}\n")
+    assert llama_kld[False] < 0.02
