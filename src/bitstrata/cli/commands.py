@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[type, str]] = {  # name -> its options, and the function 
     "serve": (options.ServeOptions, "cli.serve:run"),
     "inspect": (options.InspectOptions, "runtime:inspect"),
     "export": (options.ExportOptions, "exchange:export_model"),
+    "import": (options.ImportOptions, "exchange:import_model"),
     "bench": (options.BenchOptions, "benchmark:bench"),
     "env": (options.EnvOptions, "runtime:env"),
 }

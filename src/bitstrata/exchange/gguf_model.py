@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import UsageError
 from .gguf_file import gguf_package
@@ -39,6 +40,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "phi3": Architecture("PHI3"),
     }
 )
+LLAMA3_CONTEXT = (8192,)  # that Llama 3 was trained on before its positions were stretched
 GEMMA2_27B = (46, 144)  # blocks, and query_pre_attn_scalar: the one that llama.cpp scales by width / heads
 
 
@@ -148,9 +150,15 @@ def _add_rotary(writer: Any, config: PreTrainedConfig) -> dict[str, Tensor]:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         return {}
     if kind == "llama3":
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        stretched = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0].double()
-        plain = rope["rope_theta"] ** -(torch.arange(0, rotated, 2).double() / rotated)
-        return {"rope_freqs.weight": (plain / stretched).float()}
+        return {"rope_freqs.weight": rope_factors(config)}
     raise UsageError(f"GGUF export does not know positions of type {kind!r}", hint="--format dense knows all")
+
+
+def rope_factors(config: PreTrainedConfig) -> Tensor:
+    """By how much each frequency of rotary positions is lowered: fp32 [rotated / 2]."""
+    rope = config.rope_parameters
+    stretched = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))[0].double()
+    rotated = 2 * len(stretched)
+    plain = rope["rope_theta"] ** -(torch.arange(0, rotated, 2).double() / rotated)
+    factors: Tensor = (plain / stretched).float()
+    return factors
