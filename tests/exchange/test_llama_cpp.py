@@ -14,6 +14,7 @@ from bitstrata.models import load_tokenizer
 
 pytest.importorskip("gguf", reason="the gguf package is not installed (extra gguf)")
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra peers)")
+WRITTEN = TEXT + "Zo\u00eb, \u6f22\u5b57 in 1984"  # letters of no piece
 
 
 def engine(path):
@@ -40,9 +41,9 @@ def test_every_architecture_computes_the_same(name, known, tmp_path):
     result = bitstrata.export_model(out, path, format="gguf", bits=3, types="F32")
     assert result.exact
     llama, tokenizer = engine(path), load_tokenizer(out)
-    tokens = tokenizer(TEXT).input_ids
-    assert llama.tokenize(TEXT.encode(), add_bos=True, special=False) == tokens
-    assert len(tokens) > 50
+    tokens = tokenizer(WRITTEN).input_ids
+    assert llama.tokenize(WRITTEN.encode(), add_bos=True, special=False) == tokens
+    assert len(tokens) > 20
     model = bitstrata.load(out, bits=3, dtype=torch.float32)
     found = divergence(llama, model, tokens, 3)
     sys.stdout.write(f"{name}: kld {found.kld:.2e}, top-1 {found.top1_agreement:.3f}\n")
@@ -67,3 +68,18 @@ def test_every_bits_runs(bits, name, known, tmp_path):
         error = result.relative_error
         sys.stdout.write(f"{name} at {bits} bits as {kinds}: error {error:.1e}, kld {found.kld:.2e}\n")
     assert llama_kld[False] < 0.02
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama3", "Q4_0"), ("mistral", "Q8_0"), ("gemma2", "Q5_1")])
+def test_an_imported_file_computes_what_llama_cpp_does(name, kind, known, tmp_path):
+    _, out = known(name)
+    path = tmp_path / "m.gguf"
+    bitstrata.export_model(out, path, format="gguf", bits=4, types=kind, refit=True)
+    bitstrata.import_model(path, tmp_path / "back")
+    llama, tokenizer = engine(path), load_tokenizer(tmp_path / "back")
+    tokens = tokenizer(WRITTEN).input_ids
+    assert llama.tokenize(WRITTEN.encode(), add_bos=True, special=False) == tokens
+    model = bitstrata.load(tmp_path / "back", dtype=torch.float32)
+    found = divergence(llama, model, tokens, None)
+    sys.stdout.write(f"{name} as {kind}: kld {found.kld:.2e}\n")
+    assert found.kld < 0.01

@@ -9,21 +9,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from ..checkpoint import TensorEntry
 from ..errors import ModelError, first_line
 from ..models.config import causal_class
 from .ggml_codes import GRIDS, grid_of_blocks
 from .gguf_file import PRETOKENIZERS, gguf_package, pre_tokenizer_of
-from .gguf_model import ARCHITECTURES, LLAMA3_CONTEXT, rope_factors, turned_rows
+from .gguf_model import ARCHITECTURES, GEMMA2_27B, rope_factors, turned_rows
 from .sources import Layer, Source, skeleton_of
 from .uniform import Grid
 
 PLAIN = ("F32", "F16", "BF16")
 FREQUENCIES = "rope_freqs.weight"
+FIELDS = {  # of an architecture's metadata -> of its config
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "vocab_size": "vocab_size",
+}
 
 
 def open_gguf(path: Path) -> Source:
@@ -44,8 +51,8 @@ def open_gguf(path: Path) -> Source:
             hint=f"known are {', '.join(ARCHITECTURES)}",
         )
     tensors = {one.name: one for one in reader.tensors}
-    if FREQUENCIES in tensors:
-        _stretch(path, config, torch.from_numpy(tensors.pop(FREQUENCIES).data.astype(np.float64)))
+    _complete(path, config, fields, tensors)
+    tensors.pop(FREQUENCIES, None)
     tokenizer = _tokenizer(path, fields)
     names = _names(path, gguf, known.name, config, tensors)
     kept, layers = {}, {}
@@ -94,6 +101,33 @@ def _config(path: Path) -> PreTrainedConfig:
     return config
 
 
+def _complete(path: Path, config: PreTrainedConfig, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Put into `config` what transformers leaves at its defaults, though the file says it."""
+    architecture = fields["general.architecture"]
+    for field, attribute in FIELDS.items():
+        if (value := fields.get(f"{architecture}.{field}")) is not None and hasattr(config, attribute):
+            setattr(config, attribute, value or None)  # a window of 0 is none
+    if hasattr(config, "query_pre_attn_scalar"):
+        is_wide = (config.num_hidden_layers, config.hidden_size // config.num_attention_heads) == GEMMA2_27B
+        config.query_pre_attn_scalar = GEMMA2_27B[1] if is_wide else config.head_dim
+    if hasattr(config, "attention_bias"):
+        config.attention_bias = "blk.0.attn_q.bias" in tensors
+    rope = config.rope_parameters
+    local = fields.get(f"{architecture}.rope.freq_base_swa")
+    if "sliding_attention" in rope and local is not None:
+        rope["sliding_attention"]["rope_theta"] = local
+    stretched = rope.get("full_attention", rope)
+    kind = fields.get(f"{architecture}.rope.scaling.type", "none")
+    if kind in ("linear", "yarn"):
+        stretched |= {"rope_type": kind, "factor": fields[f"{architecture}.rope.scaling.factor"]}
+    elif kind != "none":
+        raise _unknown_positions(path)
+    if kind == "yarn":
+        stretched["original_max_position_embeddings"] = fields[f"{architecture}.rope.scaling.original_context_length"]
+    if FREQUENCIES in tensors:
+        _stretch(path, config, torch.from_numpy(tensors[FREQUENCIES].data.astype(np.float64)))
+
+
 def _stretch(path: Path, config: PreTrainedConfig, factors: Tensor) -> None:
     """Have `config` rotate as the factors of its frequencies say, which must be those of a Llama 3."""
     rope = {
@@ -103,15 +137,19 @@ def _stretch(path: Path, config: PreTrainedConfig, factors: Tensor) -> None:
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
     }
-    for context in LLAMA3_CONTEXT:
+    for context in (1 << power for power in range(5, 18)):  # that it was trained on before
         config.rope_parameters = {**rope, "original_max_position_embeddings": context}
         if torch.allclose(rope_factors(config).double(), factors.flatten(), rtol=1e-5):
             return
-    raise ModelError(f"{path} stretches positions in a way that is not known here", hint="quantize the original model")
+    raise _unknown_positions(path)
+
+
+def _unknown_positions(path: Path) -> ModelError:
+    return ModelError(f"{path} stretches positions in a way that is not known here", hint="quantize the original model")
 
 
 def _tokenizer(path: Path, fields: Mapping[str, Any]) -> Any:
-    """transformers' own reading, with the pre-tokenizer that the file names: it takes that of GPT-2 for all."""
+    """The tokenizer of the file's metadata. Raises ModelError for one that is not known here."""
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind == "gpt2" and pre not in PRETOKENIZERS:
         raise ModelError(
@@ -119,23 +157,49 @@ def _tokenizer(path: Path, fields: Mapping[str, Any]) -> Any:
         )
     if kind not in ("gpt2", "llama"):
         raise ModelError(f"{path} has a tokenizer {kind!r}, which is not known here", hint="known are gpt2 and llama")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except Exception as error:
-        raise ModelError(f"transformers does not read the tokenizer of {path}: {first_line(error)}") from error
-    backend = tokenizer.backend_tokenizer
-    if kind == "gpt2":
-        backend.pre_tokenizer = pre_tokenizer_of(str(pre))
+    tokenizer = _byte_level(fields, str(pre)) if kind == "gpt2" else _pieces(path)
     adds = bool(fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe"))
     if adds and tokenizer.bos_token is None:
         raise ModelError(f"{path} puts a BOS token before texts and names none", hint="is the file whole?")
     if adds:
-        backend.post_processor = processors.TemplateProcessing(
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
         )
-    elif kind == "gpt2":
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)
     return tokenizer
+
+
+def _byte_level(fields: Mapping[str, Any], pre: str) -> PreTrainedTokenizerFast:
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    backend.pre_tokenizer = pre_tokenizer_of(pre)
+    backend.decoder = decoders.ByteLevel()
+    kinds = gguf_package().TokenType
+    added = [
+        (token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (kinds.CONTROL, kinds.USER_DEFINED)
+    ]
+    for token, kind in added:
+        one = AddedToken(token, special=kind == kinds.CONTROL, normalized=False)
+        (backend.add_special_tokens if one.special else backend.add_tokens)([one])
+    places = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {
+        name: tokens[fields[f"tokenizer.ggml.{place}_token_id"]]
+        for name, place in places.items()
+        if f"tokenizer.ggml.{place}_token_id" in fields
+    }
+    template = fields.get("tokenizer.chat_template")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
+
+
+def _pieces(path: Path) -> Any:
+    """SentencePiece, as transformers reads it."""
+    try:
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as error:
+        raise ModelError(
+            f"transformers does not read the tokenizer of {path}: {first_line(error)}", hint="quantize the original"
+        ) from error
 
 
 def _names(

@@ -40,7 +40,6 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "phi3": Architecture("PHI3"),
     }
 )
-LLAMA3_CONTEXT = (8192,)  # that Llama 3 was trained on before its positions were stretched
 GEMMA2_27B = (46, 144)  # blocks, and query_pre_attn_scalar: the one that llama.cpp scales by width / heads
 
 

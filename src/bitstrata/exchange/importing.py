@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import arguments
 from ..checkpoint import (
+    CheckpointReader,
+    Fingerprint,
     LayerSpec,
     QuantizationSpec,
     TensorEntry,
@@ -28,8 +31,9 @@ from ..checkpoint.reader import Shard
 from ..checkpoint.schema import guard_name
 from ..errors import CheckError, ModelError, UsageError
 from ..options import ImportOptions
-from ..planes import PlaneWeight, decode
-from ..progress import Steps, notes, own_notes
+from ..planes import PlaneWeight, decode, pack_bits
+from ..plans import Plan
+from ..progress import Steps, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from ..verbs import verb
 from ..version import __version__
@@ -40,6 +44,7 @@ from .sources import Layer, Source
 from .uniform import Grid, planes_of, with_bits
 
 PARTS = ".parts"
+PLAN = "exact.json"  # where layers differ in bits, a plan with the most of each
 
 
 @verb(ImportOptions)
@@ -65,14 +70,16 @@ def import_model(options: ImportOptions) -> Import:
         (folder / PARTS).mkdir(parents=True)
         weights = _Weights(source, folder / PARTS, rounded=options.refit)
         spec = weights.spec(source)
-        entries = [*source.kept.values(), *weights.entries]
         config = {**source.config, "quantization_config": spec.model_dump(exclude_none=True)}
         source.copy(folder)
-        write_checkpoint(folder, config, entries)
+        write_checkpoint(folder, config, [*source.kept.values(), *weights.entries])
         weights.close()
         shutil.rmtree(folder / PARTS)
         for problem in validate(folder):
             raise CheckError(f"what was written is not a checkpoint: {problem}", hint="report this")
+        if any(bits > spec.bits[-1] for bits in weights.own.values()):
+            Plan(weights.own, Fingerprint.of(CheckpointReader(folder))).save(folder / PLAN)
+            note(f"some layers have more than {spec.bits[-1]} bits: --bits {output / PLAN} runs each at its own")
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return Import(
         output=str(output),
@@ -80,7 +87,7 @@ def import_model(options: ImportOptions) -> Import:
         format=source.format,
         bits=tuple(spec.bits),
         layers=len(source.layers),
-        bits_of_layers={name: max(weights.layers[name].bits or spec.bits) for name in source.layers},
+        bits_of_layers={name: max(weights.layers[name].bits or ()) for name in source.layers},
         bytes=size,
         relative_error=relative(weights.error, weights.squares),
         notes=notes(),
@@ -88,24 +95,59 @@ def import_model(options: ImportOptions) -> Import:
 
 
 class _Weights:
-    """All layers of a source in planes, in files in `folder`, and what is said of them."""
+    """All layers of a source in planes, in files in `folder`, and what is said of them.
+
+    bits: what all planned layers have. own: of each planned layer the most.
+    """
 
     def __init__(self, source: Source, folder: Path, *, rounded: bool) -> None:
         self.layers: dict[str, LayerSpec] = {}
-        self.entries: list[TensorEntry] = []
         self.squares = self.error = 0.0
-        self._shards: list[Shard] = []
+        self._entries: dict[str, list[TensorEntry]] = {}
         planned = [set(layer.bits) for layer in source.layers.values() if layer.role is None]
-        common = set.intersection(*planned)
-        self.bits = tuple(sorted(common or {min(min(bits) for bits in planned)}))
+        lowest = tuple(sorted(set.intersection(*planned) or {min(min(bits) for bits in planned)}))
         with Steps("importing", len(source.layers), "layer") as steps:
             for number, (name, layer) in enumerate(source.layers.items()):
-                weight = self._planes(name, layer, rounded=rounded)
+                weight = self._planes(name, layer, lowest, rounded=rounded)
                 self._keep(folder / f"{number}.safetensors", name, layer, weight, source.dtype)
                 steps.step()
         self.group_size = Counter(spec.group_size for spec in self.layers.values()).most_common(1)[0][0]
+        own = {name: spec.bits or [] for name, spec in self.layers.items() if spec.role is None}
+        if {max(bits) for bits in own.values()} == {lowest[-1], lowest[-1] + 1}:
+            for name, bits in own.items():  # the others have a plane for what fp16 offsets leave
+                if max(bits) == lowest[-1]:
+                    self._extend(name)
+        held = {name: tuple(self.layers[name].bits or ()) for name in own}
+        self.bits = tuple(sorted(set.intersection(*map(set, held.values()))))
+        self.own = {name: max(bits) for name, bits in held.items()}
 
-    def _planes(self, name: str, layer: Layer, *, rounded: bool) -> PlaneWeight:
+    @property
+    def entries(self) -> list[TensorEntry]:
+        return [entry for entries in self._entries.values() for entry in entries]
+
+    def _extend(self, name: str) -> None:
+        """Give a layer one bits more, at which it is what it is at its most: by a plane of ones with scales of 0."""
+        spec, entries = self.layers[name], {entry.name: entry for entry in self._entries[name]}
+        most = max(spec.bits or ())
+        plane, scale, offset = (
+            entries[f"{name}.{what}"] for what in (f"plane_{most - 1}", f"scale_{most}", f"offset_{most}")
+        )
+
+        def ones() -> Tensor:
+            return pack_bits(torch.ones(spec.out_features, spec.in_features, dtype=torch.bool))
+
+        def scales() -> Tensor:
+            known = scale.read()
+            return torch.cat([known, torch.zeros_like(known[:1])])
+
+        self._entries[name] += [
+            TensorEntry(f"{name}.plane_{most}", plane.dtype, plane.shape, ones),
+            TensorEntry(f"{name}.scale_{most + 1}", scale.dtype, (most + 1, *scale.shape[1:]), scales),
+            TensorEntry(f"{name}.offset_{most + 1}", offset.dtype, offset.shape, offset.read),
+        ]
+        self.layers[name] = spec.model_copy(update={"bits": [*(spec.bits or ()), most + 1]})
+
+    def _planes(self, name: str, layer: Layer, lowest: tuple[int, ...], *, rounded: bool) -> PlaneWeight:
         found = layer.read()
         if isinstance(found, Grid):
             weight = planes_of(found, rounded=rounded)
@@ -121,7 +163,7 @@ class _Weights:
         if layer.role is not None:
             most = max(weight.bits)
             return PlaneWeight(weight.planes, {most: weight.scales[most]}, weight.in_features, weight.group_size)
-        return with_bits(weight, self.bits)
+        return with_bits(weight, lowest)
 
     def _measure(self, grid: Grid, weight: PlaneWeight) -> None:
         squares, error = distance(grid.values(), decode(weight, max(weight.bits), torch.float64))
@@ -132,16 +174,14 @@ class _Weights:
         entries = entries_of(name, weight)
         write_safetensors(path, entries)
         shard = Shard(path)
-        self._shards.append(shard)
-        self.entries += [_later(entry, shard) for entry in entries]
-        self.entries.append(TensorEntry.of(guard_name(name), torch.empty(0, dtype=dtype)))
-        own = list(weight.bits)
+        self._entries[name] = [_later(entry, shard) for entry in entries]
+        self._entries[name].append(TensorEntry.of(guard_name(name), torch.empty(0, dtype=dtype)))
         self.layers[name] = LayerSpec(
             in_features=weight.in_features,
             out_features=weight.out_features,
             decoder=weight.kind,  # type: ignore[arg-type]
             bias=layer.bias,
-            bits=own if layer.role is not None or own != list(self.bits) else None,
+            bits=list(weight.bits),
             group_size=weight.group_size,
             role=layer.role,  # type: ignore[arg-type]
             tied=layer.tied,
@@ -149,10 +189,12 @@ class _Weights:
 
     def spec(self, source: Source) -> QuantizationSpec:
         usual = self.group_size or 1
-        layers = {
-            name: one.model_copy(update={"group_size": None}) if one.group_size == usual else one
-            for name, one in self.layers.items()
-        }
+        layers = {}
+        for name, one in self.layers.items():
+            same = {"group_size": None} if one.group_size == usual else {}
+            if one.role is None and one.bits == list(self.bits):
+                same["bits"] = None
+            layers[name] = one.model_copy(update=same)
         provenance: dict[str, Any] = {"imported_from": source.format, "bitstrata": __version__}
         return QuantizationSpec(
             format_version=format_version(layers.values()),
@@ -166,8 +208,7 @@ class _Weights:
 
     def close(self) -> None:
         """Let go of the files."""
-        self._shards.clear()
-        self.entries.clear()
+        self._entries.clear()
 
 
 def _later(entry: TensorEntry, shard: Shard) -> TensorEntry:

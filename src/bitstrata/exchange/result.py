@@ -117,7 +117,8 @@ class Export:
 class Import:
     """The result of `bitstrata.import_model`.
 
-    bits: what every layer has; layers with more run at their own unless a number is asked for.
+    bits: what every layer has. bits_of_layers: the most of each, at which a plan beside the model runs it where they
+        differ (exact.json).
     exact: whether the planes, at the most bits of each layer, are the source's numbers; if not, `relative_error`.
     """
 
@@ -148,6 +149,5 @@ class Import:
             if self.exact
             else f"relative error of all imported weights {self.relative_error:.2e}"
         )
-        asked = ", ".join(map(str, self.bits))
-        lines.append(f"every layer has {asked} bits" + ("; without a number each runs at its most" * (len(counts) > 1)))
+        lines.append(f"it runs at {', '.join(map(str, self.bits))} bits")
         return "\n".join(lines)
