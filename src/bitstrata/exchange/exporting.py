@@ -19,6 +19,7 @@ from .dense import DTYPES, write_dense
 from .divergence import divergence
 from .gguf_export import GGUFExport
 from .gguf_types import Asked
+from .gptq_export import GPTQExport
 from .result import Export, Written
 
 Result = tuple[list[Written], int, Callable[[str], Tensor]]  # layers, bytes, and a linear's weight as it was written
@@ -36,7 +37,17 @@ def _gguf(chosen: Chosen, output: Path, options: ExportOptions) -> Result:
     return export.layers, size, export.written(output)
 
 
-WRITERS: dict[str, Callable[[Chosen, Path, ExportOptions], Result]] = {"dense": _dense, "gguf": _gguf}
+def _gptq(chosen: Chosen, output: Path, options: ExportOptions) -> Result:
+    export = GPTQExport(chosen, refit=options.refit)
+    size = export.write(output, chosen.dtype)
+    return export.layers, size, export.written(output, chosen.dtype)
+
+
+WRITERS: dict[str, Callable[[Chosen, Path, ExportOptions], Result]] = {
+    "dense": _dense,
+    "gguf": _gguf,
+    "gptq": _gptq,
+}
 
 
 @verb(ExportOptions)

@@ -119,6 +119,42 @@ def fit_symmetric(x: Tensor, least: int, most: int, given: Iterable[Tensor] = ()
     return _best(candidates(), error, 1)[0]
 
 
+def zero_point_codes(x: Tensor, step: Tensor, zero: Tensor, top: int) -> Tensor:
+    """The nearest levels of step (q - zero): fp32 [n, s] of whole numbers from 0 to top."""
+    scaled = _ratio(x, step.unsqueeze(1).expand_as(x))
+    return scaled.add_(zero.unsqueeze(1)).round_().clamp_(0, top)
+
+
+def fit_zero_point(x: Tensor, top: int, given: Iterable[tuple[Tensor, Tensor]] = ()) -> tuple[Tensor, Tensor]:
+    """step > 0, in fp16, and a whole zero from 1 to top, of x = step (q - zero): fp32 [n] each.
+
+    given: steps and lows to try too.
+    """
+
+    def rounded(step: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        return step.half().float(), _ratio(-low, step).round_().clamp_(1, top)
+
+    def refined(step: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        c = zero_point_codes(x, step, zero, top) - zero.unsqueeze(1)
+        return _ratio((x * c).sum(1), c.square().sum(1)).clamp_min(0).half().float(), zero
+
+    def candidates() -> Iterable[tuple[Tensor, Tensor]]:
+        for step, low in given:
+            yield rounded(step, low)
+        free = rounded(*fit_affine(x, top))
+        for shift in (-1, 0, 1):
+            start = free[0], (free[1] + shift).clamp(1, top)
+            for share in (1.0, 1.04, 1.09):  # a zero that moved leaves a level unused
+                yield refined(*refined(start[0] * share, start[1]))
+
+    def error(step: Tensor, zero: Tensor) -> Tensor:
+        c = zero_point_codes(x, step, zero, top) - zero.unsqueeze(1)
+        return (x - step.unsqueeze(1) * c).square_().sum(1)
+
+    step, zero = _best(candidates(), error, 2)
+    return step, zero
+
+
 def nearest_in(x: Tensor, step: Tensor, table: Tensor) -> Tensor:
     """For each x the index of the entry of an ascending table, times step, that is nearest: int64 [n, s]."""
     step = step.unsqueeze(1).expand_as(x)

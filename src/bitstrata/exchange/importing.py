@@ -29,7 +29,9 @@ from ..checkpoint import (
 )
 from ..checkpoint.reader import Shard
 from ..checkpoint.schema import guard_name
-from ..errors import CheckError, ModelError, UsageError
+from ..errors import BitstrataError, CheckError, ModelError, UsageError, first_line
+from ..models.config import read_config
+from ..models.hf import replace_layers
 from ..options import ImportOptions
 from ..planes import PlaneWeight, decode, pack_bits
 from ..plans import Plan
@@ -40,7 +42,7 @@ from ..version import __version__
 from .folder import check_room, whole
 from .opening import open_source
 from .result import Import, distance, relative
-from .sources import Layer, Source
+from .sources import Layer, Source, skeleton_of
 from .uniform import Grid, planes_of, with_bits
 
 PARTS = ".parts"
@@ -75,8 +77,7 @@ def import_model(options: ImportOptions) -> Import:
         write_checkpoint(folder, config, [*source.kept.values(), *weights.entries])
         weights.close()
         shutil.rmtree(folder / PARTS)
-        for problem in validate(folder):
-            raise CheckError(f"what was written is not a checkpoint: {problem}", hint="report this")
+        _check(folder)
         if any(bits > spec.bits[-1] for bits in weights.own.values()):
             Plan(weights.own, Fingerprint.of(CheckpointReader(folder))).save(folder / PLAN)
             note(f"some layers have more than {spec.bits[-1]} bits: --bits {output / PLAN} runs each at its own")
@@ -92,6 +93,31 @@ def import_model(options: ImportOptions) -> Import:
         relative_error=relative(weights.error, weights.squares),
         notes=notes(),
     )
+
+
+def _check(folder: Path) -> None:
+    """Raise CheckError for a checkpoint that is malformed, ModelError for layers that config.json's model lacks."""
+    for problem in validate(folder):
+        raise CheckError(f"what was written is not a checkpoint: {problem}", hint="report this")
+    reader = CheckpointReader(folder)
+    try:
+        model = skeleton_of(read_config(folder, reader))
+        held = replace_layers(model, reader.spec)
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    except BitstrataError:
+        raise
+    except Exception as error:
+        raise ModelError(f"config.json describes no model: {first_line(error)}", hint="download it again") from error
+    stored = {name: reader.tensor_spec(name)[1] for name in reader.common_names() if name in expected}
+    wrong = [name for name, shape in stored.items() if shape != expected[name]]
+    tied = {layer.tied for layer in held.layers.values()} | {"lm_head"}
+    missing = [name for name in expected if name not in reader.weight_map and name.rpartition(".")[0] not in tied]
+    if wrong or missing:
+        name = (wrong or missing)[0]
+        raise ModelError(
+            f"{name} is {'of another shape' if wrong else 'not there'} in the weights",
+            hint="config.json and the weights are of different models",
+        )
 
 
 class _Weights:

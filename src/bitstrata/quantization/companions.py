@@ -28,7 +28,8 @@ CODE = "auto_map"
 class Located(Protocol):
     """A model, or a checkpoint, in a folder."""
 
-    folder: Path
+    @property
+    def folder(self) -> Path: ...
 
 
 def companions(source: Located) -> list[Path]:
