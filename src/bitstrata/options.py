@@ -209,7 +209,9 @@ class ExportOptions:
     refit: Annotated[bool, Argument("Fit weights that the format does not hold anew, and say what is lost.")] = False
     types: Annotated[
         str | Sequence[str],
-        Argument("gguf: Q4_K for all layers, or GLOB=Q6_K for some; repeatable.", flag="--type", each=texts),
+        Argument(
+            "gguf: Q4_K for all layers, GLOB=Q6_K for some; repeatable. gptq: its bits.", flag="--type", each=texts
+        ),
     ] = ()
     dtype: Annotated[str, Argument("dense: auto (the model's), bfloat16, float16 or float32 (exact).")] = "auto"
     text: Annotated[str | Path | None, Argument("Measure on this text how far the result is from the model.")] = None

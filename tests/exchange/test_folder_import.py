@@ -178,6 +178,20 @@ def test_gptq_export_refits_and_says_so(source, tmp_path):
         assert float(error) == pytest.approx(own.relative_error, rel=1e-4)
 
 
+def test_gptq_in_8_bits_loses_little(source, tmp_path):
+    bitstrata.quantize(source, tmp_path / "ours", bits="3", method="rtn", group_size=32)
+    result = bitstrata.export_model(tmp_path / "ours", tmp_path / "eight", format="gptq", types="8", refit=True)
+    assert {one.type for one in result.layers} == {"gptq 8 bits"}
+    assert result.relative_error < 0.01
+    for given in ("Q4_K", ["8", "4"]):
+        with pytest.raises(UsageError, match="GPTQ has no type"):
+            bitstrata.export_model(tmp_path / "ours", tmp_path / "none", format="gptq", types=given)
+    with pytest.raises(UsageError, match="dense has no types"):
+        bitstrata.export_model(tmp_path / "ours", tmp_path / "none", format="dense", types="8")
+    with pytest.raises(UsageError, match="dtype is for dense"):
+        bitstrata.export_model(tmp_path / "ours", tmp_path / "none", format="gptq", dtype="float16")
+
+
 def test_gptq_export_refuses_by_name(source, tmp_path):
     bitstrata.quantize(source, tmp_path / "ours", bits="2-4", method="rtn", group_size=32)
     layers = CheckpointReader(tmp_path / "ours").spec.planned_layers
@@ -188,3 +202,38 @@ def test_gptq_export_refuses_by_name(source, tmp_path):
     with pytest.raises(UsageError, match="no shape that GPTQ kernels take"):
         bitstrata.export_model(tmp_path / "gpt2-ours", tmp_path / "none", format="gptq", refit=True)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_what_compressed_tensors_itself_packs(sym, source, tmp_path):
+    package = pytest.importorskip("compressed_tensors", reason="the compressed-tensors package is not installed")
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+
+    folder = tmp_path / "theirs"
+    write_foreign(source, folder, "compressed-tensors", sym=sym)
+    state, means = load_file(folder / "model.safetensors"), {}
+    weights = package.quantization.QuantizationArgs(num_bits=4, symmetric=sym, strategy="group", group_size=32)
+    scheme = package.quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    for name in [key.removesuffix(".weight_packed") for key in list(state) if key.endswith(".weight_packed")]:
+        N, K = state[f"{name}.weight_shape"].tolist()
+        generator = torch.Generator().manual_seed(N)
+        layer = {
+            "weight": torch.randn(N, K, generator=generator),
+            "weight_scale": torch.rand(N, K // 32, generator=generator).half() * 0.2 + 0.1,
+            "weight_zero_point": torch.randint(-6, 6, (N, K // 32), generator=generator, dtype=torch.int8),
+        }
+        if sym:
+            layer["weight_zero_point"].zero_()
+        packed = PackedQuantizationCompressor.compress(layer, scheme)
+        means[name] = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
+        for key in list(state):
+            if key.startswith(f"{name}."):
+                del state[key]
+        state |= {f"{name}.{key}": tensor.contiguous() for key, tensor in packed.items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    assert bitstrata.import_model(folder, tmp_path / "ours").exact
+    reader = CheckpointReader(tmp_path / "ours")
+    for name, expected in means.items():
+        weight = reader.layer(name)
+        found = decode(weight, max(weight.bits))
+        assert torch.equal(found.to(expected.dtype), expected), name

@@ -38,7 +38,7 @@ def _gguf(chosen: Chosen, output: Path, options: ExportOptions) -> Result:
 
 
 def _gptq(chosen: Chosen, output: Path, options: ExportOptions) -> Result:
-    export = GPTQExport(chosen, refit=options.refit)
+    export = GPTQExport(chosen, options.types, refit=options.refit)
     size = export.write(output, chosen.dtype)
     return export.layers, size, export.written(output, chosen.dtype)
 
@@ -67,6 +67,10 @@ def export_model(options: ExportOptions) -> Export:
     """
     if options.format not in WRITERS:
         raise UsageError(f"format {options.format!r} is not known", hint=f"one of {', '.join(WRITERS)}")
+    if options.types and options.format == "dense":
+        raise UsageError("dense has no types", hint="--dtype says how its numbers are written")
+    if options.dtype != "auto" and options.format != "dense":
+        raise UsageError(f"dtype is for dense; {options.format} has types", hint="--type F16, or Q8_0")
     output = Path(arguments.path("the output", options.output, hint="give the file or folder to write"))
     chosen = Chosen(options.model, options.bits)
     layers, size, weight = WRITERS[options.format](chosen, output, options)

@@ -9,7 +9,7 @@ Embedding and head stay numbers: the programs that read this have no kernels for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class GPTQExport:
     layers that it does not hold, unless they may be refitted.
     """
 
-    def __init__(self, chosen: Chosen, *, refit: bool) -> None:
+    def __init__(self, chosen: Chosen, asked: str | Sequence[str], *, refit: bool) -> None:
         self._chosen = chosen
         spec = chosen.reader.spec
         self._names = [name for name, layer in spec.layers.items() if layer.role is None]
@@ -57,7 +57,7 @@ class GPTQExport:
             what = f"bits {sorted(bits)}" if len(bits) > 1 else f"groups of {sorted(sizes)}"
             raise UsageError(f"GPTQ has one number for all layers, these have {what}", hint="--format gguf has types")
         self.group_size = sizes.pop()
-        self.bits = self._bits(bits.pop(), refit=refit)
+        self.bits = self._bits(bits.pop(), _asked(asked), refit=refit)
         self.layers: list[Written] = []
         self._is_even = True
         self._done: Callable[[], None] = lambda: None
@@ -74,9 +74,9 @@ class GPTQExport:
                     hint="both must be multiples of 32, of an ordinary linear layer; --format dense knows all",
                 )
 
-    def _bits(self, own: int, *, refit: bool) -> int:
-        """The smallest of BITS that hold every layer, or that has `own` bits. Raises UsageError."""
-        known = [bits for bits in BITS if bits >= own]
+    def _bits(self, own: int, asked: int | None, *, refit: bool) -> int:
+        """The smallest of BITS that hold every layer, or that has `own` bits; or what is asked. Raises UsageError."""
+        known = [bits for bits in BITS if bits >= own] if asked is None else [asked]
         if refit:
             return known[0]
         errors: dict[int, tuple[float, str]] = {}
@@ -96,7 +96,7 @@ class GPTQExport:
         raise UsageError(
             f"GPTQ does not hold these weights as they are: {name} ({own} bits) in {known[0]} bits would have a "
             f"relative error of {error:.3f}",
-            hint="--refit fits them anew and says what is lost",
+            hint="--refit fits them anew and says what is lost; with --type 8, in 8 bits",
         )
 
     def _fit(self, weight: PlaneWeight, own: int, bits: int) -> Grid:
@@ -201,6 +201,16 @@ class GPTQExport:
             self.layers.append(Written(name, f"gptq {self.bits} bits", own, size, *measured))
         self._done()
         return tensors
+
+
+def _asked(types: str | Sequence[str]) -> int | None:
+    """The bits of the result, where `--type` says them. Raises UsageError for what is none of BITS."""
+    given = [types] if isinstance(types, str) else list(types)
+    if not given:
+        return None
+    if len(given) > 1 or given[0] not in map(str, BITS):
+        raise UsageError(f"GPTQ has no type {', '.join(given)}", hint=f"--type 8 writes 8 bits; one of {BITS}")
+    return int(given[0])
 
 
 class _Latest:
