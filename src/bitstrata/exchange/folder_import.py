@@ -1,4 +1,4 @@
-"""Folders of safetensors that GPTQ, AWQ and compressed-tensors wrote, as sources.
+"""Folders of safetensors that other programs wrote, as sources.
 
     GPTQ                 qweight int32 [K b / 32, N], codes along K      qzeros int32 [J, N b / 32]    scales [J, N]
                          g_idx int32 [K], the group of each column       W = scale (q - zero)
@@ -7,6 +7,8 @@
                          scales [J, N]                                   W = scale (q - zero)
     compressed-tensors   weight_packed int32 [N, K b / 32], codes plus 2^(b-1); weight_scale [N, J];
     (pack-quantized)     weight_zero_point int32 [N b / 32, J], along N; weight_shape      W = scale (q - zero)
+
+    BPDQ, AnyBCQ, Any-Precision LLM                                      plane_import.py
 
 Columns in another order than groups (act-order) are refused: planes have groups of neighbouring columns.
 """
@@ -23,16 +25,18 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import TensorEntry
-from ..checkpoint.reader import Shard, read_json
+from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, SAFETENSORS_DTYPES
 from ..errors import CheckpointError, ModelError
-from ..models.source_files import entry_file, indexed_files
-from ..planes import group_count
+from ..planes import PlaneWeight, group_count
+from ..planes.weights import MAX_BITS
 from ..progress import note
 from ..quantization.companions import copy_companions
+from .plane_import import anybcq_weight, anyprecision_weight, bpdq_coefficients
 from .sources import Layer, Source
+from .stored import Stored
 from .streams import unpack_stream
-from .uniform import Grid, grid_from_groups
+from .uniform import Coefficients, Grid, grid_from_groups
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of 8, that each 4 bits of an AWQ word are of
 FIELDS = {  # of a quantization_config that say nothing else than what is read, or nothing of the weights
@@ -43,44 +47,16 @@ FIELDS = {  # of a quantization_config that say nothing else than what is read, 
         modules_in_block_to_quantize backend disable_exllama method format act_group_aware quant_format""",
     "awq": """quant_method bits w_bit group_size q_group_size zero_point version modules_to_not_convert do_fuse
         backend fuse_max_seq_len exllama_config modules_to_fuse""",
+    "bpdq": """quant_method bits group_size desc_act sym checkpoint_format meta damp_percent damp_auto_increment
+        true_sequential lm_head pack_dtype static_groups bpdq msbits method format act_group_aware quant_format""",
+    "anybcq": "seed_precision parent_precision group_size arch_config",
+    "anyprec": "seed_precision parent_precision arch_config",
     "compressed-tensors": """quant_method config_groups format global_compression_ratio ignore kv_cache_scheme
         quantization_status version sparsity_config transform_config""",
 }
 
 
-@dataclass(frozen=True)
-class Stored:
-    """The tensors of a folder by their names, read when they are due."""
-
-    folder: Path
-    files: Mapping[str, Shard]
-
-    @classmethod
-    def of(cls, folder: Path) -> Stored:
-        """Raises ModelError for files that are not whole, or pickles."""
-        if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
-            raise ModelError(
-                f"{folder} has its weights as pickles, which are not read",
-                hint="save them as safetensors: safetensors.torch.save_file(torch.load(FILE, weights_only=True), ...)",
-            )
-        try:
-            entry = entry_file(folder, None)
-            listed = indexed_files(folder / entry) if entry.endswith(".json") else {}
-            shards = [Shard(folder / file) for file in sorted(set(listed.values())) or [entry]]
-        except CheckpointError as error:
-            raise ModelError(error.message, hint=error.hint) from error
-        return cls(folder, {name: shard for shard in shards for name in shard.names})
-
-    def read(self, name: str) -> Tensor:
-        if name not in self.files:
-            raise ModelError(f"{self.folder} lacks the tensor {name}", hint="download it again")
-        return self.files[name].read(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.files[name].spec(name)[1] if name in self.files else ()
-
-
-Reader = Callable[[Stored, str, Mapping[str, Any]], Grid]  # files, a layer, the settings
+Reader = Callable[[Stored, str, Mapping[str, Any]], Grid | Coefficients | PlaneWeight]  # files, a layer, the settings
 
 
 def gptq_grid(stored: Stored, name: str, settings: Mapping[str, Any]) -> Grid:
@@ -197,6 +173,16 @@ def _check_gptq(settings: Mapping[str, Any]) -> None:
         raise ModelError(f"GPTQ of format {form!r} is not known here", hint="gptq and gptq_v2 are")
 
 
+def _check_precisions(settings: Mapping[str, Any]) -> None:
+    if not 1 <= settings["seed_precision"] <= settings["parent_precision"] <= MAX_BITS:
+        raise ModelError(f"no precisions {settings['seed_precision']} to {settings['parent_precision']}", hint="1 to 8")
+
+
+def _check_bpdq(settings: Mapping[str, Any]) -> None:
+    if settings.get("desc_act"):
+        raise ModelError("BPDQ with desc_act is not known here", hint="quantize it without")
+
+
 @dataclass(frozen=True)
 class _Kind:
     """ends: of the names of a layer's tensors, the first of one that every layer has."""
@@ -206,10 +192,17 @@ class _Kind:
     check: Callable[[Mapping[str, Any]], None]
 
 
+def _each(name: str) -> list[str]:
+    return [f".{name}{bits}" for bits in range(1, MAX_BITS + 1)]
+
+
 KINDS: Mapping[str, _Kind] = MappingProxyType(
     {
         "gptq": _Kind((".qweight", ".qzeros", ".scales", ".g_idx"), gptq_grid, _check_gptq),
         "awq": _Kind((".qweight", ".qzeros", ".scales"), _awq, _check_awq),
+        "bpdq": _Kind((".B", ".c"), bpdq_coefficients, _check_bpdq),
+        "anybcq": _Kind((".qweight", ".q_bias", *_each("alpha_"), *_each("beta_")), anybcq_weight, _check_precisions),
+        "anyprec": _Kind((".qweight", *_each("lut")), anyprecision_weight, _check_precisions),
         "compressed-tensors": _Kind(
             (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx"),
             _compressed,
@@ -225,17 +218,19 @@ def open_folder(folder: Path) -> Source:
         config = read_json(folder / CONFIG_FILE)
     except CheckpointError as error:
         raise ModelError(error.message, hint="a model's folder has a config.json") from error
-    settings = config.pop("quantization_config", None)
+    own = next((key for key in ("anybcq", "anyprec") if key in config), None)  # these have a field of their own
+    settings = config.pop(own or "quantization_config", None)
     if not isinstance(settings, dict):
         raise ModelError(f"{folder} is not quantized", hint="`bitstrata quantize` quantizes a model")
-    method = settings.get("quant_method")
+    method = own or settings.get("quant_method")
     kind = KINDS.get(str(method))
     if kind is None:
         raise ModelError(f"{folder} is quantized by {method!r}, which is not known here", hint=", ".join(KINDS))
     unknown = sorted(key for key in settings.keys() - set(FIELDS[str(method)].split()) if settings[key])
     if unknown:
         raise ModelError(
-            f"{folder}: quantization_config.{unknown[0]} is not known here", hint="what it says might be lost"
+            f"{folder}: {own or 'quantization_config'}.{unknown[0]} is not known here",
+            hint="what it says might be lost",
         )
     try:
         kind.check(settings)
@@ -244,8 +239,8 @@ def open_folder(folder: Path) -> Source:
     stored = Stored.of(folder)
     names = sorted(name.removesuffix(kind.ends[0]) for name in stored.files if name.endswith(kind.ends[0]))
     layers = {name: _layer(stored, name, settings, kind) for name in names}
-    own = {f"{name}{end}" for name in names for end in kind.ends}
-    kept = {name: _kept(stored, name) for name in stored.files if name not in own}
+    used = {f"{name}{end}" for name in names for end in kind.ends}
+    kept = {name: _kept(stored, name) for name in stored.files if name not in used}
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float16"))
     return Source(
         format=str(method),
@@ -260,18 +255,22 @@ def open_folder(folder: Path) -> Source:
 
 
 def _layer(stored: Stored, name: str, settings: Mapping[str, Any], kind: _Kind) -> Layer:
-    def read() -> Grid:
+    def read() -> Grid | Coefficients | PlaneWeight:
         try:
             return kind.read(stored, name, settings)
         except (ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
             raise ModelError(f"{name} in {stored.folder} is not as its config says: {error}") from error
 
-    bits = settings.get("bits") or settings.get("w_bit") or 4
+    bits: tuple[int, ...] = (int(settings.get("bits") or settings.get("w_bit") or 4),)
     if kind is KINDS["compressed-tensors"]:
         columns = int(stored.read(f"{name}.weight_shape")[1])
-        bits = stored.shape(f"{name}.weight_packed")[1] * 32 // columns
+        bits = (stored.shape(f"{name}.weight_packed")[1] * 32 // columns,)
+    elif kind is KINDS["bpdq"]:
+        bits = (stored.shape(f"{name}.B")[1],)
+    elif "parent_precision" in settings:
+        bits = tuple(range(settings["seed_precision"], settings["parent_precision"] + 1))
     role = "head" if name.rpartition(".")[2] == "lm_head" else None
-    return Layer((int(bits),), read, f"{name}.bias" in stored.files, role)
+    return Layer(bits, read, f"{name}.bias" in stored.files, role)
 
 
 def _kept(stored: Stored, name: str) -> TensorEntry:

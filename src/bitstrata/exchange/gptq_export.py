@@ -28,8 +28,9 @@ from .chosen import Chosen
 from .dense import SHARD_BYTES, write_shards
 from .fitting import fit_zero_point, zero_point_codes
 from .folder import check_room, whole
-from .folder_import import Stored, gptq_grid
+from .folder_import import gptq_grid
 from .result import HELD, Written, distance, relative
+from .stored import Stored
 from .streams import pack_stream, words_of
 from .tensors import model_tensors
 from .uniform import Grid, grid_of

@@ -43,7 +43,7 @@ from .folder import check_room, whole
 from .opening import open_source
 from .result import Import, distance, relative
 from .sources import Layer, Source, skeleton_of
-from .uniform import Grid, planes_of, with_bits
+from .uniform import Coefficients, Grid, planes_of, with_bits
 
 PARTS = ".parts"
 PLAN = "exact.json"  # where layers differ in bits, a plan with the most of each
@@ -175,7 +175,7 @@ class _Weights:
 
     def _planes(self, name: str, layer: Layer, lowest: tuple[int, ...], *, rounded: bool) -> PlaneWeight:
         found = layer.read()
-        if isinstance(found, Grid):
+        if not isinstance(found, PlaneWeight):
             weight = planes_of(found, rounded=rounded)
             if weight is None:
                 raise UsageError(
@@ -191,8 +191,8 @@ class _Weights:
             return PlaneWeight(weight.planes, {most: weight.scales[most]}, weight.in_features, weight.group_size)
         return with_bits(weight, lowest)
 
-    def _measure(self, grid: Grid, weight: PlaneWeight) -> None:
-        squares, error = distance(grid.values(), decode(weight, max(weight.bits), torch.float64))
+    def _measure(self, found: Grid | Coefficients, weight: PlaneWeight) -> None:
+        squares, error = distance(found.values(), decode(weight, max(weight.bits), torch.float64))
         self.squares += squares
         self.error += error
 

@@ -15,7 +15,7 @@ from ..checkpoint import TensorEntry
 from ..models.compat import new_model
 from ..models.config import causal_class
 from ..planes import PlaneWeight
-from .uniform import Grid
+from .uniform import Coefficients, Grid
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Layer:
     """
 
     bits: tuple[int, ...]
-    read: Callable[[], Grid | PlaneWeight]
+    read: Callable[[], Grid | Coefficients | PlaneWeight]
     bias: bool = False
     role: str | None = None
     tied: str | None = None

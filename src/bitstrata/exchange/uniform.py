@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..planes import AffineScales, Codebook, PlaneWeight, codes, group_count, pack_bits
+from ..planes import AffineScales, Codebook, PlaneWeight, codes, group_count, pack_bits, unpack_bits
 from ..planes.weights import MAX_BITS, SCALE_DTYPE
 
 
@@ -58,34 +58,56 @@ def grid_of(weight: PlaneWeight, bits: int) -> Grid | None:
     return Grid(code, 2 * scale[-1], low, bits, weight.group_size)
 
 
-def planes_of(grid: Grid, *, rounded: bool = False) -> PlaneWeight | None:
-    """Planes of `grid`: at the highest bits they are its numbers, exactly, or None if there are no such planes.
+@dataclass(frozen=True)
+class Coefficients:
+    """A weight [N, K]: planes int32 [N, ceil(K / 32)], scales [bits, N, J] and offset [N, J] in float64."""
 
-    rounded: step and offset become the nearest fp16 numbers, and there is no plane more than `grid.bits`.
-    """
-    half = (grid.step / 2).to(SCALE_DTYPE)
+    planes: tuple[Tensor, ...]
+    scale: Tensor
+    offset: Tensor
+    columns: int
+    group_size: int
+
+    def values(self) -> Tensor:
+        """The weight: float64 [N, K]."""
+        result = spread(self.offset, self.columns, self.group_size)
+        for plane, scale in zip(self.planes, self.scale, strict=True):
+            signs = unpack_bits(plane, self.columns).double() * 2 - 1
+            result = result + signs * spread(scale, self.columns, self.group_size)
+        return result
+
+
+def coefficients_of(grid: Grid) -> Coefficients:
+    """The planes of a grid: the bits of its codes."""
+    shifts = range(grid.bits - 1, -1, -1)
+    planes = tuple(pack_bits((grid.code >> shift) & 1) for shift in shifts)
+    scale = torch.stack([grid.step / 2 * 2.0**shift for shift in shifts])
     middle = grid.low + grid.step * ((2**grid.bits - 1) / 2)
-    offset = middle.to(SCALE_DTYPE)
-    exponents = torch.arange(grid.bits - 1, -1, -1).view(-1, 1, 1)
-    scale = (half.double() * torch.exp2(exponents.double())).to(SCALE_DTYPE)  # [bits, N, J]
+    return Coefficients(planes, scale, middle, grid.code.shape[1], grid.group_size)
+
+
+def planes_of(found: Grid | Coefficients, *, rounded: bool = False) -> PlaneWeight | None:
+    """Planes of a weight: at the highest bits they are its numbers, exactly, or None if there are no such planes.
+
+    rounded: scales and offset become the nearest fp16 numbers, and there is no plane more.
+    """
+    given = coefficients_of(found) if isinstance(found, Grid) else found
+    bits, planes = len(given.planes), list(given.planes)
+    scale, offset = given.scale.to(SCALE_DTYPE), given.offset.to(SCALE_DTYPE)
     if not (scale.isfinite().all() and offset.isfinite().all()):
         return None
-    shifts = range(grid.bits - 1, -1, -1)
-    planes = [pack_bits((grid.code >> shift) & 1) for shift in shifts]
-    own = {grid.bits: AffineScales(scale, offset)}
-    columns = grid.code.shape[1]
-    if rounded:
-        return PlaneWeight(tuple(planes), own, columns, grid.group_size)
-    if not torch.equal(half.double() * 2, grid.step):
-        return None
-    rest = middle - offset.double()
-    if bool((rest != 0).any()):
-        stored = rest.to(SCALE_DTYPE)
-        if not torch.equal(stored.double(), rest) or grid.bits == MAX_BITS:
+    own = {bits: AffineScales(scale, offset)}
+    if not rounded:
+        if not torch.equal(scale.double(), given.scale):
             return None
-        planes.append(pack_bits(torch.ones_like(grid.code)))
-        own[grid.bits + 1] = AffineScales(torch.cat([scale, stored.unsqueeze(0)]), offset)
-    return PlaneWeight(tuple(planes), own, columns, grid.group_size)
+        rest = given.offset - offset.double()
+        if bool((rest != 0).any()):
+            stored = rest.to(SCALE_DTYPE)
+            if not torch.equal(stored.double(), rest) or bits == MAX_BITS:
+                return None
+            planes.append(pack_bits(torch.ones(len(rest), given.columns, dtype=torch.bool)))
+            own[bits + 1] = AffineScales(torch.cat([scale, stored.unsqueeze(0)]), offset)
+    return PlaneWeight(tuple(planes), own, given.columns, given.group_size)
 
 
 def with_bits(weight: PlaneWeight, wanted: Iterable[int]) -> PlaneWeight:
