@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from known_models import KNOWN, TEXT
 
 import bitstrata
+from bitstrata.exchange.ggml import BLOCK_TYPES
 from bitstrata.metrics import Tally
 from bitstrata.models import load_tokenizer
 
-pytest.importorskip("gguf", reason="the gguf package is not installed (extra gguf)")
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (extra gguf)")
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra peers)")
 WRITTEN = TEXT + "Zo\u00eb, \u6f22\u5b57 in 1984"  # letters of no piece
 
@@ -83,3 +85,29 @@ def test_an_imported_file_computes_what_llama_cpp_does(name, kind, known, tmp_pa
     found = divergence(llama, model, tokens, None)
     sys.stdout.write(f"{name} as {kind}: kld {found.kld:.2e}\n")
     assert found.kld < 0.01
+
+
+FILE_TYPES = {  # of llama.h, which quantize all weights to one type
+    "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
+    "IQ4_NL": 25,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_values_are_fitted_as_well_as_llama_cpp_does_without_a_matrix(name, known, tmp_path):
+    _, out = known("llama-wide")
+    plain, theirs = tmp_path / "plain.gguf", tmp_path / "theirs.gguf"
+    bitstrata.export_model(out, plain, format="gguf", bits=4, types="F32")
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.pure, settings.nthread = FILE_TYPES[name], True, 1
+    assert llama_cpp.llama_model_quantize(bytes(plain), bytes(theirs), ctypes.byref(settings)) == 0
+    exact = {one.name: torch.from_numpy(one.data.copy()) for one in gguf.GGUFReader(plain).tensors}
+    sums = torch.zeros(2, dtype=torch.float64)
+    for tensor in gguf.GGUFReader(theirs).tensors:
+        if tensor.tensor_type.name == name:
+            values = exact[tensor.name].view(len(tensor.data), -1)
+            ours = BLOCK_TYPES[name].quantize(values).numpy()
+            for index, data in enumerate((tensor.data, ours)):
+                found = torch.from_numpy(gguf.quants.dequantize(data, tensor.tensor_type))
+                sums[index] += (found - values).double().square().sum()
+    assert sums[1] <= 1.05 * sums[0]

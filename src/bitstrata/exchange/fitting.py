@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-SHRINK = (0.94, 0.87, 0.8, 0.7)  # of a range: what lies outside is clipped
+SHRINK = (0.96, 0.91, 0.86, 0.8, 0.7)  # of a range: what lies outside is clipped
 TINY = 1e-30
 
 
@@ -75,7 +75,7 @@ def fit_affine(
             yield width / parts, least
         yield refined(width / top, least)
         for share in SHRINK:
-            yield refined(width * (share / top), middle - width * (share / 2))
+            yield refined(*refined(width * (share / top), middle - width * (share / 2)))
 
     def error(step: Tensor, low: Tensor) -> Tensor:
         q = affine_codes(x, step, low, top)
