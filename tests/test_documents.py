@@ -75,6 +75,7 @@ THEIRS = {  # the flags of other programs, in the guides that are about them
         *("--middleware", "--served-model-name", "--api-server-count", "--head", "--address"),
         *("--speculative-config", "--enable-expert-parallel"),
     },
+    "exchange.md": {"--imatrix", "--tensor-type", "--kl-divergence"},
     "clients.md": {"--apply", "--model", "--tasks"},
 }
 

@@ -25,12 +25,18 @@ if typing.TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as eval  # noqa: F401
     from .evaluation import evaluate as evaluate
-    from .models.adapters import lora_on_planes as lora_on_planes
-    from .models.hf_config import BitstrataConfig as BitstrataConfig
+    from .exchange import Export as Export
+    from .exchange import Import as Import
+    from .exchange import export_model as export_model
+    from .exchange import import_model as import_model
+    from .models import BitstrataConfig as BitstrataConfig
+    from .models import lora_on_planes as lora_on_planes
     from .nn import use_bits as use_bits
     from .options import BenchOptions as BenchOptions
     from .options import EvaluateOptions as EvaluateOptions
+    from .options import ExportOptions as ExportOptions
     from .options import GenerationSettings as GenerationSettings
+    from .options import ImportOptions as ImportOptions
     from .options import PlanOptions as PlanOptions
     from .options import QuantizeOptions as QuantizeOptions
     from .plans import Plan as Plan
@@ -56,9 +62,11 @@ _NAMES = {  # room -> what it gives to the top
     "demonstration": "Demo demo",
     "errors": "BitstrataError",
     "evaluation": "Evaluation evaluate",
+    "exchange": "Export Import export_model import_model",
     "models": "BitstrataConfig lora_on_planes",
     "nn": "use_bits",
-    "options": "BenchOptions EvaluateOptions GenerationSettings PlanOptions QuantizeOptions",
+    "options": "BenchOptions EvaluateOptions ExportOptions GenerationSettings ImportOptions PlanOptions "
+    "QuantizeOptions",
     "plans": "Plan Resized layers load resize",
     "quantization": "Report quantize",
     "runtime": "Conversation Engine Environment Generation Inspection Request env generate inspect",

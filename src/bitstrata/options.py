@@ -196,6 +196,38 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """Write MODEL at one number of bits, or with one plan, for other programs. Nothing is written unless all is."""
+
+    model: Annotated[str | Path, Chosen]
+    output: Annotated[str | Path, Argument("File (gguf) or folder to write; it must not be there.", short="-o")]
+    _: KW_ONLY
+    format: Annotated[str, Argument("dense (transformers), gguf (llama.cpp) or gptq (vLLM, transformers).")]
+    bits: Annotated[
+        str | int | Mapping[str, int] | None, Argument("Precision, or a plan's file; the highest by default.")
+    ] = None
+    refit: Annotated[bool, Argument("Fit weights that the format does not hold anew, and say what is lost.")] = False
+    types: Annotated[
+        str | Sequence[str],
+        Argument(
+            "gguf: Q4_K for all layers, GLOB=Q6_K for some; repeatable. gptq: its bits.", flag="--type", each=texts
+        ),
+    ] = ()
+    dtype: Annotated[str, Argument("dense: auto (the model's), bfloat16, float16 or float32 (exact).")] = "auto"
+    text: Annotated[str | Path | None, Argument("Measure on this text how far the result is from the model.")] = None
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Make a checkpoint of what another program quantized, with the same weights."""
+
+    source: Annotated[str | Path, Argument("Its folder or .gguf file.", flag="")]
+    output: Annotated[str | Path, Argument("Folder to write.", short="-o")]
+    _: KW_ONLY
+    refit: Annotated[bool, Argument("Round scales that fp16 does not hold, and say what is lost.")] = False
+
+
+@dataclass(frozen=True)
 class BenchOptions:
     """Check the kernels, then time them beside memory bandwidth and torch."""
 

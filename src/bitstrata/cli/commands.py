@@ -25,6 +25,8 @@ VERBS: dict[str, tuple[type, str]] = {  # name -> its options, and the function 
     "chat": (options.ChatCommand, "cli.chat:run"),
     "serve": (options.ServeOptions, "cli.serve:run"),
     "inspect": (options.InspectOptions, "runtime:inspect"),
+    "export": (options.ExportOptions, "exchange:export_model"),
+    "import": (options.ImportOptions, "exchange:import_model"),
     "bench": (options.BenchOptions, "benchmark:bench"),
     "env": (options.EnvOptions, "runtime:env"),
 }

@@ -8,7 +8,7 @@ files are not copied.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..checkpoint import copy_file, write_json
 from ..checkpoint.reader import read_json
@@ -25,7 +25,14 @@ COPIED_FILES = (
 CODE = "auto_map"
 
 
-def companions(source: SourceModel) -> list[Path]:
+class Located(Protocol):
+    """A model, or a checkpoint, in a folder."""
+
+    @property
+    def folder(self) -> Path: ...
+
+
+def companions(source: Located) -> list[Path]:
     """The files beside the weights that a checkpoint of `source` gets a copy of, without those that lie elsewhere."""
     return [path for path in _matching(source.folder) if _is_own(source.folder, path)]
 
@@ -40,7 +47,7 @@ def note_companions(source: SourceModel) -> None:
             note(f"{path.name}: auto_map is left out, because the code that it names is not copied")
 
 
-def copy_companions(source: SourceModel, output: Path) -> None:
+def copy_companions(source: Located, output: Path) -> None:
     """Copy them; each appears whole or not at all."""
     for path in companions(source):
         target = output / path.relative_to(source.folder)
