@@ -41,6 +41,17 @@ def of_moments(prepared: Prepared) -> float:
     return sum(3.0 * columns**2 for _, columns in inputs)
 
 
+def of_solver(prepared: Prepared) -> float:
+    """What the method does beside moments, with all linears."""
+    method, settings = prepared.settings.method, prepared.settings
+    rows: dict[tuple[str, int], int] = {}
+    for one in prepared.discovery.linears:
+        together = one.name.rpartition(".")[0], one.in_features
+        rows[together] = rows.get(together, 0) + one.out_features
+    solved = sum(method.operations(count, columns, settings.bits) for (_, columns), count in rows.items())
+    return solved + 3 * method.learnt_tokens(settings.seq_len, settings.bits) * of_blocks(prepared)
+
+
 def of_experts(prepared: Prepared, tokens: int) -> float:
     """The moments at one precision of what experts read, and what is run to know the inputs of their last linears."""
     experts, total = _experts(prepared), 0.0

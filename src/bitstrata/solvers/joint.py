@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.cpu import choose_codes
+from ..kernels.cpu import choose_codes, fit_codes
 from ..planes.weights import PlaneWeight, byte_unit
 from .grouping import Grouping, affine_weight, code_planes, code_signs, even_scales, to_bytes, to_scale
 
@@ -64,8 +64,8 @@ class Track:
 
 def levels(coefficients: Tensor) -> Tensor:
     """The value of every code: [p + 1, N] -> [2^p, N]."""
-    signs: Tensor = code_signs(len(coefficients) - 1, coefficients.device).T.contiguous()
-    return signs @ coefficients[:-1] + coefficients[-1]
+    signs = code_signs(len(coefficients) - 1, coefficients.device).T
+    return torch.addmm(coefficients[-1], signs, coefficients[:-1])
 
 
 def rounded(coefficients: Tensor, unit: Tensor | None = None) -> Tensor:
@@ -233,7 +233,7 @@ class JointSolver:
         start, end = self.spans[group]
         part = self.part(self.code[start:end], track)
         old = track.coefficients[group]
-        new = rounded(old + least_squares_step(part, old, metric, residual), track.unit)
+        new = rounded(old + least_squares_step(part, track.bits, metric, residual), track.unit)
         moved = levels(new).gather(0, part) - levels(old).gather(0, part)
         change = (moved * (metric @ moved - 2 * residual)).sum(0)
         better = change < 0
@@ -344,12 +344,19 @@ def first_grid(y: Tensor, bits: int, metric: Tensor) -> Tensor:
 def refitted(target: Tensor, code: Tensor, coefficients: Tensor, metric: Tensor) -> Tensor:
     """Coefficients [p + 1, N] that bring the decoded codes [g, N] nearest to `target` in `metric` [g, g]."""
     residual = metric @ (target - levels(coefficients).gather(0, code))
-    return coefficients + least_squares_step(code, coefficients, metric, residual)
+    return coefficients + least_squares_step(code, len(coefficients) - 1, metric, residual)
 
 
-def least_squares_step(code: Tensor, coefficients: Tensor, metric: Tensor, residual: Tensor) -> Tensor:
-    """The change of coefficients that least squares asks for; `residual` is metric @ (target - decoded), [g, N]."""
-    bits = len(coefficients) - 1
+def least_squares_step(code: Tensor, bits: int, metric: Tensor, residual: Tensor) -> Tensor:
+    """The change of coefficients [bits + 1, N] that least squares asks for; in native code where that can run.
+
+    Args:
+        code: int64 [g, N]; metric: fp32 [g, g].
+        residual: metric @ (target - decoded), fp32 [g, N].
+    """
+    found = fit_codes(code, bits, metric, residual, RIDGE)
+    if found is not None:
+        return found
     basis = torch.ones(bits + 1, *code.shape, device=code.device)
     basis[:-1] = code_planes(code, bits).float() * 2 - 1
     weighted = metric @ basis  # [p + 1, g, N]
