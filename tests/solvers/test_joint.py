@@ -295,6 +295,23 @@ def test_the_column_loop_takes_the_best_code_of_every_column(bits, rows, given, 
             y[column + 1 :] -= factor.double()[column, column + 1 :, None] * moved
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["compensated", "polish"])
+def test_columns_have_levels_of_their_own(given, seed):
+    """Sets that are shifted: the same codes as with one set and targets that are shifted back."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(8, 37, generator=generator)
+    shift, which = torch.tensor([0.0, 16.0, -32.0]), [0, 2, 1, 1, 2, 0, 1]
+    y = torch.randn(7, 37, generator=generator)
+    factor = torch.eye(7) if given else 0.1 * torch.randn(7, 7, generator=generator) + torch.eye(7)
+    codes, expected = torch.zeros(7, 37, dtype=torch.int64), torch.zeros(7, 37, dtype=torch.int64)
+    left = y if given else y + shift[which].unsqueeze(1)
+    sets, ones = table + shift[:, None, None], torch.ones(7)
+    column_codes((3,), [sets], [left], [factor], [ones], codes, given=given, which=which)
+    column_codes((3,), [table], [y], [factor], [ones], expected, given=given)
+    assert (codes == expected).double().mean() > 0.97  # a shift rounds; a tie that falls the other way moves the rest
+    assert expected.unique().numel() > 4
+
+
 @pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
 @pytest.mark.parametrize("bits", [(3,), (2, 3, 4), (2, 5, 8)], ids=str)
 def test_both_column_loops_find_solutions_of_the_same_loss(bits, seed, monkeypatch):

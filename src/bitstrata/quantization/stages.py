@@ -37,7 +37,7 @@ from .expert_inputs import counting, tokens_of_experts
 from .settings import Settings
 from .state import SENSITIVITY
 from .tune_stage import Tune
-from .work import of_blocks, of_divergence, of_experts, of_head, of_moments, of_solver
+from .work import of_blocks, of_divergence, of_experts, of_head, of_moments, of_numbers, of_solver
 
 BASELINE = RTN()  # what the final check compares with, at each bits alone
 CHUNK = 1 << 20  # weights of the head solved at a time
@@ -125,7 +125,7 @@ class Gradients(Stage):
     def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
         """A window runs forward and backward, which is two."""
         tokens = prepared.settings.num_samples * prepared.settings.seq_len
-        return {torch.float32: 3 * tokens * (of_blocks(prepared) + of_head(prepared))}
+        return {torch.float32: 3 * tokens * (of_blocks(prepared) + of_numbers(prepared) + of_head(prepared))}
 
     def run(self, job: Job) -> None:
         if job.state.has(SENSITIVITY) or all(map(job.state.has, range(len(job.discovery.blocks)))):
@@ -160,7 +160,9 @@ class Blocks(Stage):
         found = {torch.float32: 0.0, settings.dtype: 0.0}
         found[torch.float32] += of_solver(prepared)
         for each in chain_sets(settings, windows, len(prepared.discovery.blocks)).values():
-            found[each.dtype] += len(each.names) * each.tokens.numel() * of_blocks(prepared)
+            tokens = len(each.names) * each.tokens.numel()
+            found[each.dtype] += tokens * of_blocks(prepared)
+            found[torch.float32] += tokens * of_numbers(prepared)
         if isinstance(settings.method, MomentsMethod) and settings.method.needs:
             tokens, bits = windows.calibration.numel(), len(settings.bits)
             summed = settings.dtype if gram_runs(settings.device, settings.dtype) else torch.float32
@@ -335,7 +337,7 @@ class Measure(Stage):
         tokens, bits = prepared.windows.heldout.numel(), len(prepared.settings.bits)
         total = (1 + 2 * bits) * (of_head(prepared) + of_divergence(prepared))
         if prepared.settings.method.tuning is not None:
-            total += bits * of_blocks(prepared)
+            total += bits * (of_blocks(prepared) + of_numbers(prepared))
         return {torch.float32: tokens * total}
 
     def run(self, job: Job) -> None:

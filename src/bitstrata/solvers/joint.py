@@ -284,8 +284,9 @@ def column_codes(
     codes: Tensor,
     *,
     given: bool,
+    which: Sequence[int] | None = None,
 ) -> None:
-    """Find the best code of one column after the other, in place; in native code where that can run.
+    """Find the best code of one column after the other, in place; in native code where that can run, with one table.
 
     A column's code has the least sum_p s_p (z_p - v_p(code))^2. What it leaves is passed on to further columns:
 
@@ -294,28 +295,30 @@ def column_codes(
 
     Args:
         bits: of each track, ascending.
-        tables: the values v of codes, fp32 [2^p, N] each; codes: int64 [g, N].
-        left: y, fp32 [g, N]; factors: fp32 [g, g]; scales: s, fp32 [g].
+        tables: the values v of codes, fp32 [2^p, N] each; or [S, 2^p, N], and those of column k are `which[k]`.
+        left: y, fp32 [g, N]; factors: fp32 [g, g]; scales: s, fp32 [g]; codes: int64 [g, N].
     """
-    if choose_codes(bits, tables, left, factors, scales, codes, given=given):
-        return
+    if which is None:
+        if choose_codes(bits, tables, left, factors, scales, codes, given=given):
+            return
+        which, tables = [0] * len(codes), [table.unsqueeze(0) for table in tables]
     shifts = [bits[-1] - value for value in bits]
-    wide = [table.repeat_interleave(1 << shift, 0) for table, shift in zip(tables, shifts, strict=True)]
+    wide = [table.repeat_interleave(1 << shift, 1) for table, shift in zip(tables, shifts, strict=True)]
     squares = [table.square() for table in wide]
     weights = list(zip(*(scale.tolist() for scale in scales), strict=True))
     left = [y.clone() for y in left]
 
     def values(code: Tensor) -> list[Tensor]:
-        return [t.gather(0, (code >> shift).unsqueeze(0))[0] for t, shift in zip(tables, shifts, strict=True)]
+        return [t[own].gather(0, (code >> shift).unsqueeze(0))[0] for t, shift in zip(tables, shifts, strict=True)]
 
-    for column, mine in enumerate(weights):
+    for column, (own, mine) in enumerate(zip(which, weights, strict=True)):
         wanted = before = [y[column] for y in left]
         if given:
             before = values(codes[column])
             wanted = [v + z / f[column, column] for v, z, f in zip(before, wanted, factors, strict=True)]
-        cost = torch.zeros_like(wide[0])
+        cost = torch.zeros_like(wide[0][own])
         for weight, square, table, z in zip(mine, squares, wide, wanted, strict=True):
-            cost.add_(square, alpha=weight).addcmul_(table, z, value=-2 * weight)
+            cost.add_(square[own], alpha=weight).addcmul_(table[own], z, value=-2 * weight)
         codes[column] = cost.argmin(0)
         for y, factor, old, new in zip(left, factors, before, values(codes[column]), strict=True):
             y[column + 1 :].addr_(factor[column, column + 1 :], new - old if given else old - new, alpha=-1)

@@ -24,7 +24,7 @@ from .moments import Moments
 ROW_BUDGET = 1 << 21  # weights solved at a time by methods that look at rows
 ROWS_AT_ONCE = 4096  # rows that a solver with moments holds
 DOUBLE = 2  # what an operation in float64 counts as
-A_ROUND = 3000.0  # what choosing a weight's code at one precision, and fitting its group, counts as: bound by memory
+A_ROUND = 9000.0  # what choosing a weight's code at one precision, and fitting its group, counts as: bound by memory
 
 # inputs: `inputs`, `targets` and `chains` of a block; gradients: its `sensitivity`, which takes the whole model once
 Need = Literal["inputs", "gradients"]
