@@ -69,14 +69,14 @@ class GPTQ(MomentsMethod):
             tables = torch.stack([middle + half * steps for half, middle in (grids[group] for group in mine)])
             local, y = factor[start:end, start:end], free[start:end]
             spread, ones = local / local.diagonal().unsqueeze(1), torch.ones(end - start, device=weight.device)
-            found = code[start:end]
+            chosen = code[start:end]
             if len(mine) == 1:
-                column_codes((bits,), [tables[0]], [y], [spread], [ones], found, given=False)
-                errors = y - tables[0].gather(0, found)
+                column_codes((bits,), [tables[0]], [y], [spread], [ones], chosen, given=False)
+                errors = y - tables[0].gather(0, chosen)
             else:
                 which = [mine.index(column // group_size) for column in where[start:end]]
-                column_codes((bits,), [tables], [y], [spread], [ones], found, given=False, which=which)
-                errors = y - tables[which].gather(1, found.unsqueeze(1))[:, 0]
+                column_codes((bits,), [tables], [y], [spread], [ones], chosen, given=False, which=which)
+                errors = y - tables[which].gather(1, chosen.unsqueeze(1))[:, 0]
             free[end:] -= factor[start:end, end:].T @ torch.linalg.solve_triangular(local.T, errors, upper=False)
         planes = code_planes(grouping.split(code[order.argsort()].T.cpu()), bits)
         half, middle = (torch.stack(parts, 1).cpu() for parts in zip(*(grids[j] for j in sorted(grids)), strict=True))
