@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -239,3 +241,132 @@ def test_a_model_loaded_whole_is_not_resized(quantized, cli: Command, type_in):
     outcome = cli("chat", quantized)
     assert outcome.code == 0
     assert "cannot be resized" in outcome.err
+
+
+def test_two_precisions_answer_one_turn_side_by_side(quantized, cli: Command, type_in):
+    model, tokenizer = bitstrata.load(quantized), load_tokenizer(quantized)
+    settings = {"max_new_tokens": 5}
+    talk = Conversation(model, tokenizer, bits=3, **settings)
+    with pytest.raises(InputError, match="no turn yet"):
+        talk.compare([2, 4])
+    kept = talk.reply("the cat")
+    before = talk.messages
+    low, high = talk.compare([2, 4])
+    for answer, bits in ((low, 2), (high, 4)):
+        assert answer.bits == bits
+        assert answer.text == Conversation(model, tokenizer, bits=bits, **settings).reply("the cat").text
+    (alone,) = talk.compare([2], " sat")
+    assert alone.text == generate(model, f"the cat{kept.text} sat", bits=2, tokenizer=tokenizer, **settings).text
+    with pytest.raises(UnsupportedBitsError):
+        talk.compare([2, 7])
+    assert talk.messages == before
+    assert talk.bits == 3
+
+    type_in(
+        "the cat", "/compare 2 4", "/compare 2 4 the cat", "/compare 2", "/compare 2 two", "/compare 2 7", "/save x/y"
+    )
+    outcome = cli("chat", f"{quantized}:3", "--max-new-tokens", "5", "--temperature", "0")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("[2 bits, ") == outcome.out.count("[4 bits, ") == 2
+    assert "/compare takes a number, not 'two'" in outcome.err
+    assert "bits=7 is not available" in outcome.err
+    assert "/compare N M" in outcome.err, "one number is too few"
+    assert "x/y cannot be written" in outcome.err
+
+
+def test_an_instruction_in_the_middle_keeps_the_turns(templated, cli: Command, type_in):
+    folder = templated("{% if 'x' in messages[0].content %}{{ raise_exception('no x') }}{% endif %}" + TEMPLATE)
+    model, tokenizer = bitstrata.load(folder), load_tokenizer(folder)
+    talk = Conversation(model, tokenizer, max_new_tokens=4)
+    first = talk.reply("hi").text
+    talk.system = "be brief"
+    assert [turn["content"] for turn in talk.messages] == ["be brief", "hi", first]
+    again = Conversation(model, tokenizer, max_new_tokens=4, system="be brief")
+    again.messages = talk.messages
+    assert again.reply("so").text == talk.reply("so").text
+    with pytest.raises(InputError, match="no x"):
+        talk.system = "x"
+    assert talk.system == "be brief"
+    talk.reset()
+    assert talk.messages == [{"role": "system", "content": "be brief"}]
+
+    type_in("/system", "/system be brief", "hi", "/system", "/system x", "/system off", "/system")
+    outcome = cli("chat", folder, "--max-new-tokens", "2")
+    assert outcome.code == 0, outcome.err
+    said = outcome.err.splitlines()
+    assert said.count("be brief") == 1
+    assert said.count("no instruction") == 3
+    assert any("no x" in line for line in said)
+
+
+def test_a_conversation_goes_on_from_a_file(quantized, cli: Command, type_in, tmp_path):
+    file, listed = tmp_path / "talk.json", tmp_path / "list.json"
+    arguments = ("chat", quantized, "--max-new-tokens", "3", "--temperature", "0")
+    type_in("the cat", f"/save {file}", "sat")
+    whole = cli(*arguments)
+    turns = json.loads(file.read_text())["messages"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"]
+    listed.write_text(json.dumps(turns))
+    for saved in (file, listed):
+        type_in(f"/open {saved}", "sat")
+        outcome = cli(*arguments)
+        assert "2 messages; the last: " in outcome.err
+        assert outcome.out.splitlines()[-1] == whole.out.splitlines()[-1]
+
+    broken = tmp_path / "broken.json"
+    for text, said in (
+        ("{", "cannot be read"),
+        ("7", "messages are a list, not int"),
+        ('[{"role": "user"}]', "message 1 has no text"),
+        ('[{"role": "user", "content": "a"}]', "the last message is the user's"),
+        ('[{"role": "assistant", "content": "a"}]', "message 1 is of role 'assistant', where user has the turn"),
+        ('[{"role": "system", "content": "a"}]', "needs a chat template"),
+    ):
+        broken.write_text(text)
+        type_in(f"/open {file}", f"/open {broken}", "sat")
+        outcome = cli(*arguments)
+        assert said in outcome.err, text
+        assert outcome.out.splitlines()[-1] == whole.out.splitlines()[-1], "what was open stays"
+    type_in(f"/open {tmp_path / 'none'}")
+    assert "cannot be read" in cli(*arguments).err
+
+
+def test_a_text_of_several_lines(quantized, cli: Command, type_in, monkeypatch):
+    heard, reply = [], Conversation.reply
+
+    def hear(self, text, streamer):
+        heard.append(text)
+        return reply(self, text, streamer)
+
+    monkeypatch.setattr(Conversation, "reply", hear)
+    type_in('"""the cat', "/quit", 'sat"""', "on \\", "the mat", '"""one line"""', '"""never ended')
+    outcome = cli("chat", quantized, "--max-new-tokens", "2")
+    assert outcome.code == 0, outcome.err
+    assert heard == ["the cat\n/quit\nsat", "on \nthe mat", "one line"]
+
+
+def test_ctrl_c_where_nothing_is_said_ends_the_chat_at_the_second_time(quantized, cli: Command, monkeypatch):
+    keys = iter(["the cat", KeyboardInterrupt, "sat", KeyboardInterrupt, KeyboardInterrupt, "never read"])
+
+    def press(_: str) -> str:
+        key = next(keys)
+        if key is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return key
+
+    monkeypatch.setattr("builtins.input", press)
+    outcome = cli("chat", quantized, "--max-new-tokens", "3", "--temperature", "0")
+    assert outcome.code == 130
+    assert outcome.err.count("[4 bits, ") == 2
+    assert outcome.err.count("Ctrl-C again") == 2
+    assert next(keys) == "never read"
+
+
+def test_white_space_alone_is_said(quantized, cli: Command, type_in, monkeypatch):
+    reply, texts = Conversation.reply, iter([" \n", "", "x"])
+    monkeypatch.setattr(Conversation, "reply", lambda *given: replace(reply(*given), text=next(texts)))
+    type_in("the cat", "sat", "on")
+    outcome = cli("chat", quantized, "--max-new-tokens", "3")
+    said = [line for line in outcome.err.splitlines() if line.startswith("[")]
+    assert [line.rpartition("; ")[2] for line in said[:2]] == ["nothing but white space]", "an empty answer]"]
+    assert ";" not in said[2]

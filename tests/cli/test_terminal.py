@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 
 import pytest
 
-from bitstrata.cli.terminal import shown_on_stderr
+from bitstrata.cli.terminal import remark, shown_on_stderr, side_by_side
 from bitstrata.progress import Steps, log, note
 
 
@@ -69,3 +70,35 @@ def test_the_level_of_the_logger_is_put_back(ends):
     except ValueError:
         pass
     assert log.level == before
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_texts_side_by_side_and_remarks_have_colours_on_terminals_alone(monkeypatch, colours: bool):
+    shown = _Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "stderr", shown)
+    for name, value in {"TERM": "xterm", "COLUMNS": "90", "COLORTERM": "truecolor"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not colours:
+        monkeypatch.setattr(shown, "isatty", lambda: False)
+    side_by_side([("2 bits", "the same\x1b[2J, then [b]this[/b]"), ("4 bits", "the same\x1b[2J, then that")])
+    remark("a\x1bremark")
+    text = shown.getvalue()
+    assert ("\x1b[33m" in text) == ("\x1b[2m" in text) == colours
+    assert "\x1b[2J" not in text
+    assert "\x1bremark" not in text
+    first, second = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()[:2]
+    assert re.split(" {2,}", first.strip()) == ["2 bits", "4 bits"]
+    assert re.split(" {2,}", second.strip()) == ["the same\\x1b[2J, then [b]this[/b]", "the same\\x1b[2J, then that"]
+    if colours:
+        assert "then \x1b[33m[b]this" in text
+
+
+def test_no_color_is_obeyed(monkeypatch):
+    shown = _Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    side_by_side([("2 bits", "one"), ("4 bits", "two")])
+    assert "\x1b[33m" not in shown.getvalue()

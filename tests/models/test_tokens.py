@@ -261,6 +261,32 @@ def test_every_end_of_text_counts() -> None:
     assert end_tokens(model(0, [0, 3])) == {0, 3}
 
 
+TURN = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ END }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("behind", "ends"),
+    [
+        ("'<|end|>\\n'", ["<|end|>"]),
+        ("' <|end|>'", ["<|end|>"]),
+        ("'</s>'", []),
+        ("'\\n'", []),
+        ("'done<|end|>'", []),
+        ("raise_exception('no')", []),
+        ("''", []),
+    ],
+    ids=range(7),
+)
+def test_what_the_template_writes_behind_an_answer_ends_a_turn(behind: str, ends: list[str]) -> None:
+    """As in models whose config names the end of a text only, which is not what ends a turn."""
+    made = tiny_tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    model = SimpleNamespace(generation_config=SimpleNamespace(), config=LlamaConfig(eos_token_id=None))
+    made.chat_template = TURN.replace("END", behind)
+    assert end_tokens(model, made) == {EOS, *made.convert_tokens_to_ids(ends)}
+    assert end_tokens(model) == set()
+
+
 def test_a_token_beyond_the_vocabulary_is_named() -> None:
     made = tiny_tokenizer()
     check_vocabulary([0, 63], LlamaConfig(vocab_size=64), made)

@@ -28,7 +28,7 @@ SAMPLER = Sampler(0.0, 1.0, random.Random(0))
 
 
 def text(tokens, most=8):
-    return Continuation(list(tokens), most, SAMPLER, grows=False)
+    return Continuation(list(tokens), most, SAMPLER)
 
 
 def write(pool, item, bits, count):

@@ -119,6 +119,17 @@ def test_two_precisions_answer_side_by_side(page, server, written, together):
     for side, bits, tokens in (("left", "2", low), ("right", "4", high)):
         expected = cards[bits]["bytes_per_token"] * len(tokens)
         assert read_bytes(find(page, f"#{side} .bytes").text) == pytest.approx(expected, rel=0.01)
+    wait(page, lambda: "places" in find(page, "#agreement").text)
+    before = server.post("/tokenize", {"prompt": PROMPT}).json["tokens"]
+    after = server.post("/tokenize", {"prompt": "".join(high), "add_special_tokens": False}).json["tokens"]
+    body = {"prompt": before + after, "max_tokens": 0, "echo": True, "logprobs": 1}
+    likeliest = []
+    for bits in (2, 4):
+        found = server.post("/v1/completions", {**body, "bits": bits}).json["choices"][0]["logprobs"]["top_logprobs"]
+        likeliest.append([max(one, key=one.get) for one in found[len(before) :]])
+    alike = sum(one == other for one, other in zip(*likeliest, strict=True))
+    assert same < alike < len(after)
+    assert f"likeliest at {alike} of {len(after)} places" in find(page, "#agreement").text
 
 
 def read_bytes(text):
@@ -161,6 +172,44 @@ def test_plans_are_on_the_sliders(browser, serving, model):
         finished(browser)
         body = {"prompt": PROMPT, "model": "small:thrifty", "max_tokens": 4, "temperature": 0}
         assert answer(browser, "left") == server.post("/v1/completions", body).json["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(("bias", "said"), [("\n", "Nothing but white space."), ("<|endoftext|>", "An empty answer.")])
+def test_an_answer_that_shows_nothing_is_said(page, tokenizer, bias, said):
+    """The page asks as always; what it sends is changed on its way, so that the model cannot but say this."""
+    (token,) = tokenizer.encode(bias)
+    page.execute_script(
+        """
+        const send = window.fetch, token = arguments[0];
+        window.fetch = (path, options) => {
+          if (!String(path).endsWith("completions")) return send(path, options);
+          const body = { ...JSON.parse(options.body), logit_bias: { [token]: 100 } };
+          return send(path, { ...options, body: JSON.stringify(body) });
+        };
+        """,
+        token,
+    )
+    ask(page, tokens=4)
+    finished(page)
+    for side in ("left", "right"):
+        assert texts(page, f"#{side} .remark") == said
+
+
+def test_it_fits_a_phone(page):
+    page.set_window_size(500, 800)  # Chromium makes no window narrower than this
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 320, "height": 640, "deviceScaleFactor": 2, "mobile": True}
+    )
+    try:
+        ask(page)
+        finished(page)
+        wide = page.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert wide[0] <= wide[1] == 320
+        left, right = (find(page, f"#{side}").rect for side in ("left", "right"))
+        assert right["y"] > left["y"] + left["height"] - 1, "one below the other"
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.set_window_size(1100, 900)
 
 
 def test_stop_ends_both(page):

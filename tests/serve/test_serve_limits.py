@@ -182,13 +182,13 @@ def test_metrics_count_what_was_done(with_engine):
         assert value("bitstrata_time_per_output_token_seconds_count") == 3
         assert value("bitstrata_time_to_first_token_seconds_sum") > 0
         assert value("bitstrata_requests_running") == value("bitstrata_requests_waiting") == 0
-        assert value("bitstrata_cache_used_tokens") == 0
+        assert value("bitstrata_cache_used_tokens") == value("bitstrata_preemptions_total") == 0
         assert value("bitstrata_cache_tokens") == 2048
         assert value('bitstrata_http_responses_total{path="/v1/completions",status="200"}') == 2
         assert value('bitstrata_http_responses_total{path="/v1/completions",status="400"}') == 1
         assert value('bitstrata_http_responses_total{path="other",status="404"}') == 1
         connection = server.connect(COMPLETIONS, LONG)
         eventually(lambda: value("bitstrata_requests_running") == 1, "a running request")
-        assert value("bitstrata_cache_used_tokens") > 900
+        assert 256 <= value("bitstrata_cache_used_tokens") < 900, "as it goes, not for all that it may make"
         connection.close()
         eventually(lambda: value('bitstrata_requests_total{outcome="cancelled"}') == 1, "its cancellation")

@@ -1,16 +1,20 @@
-"""What the package logs, on stderr: a bar with an ETA on a terminal, one line a step otherwise."""
+"""What is drawn: what the package logs, on stderr, as a bar with an ETA on a terminal and as one line a step otherwise;
+a chat's remarks; texts side by side. Colours are for terminals, and off where NO_COLOR is set.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
 
 from ..progress import Progress, log
 
@@ -84,3 +88,20 @@ def shown_on_stderr() -> Iterator[None]:
     finally:
         log.setLevel(level)
         log.removeHandler(handler)
+
+
+def remark(text: str) -> None:
+    """`text` on stderr, beside what is said on stdout."""
+    _Console(stderr=True, highlight=False, soft_wrap=True).print(printable(text), style="dim", markup=False)
+
+
+def side_by_side(columns: Sequence[tuple[str, str]]) -> None:
+    """Texts next to each other on stdout, each under its heading; marked from where they are no longer the same."""
+    texts = [text for _, text in columns]
+    differing = (place for place, found in enumerate(zip(*texts, strict=False)) if len(set(found)) > 1)
+    same = next(differing, min(map(len, texts)))
+    table = Table(box=None, expand=True, padding=(0, 2, 0, 0), header_style="bold")
+    for heading, _ in columns:
+        table.add_column(Text(printable(heading)), ratio=1, overflow="fold")
+    table.add_row(*(Text.assemble(printable(text[:same]), (printable(text[same:]), "yellow")) for text in texts))
+    _Console(highlight=False).print(table)

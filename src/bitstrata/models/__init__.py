@@ -16,12 +16,11 @@ from .tokens import (
     check_vocabulary,
     encode_body,
     encode_prompt,
-    end_tokens,
     load_tokenizer,
     text_prefix,
     vocabulary_size,
 )
-from .turns import encode_turns, is_template_variable, template_knows, text_length
+from .turns import encode_turns, end_tokens, is_template_variable, template_knows, text_length
 
 __all__ = [
     "BitstrataConfig",

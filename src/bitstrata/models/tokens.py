@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..checkpoint.reader import regular_file
 from ..errors import BitstrataError, InputError, first_line
@@ -118,16 +118,6 @@ def check_vocabulary(tokens: Iterable[int], config: PreTrainedConfig, tokenizer:
             f"the model knows {size} tokens, 0 to {size - 1}",
             hint="put the model's own tokenizer into its folder",
         )
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> frozenset[int]:
-    """The tokens that end a text or a turn: those of the generation config, the config and the tokenizer together."""
-    holders = (model.generation_config, model.config, model.config.get_text_config(decoder=True), tokenizer)
-    found: set[int] = set()
-    for holder in holders:
-        ends = getattr(holder, "eos_token_id", None)
-        found |= {ends} if isinstance(ends, int) else set(ends or ())
-    return frozenset(found)
 
 
 class Stops:

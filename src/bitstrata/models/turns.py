@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import BitstrataError, InputError, UsageError
 from .compat import text_control_tokens
@@ -20,6 +20,7 @@ from .tokens import added_tokens, around, check_text, encode_prompt
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters without a meaning: marks in rendered conversations
 MOST_DEPTH = 50  # of objects in a turn
+ANSWER = "An answer."  # of a made turn
 SET_BY_US = {"bos_token", "eos_token", "unk_token", "pad_token", "messages", "raise_exception", "strftime_now"}
 
 Range = tuple[int, int]
@@ -103,6 +104,39 @@ def encode_turns(
     )
     text, ranges = marks.take(str(applied(marked, variables, tokenize=False)))
     return _encode_spelled(tokenizer, text, ranges, special | others, add_special_tokens=False)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> frozenset[int]:
+    """The tokens that end a text or a turn.
+
+    Those that the generation config, the config and the tokenizer name, and the one that the chat template writes
+    behind an answer, which some models' files do not name.
+    """
+    holders = (model.generation_config, model.config, model.config.get_text_config(decoder=True), tokenizer)
+    found: set[int] = set() if tokenizer is None else set(_turn_end(tokenizer))
+    for holder in holders:
+        ends = getattr(holder, "eos_token_id", None)
+        found |= {ends} if isinstance(ends, int) else set(ends or ())
+    return frozenset(found)
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The control token that the chat template writes behind an answer, if that is what it writes there."""
+    if not tokenizer.chat_template:
+        return []
+    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": ANSWER}]
+    try:
+        text = str(_apply_template(tokenizer, turns, {}, tokenize=False))
+    except InputError:  # it wants other turns than these
+        return []
+    behind = text.rpartition(ANSWER)[2].lstrip() if ANSWER in text else ""
+    special, others = _control_tokens(tokenizer)
+    ids = tokenizer.encode(behind, add_special_tokens=False)[:1] if behind else []
+    return [
+        token
+        for token in ids
+        if token in special | others and behind.startswith(added_tokens(tokenizer)[token].content)
+    ]
 
 
 def _texts(value: Any, depth: int = MOST_DEPTH) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -10,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import InputError
 from ..kernels.cached import check_kv_cache_dtype
 from ..models import check_text, encode_turns
-from ..nn import BitsOrPlan, bits_state
+from ..nn import Assignment, BitsOrPlan, bits_state
 from ..options import GenerationSettings
 from .batching import check_reuse
 from .generation import Generation, continue_tokens
@@ -58,11 +60,9 @@ class Conversation:
         self._state = bits_state(model)
         self._bits = self._state.resolve(bits)
         self.has_template = bool(tokenizer.chat_template)
-        if system is not None:
-            _check_system(tokenizer, system)
+        self._system: str | None = None
+        self._turns: list[dict[str, str]] = []  # the user's and the model's
         self.system = system
-        self._turns: list[dict[str, str]] = []
-        self.reset()
 
     @property
     def bits(self) -> BitsOrPlan:
@@ -79,9 +79,42 @@ class Conversation:
         """The numbers that `bits` may be set to."""
         return self._state.supported
 
+    @property
+    def system(self) -> str | None:
+        """The instruction before the first turn; None if there is none. Setting it keeps the turns.
+
+        Raises as the constructor does; then it stays what it was.
+        """
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        if text is not None:
+            _check_system(self.tokenizer, text)
+        self._system = text
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All turns, the system instruction first, each with `role` and `content`. Setting them begins from there.
+
+        Raises:
+            InputError: no list of messages of the roles system (the first alone), user and assistant, those in turn,
+                with a text each; or the user's is the last.
+            UsageError: a system instruction without a chat template.
+        """
+        first = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return [*first, *(dict(turn) for turn in self._turns)]
+
+    @messages.setter
+    def messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        turns = _checked(messages)
+        system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else None
+        self.system = system
+        self._turns = turns
+
     def reset(self) -> None:
         """Forget all turns but the system instruction."""
-        self._turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self._turns = []
 
     def reply(self, text: str, streamer: BaseStreamer | None = None) -> Generation:
         """The model's answer to `text`, at `bits`.
@@ -89,23 +122,64 @@ class Conversation:
         Raises InputError if `text` is no text, the chat template refuses it or the context is full. The turn is then
         dropped, as it is if anything else ends the reply.
         """
-        turns = [*self._turns, {"role": "user", "content": text}]
-        settings, bits = self._settings, self.bits
+        result = self._answer(text, self._turns, self._bits, streamer)
+        self._turns = [*self._turns, {"role": "user", "content": text}, {"role": "assistant", "content": result.text}]
+        return result
+
+    def compare(self, choices: Sequence[int], text: str | None = None) -> list[Generation]:
+        """Answers to `text`, or to the last turn again, at each of the bits in `choices`; none is kept.
+
+        Raises:
+            UnsupportedBitsError: bits that the model does not have.
+            InputError: as `reply`; or there is no turn yet.
+        """
+        resolved = [self._state.resolve(bits) for bits in choices]
+        turns = self._turns
+        if text is None:
+            if not turns:
+                raise InputError("there is no turn yet", hint="say what is to be answered")
+            *turns, last, _ = turns
+            text = last["content"]
+        return [self._answer(text, turns, bits, None) for bits in resolved]
+
+    def _answer(
+        self, text: str, turns: Sequence[dict[str, str]], chosen: Assignment, streamer: BaseStreamer | None
+    ) -> Generation:
+        first = [] if self._system is None else [{"role": "system", "content": self._system}]
+        settings, bits = self._settings, chosen.given
         if settings.draft_bits is not None and isinstance(bits, int) and settings.draft_bits >= bits:
             settings = replace(settings, draft_bits=None)  # this precision is no dearer than its draft
-        result = continue_tokens(
+        return continue_tokens(
             self.model,
             self.tokenizer,
-            encode_turns(self.tokenizer, turns),
+            encode_turns(self.tokenizer, [*first, *turns, {"role": "user", "content": text}]),
             text,
-            bits=self._bits,
+            bits=chosen,
             settings=settings,
             streamer=streamer,
             reuse=self._reuse,
             kv_cache_dtype=self._kv_cache_dtype,
         )
-        self._turns = [*turns, {"role": "assistant", "content": result.text}]
-        return result
+
+
+def _checked(messages: Any) -> list[dict[str, str]]:
+    """`messages` as turns. Raises InputError for what no conversation can have been."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise InputError(f"messages are a list, not {type(messages).__name__}")
+    turns: list[dict[str, str]] = []
+    for place, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise InputError(f"message {place} has no text as its content", hint='{"role": "user", "content": "..."}')
+        role = message.get("role")
+        said = len([turn for turn in turns if turn["role"] != "system"])
+        wanted = ["user", "assistant"][said % 2]
+        if role != wanted and not (role == "system" and place == 1):
+            raise InputError(f"message {place} is of role {role!r}, where {wanted} has the turn")
+        check_text(message["content"], f"message {place}")
+        turns.append({"role": str(role), "content": message["content"]})
+    if turns and turns[-1]["role"] == "user":
+        raise InputError("the last message is the user's", hint="leave it out, and say it in the conversation")
+    return turns
 
 
 def _check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:

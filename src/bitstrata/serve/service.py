@@ -233,6 +233,9 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("bitstrata_reused_tokens", "Of these, in the cache already.", stats.reused_tokens)
         yield CounterMetricFamily("bitstrata_new_tokens", "Tokens made.", stats.new_tokens)
         yield CounterMetricFamily("bitstrata_batches", "Batches run.", stats.batches)
+        yield CounterMetricFamily(
+            "bitstrata_preemptions", "Times that a request left the cache to an older one.", stats.set_back
+        )
         yield GaugeMetricFamily("bitstrata_requests_running", "Requests that are being served.", stats.running)
         yield GaugeMetricFamily("bitstrata_requests_waiting", "Requests in the queue.", stats.waiting)
         yield GaugeMetricFamily("bitstrata_cache_tokens", "Room in the cache, in tokens.", stats.cache_tokens)

@@ -1,14 +1,15 @@
 """Who gets room in the cache, and when.
 
-A request that says how many tokens it makes gets room for all of them before it starts. One that does not say gets
-GROWTH more at a time, as it goes.
+A request gets room for its prompt and GROWTH new tokens before it starts, and GROWTH more at a time as it goes,
+whatever number of tokens it may make: most end long before.
 
 First come, first served, but a request for which there is no room now lets smaller ones pass, OVERTAKEN of them in all.
 Then none passes it any more, so that its room comes free.
 
-A request that cannot grow waits, and until it can none is admitted. If all that run wait for that, nothing will come
-free by itself: the longest of them then ends, as at any other limit. None of n such requests ends before it had an n-th
-of the cache, rounded down by GROWTH.
+A running request for which there is no more room takes it from the youngest: that one is set back. It waits again,
+before all that came after it, and what it has made so far is then computed as a part of its prompt. The youngest itself
+keeps what it has and waits for the others; meanwhile none is admitted. So the oldest always goes on, and alone it has
+room for all that it may make.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ class Running(Continuation):
     policy: RequestPolicy
     entropy: float | None = None  # of the last distribution, if the policy wants it
     overtaken: int = 0
+    set_back: int = 0  # times
+
+    def wait_again(self) -> None:
+        """It has left the cache, and begins anew, with what it made as a part of its prompt."""
+        self.written, self.scored = [], []
+        self.set_back += 1
 
 
 def admit(
@@ -59,15 +66,24 @@ def admit(
         yield item
 
 
-def grow(running: Iterable[Running], prefixes: Prefixes) -> list[Running]:
-    """Get room for the next token of all that have used theirs up; those for which there is none."""
-    stalled = []
-    for item in running:
+def grow(running: Iterable[Running], prefixes: Prefixes) -> tuple[list[Running], list[Running]]:
+    """Get room for the next token of all that have used theirs up.
+
+    Returns those for which there is none now, and those that were set back.
+    """
+    stalled, back = [], []
+    younger = sorted(running, key=lambda item: item.handle.number)
+    while younger:
+        item = younger.pop(0)
         if item.place is None or not item.lacks_room():
             continue
-        larger = prefixes.grow(item.place, item.past, item.room)
+        while (larger := prefixes.grow(item.place, item.past, item.room)) is None and younger:
+            last = younger.pop()
+            prefixes.keep(last)
+            last.wait_again()
+            back.append(last)
         if larger is None:
             stalled.append(item)
         else:
             item.place = larger
-    return stalled
+    return stalled, back

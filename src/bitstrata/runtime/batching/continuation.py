@@ -29,10 +29,9 @@ STOP_TOKENS = 4  # a character may take this many tokens, so a stop text of n li
 class Continuation:
     """`tokens`, the prompt and then the new ones; the first `past` of them are in the cache, in the range `place`.
 
-    most: new tokens it may make. ends: tokens that end it; stops: texts that do. grows: it takes room in the cache as
-    it goes, GROWTH tokens more at a time, and not all from the start. rules: (tokens int64 [1, n], logits [1, V]) ->
-    logits to pick from, if they are others. scores: how many likely tokens to note at each place of the prompt, which
-    is then computed as a whole; None for no log-probabilities of it.
+    most: new tokens it may make. ends: tokens that end it; stops: texts that do. rules: (tokens int64 [1, n], logits
+    [1, V]) -> logits to pick from, if they are others. scores: how many likely tokens to note at each place of the
+    prompt, which is then computed as a whole; None for no log-probabilities of it.
     """
 
     tokens: list[int]
@@ -40,7 +39,6 @@ class Continuation:
     sampler: Sampler
     ends: frozenset[int] = frozenset()
     stops: Stops | None = None
-    grows: bool = True
     rules: Callable[[Tensor, Tensor], Tensor] | None = None
     place: range | None = None
     written: list[Choice] = field(default_factory=list)  # at what each token that is in the cache was computed
@@ -60,10 +58,10 @@ class Continuation:
 
     @property
     def room(self) -> int:
-        """Tokens of the cache that it needs to start, or to go on."""
+        """Tokens of the cache that it needs to start, or to go on for a while."""
         # the last new token is never an input
         whole = len(self.tokens) - len(self.new) + self.most - 1
-        return min(whole, len(self.tokens) + GROWTH) if self.grows else whole
+        return min(whole, len(self.tokens) + GROWTH)
 
     def lacks_room(self, drafts: int = 0) -> bool:
         """Whether what is to be fed next, and so many drafts after it, do not fit into its range."""

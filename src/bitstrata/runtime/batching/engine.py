@@ -55,7 +55,7 @@ class Engine:
         max_requests: run at a time; others wait.
         max_batch_tokens: of prompts in one batch: longer prompts are fed in parts, between which others decode.
             By default 512, or max_requests if that is more.
-        cache_tokens: room for the prompts and new tokens of all running requests together.
+        cache_tokens: room for the tokens of all running requests together, which they take as they go.
             By default 512 for each, or the model's context if that is less, and at least 2,048.
         max_waiting: requests that may wait for a place.
         policy: what lowers requests that have min_bits, for this engine alone; nothing by default.
@@ -118,7 +118,7 @@ class Engine:
         self._number = 0
         self._closing: str | None = None  # "drain" or "drop"
         self._failure: BaseException | None = None
-        self._prompt_tokens = self._reused_tokens = self._new_tokens = self._batches = 0
+        self._prompt_tokens = self._reused_tokens = self._new_tokens = self._batches = self._set_back = 0
         self._finished = Counter(dict.fromkeys(REASONS, 0))
         self._tokens_by_bits: Counter[str] = Counter()
         self._pace = Pace()
@@ -170,7 +170,6 @@ class Engine:
                 sampler,
                 frozenset(ends),
                 stops,
-                grows=request.max_new_tokens is None,
                 rules=rules,
                 scores=request.prompt_logprobs,
                 handle=handle,
@@ -208,6 +207,7 @@ class Engine:
                 new_tokens=self._new_tokens,
                 tokens_by_bits=dict(sorted(self._tokens_by_bits.items())),
                 batches=self._batches,
+                set_back=self._set_back,
                 finished=dict(self._finished),
             )
 
@@ -259,16 +259,22 @@ class Engine:
             elif drop or item.handle.cancelled:
                 self._end(item, Finished("cancelled"))
         with self._changed:
-            self._stalled = {item.handle.number for item in grow(self._running.values(), self._prefixes)}
+            stalled, back = grow(self._running.values(), self._prefixes)
+            self._stalled = {item.handle.number for item in stalled}
+            self._set_back += len(back)
+            for item in back:
+                self._waiting[item.handle.number] = self._running.pop(item.handle.number)
+            if back:  # they came before those that wait
+                self._waiting = dict(sorted(self._waiting.items()))
             if not self._stalled:
                 places = self.max_requests - len(self._running)
                 for item in admit(self._waiting, self._prefixes, places, self._running.values(), self._first_bits):
                     self._running[item.handle.number] = self._waiting.pop(item.handle.number)
-                    self._prompt_tokens += len(item.tokens)
-                    self._reused_tokens += item.reused
-                    item.handle.reused_tokens = item.reused
-        if self._running and len(self._stalled) == len(self._running):
-            self._end(max(self._running.values(), key=lambda item: len(item.tokens)), Finished("length"))
+                    if not item.set_back:
+                        self._prompt_tokens += len(item.tokens)
+                        self._reused_tokens += item.reused
+                        item.handle.reused_tokens = item.reused
+        assert not self._running or len(self._stalled) < len(self._running), "alone, a request has room"
         return bool(self._running or self._waiting) or self._closing is None
 
     def _round(self) -> None:

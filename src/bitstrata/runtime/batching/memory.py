@@ -2,12 +2,10 @@
 
     layer l:  keys [H, tokens, D], values [H, tokens, D']         H = key-value heads, each a Stored (stored.py)
 
-A request holds one contiguous range of `tokens` from when it is admitted until it ends, long enough for its prompt and
-every token it may still make (or, where it sets no limit, for the next ones: admission.py); what it wrote stays until
-its place is needed (prefixes.py). So attention reads its keys as a view, nothing is allocated while requests run or
-copied but for those that grow or begin as another one did, and an admitted request with a limit is never thrown out for
-lack of memory. The price: room for tokens that are never made stays unused until the request ends, and a long request
-waits until a range of its length is free in one piece.
+A request holds one contiguous range of `tokens` while it runs, long enough for what it has and for its next tokens
+(admission.py); what it wrote stays until its place is needed (prefixes.py). So attention reads its keys as a view, and
+nothing is allocated while requests run, or copied but for those that grow beyond a neighbour or begin as another one
+did. The price: a long request waits until a range of its length is free in one piece.
 
 Ranges are counted in blocks of BLOCK tokens. Tensors are made when a layer first writes: only then its number of heads
 and their widths are known.

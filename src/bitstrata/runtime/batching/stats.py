@@ -18,6 +18,7 @@ class EngineStats:
     time_per_token: seconds between two tokens of a request, a mean over the recent past; None if none were made
     since the engine was last without work.
     prompt_tokens, new_tokens, batches: since the start; reused_tokens: of prompts, those that the cache had already.
+    set_back: times that a request had to leave the cache to an older one, and to begin anew.
     tokens_by_bits: new tokens by the bits that computed them, those of requests on a plan under "plan".
     finished: requests by reason.
     """
@@ -34,6 +35,7 @@ class EngineStats:
     new_tokens: int
     tokens_by_bits: dict[str, int]
     batches: int
+    set_back: int
     finished: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
