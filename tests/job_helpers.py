@@ -15,7 +15,7 @@ import bitstrata
 from bitstrata.calibration import calibration_windows, read_text
 from bitstrata.metrics import Tally
 from bitstrata.quantization import Report, quantize
-from bitstrata.quantization.preflight import HELDOUT_WINDOWS
+from bitstrata.quantization.preflight import heldout_windows
 
 # a job of a fraction of a second that still trains every block
 ANYBCQ = {"method": "anybcq", "options": {"steps": 6, "rounds": 3, "batch_size": 4}}
@@ -44,7 +44,7 @@ def assert_report_measures_the_checkpoint(report: Report, model: Path, output: P
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     quantized = bitstrata.load(output, device="cpu")
     windows = calibration_windows(
-        tiny_tokenizer(), read_text(text), num_samples=6, seq_len=32, num_heldout=HELDOUT_WINDOWS, seed=0
+        tiny_tokenizer(), read_text(text), num_samples=6, seq_len=32, num_heldout=heldout_windows(32), seed=0
     ).heldout
     with torch.no_grad():
         expected = original(windows).logits[:, :-1].flatten(0, 1)

@@ -21,7 +21,7 @@ from bitstrata.errors import JobError, PreflightError
 from bitstrata.models import SourceModel, discover, load_tokenizer
 from bitstrata.planes import decode
 from bitstrata.quantization import stages
-from bitstrata.quantization.preflight import HELDOUT_WINDOWS
+from bitstrata.quantization.preflight import heldout_windows
 from bitstrata.quantization.state import JobState
 from bitstrata.solvers import AnyPrecision
 
@@ -131,7 +131,7 @@ def test_layers_are_solved_with_the_gradients_on_the_calibration_windows(
     folder = tiny_gpt2(tmp_path / "gpt2") if transposed else model
     run(folder, tmp_path / "out", text, **ANYPRECISION)
     windows = calibration_windows(
-        load_tokenizer(folder), read_text(text), num_samples=6, seq_len=32, num_heldout=HELDOUT_WINDOWS, seed=0
+        load_tokenizer(folder), read_text(text), num_samples=6, seq_len=32, num_heldout=heldout_windows(32), seed=0
     )
     source = SourceModel(folder)
     skeleton = source.skeleton()

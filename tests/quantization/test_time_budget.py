@@ -16,7 +16,9 @@ from bitstrata.errors import PreflightError, UsageError
 from bitstrata.models import SourceModel
 from bitstrata.progress import in_words
 from bitstrata.quantization import budget, duration, preflight
+from bitstrata.quantization import job as job_module
 from bitstrata.quantization.state import JobState
+from bitstrata.solvers import make_method
 
 NESTED: dict[str, Any] = {"method": "nested", "options": {"iterations": 1, "sweeps": 1}, "num_samples": 48}
 
@@ -166,3 +168,40 @@ def test_a_machine_that_is_too_small_is_told_what_it_would_take(
     with pytest.raises(PreflightError, match="of memory"):
         run(model, tmp_path / "out", text, dry_run=True, **NESTED)
     assert any("on this machine" in message for message in caplog.messages)
+
+
+def test_the_first_block_corrects_what_was_expected(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The blocks take what the first one took, the other stages what they were expected to."""
+    told: list[str] = []
+    monkeypatch.setattr(duration, "operations_a_second", lambda device, dtype: 1e6)
+    monkeypatch.setattr(duration, "LESS", (4, 16))
+    monkeypatch.setattr(duration, "LONG", 0.0)
+    corrected = duration.corrected
+
+    def correct(prepared: Any, seconds: float) -> str:
+        assert seconds > 0
+        others = duration.expected_seconds(prepared, 0.0)
+        told.append(corrected(prepared, 1000.0))
+        blocks = len(prepared.discovery.blocks)
+        assert f"about {in_words(others + 1000.0 * blocks)} in all" in told[0]
+        return told[0]
+
+    monkeypatch.setattr(job_module, "corrected", correct)
+    caplog.set_level("INFO", logger="bitstrata")
+    run(model, tmp_path / "out", text, **NESTED)
+    assert len(told) == 1, "once, by the first block"
+    assert told[0] in caplog.text
+    assert "; with --num-samples 4 --seq-len 16 about" in told[0]
+
+
+@pytest.mark.parametrize("options", [{"iterations": 4}, {"sweeps": 4}], ids=str)
+def test_more_rounds_are_expected_to_take_longer(options: dict[str, int]) -> None:
+    few, more = (make_method("nested", "default", {"iterations": 1, "sweeps": 1, **o}) for o in ({}, options))
+    assert more.operations(64, 32, (2, 3)) > few.operations(64, 32, (2, 3)) > few.operations(64, 32, (2,))
+
+
+def test_what_reads_no_text_is_not_counted_by_its_rounds() -> None:
+    assert make_method("nested", "fast", {}).operations(64, 32, (2,)) == 0
+    assert make_method("anybcq", "default", {"steps": 3, "batch_size": 2}).learnt_tokens(8, (2, 3)) == 3 * 2 * 8 * 2

@@ -13,7 +13,17 @@ from bitstrata.planes import decode
 from bitstrata.solvers import joint
 from bitstrata.solvers.bpdq import highest_bits
 from bitstrata.solvers.grouping import code_signs
-from bitstrata.solvers.joint import column_codes, column_order, first_grid, levels, refitted, rounded, upper_factor
+from bitstrata.solvers.joint import (
+    RIDGE,
+    column_codes,
+    column_order,
+    first_grid,
+    least_squares_step,
+    levels,
+    refitted,
+    rounded,
+    upper_factor,
+)
 
 N, K, G = 13, 72, 16
 GROUPS = [16, 16, 16, 16, 8]
@@ -239,6 +249,7 @@ NATIVE = pytest.param(True, marks=pytest.mark.skipif(bool(missing), reason="the 
 
 def without_native_code(patch):
     patch.setattr(joint, "choose_codes", lambda *arguments, **options: False)
+    patch.setattr(joint, "fit_codes", lambda *arguments: None)
 
 
 @pytest.mark.parametrize("native", [NATIVE, False], ids=["native", "torch"])
@@ -284,6 +295,23 @@ def test_the_column_loop_takes_the_best_code_of_every_column(bits, rows, given, 
             y[column + 1 :] -= factor.double()[column, column + 1 :, None] * moved
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["compensated", "polish"])
+def test_columns_have_levels_of_their_own(given, seed):
+    """Sets that are shifted: the same codes as with one set and targets that are shifted back."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(8, 37, generator=generator)
+    shift, which = torch.tensor([0.0, 16.0, -32.0]), [0, 2, 1, 1, 2, 0, 1]
+    y = torch.randn(7, 37, generator=generator)
+    factor = torch.eye(7) if given else 0.1 * torch.randn(7, 7, generator=generator) + torch.eye(7)
+    codes, expected = torch.zeros(7, 37, dtype=torch.int64), torch.zeros(7, 37, dtype=torch.int64)
+    left = y if given else y + shift[which].unsqueeze(1)
+    sets, ones = table + shift[:, None, None], torch.ones(7)
+    column_codes((3,), [sets], [left], [factor], [ones], codes, given=given, which=which)
+    column_codes((3,), [table], [y], [factor], [ones], expected, given=given)
+    assert (codes == expected).double().mean() > 0.97  # a shift rounds; a tie that falls the other way moves the rest
+    assert expected.unique().numel() > 4
+
+
 @pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
 @pytest.mark.parametrize("bits", [(3,), (2, 3, 4), (2, 5, 8)], ids=str)
 def test_both_column_loops_find_solutions_of_the_same_loss(bits, seed, monkeypatch):
@@ -297,6 +325,46 @@ def test_both_column_loops_find_solutions_of_the_same_loss(bits, seed, monkeypat
         solver.polish(1)
         found[native] = [track.loss(solver.decoded(track)).sum() for track in solver.tracks]
     torch.testing.assert_close(found[True], found[False], rtol=0.2, atol=1e-6)
+
+
+@pytest.mark.parametrize("native", [NATIVE, False], ids=["native", "torch"])
+@pytest.mark.parametrize("columns", [1, 7, 8, 17, 128])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 70])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+def test_the_step_is_that_of_least_squares(bits, rows, columns, native, seed, monkeypatch):
+    """Against float64: what is left of the normal equations, beside what stands there."""
+    generator = torch.Generator().manual_seed(seed)
+    code = torch.randint(2**bits, (columns, rows), generator=generator)
+    mix = torch.randn(columns, columns, generator=generator)
+    metric = mix @ mix.T / columns + 0.1 * torch.eye(columns)
+    residual = metric @ torch.randn(columns, rows, generator=generator)
+    if not native:
+        without_native_code(monkeypatch)
+    step = least_squares_step(code, bits, metric, residual)
+    assert step.shape == (bits + 1, rows)
+    signs = code_signs(bits, CPU).T.double()[code]  # [g, N, p]
+    basis = torch.cat([signs, torch.ones(columns, rows, 1, dtype=torch.float64)], 2).permute(1, 2, 0)  # [N, p + 1, g]
+    normal = basis @ metric.double() @ basis.mT
+    normal += RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(bits + 1)
+    right = (basis @ residual.T.double().unsqueeze(2))[..., 0]
+    left = (normal @ step.T.double().unsqueeze(2))[..., 0] - right
+    size = normal.norm(dim=(1, 2)) * step.double().norm(dim=0) + right.norm(dim=1)
+    assert (left.norm(dim=1) <= 1e-5 * size).all()
+
+
+@pytest.mark.skipif(bool(missing), reason="the native kernels are not built")
+def test_native_steps_are_the_same_for_any_number_of_threads(seed):
+    generator = torch.Generator().manual_seed(seed)
+    code = torch.randint(16, (64, 99), generator=generator)
+    metric, residual = torch.eye(64) + 0.1, torch.randn(64, 99, generator=generator)
+    before = torch.get_num_threads()
+    try:
+        steps = [
+            least_squares_step(code, 4, metric, residual) for count in (1, 2, 5) if not torch.set_num_threads(count)
+        ]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(steps[0], step) for step in steps[1:])
 
 
 def test_the_native_loop_checks_what_it_is_given():

@@ -33,7 +33,7 @@ from ..progress import log
 from ..solvers.method import Windows
 from .lanes import batches
 
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024  # what a block makes of more does not stay in the caches of two cores
 # what a model's own code raises when it is given something else than it expects
 MODELS_OWN = (ValueError, TypeError, IndexError, RuntimeError, AttributeError)
 LOGITS = 1 << 23  # logits held at a time, all chains together

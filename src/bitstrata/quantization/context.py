@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -235,6 +236,7 @@ class Job:
     layer_error: layer -> bits -> ||W - W_bits||^2 / ||W||^2.
     routing: module of experts -> how many tokens of the learning windows each expert gets in the original.
     measured: what the final check found, by chain name.
+    first_block: called with the seconds that the first block took that was solved in this run, if more follow.
     """
 
     prepared: Prepared
@@ -242,6 +244,7 @@ class Job:
     layer_error: dict[str, dict[str, float]] = field(default_factory=dict)
     routing: dict[str, list[int]] = field(default_factory=dict)
     measured: dict[str, Metrics] = field(default_factory=dict)
+    first_block: Callable[[float], None] = lambda seconds: None
 
     def __post_init__(self) -> None:
         prepared = self.prepared

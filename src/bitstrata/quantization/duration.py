@@ -2,9 +2,9 @@
 
     seconds = sum over stages (operations of its products) / (operations a second of such products, measured)
 
-Solvers, reading and writing are not counted, so it is a guess within a factor of two or so; the first finished block
-says better (progress.py). `fitting` is for a time that was given: it runs the first block on few windows and finds the
-most windows, and then the longest, with which the job ends in time.
+What is bound by memory is counted as so many operations, and reading and writing are not, so it is a guess within a
+factor of two or so; the first finished block corrects it (`corrected`). `fitting` is for a time that was given: it runs
+the first block on few windows and finds the most windows, and then the longest, with which the job ends in time.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ def operations_a_second(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * SIDE**3 / best
 
 
-def expected_seconds(prepared: Prepared) -> float:
-    """An estimate of what the stages take here, as above."""
+def expected_seconds(prepared: Prepared, blocks: float = 1.0) -> float:
+    """An estimate of what the stages take here, as above; `blocks`: what that of the blocks is multiplied by."""
     total = 0.0
     speeds: dict[torch.dtype, float] = {}
     for stage in prepared.stages:
+        factor = blocks if isinstance(stage, Blocks) else 1.0
         for dtype, count in stage.operations(prepared).items():
             if dtype not in speeds:
                 speeds[dtype] = operations_a_second(prepared.settings.device, dtype)
-            total += count / speeds[dtype]
+            total += factor * count / speeds[dtype]
     return total
 
 
@@ -62,14 +63,31 @@ def told(prepared: Prepared) -> str:
     if not seconds:
         return f"needs about {needs}"
     said = f"takes about {in_words(seconds)} on this machine, by its speed at products, and {needs}"
+    return said + _shorter(prepared, seconds)
+
+
+def corrected(prepared: Prepared, first: float) -> str:
+    """The same of time alone, once the first block took `first` seconds; empty of a short job."""
+    expected = expected_seconds(replace(prepared, stages=(Blocks(),)))
+    if not expected:
+        return ""
+    factor = first * len(prepared.discovery.blocks) / expected
+    seconds = expected_seconds(prepared, factor)
+    if seconds <= LONG:
+        return ""
+    return f"by its first block: about {in_words(seconds)} in all{_shorter(prepared, seconds, factor)}"
+
+
+def _shorter(prepared: Prepared, seconds: float, factor: float = 1.0) -> str:
+    """What fewer tokens would take where so many seconds are long."""
     samples, length = (min(pair) for pair in zip(LESS, _size(prepared), strict=True))
-    if seconds > LONG and (samples, length) != _size(prepared):
-        shorter = expected_seconds(_with_size(prepared, samples, length))
-        said += (
-            f"; with --num-samples {samples} --seq-len {length} about {in_words(shorter)} "
-            "(what fewer tokens cost: docs/guides/quality.md)"
-        )
-    return said
+    if seconds <= LONG or (samples, length) == _size(prepared):
+        return ""
+    shorter = expected_seconds(_with_size(prepared, samples, length), factor)
+    return (
+        f"; with --num-samples {samples} --seq-len {length} about {in_words(shorter)} "
+        "(what fewer tokens cost: docs/guides/quality.md)"
+    )
 
 
 def _size(prepared: Prepared) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from ..verbs import verb
 from .budget import within_budget
 from .companions import checkpoint_config, copy_companions
 from .context import Job, Prepared
-from .duration import told
+from .duration import corrected, told
 from .given_model import on_disk
 from .mtp import write_mtp
 from .preflight import prepare
@@ -80,6 +80,7 @@ def _quantize(options: QuantizeOptions) -> Report:
         return done
 
     job = Job(prepared, JobState(prepared.settings.output, prepared.fingerprint, prepared.spec()))
+    job.first_block = lambda seconds: log.info(said) if (said := corrected(prepared, seconds)) else None
     try:
         with memory_errors("while quantizing", hint=MORE_MEMORY):
             log.info(told(prepared))

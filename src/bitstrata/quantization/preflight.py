@@ -49,7 +49,7 @@ from .mtp import Unused, sort_unused, with_mtp
 from .settings import Settings
 from .state import JOB_FOLDER, is_job
 
-HELDOUT_WINDOWS = 16
+HELDOUT_TOKENS, FEWEST_WINDOWS, MOST_WINDOWS = 4096, 8, 16  # of the final check
 LONGEST_FILE = f"{JOB_FOLDER}/refined-000000.safetensors{TEMPORARY}"  # below the output
 _Value = TypeVar("_Value")
 
@@ -186,6 +186,11 @@ def _existing(output: Path) -> Path:
     return next((path for path in [output, *output.absolute().parents] if os.path.exists(path)), Path("/"))
 
 
+def heldout_windows(seq_len: int) -> int:
+    """Windows of the final check: each takes as long, in fp32 and twice for each bits, as several of the others."""
+    return min(MOST_WINDOWS, max(FEWEST_WINDOWS, HELDOUT_TOKENS // seq_len))
+
+
 def _windows(settings: Settings, source: SourceModel, tokenizer: PreTrainedTokenizerBase, documents: Text) -> Windows:
     wanted = settings.num_samples if settings.method.needs_calibration else 0
     windows = calibration_windows(
@@ -193,7 +198,7 @@ def _windows(settings: Settings, source: SourceModel, tokenizer: PreTrainedToken
         documents,
         num_samples=wanted,
         seq_len=settings.seq_len,
-        num_heldout=HELDOUT_WINDOWS,
+        num_heldout=heldout_windows(settings.seq_len),
         seed=settings.seed,
     )
     parts = (windows.calibration, windows.heldout)

@@ -9,6 +9,7 @@ model.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,7 @@ from .expert_inputs import counting, tokens_of_experts
 from .settings import Settings
 from .state import SENSITIVITY
 from .tune_stage import Tune
-from .work import of_blocks, of_divergence, of_experts, of_head, of_moments
+from .work import of_blocks, of_divergence, of_experts, of_head, of_moments, of_numbers, of_solver
 
 BASELINE = RTN()  # what the final check compares with, at each bits alone
 CHUNK = 1 << 20  # weights of the head solved at a time
@@ -124,7 +125,7 @@ class Gradients(Stage):
     def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
         """A window runs forward and backward, which is two."""
         tokens = prepared.settings.num_samples * prepared.settings.seq_len
-        return {torch.float32: 3 * tokens * (of_blocks(prepared) + of_head(prepared))}
+        return {torch.float32: 3 * tokens * (of_blocks(prepared) + of_numbers(prepared) + of_head(prepared))}
 
     def run(self, job: Job) -> None:
         if job.state.has(SENSITIVITY) or all(map(job.state.has, range(len(job.discovery.blocks)))):
@@ -151,13 +152,17 @@ class Blocks(Stage):
         return prepared.stored_bytes(prepared.discovery.linears)
 
     def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
-        """Each chain passes all blocks once (passes.py), and moments are summed of what linears read at each bits."""
+        """Each chain passes all blocks once (passes.py), moments are summed of what linears read at each bits, and the
+        method solves."""
         windows, settings = prepared.windows, prepared.settings
         if windows is None:
             return {}
         found = {torch.float32: 0.0, settings.dtype: 0.0}
+        found[torch.float32] += of_solver(prepared)
         for each in chain_sets(settings, windows, len(prepared.discovery.blocks)).values():
-            found[each.dtype] += len(each.names) * each.tokens.numel() * of_blocks(prepared)
+            tokens = len(each.names) * each.tokens.numel()
+            found[each.dtype] += tokens * of_blocks(prepared)
+            found[torch.float32] += tokens * of_numbers(prepared)
         if isinstance(settings.method, MomentsMethod) and settings.method.needs:
             tokens, bits = windows.calibration.numel(), len(settings.bits)
             summed = settings.dtype if gram_runs(settings.device, settings.dtype) else torch.float32
@@ -195,8 +200,11 @@ class Blocks(Stage):
         with Steps("quantizing", len(blocks), "block") as steps:
             for index, name in enumerate(blocks):
                 if index >= chains.place:
+                    began = time.monotonic()
                     self.run_block(job, index, solve=index >= resumed)
                     return_free_memory()
+                    if index == resumed < len(blocks) - 1:
+                        job.first_block(time.monotonic() - began)
                 steps.step(name, skipped=index < resumed)
         if job.settings.method.tuning is None:
             chains.drop(LEARNING)  # nothing reads it any more
@@ -329,7 +337,7 @@ class Measure(Stage):
         tokens, bits = prepared.windows.heldout.numel(), len(prepared.settings.bits)
         total = (1 + 2 * bits) * (of_head(prepared) + of_divergence(prepared))
         if prepared.settings.method.tuning is not None:
-            total += bits * of_blocks(prepared)
+            total += bits * (of_blocks(prepared) + of_numbers(prepared))
         return {torch.float32: tokens * total}
 
     def run(self, job: Job) -> None:

@@ -21,7 +21,7 @@ from ..solvers import Tuning
 from .chains import LEARNING, ORIGINAL
 from .context import Job, Prepared, Stage
 from .tuning import LOGITS, Lesson, heldout_count, look_count, tune
-from .work import EACH, of_blocks, of_divergence, of_head
+from .work import EACH, of_blocks, of_divergence, of_head, of_numbers
 
 HEAD_COPIES = 6  # of a stretch's logits
 STATE = 4 * 3  # bytes of a coefficient while it is tuned: its change and Adam's two moments
@@ -92,14 +92,14 @@ class Tune(Stage):
         together = max(1, self.tuning.batch_tokens // length)
         stepped = together * length
         looks, looked = 1 + look_count(steps), heldout_count(windows) * length
-        head, divergence = of_head(prepared), of_divergence(prepared)
+        head, divergence, numbers = of_head(prepared), of_divergence(prepared), of_numbers(prepared)
         found = {torch.float32: 0.0, settings.dtype: 0.0}
         for bits in settings.bits:
             weights = EACH * (bits + 1) * prepared.discovery.weight_count
             found[settings.dtype] += steps * stepped * 4 * of_blocks(prepared)
-            found[torch.float32] += steps * (stepped * (3 * head + divergence) + 3 * weights)
+            found[torch.float32] += steps * (stepped * (3 * head + divergence + 4 * numbers) + 3 * weights)
             batches = -(-heldout_count(windows) // together)
-            found[torch.float32] += looks * looked * (of_blocks(prepared) + 2 * head + divergence)
+            found[torch.float32] += looks * looked * (of_blocks(prepared) + numbers + 2 * head + divergence)
             found[torch.float32] += looks * batches * weights
         return found
 

@@ -1,7 +1,8 @@
 """How much work a job does: multiplications and additions of its products, which duration.py turns into time.
 
 Attention is counted over whole windows, as wide as hidden states. What goes over numbers one by one, such as softmax
-over the vocabulary or the decoding of planes, is bound by memory: a number that is read and written counts as EACH.
+over the vocabulary or the decoding of planes, is bound by memory: a number that is read and written counts as EACH
+operations in fp32. The counts were fitted to a profile of SmolLM2-135M on two cores (benchmarks/quantize_speed.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from .expert_inputs import PASSED_ON
 
 EACH = 100.0
 IN_SOFTMAX = 8  # how often a divergence goes over the logits of both distributions
+IN_PASS = 4  # how often a pass goes over what linears read and return: norms, activations, casts, to a file and back
 
 
 def of_blocks(prepared: Prepared) -> float:
@@ -20,6 +22,12 @@ def of_blocks(prepared: Prepared) -> float:
         2.0 * one.in_features * one.out_features * prepared.shares[one.name] for one in prepared.discovery.linears
     )
     return linears + 4.0 * len(prepared.discovery.blocks) * prepared.settings.seq_len * prepared.hidden_size
+
+
+def of_numbers(prepared: Prepared) -> float:
+    """What a token takes in all blocks beside products."""
+    widths = ((one.in_features + one.out_features) * prepared.shares[one.name] for one in prepared.discovery.linears)
+    return EACH * IN_PASS * sum(widths)
 
 
 def of_head(prepared: Prepared) -> float:
@@ -33,12 +41,24 @@ def of_divergence(prepared: Prepared) -> float:
 
 
 def of_moments(prepared: Prepared) -> float:
-    """The moments of one token's inputs at one precision, without those of experts: H is half of a product."""
+    """The moments of one token's inputs at one precision, without those of experts: H is half of a product, and both
+    are slower by a third than torch's."""
     experts = _experts(prepared)
     inputs = {
         (one.name.rpartition(".")[0], one.in_features) for one in prepared.discovery.linears if one.name not in experts
     }
-    return sum(3.0 * columns**2 for _, columns in inputs)
+    return sum(4.0 * columns**2 for _, columns in inputs)
+
+
+def of_solver(prepared: Prepared) -> float:
+    """What the method does beside moments, with all linears."""
+    method, settings = prepared.settings.method, prepared.settings
+    rows: dict[tuple[str, int], int] = {}
+    for one in prepared.discovery.linears:
+        together = one.name.rpartition(".")[0], one.in_features
+        rows[together] = rows.get(together, 0) + one.out_features
+    solved = sum(method.operations(count, columns, settings.bits) for (_, columns), count in rows.items())
+    return solved + 3 * method.learnt_tokens(settings.seq_len, settings.bits) * of_blocks(prepared)
 
 
 def of_experts(prepared: Prepared, tokens: int) -> float:

@@ -71,6 +71,9 @@ class AnyBCQ(Method):
         """A training step's activations: the inputs and outputs of all linears, and their gradients."""
         return self.batch_size * seq_len * sum(map(sum, shapes)) * 8 if self.steps else 0
 
+    def learnt_tokens(self, seq_len: int, bits: tuple[int, ...]) -> int:
+        return self.steps * self.batch_size * seq_len * len(bits)
+
     def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
         bits = block.bits
         if not self.steps:

@@ -46,6 +46,9 @@ class BPDQ(MomentsMethod):
         if self.iterations < 1 or not self.damping > 0:
             raise ValueError("iterations must be at least 1, damping above 0")
 
+    def rounds(self) -> tuple[int, int]:
+        return self.iterations, 1
+
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
         ((bits, moments),) = found.items()
         groups = column_order(moments.hessian.diagonal(), group_size)

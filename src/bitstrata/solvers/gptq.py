@@ -8,6 +8,7 @@ columns are taken by descending importance (static groups), so that groups stay 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..planes import PlaneWeight
 from .grouping import Grouping, affine_weight, code_planes, even_scales, to_scale
-from .joint import upper_factor
+from .joint import column_codes, upper_factor
 from .method import MomentsMethod
 from .moments import Moments
 
@@ -55,25 +56,28 @@ class GPTQ(MomentsMethod):
         factor = upper_factor(moments.damped(self.damping)[order][:, order])
         code = torch.empty(columns, rows, dtype=torch.int64, device=weight.device)
         where = order.tolist()
-        for start in range(0, columns, COLUMNS_AT_ONCE):
-            end = min(start + COLUMNS_AT_ONCE, columns)
-            errors = torch.empty(end - start, rows, device=weight.device)
-            for column in range(start, end):
-                group = where[column] // group_size
+        ends = [
+            end for end in range(1, columns) if end % COLUMNS_AT_ONCE == 0 or not (self.act_order or end % group_size)
+        ]
+        for start, end in itertools.pairwise([0, *ends, columns]):
+            mine = list(dict.fromkeys(column // group_size for column in where[start:end]))
+            for group in mine:
                 if group not in grids:
-                    last = min(column + group_size, columns)
-                    pending = factor[start:column, column:last].T @ errors[: column - start]
-                    fresh = free[column:last].clone()
-                    fresh[max(0, end - column) :] -= pending[max(0, end - column) :]
-                    grids[group] = grid(fresh, bits)
-                half, middle = grids[group]
-                # levels are middle + half (2 c - (2^p - 1))
-                position = torch.where(half > 0, (free[column] - middle) / (2 * half), 0.0) + (2**bits - 1) / 2
-                code[column] = position.round().clamp(0, 2**bits - 1).long()
-                value = middle + half * (2 * code[column] - (2**bits - 1))
-                errors[column - start] = (free[column] - value) / factor[column, column]
-                free[column + 1 : end].addr_(factor[column, column + 1 : end], errors[column - start], alpha=-1)
-            free[end:] -= factor[start:end, end:].T @ errors
+                    grids[group] = grid(free[start : start + group_size], bits)
+            # levels are middle + half (2 c - (2^p - 1))
+            steps = 2 * torch.arange(2**bits, device=weight.device).unsqueeze(1) - (2**bits - 1)
+            tables = torch.stack([middle + half * steps for half, middle in (grids[group] for group in mine)])
+            local, y = factor[start:end, start:end], free[start:end]
+            spread, ones = local / local.diagonal().unsqueeze(1), torch.ones(end - start, device=weight.device)
+            chosen = code[start:end]
+            if len(mine) == 1:
+                column_codes((bits,), [tables[0]], [y], [spread], [ones], chosen, given=False)
+                errors = y - tables[0].gather(0, chosen)
+            else:
+                which = [mine.index(column // group_size) for column in where[start:end]]
+                column_codes((bits,), [tables], [y], [spread], [ones], chosen, given=False, which=which)
+                errors = y - tables[which].gather(1, chosen.unsqueeze(1))[:, 0]
+            free[end:] -= factor[start:end, end:].T @ torch.linalg.solve_triangular(local.T, errors, upper=False)
         planes = code_planes(grouping.split(code[order.argsort()].T.cpu()), bits)
         half, middle = (torch.stack(parts, 1).cpu() for parts in zip(*(grids[j] for j in sorted(grids)), strict=True))
         return affine_weight(grouping, planes, {bits: (even_scales(half, bits).reshape(bits, -1), middle.reshape(-1))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,8 +72,9 @@ def code_planes(code: Tensor, bits: int) -> Tensor:
     return torch.stack([((code >> (bits - 1 - plane)) & 1).bool() for plane in range(bits)])
 
 
+@functools.cache
 def code_signs(bits: int, device: torch.device) -> Tensor:
-    """The planes of every code as -1 and +1: fp32 [bits, 2^bits]."""
+    """The planes of every code as -1 and +1: fp32 [bits, 2^bits]; shared, not to be changed."""
     return code_planes(torch.arange(2**bits, device=device), bits).float() * 2 - 1
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.cpu import choose_codes
+from ..kernels.cpu import choose_codes, fit_codes
 from ..planes.weights import PlaneWeight, byte_unit
 from .grouping import Grouping, affine_weight, code_planes, code_signs, even_scales, to_bytes, to_scale
 
@@ -64,8 +64,8 @@ class Track:
 
 def levels(coefficients: Tensor) -> Tensor:
     """The value of every code: [p + 1, N] -> [2^p, N]."""
-    signs: Tensor = code_signs(len(coefficients) - 1, coefficients.device).T.contiguous()
-    return signs @ coefficients[:-1] + coefficients[-1]
+    signs = code_signs(len(coefficients) - 1, coefficients.device).T
+    return torch.addmm(coefficients[-1], signs, coefficients[:-1])
 
 
 def rounded(coefficients: Tensor, unit: Tensor | None = None) -> Tensor:
@@ -233,7 +233,7 @@ class JointSolver:
         start, end = self.spans[group]
         part = self.part(self.code[start:end], track)
         old = track.coefficients[group]
-        new = rounded(old + least_squares_step(part, old, metric, residual), track.unit)
+        new = rounded(old + least_squares_step(part, track.bits, metric, residual), track.unit)
         moved = levels(new).gather(0, part) - levels(old).gather(0, part)
         change = (moved * (metric @ moved - 2 * residual)).sum(0)
         better = change < 0
@@ -284,8 +284,9 @@ def column_codes(
     codes: Tensor,
     *,
     given: bool,
+    which: Sequence[int] | None = None,
 ) -> None:
-    """Find the best code of one column after the other, in place; in native code where that can run.
+    """Find the best code of one column after the other, in place; in native code where that can run, with one table.
 
     A column's code has the least sum_p s_p (z_p - v_p(code))^2. What it leaves is passed on to further columns:
 
@@ -294,28 +295,30 @@ def column_codes(
 
     Args:
         bits: of each track, ascending.
-        tables: the values v of codes, fp32 [2^p, N] each; codes: int64 [g, N].
-        left: y, fp32 [g, N]; factors: fp32 [g, g]; scales: s, fp32 [g].
+        tables: the values v of codes, fp32 [2^p, N] each; or [S, 2^p, N], and those of column k are `which[k]`.
+        left: y, fp32 [g, N]; factors: fp32 [g, g]; scales: s, fp32 [g]; codes: int64 [g, N].
     """
-    if choose_codes(bits, tables, left, factors, scales, codes, given=given):
-        return
+    if which is None:
+        if choose_codes(bits, tables, left, factors, scales, codes, given=given):
+            return
+        which, tables = [0] * len(codes), [table.unsqueeze(0) for table in tables]
     shifts = [bits[-1] - value for value in bits]
-    wide = [table.repeat_interleave(1 << shift, 0) for table, shift in zip(tables, shifts, strict=True)]
+    wide = [table.repeat_interleave(1 << shift, 1) for table, shift in zip(tables, shifts, strict=True)]
     squares = [table.square() for table in wide]
     weights = list(zip(*(scale.tolist() for scale in scales), strict=True))
     left = [y.clone() for y in left]
 
     def values(code: Tensor) -> list[Tensor]:
-        return [t.gather(0, (code >> shift).unsqueeze(0))[0] for t, shift in zip(tables, shifts, strict=True)]
+        return [t[own].gather(0, (code >> shift).unsqueeze(0))[0] for t, shift in zip(tables, shifts, strict=True)]
 
-    for column, mine in enumerate(weights):
+    for column, (own, mine) in enumerate(zip(which, weights, strict=True)):
         wanted = before = [y[column] for y in left]
         if given:
             before = values(codes[column])
             wanted = [v + z / f[column, column] for v, z, f in zip(before, wanted, factors, strict=True)]
-        cost = torch.zeros_like(wide[0])
+        cost = torch.zeros_like(wide[0][own])
         for weight, square, table, z in zip(mine, squares, wide, wanted, strict=True):
-            cost.add_(square, alpha=weight).addcmul_(table, z, value=-2 * weight)
+            cost.add_(square[own], alpha=weight).addcmul_(table[own], z, value=-2 * weight)
         codes[column] = cost.argmin(0)
         for y, factor, old, new in zip(left, factors, before, values(codes[column]), strict=True):
             y[column + 1 :].addr_(factor[column, column + 1 :], new - old if given else old - new, alpha=-1)
@@ -344,12 +347,19 @@ def first_grid(y: Tensor, bits: int, metric: Tensor) -> Tensor:
 def refitted(target: Tensor, code: Tensor, coefficients: Tensor, metric: Tensor) -> Tensor:
     """Coefficients [p + 1, N] that bring the decoded codes [g, N] nearest to `target` in `metric` [g, g]."""
     residual = metric @ (target - levels(coefficients).gather(0, code))
-    return coefficients + least_squares_step(code, coefficients, metric, residual)
+    return coefficients + least_squares_step(code, len(coefficients) - 1, metric, residual)
 
 
-def least_squares_step(code: Tensor, coefficients: Tensor, metric: Tensor, residual: Tensor) -> Tensor:
-    """The change of coefficients that least squares asks for; `residual` is metric @ (target - decoded), [g, N]."""
-    bits = len(coefficients) - 1
+def least_squares_step(code: Tensor, bits: int, metric: Tensor, residual: Tensor) -> Tensor:
+    """The change of coefficients [bits + 1, N] that least squares asks for; in native code where that can run.
+
+    Args:
+        code: int64 [g, N]; metric: fp32 [g, g].
+        residual: metric @ (target - decoded), fp32 [g, N].
+    """
+    found = fit_codes(code, bits, metric, residual, RIDGE)
+    if found is not None:
+        return found
     basis = torch.ones(bits + 1, *code.shape, device=code.device)
     basis[:-1] = code_planes(code, bits).float() * 2 - 1
     weighted = metric @ basis  # [p + 1, g, N]

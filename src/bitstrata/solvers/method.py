@@ -23,6 +23,8 @@ from .moments import Moments
 
 ROW_BUDGET = 1 << 21  # weights solved at a time by methods that look at rows
 ROWS_AT_ONCE = 4096  # rows that a solver with moments holds
+DOUBLE = 2  # what an operation in float64 counts as
+A_ROUND = 9000.0  # what choosing a weight's code at one precision, and fitting its group, counts as: bound by memory
 
 # inputs: `inputs`, `targets` and `chains` of a block; gradients: its `sensitivity`, which takes the whole model once
 Need = Literal["inputs", "gradients"]
@@ -126,6 +128,17 @@ class Method(ABC):
         """Bytes that solving a block with linears [N, K] of these shapes takes beyond the block itself, estimated."""
         return 0
 
+    def operations(self, rows: int, columns: int, bits: tuple[int, ...]) -> float:
+        """Multiplications and additions in fp32 that solving a linear [N, K] takes, estimated; 0 where that is little.
+
+        Columns that several linears read count once: rows are those of all of them.
+        """
+        return 0.0
+
+    def learnt_tokens(self, seq_len: int, bits: tuple[int, ...]) -> int:
+        """Tokens that each block is differentiated on."""
+        return 0
+
     def solve_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         """`solve_layer` for some rows: W fp32 [n, K], checked."""
         raise TypeError(f"{self.name} works on whole blocks, not on single layers")
@@ -177,6 +190,18 @@ class MomentsMethod(Method):
             4 * columns * (columns * (4 * len(bits) + 4) + min(rows, ROWS_AT_ONCE) * (4 * len(bits) + 6))
             for rows, columns in shapes
         )
+
+    def rounds(self) -> tuple[int, int]:
+        """How often a weight's code is chosen, and how many products of the weights with H are made."""
+        return 1, 1
+
+    def operations(self, rows: int, columns: int, bits: tuple[int, ...]) -> float:
+        """Of each precision: the factor of H, the corrected target, products with H, and rounds over the codes."""
+        if not self.needs:
+            return 0.0
+        rounds, products = self.rounds()
+        dense = DOUBLE * (4 / 3 * columns**3 + 4 * rows * columns**2) + 2.0 * products * rows * columns**2
+        return len(bits) * (dense + A_ROUND * rounds * rows * columns)
 
     @abstractmethod
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:

@@ -73,6 +73,9 @@ class Nested(MomentsMethod):
     def needs(self) -> frozenset[Need]:
         return super().needs if self.hessian else frozenset()
 
+    def rounds(self) -> tuple[int, int]:
+        return self.iterations + self.sweeps, 4 + self.sweeps
+
     @property
     def tuning(self) -> Tuning | None:
         return Tuning(self.tune_steps, self.tune_rate, self.tune_tokens) if self.tune_steps else None

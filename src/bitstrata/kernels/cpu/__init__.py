@@ -2,7 +2,7 @@
 
 from ..registry import LACKING, register
 from .blocked import FEW_ROWS, BlockedWeight
-from .extension import add_gram, choose_codes, gram_runs, missing, read_all
+from .extension import add_gram, choose_codes, fit_codes, gram_runs, missing, read_all
 from .kernel import cpu_kernels
 
 for _kernel in cpu_kernels():
@@ -13,4 +13,4 @@ if missing:
         "bitstrata again where there is a C++17 compiler (GCC or Clang)."
     )
 
-__all__ = ["FEW_ROWS", "BlockedWeight", "add_gram", "choose_codes", "gram_runs", "missing", "read_all"]
+__all__ = ["FEW_ROWS", "BlockedWeight", "add_gram", "choose_codes", "fit_codes", "gram_runs", "missing", "read_all"]

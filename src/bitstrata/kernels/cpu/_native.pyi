@@ -75,6 +75,17 @@ def linear(
 def choose_codes(
     rows: int, columns: int, tracks: list[tuple[int, int, int, int, int]], codes: int, given: bool, threads: int
 ) -> None: ...
+def fit_codes(
+    rows: int,
+    columns: int,
+    bits: int,
+    codes: int,
+    metric: int,
+    residual: int,
+    ridge: float,
+    step: int,
+    threads: int,
+) -> None: ...
 def gram_runs() -> bool: ...
 def add_gram(
     x: int, y: int, total: int, rows: int, x_columns: int, y_columns: int, upper: bool, threads: int

@@ -55,6 +55,30 @@ def choose_codes(
     return True
 
 
+def fit_codes(code: Tensor, bits: int, metric: Tensor, residual: Tensor, ridge: float) -> Tensor | None:
+    """`least_squares_step` of solvers/joint.py in native code, fp32 [bits + 1, N]; None where that cannot run.
+
+    The result is the same for any number of threads.
+
+    Args:
+        code: int64 [g, N], of `bits`.
+        metric: fp32 [g, g], symmetric; residual: fp32 [g, N].
+        ridge: added to the diagonal of each row's normal matrix, as a share of its mean.
+    """
+    if native is None or code.device.type != "cpu":
+        return None
+    columns, rows = code.shape
+    code, metric, residual = code.contiguous(), metric.contiguous(), residual.contiguous()
+    assert code.dtype == torch.int64
+    assert metric.dtype == residual.dtype == torch.float32
+    assert metric.shape == (columns, columns)
+    assert residual.shape == (columns, rows)
+    step = torch.empty(bits + 1, rows)
+    places = code.data_ptr(), metric.data_ptr(), residual.data_ptr()
+    native.fit_codes(rows, columns, bits, *places, ridge, step.data_ptr(), torch.get_num_threads())
+    return step
+
+
 def gram_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `add_gram` can run for such matrices."""
     return native is not None and device.type == "cpu" and dtype == torch.bfloat16 and bool(native.gram_runs())

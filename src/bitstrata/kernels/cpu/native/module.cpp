@@ -137,6 +137,20 @@ void choose(int64_t rows, int columns, const std::vector<std::tuple<int, uintptr
   });
 }
 
+// The arrays are addresses.
+void fit(int64_t rows, int columns, int bits, uintptr_t codes, uintptr_t metric, uintptr_t residual, float ridge,
+         uintptr_t step, int threads) {
+  check_bits(bits);
+  const FitProblem problem{rows, columns, bits, at<const int64_t>(codes), at<const float>(metric),
+                           at<const float>(residual), ridge, at<float>(step)};
+  const Kernels& kernels = fastest();
+  nb::gil_scoped_release release;
+  parallel_for(threads, int((rows + kFitLanes - 1) / kFitLanes), [&](int begin, int end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels.fit(problem, i * kFitLanes, int(std::min<int64_t>(kFitLanes, rows - i * kFitLanes)));
+  });
+}
+
 // Reads every byte once, with the loads of the best instruction set; the sum keeps the compiler from leaving it out.
 uint32_t read_all(uintptr_t address, size_t bytes, int threads) {
   nb::gil_scoped_release release;
@@ -182,6 +196,7 @@ NB_MODULE(_native, m) {
   m.def("read_all", &read_all);
   m.def("linear", &run_linear);
   m.def("choose_codes", &choose);
+  m.def("fit_codes", &fit);
   m.def("meet", &meet);
   m.def("gram_runs", &gram_runs);
   m.def("add_gram", [](uintptr_t x, uintptr_t y, uintptr_t total, int rows, int x_columns, int y_columns, bool upper,

@@ -133,6 +133,18 @@ struct CodeProblem {
 };
 constexpr int kCodeLanes = 32;  // rows at a time
 
+// Coefficients of a group, given its codes: how they should change, see generic/fit.h and solvers/joint.py.
+struct FitProblem {
+  int64_t rows;
+  int columns, bits;
+  const int64_t* codes;   // [columns][rows], of `bits`
+  const float* metric;    // [columns][columns], symmetric
+  const float* residual;  // [columns][rows]
+  float ridge;            // of the mean of the normal matrix's diagonal
+  float* step;            // [bits + 1][rows]
+};
+constexpr int kFitLanes = 16;  // rows at a time
+
 // The functions of one instruction set.
 struct Kernels {
   const char* name;
@@ -157,6 +169,8 @@ struct Kernels {
   uint32_t (*read)(const uint8_t* bytes, size_t count);
   // Rows first..first+lanes-1 of a problem, see generic/codes.h.
   void (*codes)(const CodeProblem& problem, int64_t first, int lanes);
+  // The same of another, see generic/fit.h.
+  void (*fit)(const FitProblem& problem, int64_t first, int lanes);
   // Of a decoder block, see generic/block_ops.h.
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int count, float* out);
   void (*rotate)(float* head, const float* cosine, const float* sine, int count);

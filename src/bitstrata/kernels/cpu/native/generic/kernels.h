@@ -5,6 +5,7 @@
 #include "codes.h"
 #include "decode.h"
 #include "few_rows.h"
+#include "fit.h"
 #include "many_rows.h"
 
 namespace bitstrata {
@@ -30,7 +31,7 @@ uint32_t read_bytes(const uint8_t* bytes, size_t count) {
 template <class S>
 constexpr Kernels kernels_of(const char* name) {
   return {name, few_rows_function<S>, block_levels_of<S>, panel_product_of<S>, S::tile_blocks, exact_block<S>, stage<S>,
-          quantize<S>, decode_block<S>, decode_row<S>, convert<S>, read_bytes<S>, choose_codes, rms_norm<S>, rotate<S>,
+          quantize<S>, decode_block<S>, decode_row<S>, convert<S>, read_bytes<S>, choose_codes, fit_codes, rms_norm<S>, rotate<S>,
           activate<S>, attend<S>, mix<S>, encode<S>, dense_block<S>};
 }
 
