@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from ..errors import InputError
 from ..nn import Assignment, BitsOrPlan
-from ..runtime import Request, Scored, Token
+from ..runtime import Constraint, Request, Scored, Token
 from .errors import ApiError, closing, translate
 from .fields import Notice
 from .notices import Notices
@@ -40,6 +40,7 @@ class GenerationSpec:
     prompts: tokens of each. continues: whether a reply's text goes on where its prompt's ends.
     max_tokens: asked for, or None and then at most `default_tokens`. logprobs: as in runtime.Request.
     echo: of each prompt what its tokens add to its text, where replies begin with their prompts.
+    constraint: what replies must be, and the field that says so.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -50,6 +51,7 @@ class GenerationSpec:
     default_tokens: int
     logprobs: int | None = None
     echo: Sequence[Sequence[str]] | None = None
+    constraint: tuple[str, Constraint] | None = None
 
 
 class _Choice:
@@ -186,6 +188,8 @@ async def answer(
 
     A client that goes away cancels them. Raises what Engine.submit raises, and ApiError.
     """
+    if spec.constraint is not None:
+        await service.prepare(*spec.constraint, spec.notices)
     answered = _Answer(service, body, spec)
     if body.stream:
         chunks = answered.chunks(formatter)
@@ -217,6 +221,7 @@ def engine_requests(service: Service, body: GenerationBody, spec: GenerationSpec
             logprobs=spec.logprobs,
             prompt_logprobs=None if spec.echo is None else spec.logprobs,
             ignore_eos=bool(body.ignore_eos),
+            constraint=None if spec.constraint is None else spec.constraint[1],
             **sampling,
         )
         for prompt in spec.prompts

@@ -54,7 +54,8 @@ class MessagesBody(Body):
     tools: Any = None
     tool_choice: dict[str, Any] | None = None
     mcp_servers: Annotated[Any, Only([])] = None
-    output_format: Annotated[Any, Only()] = None
+    output_config: dict[str, Any] | None = Field(None, description="`format`: a JSON schema that the reply must fit")
+    output_format: dict[str, Any] | None = Field(None, description="an older name of output_config.format")
 
     def chat(self) -> ChatBody:
         """The same as a chat. Raises RequestValidationError for what a chat cannot say."""
@@ -68,6 +69,7 @@ class MessagesBody(Body):
                 "messages": turns,
                 "continue_final_message": turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1],
                 "stop": self.stop_sequences,
+                "response_format": (self.output_config or {}).get("format") or self.output_format,
                 "tools": self.tools,
                 "tool_choice": choice if choice == "none" else None,
                 **self.model_dump(include=SAME),

@@ -39,6 +39,7 @@ async def chat_spec(service: Service, body: ChatBody, notices: Notices) -> Gener
         max_tokens=body.new_tokens,
         default_tokens=service.settings.default_max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        constraint=body.constraint,
     )
 
 

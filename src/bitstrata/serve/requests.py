@@ -19,7 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from ..runtime import Constraint
 from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, encodable, refused, unlimited
+from .structure import FIELDS, Choice, Grammar, Pattern, ResponseFormat, Schema, StructuredOutputs
 
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 1024
@@ -231,14 +233,28 @@ class GenerationBody(SamplingFields):
     xtc_probability: Annotated[Any, Only(0)] = None
     no_repeat_ngram_size: Annotated[Any, Only(0)] = None
     bad_words: Annotated[Any, Only([])] = None
-    grammar: Annotated[Any, Only("")] = None
-    json_schema: Annotated[Any, Only()] = None
-    structured_outputs: Annotated[Any, Only()] = None
-    guided_json: Annotated[Any, Only()] = None
-    guided_regex: Annotated[Any, Only()] = None
-    guided_choice: Annotated[Any, Only()] = None
-    guided_grammar: Annotated[Any, Only()] = None
-    response_format: Annotated[Any, Only({"type": "text"})] = None
+
+    response_format: ResponseFormat = Field(None, description="what the reply must be; one of these fields at a time")
+    structured_outputs: StructuredOutputs = Field(None, description="vLLM's: json, regex, choice, grammar, json_object")
+    guided_json: Schema = None
+    guided_regex: Pattern = None
+    guided_choice: Choice = None
+    guided_grammar: Grammar = None
+    guided_whitespace_pattern: Annotated[Any, Only()] = None
+    guided_decoding_backend: Ignored = None
+    grammar: Grammar = Field(None, description="llama.cpp's: in Lark or GBNF")
+    json_schema: Schema = Field(None, description="llama.cpp's")
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> GenerationBody:
+        if len(given := [name for name in FIELDS if getattr(self, name) is not None]) > 1:
+            raise refused(given[1], f"cannot go with {given[0]}: a reply is held to one of them")
+        return self
+
+    @property
+    def constraint(self) -> tuple[str, Constraint] | None:
+        """What a reply must be, and the field that says so."""
+        return next(((name, value) for name in FIELDS if (value := getattr(self, name)) is not None), None)
 
     @property
     def includes_usage(self) -> bool:

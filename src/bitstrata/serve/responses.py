@@ -37,7 +37,7 @@ class Reasoning(Body):
 
 
 class TextFormat(Body):
-    format: Annotated[Any, Only({"type": "text"})] = None
+    format: dict[str, Any] | None = Field(None, description="text, json_object or json_schema")
     verbosity: Annotated[Any, Only("medium")] = None
 
 
@@ -92,6 +92,7 @@ class ResponsesBody(Body):
                 "messages": turns,
                 "max_tokens": self.max_output_tokens,
                 "tool_choice": self.tool_choice,
+                "response_format": None if self.text is None else self.text.format,
                 "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
                 **self.model_dump(include=SAME),
             },
@@ -227,7 +228,7 @@ class ResponsesFormatter(Formatter):
             "previous_response_id": None,
             "store": False,
             "temperature": asked.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (asked.text and asked.text.format) or {"type": "text"}},
             "tool_choice": asked.tool_choice or "auto",
             "tools": [],
             "top_p": asked.top_p,
