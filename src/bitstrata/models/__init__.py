@@ -12,6 +12,7 @@ from .source import SourceModel, load_reference
 from .speculation import DraftLength, Speculation, accept
 from .tokens import (
     Stops,
+    added_tokens,
     check_text,
     check_vocabulary,
     encode_body,
@@ -37,6 +38,7 @@ __all__ = [
     "Speculation",
     "Stops",
     "accept",
+    "added_tokens",
     "attach",
     "bytes_per_token",
     "check_text",

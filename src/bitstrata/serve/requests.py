@@ -19,9 +19,11 @@ from pydantic import (
     model_validator,
 )
 
+from ..errors import UsageError
 from ..runtime import Constraint
 from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, encodable, refused, unlimited
 from .structure import FIELDS, Choice, Grammar, Pattern, ResponseFormat, Schema, StructuredOutputs
+from .tools import Choosing, Tools, allowed
 
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 1024
@@ -342,9 +344,9 @@ class ChatBody(GenerationBody, ConversationBody):
     logprobs: Flag | None = None
     top_logprobs: Whole | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
-    parallel_tool_calls: Ignored = None
-    tools: Any = Field(None, description='not supported yet; taken with tool_choice "none", which leaves them out')
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    tools: Tools = Field(default_factory=list, description="functions that the model may call")
+    tool_choice: Choosing = Field(None, description="whether it may, must, or which one")
+    parallel_tool_calls: Flag | None = Field(None, description="false: one call a reply")
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
     modalities: Annotated[Any, Only(["text"])] = None
@@ -361,8 +363,10 @@ class ChatBody(GenerationBody, ConversationBody):
         for name in ("max_tokens", "max_completion_tokens"):
             if getattr(self, name) == 0:
                 raise refused(name, "must be at least 1")
-        if self.tools and self.tool_choice != "none":
-            raise refused("tools", 'this server does not do that; it takes them with tool_choice "none" only')
+        try:
+            allowed(self.tools, self.tool_choice)
+        except UsageError as error:
+            raise refused("tool_choice", error.sentence) from None
         return self
 
     @property
