@@ -24,7 +24,7 @@ class CallParser:
 
     def __init__(self, form: ToolFormat) -> None:
         self._form = form
-        self._held = ""
+        self._held = self._spaces = ""  # spaces: before what may be calls
         self._inside = self._said = self._skips = False
         self.whole = 0
         self._sent: list[int] = []  # characters of the arguments of calls that are being read
@@ -66,12 +66,14 @@ class CallParser:
             self._held, self._inside = begun, True
             return True
         if places:
-            self._say(said, self._held[: min(places)].rstrip())
+            before = self._held[: min(places)]
+            self._say(said, before.rstrip())
+            self._spaces = before[len(before.rstrip()) :]
             self._held, self._inside = self._held[min(places) :], True
             return True
         sure = len(self._held) if final else self._sure()
         if not final or self.count:
-            sure = min(sure, len(self._held.rstrip()))
+            sure = len(self._held[:sure].rstrip())
         self._say(said, self._held[:sure])
         self._held = "" if final else self._held[sure:]
         return False
@@ -93,7 +95,8 @@ class CallParser:
         found = self._form.read(self._held, final)
         if found is None and not self._sent:
             opening = next((one for one in self._form.openings if self._held.startswith(one)), "")
-            self._say(said, opening or self._held)
+            self._say(said, self._spaces + (opening or self._held))
+            self._spaces = ""
             self._held, self._inside = self._held[len(opening) :] if opening else "", False
             return True
         for at, call in enumerate(found.calls if found is not None else ()):
@@ -106,6 +109,7 @@ class CallParser:
                 self._sent[at] = len(call.arguments)
         if found is not None and found.end is not None:
             self._held, self._inside, self._skips = self._held[found.end :], False, True
+            self._spaces = ""
             self.whole += len(self._sent)
             self._sent = []
             return True
