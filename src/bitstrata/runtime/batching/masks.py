@@ -52,6 +52,8 @@ class Mask:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed = np.unpackbits(bits, bitorder="little", count=logits.shape[-1])  # [V]
+        if logits.device.type == "cpu":  # torch would wake its threads for it
+            return torch.from_numpy(np.where(allowed.view(np.bool_), logits.numpy(), np.float32(-np.inf)))
         return logits.masked_fill(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
 
     def is_over(self, tokens: Sequence[int]) -> bool:
