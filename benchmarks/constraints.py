@@ -93,7 +93,8 @@ def main() -> None:
     }  # fmt: skip
     print(f"{valid} of {given.requests} replies are valid; e.g. {texts[0]!r}")
     print(
-        f"a mask takes {mask:.3f} ms (mean {found['mask_ms_mean']:.3f}), {ROWS} of them {found['share']:.1%} of a step of {step:.1f} ms"
+        f"a mask takes {mask:.3f} ms (mean {found['mask_ms_mean']:.3f}), "
+        f"{ROWS} of them {found['share']:.1%} of a step of {step:.1f} ms"
     )
     print(json.dumps(found))
 
