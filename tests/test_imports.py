@@ -52,12 +52,13 @@ GROUND = tuple(ROOMS[: ROOMS.index("metrics") + 1])  # one floor
 MOST_FLOORS = 8
 LATE = "kernels.triton"  # one of its files imports triton, and is itself imported where a product is first asked for
 MODULES = sorted(SOURCE.rglob("*.py"))
-HEAVY = ("fastapi", "matplotlib", "rich", "scipy", "typer", "uvicorn")
+HEAVY = ("fastapi", "llguidance", "matplotlib", "rich", "scipy", "typer", "uvicorn")
 PUBLIC = {
     "Bench",
     "BenchOptions",
     "BitstrataConfig",
     "BitstrataError",
+    "Constraint",
     "Conversation",
     "Demo",
     "Engine",

@@ -46,6 +46,7 @@ if typing.TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from .plans import resize as resize
     from .quantization import Report as Report
     from .quantization import quantize as quantize
+    from .runtime import Constraint as Constraint
     from .runtime import Conversation as Conversation
     from .runtime import Engine as Engine
     from .runtime import Environment as Environment
@@ -69,7 +70,7 @@ _NAMES = {  # room -> what it gives to the top
     "QuantizeOptions",
     "plans": "Plan Resized layers load resize",
     "quantization": "Report quantize",
-    "runtime": "Conversation Engine Environment Generation Inspection Request env generate inspect",
+    "runtime": "Constraint Conversation Engine Environment Generation Inspection Request env generate inspect",
 }
 _HOMES = {name: (room, name) for room, names in _NAMES.items() for name in names.split()}
 _HOMES["eval"] = ("evaluation", "evaluate")  # the verb's own name

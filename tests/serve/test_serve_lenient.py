@@ -121,5 +121,4 @@ def test_tools_that_are_not_to_be_called_are_taken(chat_server):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     body = {"messages": USER, "max_tokens": 1, "tools": tools}
     assert warned(chat_server.post(CHAT, {**body, "tool_choice": "none"})) == []
-    chat_server.post(CHAT, {**body, "tool_choice": "auto"}).refused(400, "tools", param="tools")
-    chat_server.post(CHAT, body).refused(400, "tools", param="tools")
+    assert warned(chat_server.post(CHAT, body)) == []

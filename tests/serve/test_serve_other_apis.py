@@ -72,7 +72,7 @@ def test_a_streamed_response_is_the_whole_in_pieces(client, said):
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "format"),
+        ({"text": {"format": {"type": "xml"}}}, "format"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),
         ({"input": [{"type": "computer_call"}]}, "computer_call"),
         ({"input": 3}, "input"),

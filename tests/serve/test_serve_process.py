@@ -258,7 +258,7 @@ def test_what_the_model_or_the_engine_cannot_do(checkpoint, capfd, tmp_path):
     refused(capfd, 2, "cache_tokens=8", arguments=[str(checkpoint), "--port", "0", "--cache-tokens", "8"])
 
 
-EXTRA = {"fastapi", "uvicorn", "starlette", "prometheus_client"}
+EXTRA = {"fastapi", "uvicorn", "starlette", "prometheus_client", "llguidance"}
 
 
 def top_level_imports(path: Path) -> set[str]:

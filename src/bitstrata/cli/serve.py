@@ -21,7 +21,7 @@ from .sizing import load_sized
 if TYPE_CHECKING:
     from ..serve.settings import Settings
 
-PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 FIT_CACHE_TOKENS = 512  # for each request
 LOCAL = ("127.0.0.1", "localhost", "::1")
 

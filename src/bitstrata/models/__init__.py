@@ -14,6 +14,7 @@ from .source import SourceModel, load_reference
 from .speculation import DraftLength, Speculation, accept
 from .tokens import (
     Stops,
+    added_tokens,
     check_text,
     check_vocabulary,
     encode_body,
@@ -39,6 +40,7 @@ __all__ = [
     "Stops",
     "accept",
     "add_stored",
+    "added_tokens",
     "attach",
     "bytes_per_token",
     "check_peft",

@@ -2,6 +2,7 @@
 
 from ..options import GenerationSettings
 from .batching import Engine, EngineStats, Event, Finished, Handle, Request, Scored, Token
+from .constraints import Constraint
 from .conversation import Conversation
 from .environment import Environment, env
 from .generation import Generation, continue_tokens, generate
@@ -10,6 +11,7 @@ from .policy import POLICIES, EntropyPolicy, LoadPolicy, Policy, PositionPolicy,
 
 __all__ = [
     "POLICIES",
+    "Constraint",
     "Conversation",
     "Engine",
     "EngineStats",

@@ -33,7 +33,8 @@ from ..plans import Plan, bits_name, choose_bits, highest_bits, load
 from ..progress import note
 from ..torch_state import ordinary_torch
 from ..verbs import named
-from .batching import Continuation, Drafts, Sampler, Session, session_of
+from .batching import Continuation, Drafts, Mask, Sampler, Session, session_of
+from .constraints import Constraint
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     streamer: BaseStreamer | None = None,
     kv_cache_dtype: str = "auto",
+    constraint: Constraint | None = None,
 ) -> Generation:
     """Continue `prompt`, which starts as the tokenizer starts a text (models/tokens.py).
 
@@ -106,10 +108,11 @@ def generate(
         max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens: as in GenerationSettings.
         streamer: receives tokens as they come.
         kv_cache_dtype: how the cache keeps keys and values: auto (the model's dtype), int8 or int4.
+        constraint: what the new text must be, such as JSON of a schema.
 
     Raises:
         UsageError: bits given twice and differently, a negative temperature, no new tokens asked for, a kv_cache_dtype
-            that there is none of, or that this architecture or a text of this length cannot have.
+            or a constraint that there is none of, or that this architecture or a text of this length cannot have.
         InputError: a prompt that is no text or has no tokens, a token beyond the model's vocabulary, a full context.
     """
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens)
@@ -127,6 +130,7 @@ def generate(
         settings=settings,
         streamer=streamer,
         kv_cache_dtype=kv_cache_dtype,
+        constraint=constraint,
     )
 
 
@@ -142,15 +146,18 @@ def continue_tokens(
     streamer: BaseStreamer | None = None,
     reuse: str = "equal",
     kv_cache_dtype: str = "auto",
+    constraint: Constraint | None = None,
 ) -> Generation:
     """Continue the tokens `ids`, which stand for `prompt`; `bits` None runs a model that is not quantized.
 
     Ends at every end-of-sequence token that the model's configs or the tokenizer name. reuse: what of `ids` is not
     computed again if the model still has it from an earlier call; kv_cache_dtype: how it is kept; both as of Engine.
+    constraint: as of Request.
 
     Raises:
         InputError: a token beyond the model's vocabulary, or the prompt fills the model's context.
-        UsageError: a kv_cache_dtype that there is none of, or that this model or a text of this length cannot have.
+        UsageError: a kv_cache_dtype or a constraint that there is none of, or that this model or a text of this length
+            cannot have.
     """
     chosen = None if bits is None else bits_state(model).resolve(bits)
     check_vocabulary(ids, model.config, tokenizer)
@@ -169,7 +176,8 @@ def continue_tokens(
         with session_of(model, kv_cache_dtype) as own:
             long = own.longest is not None and len(ids) + new_tokens > own.longest
             if not long and (own.drafts or settings.draft_bits is None):
-                item = _by_session(own, ids, new_tokens, ends, chosen, settings, clock, reuse)
+                mask = None if constraint is None else own.mask(constraint, tokenizer, len(ids), ends)
+                item = _by_session(own, ids, new_tokens, ends, chosen, settings, clock, reuse, mask)
                 made, reused = item.new, item.reused
     if made is None:
         if check_kv_cache_dtype(kv_cache_dtype) != "auto":
@@ -178,6 +186,8 @@ def continue_tokens(
                 + ("the model is not quantized" if chosen is None else "its positions depend on how long it is"),
                 hint="leave kv_cache_dtype (--kv-cache-dtype) out",
             )
+        if constraint is not None:
+            raise UsageError("this text is made by transformers' own generate, which cannot hold it to a constraint")
         made = _by_transformers(model, tokenizer, ids, new_tokens, ends, chosen, settings, clock)
     arrived = clock.times[1:]  # the first entry is the prompt
     between = arrived[-1] - arrived[0] if len(arrived) > 1 else 0.0
@@ -204,6 +214,7 @@ def _by_session(
     settings: GenerationSettings,
     clock: _Clock,
     reuse: str,
+    mask: Mask | None,
 ) -> Continuation:
     """The text, made by our own steps."""
     drafts = None
@@ -220,6 +231,7 @@ def _by_session(
         sampler=Sampler(settings.temperature, settings.top_p, Random(settings.seed)),
         ends=ends,
         rules=score_rules(own.model, ids, new_tokens, ends),
+        mask=mask,
     )
     try:
         while not item.new or item.ended() is None:

@@ -19,7 +19,8 @@ from pydantic import BaseModel
 
 from ..errors import InputError
 from ..nn import Assignment, BitsOrPlan
-from ..runtime import Request, Scored, Token
+from ..runtime import Constraint, Request, Scored, Token
+from ..runtime.tools import CallDelta, CallParser
 from .errors import ApiError, closing, translate
 from .fields import Notice
 from .notices import Notices
@@ -29,6 +30,7 @@ from .service import Service
 from .spelling import dump
 from .stream import Arrival, EventStream, Submission, while_connected
 from .text import ReplyText
+from .tools import ToolUse
 
 CLIENT_GONE = 499  # nobody reads it; nginx's number
 
@@ -40,6 +42,7 @@ class GenerationSpec:
     prompts: tokens of each. continues: whether a reply's text goes on where its prompt's ends.
     max_tokens: asked for, or None and then at most `default_tokens`. logprobs: as in runtime.Request.
     echo: of each prompt what its tokens add to its text, where replies begin with their prompts.
+    constraint: what replies must be, and the field that says so. tools: how calls in them are read.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -50,17 +53,28 @@ class GenerationSpec:
     default_tokens: int
     logprobs: int | None = None
     echo: Sequence[Sequence[str]] | None = None
+    constraint: tuple[str, Constraint] | None = None
+    tools: ToolUse | None = None
 
 
 class _Choice:
     """One reply in the making."""
 
     def __init__(
-        self, index: int, text: ReplyText, echo: Sequence[str], asked: BitsOrPlan, service: Service, started: float
+        self,
+        index: int,
+        text: ReplyText,
+        echo: Sequence[str],
+        asked: BitsOrPlan,
+        service: Service,
+        started: float,
+        tools: ToolUse | None,
     ) -> None:
         self.index, self._text, self._metrics, self._started = index, text, service.metrics, started
         self._echo, self._begin = echo, sum(map(len, echo))  # characters before the reply's own
         self._plan = str(asked)  # of tokens without bits of their own: the plan's name
+        self._calls = None if tools is None else CallParser(tools.form)
+        self._most_calls = 0 if tools is None else tools.most
         self.bits: Counter[str] = Counter()
         self.latest: int | None = None  # bits of the latest token
         self.is_finished = False
@@ -76,10 +90,19 @@ class _Choice:
             raise translate(arrival.event.error)
         if arrival.event.reason == "cancelled":
             raise closing()
-        text = self._text.flush()
+        text, calls = self._read(self._text.flush())
         is_stop = arrival.event.reason == "stop" or self._text.stopped
-        finish = self._finish("stop" if is_stop else "length")
-        return Delta(self.index, text, finish=finish, stop=self._text.stop)
+        rest, more = ("", []) if self._calls is None else self._calls.flush()
+        finish = self._finish("length" if not is_stop else "tool_calls" if self._has_calls else "stop")
+        return Delta(self.index, text + rest, finish=finish, stop=self._text.stop, calls=(*calls, *more))
+
+    @property
+    def _has_calls(self) -> bool:
+        return self._calls is not None and self._calls.count > 0
+
+    def _read(self, text: str) -> tuple[str, list[CallDelta]]:
+        """`text` without the calls in it, and these."""
+        return (text, []) if self._calls is None else self._calls.push(text)
 
     def prompt(self, tokens: Sequence[Token] = ()) -> Delta:
         """The prompt as the beginning of the reply, with `tokens` where log-probabilities are wanted."""
@@ -97,9 +120,15 @@ class _Choice:
         self.bits[bits] += 1
         self._metrics.tokens.labels(bits).inc()
         placed = PlacedToken(token, self._begin + self._text.length)
-        text = self._text.push(token.id)
-        finish = self._finish("stop") if self._text.stopped else None
-        return Delta(self.index, text, (placed,), finish, self._text.stop)
+        text, calls = self._read(self._text.push(token.id))
+        finish: FinishReason | None = None
+        if self._text.stopped:
+            rest, more = ("", []) if self._calls is None else self._calls.flush()
+            text, calls = text + rest, [*calls, *more]
+            finish = self._finish("tool_calls" if self._has_calls else "stop")
+        elif self._calls is not None and self._calls.whole >= self._most_calls:
+            finish = self._finish("tool_calls")
+        return Delta(self.index, text, (placed,), finish, self._text.stop, tuple(calls))
 
     def _finish(self, reason: FinishReason) -> FinishReason:
         self.is_finished = True
@@ -120,9 +149,10 @@ class _Answer:
         self.submission = Submission(service.engine, requests)  # first: it checks the tokens that texts are made from
         self._choices = []
         for index, request in enumerate(requests):
-            text = ReplyText(service.tokenizer, request.prompt_ids if spec.continues else (), body.stop)
+            shown = {} if spec.tools is None else spec.tools.form.shown(service.tokenizer)
+            text = ReplyText(service.tokenizer, request.prompt_ids if spec.continues else (), body.stop, shown)
             echo = () if spec.echo is None else spec.echo[index // (body.n or 1)]
-            self._choices.append(_Choice(index, text, echo, spec.precision.given, service, started))
+            self._choices.append(_Choice(index, text, echo, spec.precision.given, service, started, spec.tools))
 
     async def deltas(self) -> AsyncIterator[Delta]:
         if self._echoes_text:
@@ -148,7 +178,7 @@ class _Answer:
         for chunk in formatter.first_chunks(len(self._choices), self.usage):
             yield chunk
         async for delta in self.deltas():
-            if delta.text or delta.finish is not None or self._shows_tokens:
+            if delta.text or delta.calls or delta.finish is not None or self._shows_tokens:
                 for chunk in formatter.next_chunks(delta, self._choices[delta.index].latest, self.usage):
                     yield chunk
         for chunk in formatter.last_chunks(self.usage, self.bits):
@@ -186,6 +216,8 @@ async def answer(
 
     A client that goes away cancels them. Raises what Engine.submit raises, and ApiError.
     """
+    if spec.constraint is not None:
+        await service.prepare(*spec.constraint, spec.notices)
     answered = _Answer(service, body, spec)
     if body.stream:
         chunks = answered.chunks(formatter)
@@ -217,6 +249,7 @@ def engine_requests(service: Service, body: GenerationBody, spec: GenerationSpec
             logprobs=spec.logprobs,
             prompt_logprobs=None if spec.echo is None else spec.logprobs,
             ignore_eos=bool(body.ignore_eos),
+            constraint=None if spec.constraint is None else spec.constraint[1],
             **sampling,
         )
         for prompt in spec.prompts

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, BeforeValidator, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, model_validator
 
 from . import paths
 from .answer import answer
 from .chats import chat_spec, conversation_tokens
 from .described import answers, refusals
-from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, unlimited
+from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, refused, unlimited
 from .replies import Delta, Formatter, Usage
 from .requests import MOST_STOPS, Bits, ChatBody, content_text
 from .service import Service
@@ -54,22 +54,27 @@ class MessagesBody(Body):
     tools: Any = None
     tool_choice: dict[str, Any] | None = None
     mcp_servers: Annotated[Any, Only([])] = None
-    output_format: Annotated[Any, Only()] = None
+    output_config: dict[str, Any] | None = Field(None, description="`format`: a JSON schema that the reply must fit")
+    output_format: dict[str, Any] | None = Field(None, description="an older name of output_config.format")
+
+    @model_validator(mode="after")
+    def _without_tools(self) -> MessagesBody:
+        if self.tools and (self.tool_choice or {}).get("type") != "none":
+            raise refused("tools", "tools are taken at /v1/chat/completions only, or with tool_choice none")
+        return self
 
     def chat(self) -> ChatBody:
         """The same as a chat. Raises RequestValidationError for what a chat cannot say."""
         turns: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         for message in self.messages:
             turns += _turns(message)
-        choice = (self.tool_choice or {}).get("type")
         return translated(
             ChatBody,
             {
                 "messages": turns,
                 "continue_final_message": turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1],
                 "stop": self.stop_sequences,
-                "tools": self.tools,
-                "tool_choice": choice if choice == "none" else None,
+                "response_format": (self.output_config or {}).get("format") or self.output_format,
                 **self.model_dump(include=SAME),
             },
         )

@@ -95,6 +95,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             default_tokens=COMPLETION_TOKENS,
             logprobs=body.logprobs,
             echo=await service.echo(prompts) if body.echo else None,
+            constraint=body.constraint,
         )
         return await answer(service, http, body, spec, CompletionFormatter(body, catalog.name, service.names, notices))
 

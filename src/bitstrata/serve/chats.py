@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from ..errors import InputError, UsageError
 from ..models import is_template_variable, template_knows
+from ..runtime.tools import Tool, shown_turns
 from .answer import GenerationSpec
 from .errors import ApiError
 from .fields import Notice
 from .notices import Notices
 from .requests import ChatBody, ConversationBody
 from .service import Service
+from .tools import ToolUse, allowed, held, most_calls
 
 
-async def conversation_tokens(service: Service, body: ConversationBody, notices: Notices) -> list[int]:
-    """The tokens of a conversation, up to where the model answers.
+async def conversation_tokens(
+    service: Service, body: ConversationBody, notices: Notices, tools: Sequence[Tool] = ()
+) -> list[int]:
+    """The tokens of a conversation, up to where the model answers; it is told of `tools`.
 
     Raises ApiError for what the chat template cannot show, and as PromptEncoder.chat.
     """
-    turns = [message.turn for message in body.messages]
-    _check_tools(service, turns)
+    given = _variables(service, body, notices)
+    try:
+        turns, variables, _ = shown_turns(service.tokenizer, [message.turn for message in body.messages], tools)
+    except InputError as error:
+        raise ApiError(400, error.sentence, param="tools") from error
     return await service.prompts.chat(
         turns,
-        variables=_variables(service, body, notices),
+        variables={**given, **variables},
         goes_on=body.continues and bool(service.tokenizer.chat_template),
         generation_prompt=body.add_generation_prompt is not False,
     )
@@ -31,27 +40,27 @@ async def conversation_tokens(service: Service, body: ConversationBody, notices:
 async def chat_spec(service: Service, body: ChatBody, notices: Notices) -> GenerationSpec:
     """What `body` asks for. Raises ApiError, and as `conversation_tokens`."""
     precision = service.catalog.precision(body.model, body.bits)  # refused before anything is tokenized
+    tools, constraint, use = allowed(body.tools, body.tool_choice), body.constraint, None
+    prompt = await conversation_tokens(service, body, notices, tools)
+    if tools:
+        _, _, form = shown_turns(service.tokenizer, [], tools)
+        choice, most = body.tool_choice, most_calls(body.tool_choice, body.parallel_tool_calls)
+        use = ToolUse(form, most)
+        try:
+            constraint = held(service.tokenizer, form, tools, choice, most, constraint)
+        except UsageError as error:
+            raise ApiError(400, error.sentence, param="tools") from error
     return GenerationSpec(
-        prompts=[await conversation_tokens(service, body, notices)],
+        prompts=[prompt],
         precision=precision,
         notices=notices,
         continues=body.continues or not service.tokenizer.chat_template,
         max_tokens=body.new_tokens,
         default_tokens=service.settings.default_max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        constraint=constraint,
+        tools=use,
     )
-
-
-def _check_tools(service: Service, turns: list[dict[str, Any]]) -> None:
-    """A template would leave out what it does not know of, and the model answer to something else."""
-    for what, is_there in (
-        ("tool_calls", lambda turn: "tool_calls" in turn),
-        ("tool", lambda turn: turn["role"] == "tool"),
-    ):
-        if any(map(is_there, turns)) and not template_knows(service.tokenizer, what):
-            raise ApiError(
-                400, f"this model's chat template does not know {what}: it was not trained for tools", param="messages"
-            )
 
 
 def _variables(service: Service, body: ConversationBody, notices: Notices) -> dict[str, Any]:

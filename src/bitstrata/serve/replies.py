@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from ..runtime import Token
+from ..runtime.tools import CallDelta
 from .notices import Notices
 from .requests import ChatBody, CompletionBody, GenerationBody
 from .spelling import Spelling
 from .text import TokenNames
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 LEAST = -9999.0  # stands for a probability of zero: JSON has no infinity
 
 
@@ -38,13 +39,26 @@ class Delta:
     tokens: tuple[PlacedToken, ...] = ()
     finish: FinishReason | None = None
     stop: str | None = None
+    calls: tuple[CallDelta, ...] = ()
 
     @classmethod
     def joined(cls, deltas: Sequence[Delta]) -> Delta:
         tokens = tuple(placed for delta in deltas for placed in delta.tokens)
-        return cls(
-            deltas[-1].index, "".join(delta.text for delta in deltas), tokens, deltas[-1].finish, deltas[-1].stop
-        )
+        text, calls = "".join(delta.text for delta in deltas), tuple(call for delta in deltas for call in delta.calls)
+        return cls(deltas[-1].index, text, tokens, deltas[-1].finish, deltas[-1].stop, calls)
+
+    @property
+    def whole_calls(self) -> list[tuple[str, str]]:
+        """The names and arguments of its calls, if they are all there."""
+        found: dict[int, tuple[str, str]] = {}
+        for call in self.calls:
+            name, arguments = found.get(call.index, ("", ""))
+            found[call.index] = (name + (call.name or ""), arguments + call.arguments)
+        return list(found.values())
+
+
+def call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class ErrorBody(BaseModel):
@@ -124,10 +138,25 @@ class _Reply(BaseModel):
     warnings: list[str] | None = Field(None, description="what in the request was ignored, or read as something else")
 
 
+class CalledFunction(BaseModel):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call, or what a chunk adds to it."""
+
+    index: int | None = None
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="null where there are calls and nothing else")
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -147,6 +176,7 @@ class ChatReply(_Reply):
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -277,12 +307,26 @@ class ChatFormatter(OpenAIFormatter):
         return chunks
 
     def _choice(self, delta: Delta) -> ChatChoice:
-        message = ChatMessage(content=delta.text)
+        calls = [
+            ToolCall(id=call_id(), type="function", function=CalledFunction(name=name, arguments=arguments))
+            for name, arguments in delta.whole_calls
+        ]
+        message = ChatMessage(content=delta.text or (None if calls else ""), tool_calls=calls or None)
         return ChatChoice(**self._shared(delta), message=message, logprobs=self._logprobs(delta))
 
     def _chunk_choice(self, delta: Delta) -> ChatChunkChoice:
         logprobs = self._logprobs(delta) if delta.tokens else None
-        return ChatChunkChoice(**self._shared(delta), delta=ChatDelta(content=delta.text or None), logprobs=logprobs)
+        calls = [
+            ToolCall(
+                index=call.index,
+                id=None if call.name is None else call_id(),
+                type=None if call.name is None else "function",
+                function=CalledFunction(name=call.name, arguments=call.arguments),
+            )
+            for call in delta.calls
+        ]
+        said = ChatDelta(content=delta.text or None, tool_calls=calls or None)
+        return ChatChunkChoice(**self._shared(delta), delta=said, logprobs=logprobs)
 
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
         if not self._shows_logprobs:

@@ -19,7 +19,11 @@ from pydantic import (
     model_validator,
 )
 
+from ..errors import UsageError
+from ..runtime import Constraint
 from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, encodable, refused, unlimited
+from .structure import FIELDS, Choice, Grammar, Pattern, ResponseFormat, Schema, StructuredOutputs
+from .tools import Choosing, Tools, allowed
 
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 1024
@@ -231,14 +235,28 @@ class GenerationBody(SamplingFields):
     xtc_probability: Annotated[Any, Only(0)] = None
     no_repeat_ngram_size: Annotated[Any, Only(0)] = None
     bad_words: Annotated[Any, Only([])] = None
-    grammar: Annotated[Any, Only("")] = None
-    json_schema: Annotated[Any, Only()] = None
-    structured_outputs: Annotated[Any, Only()] = None
-    guided_json: Annotated[Any, Only()] = None
-    guided_regex: Annotated[Any, Only()] = None
-    guided_choice: Annotated[Any, Only()] = None
-    guided_grammar: Annotated[Any, Only()] = None
-    response_format: Annotated[Any, Only({"type": "text"})] = None
+
+    response_format: ResponseFormat = Field(None, description="what the reply must be; one of these fields at a time")
+    structured_outputs: StructuredOutputs = Field(None, description="vLLM's: json, regex, choice, grammar, json_object")
+    guided_json: Schema = None
+    guided_regex: Pattern = None
+    guided_choice: Choice = None
+    guided_grammar: Grammar = None
+    guided_whitespace_pattern: Annotated[Any, Only()] = None
+    guided_decoding_backend: Ignored = None
+    grammar: Grammar = Field(None, description="llama.cpp's: in Lark or GBNF")
+    json_schema: Schema = Field(None, description="llama.cpp's")
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> GenerationBody:
+        if len(given := [name for name in FIELDS if getattr(self, name) is not None]) > 1:
+            raise refused(given[1], f"cannot go with {given[0]}: a reply is held to one of them")
+        return self
+
+    @property
+    def constraint(self) -> tuple[str, Constraint] | None:
+        """What a reply must be, and the field that says so."""
+        return next(((name, value) for name in FIELDS if (value := getattr(self, name)) is not None), None)
 
     @property
     def includes_usage(self) -> bool:
@@ -326,9 +344,9 @@ class ChatBody(GenerationBody, ConversationBody):
     logprobs: Flag | None = None
     top_logprobs: Whole | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
-    parallel_tool_calls: Ignored = None
-    tools: Any = Field(None, description='not supported yet; taken with tool_choice "none", which leaves them out')
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    tools: Tools = Field(default_factory=list, description="functions that the model may call")
+    tool_choice: Choosing = Field(None, description="whether it may, must, or which one")
+    parallel_tool_calls: Flag | None = Field(None, description="false: one call a reply")
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
     modalities: Annotated[Any, Only(["text"])] = None
@@ -345,8 +363,10 @@ class ChatBody(GenerationBody, ConversationBody):
         for name in ("max_tokens", "max_completion_tokens"):
             if getattr(self, name) == 0:
                 raise refused(name, "must be at least 1")
-        if self.tools and self.tool_choice != "none":
-            raise refused("tools", 'this server does not do that; it takes them with tool_choice "none" only')
+        try:
+            allowed(self.tools, self.tool_choice)
+        except UsageError as error:
+            raise refused("tool_choice", error.sentence) from None
         return self
 
     @property

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from . import paths
 from .answer import answer
 from .chats import chat_spec
 from .described import answers
-from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, unlimited
+from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, refused, unlimited
 from .notices import Notices
 from .replies import Delta, Formatter, Usage
 from .requests import Bits, ChatBody
@@ -27,7 +27,7 @@ from .spelling import NamedEvents
 from .text import TokenNames
 from .translated import translated
 
-SAME = {"model", "temperature", "top_p", "stream", "bits", "min_bits", "tools"}  # as of a chat
+SAME = {"model", "temperature", "top_p", "stream", "bits", "min_bits"}  # as of a chat
 
 
 class Reasoning(Body):
@@ -37,7 +37,7 @@ class Reasoning(Body):
 
 
 class TextFormat(Body):
-    format: Annotated[Any, Only({"type": "text"})] = None
+    format: dict[str, Any] | None = Field(None, description="text, json_object or json_schema")
     verbosity: Annotated[Any, Only("medium")] = None
 
 
@@ -76,6 +76,12 @@ class ResponsesBody(Body):
     conversation: Annotated[Any, Only()] = None
     prompt: Annotated[Any, Only()] = None
 
+    @model_validator(mode="after")
+    def _without_tools(self) -> ResponsesBody:
+        if self.tools and self.tool_choice != "none":
+            raise refused("tools", "tools are taken at /v1/chat/completions only, or with tool_choice none")
+        return self
+
     def chat(self) -> ChatBody:
         """The same as a chat. Raises RequestValidationError for what a chat cannot say."""
         turns: list[dict[str, Any]] = []
@@ -91,7 +97,7 @@ class ResponsesBody(Body):
             {
                 "messages": turns,
                 "max_tokens": self.max_output_tokens,
-                "tool_choice": self.tool_choice,
+                "response_format": None if self.text is None else self.text.format,
                 "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
                 **self.model_dump(include=SAME),
             },
@@ -227,7 +233,7 @@ class ResponsesFormatter(Formatter):
             "previous_response_id": None,
             "store": False,
             "temperature": asked.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (asked.text and asked.text.format) or {"type": "text"}},
             "tool_choice": asked.tool_choice or "auto",
             "tools": [],
             "top_p": asked.top_p,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
 
@@ -15,15 +17,16 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UnsupportedBitsError, UsageError
 from ..models import SamplingDefaults, bytes_per_token
 from ..nn import Assignment, BitsState
-from ..runtime import Engine
+from ..runtime import Constraint, Engine
 from .errors import ApiError, translate
-from .fields import Body
+from .fields import Body, Notice
 from .notices import Notices, Told
 from .replies import ModelCard
 from .settings import FROM_MODEL, Settings
 from .text import PromptEncoder, TokenNames
 
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # seconds
+COMPILED_AT_ONCE = 2  # constraints
 PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
@@ -45,6 +48,7 @@ class Service:
         self.has_model_rules = settings.generation_config == FROM_MODEL
         self.defaults = SamplingDefaults.of(engine.model.generation_config if self.has_model_rules else None)
         self._told = Told()
+        self._compiling = ThreadPoolExecutor(COMPILED_AT_ONCE, thread_name_prefix="bitstrata-grammars")
         self.active = 0
         self.closing = False
 
@@ -61,6 +65,16 @@ class Service:
             for token in prompt:
                 self.engine.limits.check_token(token)
         return await self.prompts.pieces(prompts)
+
+    async def prepare(self, field: str, constraint: Constraint, notices: Notices) -> None:
+        """Compile a constraint, aside of the event loop. Raises ApiError 400 for one that cannot be used."""
+        running = asyncio.get_running_loop()
+        try:
+            unenforced = await running.run_in_executor(self._compiling, self.engine.prepare, constraint)
+        except UsageError as error:
+            raise ApiError(400, f"{field}: {error.sentence}", param=field) from error
+        for said in unenforced:
+            notices.add(Notice(field, f"{field} is not enforced in full: {said}", f"{field}: {said}"))
 
     def check_choices(self, prompts: int, count: int) -> None:
         """Raises ApiError if `count` replies to each of `prompts` prompts are too many for one request."""

@@ -14,6 +14,10 @@ _OMITTED = {
     "usage",
     "role",
     "content",
+    "tool_calls",
+    "id",
+    "type",
+    "name",
     "warnings",
     "message",
     "index",
@@ -27,9 +31,18 @@ def dump(reply: BaseModel) -> str:
     return json.dumps(_without(reply.model_dump(mode="json")), ensure_ascii=False, separators=(",", ":"))
 
 
+def _is_told(key: str, whole: dict[str, Any]) -> bool:
+    """A whole message says that it has no text; what a chunk does not add is left out."""
+    return key == "content" and "refusal" in whole
+
+
 def _without(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without(item) for key, item in value.items() if item is not None or key not in _OMITTED}
+        return {
+            key: _without(item)
+            for key, item in value.items()
+            if item is not None or key not in _OMITTED or _is_told(key, value)
+        }
     return [_without(item) for item in value] if isinstance(value, list) else value
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -78,7 +78,7 @@ class PromptEncoder:
             return list(map(encode, prompts))
         return await self._run(sum(lengths), lambda: list(map(encode, prompts)))
 
-    async def chat(self, turns: Sequence[dict[str, Any]], **settings: Any) -> list[int]:
+    async def chat(self, turns: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
         """The tokens of a conversation up to where the model answers, as `bitstrata chat` makes them.
 
         settings: of `encode_turns`.
@@ -225,9 +225,19 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class ReplyText:
-    """The text of one reply: detokenized, and cut before the first stop text."""
+    """The text of one reply: detokenized, and cut before the first stop text.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int], stops: Iterable[str]) -> None:
+    shown: special tokens that have a text here, and it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context: Sequence[int],
+        stops: Iterable[str],
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
+        self._shown = shown or {}
         self._tokenizer, self._detokenizer = tokenizer, Detokenizer(tokenizer, context)
         self._marks: dict[int, str] = {}  # of special tokens in stop texts
         if texts := tuple(stops):
@@ -251,7 +261,7 @@ class ReplyText:
         return self._stops.stop.translate(str.maketrans(names)) if self.stopped else None
 
     def push(self, token: int) -> str:
-        piece = self._detokenizer.push(token)
+        piece = self._detokenizer.push(token) + self._shown.get(token, "")
         self.length += len(piece)
         return self._stops.push(piece + self._marks.get(token, "")).translate(self._unmark)
 

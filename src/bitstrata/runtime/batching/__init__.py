@@ -4,6 +4,7 @@ from .continuation import Continuation
 from .drafts import Drafts
 from .engine import Engine
 from .graph import captured
+from .masks import Mask
 from .prefixes import REUSE, check_reuse
 from .request import Event, Finished, Handle, Request, Scored, Token
 from .sampling import Sampler
@@ -19,6 +20,7 @@ __all__ = [
     "Event",
     "Finished",
     "Handle",
+    "Mask",
     "Request",
     "Sampler",
     "Scored",

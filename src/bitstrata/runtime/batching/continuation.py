@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...errors import CheckError
+from ...errors import BitstrataError
 from ...models import Stops
 from ...nn import Assignment
 from ...nn.bits import Choice
 from .alone import Passes
 from .attention import Span
+from .masks import Mask
 from .packing import Segment
 from .request import Token
 from .sampling import Sampler, choose, scored
@@ -30,8 +31,9 @@ class Continuation:
     """`tokens`, the prompt and then the new ones; the first `past` of them are in the cache, in the range `place`.
 
     most: new tokens it may make. ends: tokens that end it; stops: texts that do. rules: (tokens int64 [1, n], logits
-    [1, V]) -> logits to pick from, if they are others. scores: how many likely tokens to note at each place of the
-    prompt, which is then computed as a whole; None for no log-probabilities of it.
+    [1, V]) -> logits to pick from, if they are others. mask: what the reply is held to, after the rules. scores: how
+    many likely tokens to note at each place of the prompt, which is then computed as a whole; None for no
+    log-probabilities of it.
     """
 
     tokens: list[int]
@@ -40,6 +42,7 @@ class Continuation:
     ends: frozenset[int] = frozenset()
     stops: Stops | None = None
     rules: Callable[[Tensor, Tensor], Tensor] | None = None
+    mask: Mask | None = None
     place: range | None = None
     written: list[Choice] = field(default_factory=list)  # at what each token that is in the cache was computed
     reused: int = 0  # of these, the ones that were there before
@@ -76,8 +79,13 @@ class Continuation:
         self.new.append(token)
 
     def ended(self) -> str | None:
-        """Why the newest token was the last: "stop" or "length"; None if it goes on. Raises what the tokenizer does."""
+        """Why the newest token was the last: "stop" or "length"; None if it goes on.
+
+        Raises what the tokenizer does, and what the mask does.
+        """
         if self.new[-1] in self.ends or (self.stops is not None and self._finds(self.stops)):
+            return "stop"
+        if self.mask is not None and self.mask.is_over(self.tokens):
             return "stop"
         return "length" if len(self.new) >= self.most else None
 
@@ -116,19 +124,33 @@ def _score(item: Continuation, past: int, logits: Tensor) -> None:
     item.scored += scored(logits[: len(following)], following, item.scores)
 
 
-def pick(logits: Tensor, items: Sequence[Continuation]) -> list[Token | CheckError]:
+def pick(logits: Tensor, items: Sequence[Continuation]) -> list[Token | BitstrataError]:
     """The next token of each of `items` from its row of logits [items, V], not yet added; or why there is none."""
     allowed = None
-    if any(item.rules is not None for item in items):
+    failed: dict[int, BitstrataError] = {}
+    if any(item.rules is not None or item.mask is not None for item in items):
         allowed = logits.clone()
         for row, item in enumerate(items):
-            if item.rules is not None:
-                allowed[row] = ruled(logits[row : row + 1], item, item.tokens)[0]
-    return choose(logits, [item.sampler for item in items], allowed)
+            try:
+                if item.rules is not None or item.mask is not None:
+                    allowed[row] = ruled(logits[row : row + 1], item, item.tokens)[0]
+            except BitstrataError as error:  # of this request alone
+                failed[row] = error
+    chosen = choose(logits, [item.sampler for item in items], allowed)
+    return [failed.get(row, token) for row, token in enumerate(chosen)]
 
 
 def ruled(logits: Tensor, item: Continuation, tokens: Sequence[int]) -> Tensor:
-    """Logits [1, V] after `tokens` as the rules of `item` want them."""
-    if item.rules is None:
-        return logits
-    return item.rules(torch.tensor([tokens], device=logits.device), logits)
+    """Logits [1, V] after `tokens` as the rules of `item` want them, and its mask, which has the last word.
+
+    Raises CheckError as Mask.
+    """
+    wanted = logits
+    if item.rules is not None:
+        wanted = item.rules(torch.tensor([tokens], device=logits.device), logits)
+    if item.mask is None:
+        return wanted
+    masked = item.mask(tokens, wanted)
+    if item.rules is not None and not bool(masked.amax().isfinite()):  # the rules forbid all that it allows
+        masked = item.mask(tokens, logits)
+    return masked

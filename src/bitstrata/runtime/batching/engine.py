@@ -29,11 +29,13 @@ from ...errors import BitstrataError, ClosedError, ResourceError, UsageError
 from ...models import Stops, end_tokens, input_device, score_rules, steady_context, vocabulary_size
 from ...nn import Assignment, bits_state
 from ...torch_state import ordinary_torch
+from ..constraints import Constraint
 from ..policy import LoadView, Policy, RequestView
 from .admission import Running, admit, grow
 from .alone import passes
 from .continuation import advance, pick
 from .forward import steady_rows
+from .masks import Grammars
 from .memory import BLOCK, TokenPool
 from .packing import Segment, pack
 from .prefixes import Prefixes
@@ -51,7 +53,8 @@ class Engine:
 
     Args:
         model: quantized, from `bitstrata.load`. It belongs to the engine until `close`.
-        tokenizer: reads stop texts, which only requests with some need, and says what else ends a text.
+        tokenizer: reads stop texts and constraints, which only requests with some need, and says what else ends a
+            text.
         max_requests: run at a time; others wait.
         max_batch_tokens: of prompts in one batch: longer prompts are fed in parts, between which others decode.
             By default 512, or max_requests if that is more.
@@ -109,6 +112,7 @@ class Engine:
         vocabulary = vocabulary_size(model.config)
         self.limits = Limits(bits_state(model), vocabulary, context, self._pool.tokens, tokenizer is not None)
         self._eos = end_tokens(model, tokenizer)
+        self._grammars = Grammars(tokenizer, vocabulary, self._eos)
         self._has_rules = score_rules(model, [0], 1, self._eos, repetition_penalty=1.0) is not None
         self._stretch = max(SCORED_BYTES // (4 * vocabulary), 2 * (self._steady or 0) + 2)
         self._changed = threading.Condition()  # guards what follows, down to the counters
@@ -133,6 +137,14 @@ class Engine:
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(drain=kind is None)
 
+    def prepare(self, constraint: Constraint) -> tuple[str, ...]:
+        """Compile `constraint` ahead of requests that have it; what of it will not be enforced, in words.
+
+        From any thread. It may take half a second, which `submit` of the first such request would take otherwise.
+        Raises UsageError if it cannot be used.
+        """
+        return self._grammars.compile(constraint)
+
     def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> Handle:
         """Queue `request`; from any thread.
 
@@ -155,6 +167,9 @@ class Engine:
         if not request.ignore_eos:
             ends |= self._eos
         rules = self._rules(request, most, ends)
+        mask = None
+        if request.constraint is not None:
+            mask = self._grammars.mask(request.constraint, len(request.prompt_ids))
         with self._changed:
             if self._failure is not None:
                 raise ClosedError(f"the engine has failed: {self._failure!r}", hint="start another") from self._failure
@@ -171,6 +186,7 @@ class Engine:
                 frozenset(ends),
                 stops,
                 rules=rules,
+                mask=mask,
                 scores=request.prompt_logprobs,
                 handle=handle,
                 policy=self._policy.start(),

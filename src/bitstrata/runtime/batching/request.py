@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ...errors import InputError, UnsupportedBitsError, UsageError
 from ...nn import Assignment, BitsOrPlan, BitsState
 from ...planes import whole_number
+from ..constraints import Constraint
 
 REASONS = ("stop", "length", "cancelled", "error")
 
@@ -46,6 +47,8 @@ class Request:
         prompt_logprobs: the same of the prompt's tokens, which come in one event, Scored. The prompt is then computed
             as a whole, even where the cache has its beginning.
         ignore_eos: go on after an end-of-sequence token.
+        constraint: what the reply must be. It ends, by "stop", where that is whole and nothing can follow; before,
+            where the model says so, if it is whole there. Log-probabilities are those of all tokens all the same.
     """
 
     prompt_ids: Sequence[int]
@@ -67,6 +70,7 @@ class Request:
     min_tokens: int = 0
     model_rules: bool = False
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,8 @@ class Limits:
             if count is not None and not 0 <= count <= self.vocabulary:
                 raise UsageError(f"{name}={count} must lie between 0 and the vocabulary's {self.vocabulary}")
         self._check_choice(request)
+        if request.constraint is not None and request.ignore_eos:
+            raise UsageError("ignore_eos cannot go with a constraint: where that is whole the reply ends")
         self._check_stop(request.stop)
         self._check_prompt(request.prompt_ids)
         scores_only = request.max_new_tokens == 0 and request.prompt_logprobs is not None

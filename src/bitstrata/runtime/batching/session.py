@@ -21,16 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import BitstrataError, ResourceError, UsageError
-from ...models import steady_context
+from ...models import steady_context, vocabulary_size
 from ...models.compat import attention_of
 from ...nn import Assignment, bits_state
+from ..constraints import Constraint
 from .alone import passes
 from .continuation import Continuation, advance, pick
 from .drafts import Drafts
 from .forward import steady_rows
+from .masks import Grammars, Mask
 from .memory import BLOCK, TokenPool
 from .packing import pack
 from .prefixes import Prefixes, check_reuse
@@ -57,11 +59,21 @@ class Session:
         self._steady = steady_rows(model)
         self._prefixes = Prefixes(self._pool, self._steady)
         self._live: list[Continuation] = []
+        self._grammars: Grammars | None = None
 
     @property
     def drafts(self) -> bool:
         """Whether tokens may be drafted: what was computed for them can be taken back."""
         return self._pool.kept_as == "beginning"
+
+    def mask(
+        self, constraint: Constraint, tokenizer: PreTrainedTokenizerBase, begin: int, ends: frozenset[int]
+    ) -> Mask:
+        """Of `constraint`, for a text that begins after `begin` tokens. Raises UsageError if it cannot be used."""
+        grammars = self._grammars
+        if grammars is None or not grammars.are_for(tokenizer, ends):
+            grammars = self._grammars = Grammars(tokenizer, vocabulary_size(self.model.config), ends)
+        return grammars.mask(constraint, begin)
 
     @contextmanager
     def attached(self) -> Iterator[None]:

@@ -1,0 +1,18 @@
+"""Functions that a model may call: how it is told of them, how it calls, and what it may be held to."""
+
+from .formats import ToolFormat, format_of
+from .grammars import MOST_CALLS, calls_or, forced_calls
+from .parsing import CallDelta, CallParser
+from .shown import Tool, shown_turns
+
+__all__ = [
+    "MOST_CALLS",
+    "CallDelta",
+    "CallParser",
+    "Tool",
+    "ToolFormat",
+    "calls_or",
+    "forced_calls",
+    "format_of",
+    "shown_turns",
+]
