@@ -13,7 +13,8 @@ from bitstrata.planes import decode
 from bitstrata.solvers import joint
 from bitstrata.solvers.bpdq import highest_bits
 from bitstrata.solvers.grouping import code_signs
-from bitstrata.solvers.joint import column_codes, column_order, first_grid, levels, refitted, rounded, upper_factor
+from bitstrata.solvers.joint import column_codes, column_order, first_grid, levels, refitted, rounded
+from bitstrata.solvers.metric import upper_factor
 
 N, K, G = 13, 72, 16
 GROUPS = [16, 16, 16, 16, 8]
@@ -125,7 +126,7 @@ def test_polish_refits_coefficients_alone(problem, monkeypatch):
     best = [told.sum() for told in solver.compensate(4)]
     for track in solver.tracks:
         track.coefficients *= 1.3
-    monkeypatch.setattr(solver, "_polish_codes", lambda group, residual: None)
+    monkeypatch.setattr(solver, "_polish_codes", lambda group, residual, metrics: None)
     solver.polish(8)
     for track, before in zip(solver.tracks, best, strict=True):
         assert track.loss(solver.decoded(track)).sum() < 1.05 * before

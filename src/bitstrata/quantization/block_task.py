@@ -22,9 +22,9 @@ from torch.func import functional_call
 
 from ..calibration.block_runner import arithmetic
 from ..calibration.lanes import batches, lanes
-from ..calibration.states import Scratch, ahead
 from ..errors import ModelError
 from ..nn import Experts
+from ..scratch import Scratch, ahead
 from ..solvers import Block, Moments
 from ..solvers.method import Windows
 from .expert_inputs import ExpertMoments, Routed
@@ -185,22 +185,44 @@ class BlockTask(Block):
         originals, columns = self._recorded.pop(first), self.weights[first].shape[1]
         found = {}
         for bits in self.chains:
-            passes, sums = self._passes_of(bits), MomentSums(columns, self._device)
-            with contextlib.closing(self._pass(bits, solved[bits], first.removeprefix(self.prefix))) as inputs:
+            sums = MomentSums(columns, self._device, self.scratch)
+            for pairs in self._readings(bits, names, solved[bits], originals, len(sums.panels)):
                 for lane in lanes(len(self.inputs), self.batch):
                     for _ in lane:
-                        number, arguments = next(inputs)
-                        quantized = arguments[0].to(self.dtype)
-                        for name in names:
-                            passes.keep(name.removeprefix(self.prefix), quantized)
-                        original = originals[number].to(self._device)
+                        original, quantized = next(pairs)
                         sums.add(original.flatten(0, -2), quantized.flatten(0, -2))
                     sums.end_lane()
-                for _ in inputs:  # lets the pass end
-                    raise AssertionError
+                sums.end_panel()
             found[bits] = sums.result()
         originals.close()
         return found
+
+    def _readings(
+        self, bits: int, names: Sequence[str], weights: Mapping[str, Tensor], originals: Scratch, count: int
+    ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """So many times what `names` read in the original and on a chain, a batch at a time; the first is a pass."""
+        passes, local = self._passes_of(bits), [name.removeprefix(self.prefix) for name in names]
+        again = Scratch(self.scratch, self.dtype) if count > 1 and not passes.keeps(local) else None
+
+        def passing() -> Generator[tuple[Tensor, Tensor]]:
+            for number, arguments in self._pass(bits, weights, local[0]):
+                quantized = arguments[0].to(self.dtype)
+                for name in local:
+                    passes.keep(name, quantized)
+                if again is not None:
+                    again.append(quantized)
+                yield originals[number].to(self._device), quantized
+
+        with contextlib.closing(passing()) as first:
+            yield first
+            for _ in first:  # lets the pass end
+                raise AssertionError
+        stored = again or passes.kept(local)
+        for _ in range(1, count):
+            assert stored is not None
+            yield ((one.to(self._device), other.to(self._device)) for one, other in zip(originals, stored, strict=True))
+        if again is not None:
+            again.close()
 
     def advance(self, bits: int, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """The block's output with its quantized weights [N, K] on the chain of `bits`, a batch at a time."""

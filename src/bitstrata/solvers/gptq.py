@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..planes import PlaneWeight
-from .grouping import Grouping, affine_weight, code_planes, even_scales, to_scale
-from .joint import upper_factor
+from .grouping import Grouping, affine_weight, code_planes, even_scales, join_rows, to_scale
 from .method import MomentsMethod
+from .metric import Metric, prepare
 from .moments import Moments
 
 COLUMNS_AT_ONCE = 128
@@ -42,27 +42,36 @@ class GPTQ(MomentsMethod):
 
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
         ((bits, moments),) = found.items()
-        rows, columns = weight.shape
-        free = moments.alive(weight).T.contiguous()  # [K, N]
-        order = torch.arange(columns, device=weight.device)
-        grouping = Grouping.of(weight, group_size)
+        columns = weight.shape[1]
+        order = torch.arange(columns)
+        if self.act_order:
+            order = moments.diagonal.cpu().argsort(descending=True, stable=True)
+        lengths = [min(COLUMNS_AT_ONCE, columns - start) for start in range(0, columns, COLUMNS_AT_ONCE)]
+        metric, targets = prepare(weight, moments, order, lengths, damping=self.damping)
+        dead = moments.dead.cpu()[order].to(weight.device)
+        free = (target.to(weight.device).masked_fill(dead.unsqueeze(1), 0) for target in targets)
+        return join_rows([self._solve_rows(part, metric, order, bits, group_size) for part in free])
+
+    def _solve_rows(self, free: Tensor, metric: Metric, order: Tensor, bits: int, group_size: int) -> PlaneWeight:
+        """Some rows [K, n], columns in order; they are overwritten."""
+        columns, rows = free.shape
+        grouping = Grouping(rows, columns, group_size)
         grids: dict[int, tuple[Tensor, Tensor]] = {}
         if self.act_order:
-            order = moments.hessian.diagonal().argsort(descending=True, stable=True).to(weight.device)
+            own = order.argsort().to(free.device)
             for group in range(grouping.groups):
-                grids[group] = grid(free[group * group_size : (group + 1) * group_size], bits)
-        free = free[order]
-        factor = upper_factor(moments.damped(self.damping)[order][:, order])
-        code = torch.empty(columns, rows, dtype=torch.int64, device=weight.device)
+                grids[group] = grid(free[own[group * group_size : (group + 1) * group_size]], bits)
+        code = torch.empty(columns, rows, dtype=torch.int64, device=free.device)
         where = order.tolist()
-        for start in range(0, columns, COLUMNS_AT_ONCE):
-            end = min(start + COLUMNS_AT_ONCE, columns)
-            errors = torch.empty(end - start, rows, device=weight.device)
+        for start, panel in zip(range(0, columns, COLUMNS_AT_ONCE), metric.factor, strict=True):
+            factor = panel.to(free.device)  # U[start:end, start:]
+            end = start + len(factor)
+            errors = torch.empty(end - start, rows, device=free.device)
             for column in range(start, end):
                 group = where[column] // group_size
                 if group not in grids:
                     last = min(column + group_size, columns)
-                    pending = factor[start:column, column:last].T @ errors[: column - start]
+                    pending = factor[: column - start, column - start : last - start].T @ errors[: column - start]
                     fresh = free[column:last].clone()
                     fresh[max(0, end - column) :] -= pending[max(0, end - column) :]
                     grids[group] = grid(fresh, bits)
@@ -71,9 +80,10 @@ class GPTQ(MomentsMethod):
                 position = torch.where(half > 0, (free[column] - middle) / (2 * half), 0.0) + (2**bits - 1) / 2
                 code[column] = position.round().clamp(0, 2**bits - 1).long()
                 value = middle + half * (2 * code[column] - (2**bits - 1))
-                errors[column - start] = (free[column] - value) / factor[column, column]
-                free[column + 1 : end].addr_(factor[column, column + 1 : end], errors[column - start], alpha=-1)
-            free[end:] -= factor[start:end, end:].T @ errors
+                at = column - start
+                errors[at] = (free[column] - value) / factor[at, at]
+                free[column + 1 : end].addr_(factor[at, at + 1 : end - start], errors[at], alpha=-1)
+            free[end:] -= factor[:, end - start :].T @ errors
         planes = code_planes(grouping.split(code[order.argsort()].T.cpu()), bits)
         half, middle = (torch.stack(parts, 1).cpu() for parts in zip(*(grids[j] for j in sorted(grids)), strict=True))
         return affine_weight(grouping, planes, {bits: (even_scales(half, bits).reshape(bits, -1), middle.reshape(-1))})

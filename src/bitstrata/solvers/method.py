@@ -19,10 +19,10 @@ from torch import Tensor
 from ..planes import decode
 from ..planes.weights import Kind, PlaneWeight
 from .grouping import check_weight, join_rows, row_chunks
+from .metric import solving_bytes
 from .moments import Moments
 
 ROW_BUDGET = 1 << 21  # weights solved at a time by methods that look at rows
-ROWS_AT_ONCE = 4096  # rows that a solver with moments holds
 
 # inputs: `inputs`, `targets` and `chains` of a block; gradients: its `sensitivity`, which takes the whole model once
 Need = Literal["inputs", "gradients"]
@@ -170,13 +170,11 @@ class MomentsMethod(Method):
         return frozenset({"inputs"})
 
     def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
-        """Hessian, cross moments, the damped one and its factor a precision, two in float64; the solver's tensors."""
-        if not self.needs:
-            return 0
-        return max(
-            4 * columns * (columns * (4 * len(bits) + 4) + min(rows, ROWS_AT_ONCE) * (4 * len(bits) + 6))
-            for rows, columns in shapes
-        )
+        """`solving_bytes` of the linears of one width, which are solved together at most."""
+        rows: dict[int, int] = {}
+        for count, columns in shapes if self.needs else ():
+            rows[columns] = rows.get(columns, 0) + count
+        return max((solving_bytes(count, columns, len(bits)) for columns, count in rows.items()), default=0)
 
     @abstractmethod
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
@@ -199,9 +197,11 @@ class MomentsMethod(Method):
                         "damping fills in, more tokens would be better"
                     )
             # rows are independent, so what reads the same inputs is solved as one layer
-            rows = [block.weights[name].float() for name in names]
-            whole = self.solve(torch.cat(rows) if len(rows) > 1 else rows[0], found, block.group_size)
-            ends = list(itertools.accumulate(map(len, rows), initial=0))
+            ends = list(itertools.accumulate((len(block.weights[name]) for name in names), initial=0))
+            weight = torch.empty(ends[-1], columns, device=device)
+            for name, start, end in zip(names, ends, ends[1:], strict=False):
+                weight[start:end] = block.weights[name]
+            whole = self.solve(weight, found, block.group_size)
             for name, start, end in zip(names, ends, ends[1:], strict=False):
                 result[name] = whole.outputs(start, end)
         return {name: result[name] for name in block.weights}
