@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,12 +34,44 @@ from .passes import Passes, Tail, finding_tails, hooked, raw
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
+class Widened(Mapping[str, Tensor]):
+    """Weights in fp32, each made when it is asked for; `stored`: as they are in memory."""
+
+    def __init__(self, stored: Mapping[str, Tensor]) -> None:
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+class Some(Mapping[str, Tensor]):
+    """Those of `weights` that are in `names`."""
+
+    def __init__(self, weights: Mapping[str, Tensor], names: Collection[str]) -> None:
+        self._weights, self._names = weights, [name for name in weights if name in names]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(kw_only=True)
 class BlockTask(Block):
     """A block with its module.
 
     Attributes:
-        block: the module, fp32, with the original weights.
+        block: the module, which computes in fp32, with the original weights.
         prefix: its name and a dot, with which linears' names begin.
         transposed: names of linears whose parameter holds W^T.
         call: hidden [b, S, hidden] -> the block's output, differentiable in the block's parameters.
@@ -70,10 +102,11 @@ class BlockTask(Block):
 
     @contextlib.contextmanager
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """The block with these weights [N, K], and then again with those that it had."""
+        """The block with these weights [N, K] in the dtype of products, and then again with those that it had."""
         before = {name: self._linear(name).weight for name in weights}
         try:
-            self.put(weights)
+            for name in weights:  # one at a time, because they may be made when they are asked for
+                self.put({name: weights[name].to(self.dtype)})
             yield
         finally:
             for name, parameter in before.items():
@@ -161,13 +194,17 @@ class BlockTask(Block):
             module.register_forward_pre_hook(note_routed(name, module)) for name, module in self._experts().items()
         ]
         with hooked(handles):
-            yield from self.outputs(self.weights, self.inputs)
+            yield from self.originals(self.inputs)
+
+    def originals(self, states: Windows) -> Iterator[Tensor]:
+        """The block's output on `states` with its own weights, a batch at a time."""
+        return self.outputs(self.weights.stored if isinstance(self.weights, Widened) else self.weights, states)
 
     @torch.no_grad()
     def outputs(self, weights: Mapping[str, Tensor], states: Windows) -> Iterator[Tensor]:
         """The block's output on `states` with these weights [N, K], a batch at a time."""
         reads = [lambda rows=rows: raw(states, rows) for rows in batches(len(states), self.batch)]
-        with self._with_products(weights):
+        with self.with_weights(weights):
             for hidden in ahead(reads):
                 with arithmetic(self._device, self.dtype):
                     output = self.call(self.block, hidden.to(self._device).float())
@@ -235,7 +272,7 @@ class BlockTask(Block):
         passes = self._passes_of(bits)
         solved = frozenset(name.removeprefix(self.prefix) for name in weights)
         needed = {f"{self.prefix}{name}" for name in passes.needed(solved)}
-        with self._with_products({name: weights[name] for name in weights if name in needed}):
+        with self.with_weights(Some(weights, needed)):
             yield from passes.run(solved, until)
 
     def _passes_of(self, bits: int) -> Passes:
@@ -257,10 +294,6 @@ class BlockTask(Block):
     def _tails(self) -> dict[str, Tail]:
         """None where the block's structure was never asked for: a pass then runs all of it."""
         return self.__dict__["_structure"][1] if "_structure" in self.__dict__ else {}
-
-    def _with_products(self, weights: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
-        """The block with these weights [N, K] in the dtype of products."""
-        return self.with_weights({name: weight.to(self.dtype) for name, weight in weights.items()})
 
     def _expert_of(self, name: str) -> tuple[str, int] | None:
         """The module of experts in the block that the linear belongs to, and which expert it is of; None if to none."""
@@ -297,7 +330,7 @@ class BlockTask(Block):
         if not first.endswith(".down_proj"):
             return moments.of_inputs(expert)
         names = {name: f"{first.rpartition('.')[0]}.{name}" for name in experts.projections[:-1]}
-        original = {name: self._linear(full).weight for name, full in names.items()}
+        original = {name: self._linear(full).weight.float() for name, full in names.items()}
         quantized = {
             bits: {name: of.get(full, original[name]) for name, full in names.items()} for bits, of in solved.items()
         }
@@ -326,4 +359,4 @@ class BlockTask(Block):
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self.weights.values())).device
+        return next(self.block.parameters()).device

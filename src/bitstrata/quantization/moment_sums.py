@@ -11,12 +11,13 @@ of a matrix product, and panels depend on the width alone.
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..calibration.lanes import LaneSum
+from ..calibration.lanes import LANES, LaneSum
 from ..kernels.cpu import add_gram
 from ..scratch import IN_MEMORY, kept
 from ..solvers import Moments
@@ -34,6 +35,11 @@ def panels(columns: int) -> list[tuple[int, int]]:
         width = int(((columns + start) ** 2 + 4 * SUMMED) ** 0.5 - (columns + start)) // 2
         ends.append(min(columns, start + max(1, width)))
     return list(itertools.pairwise(ends))
+
+
+def summing_bytes(columns: int) -> int:
+    """The most that a panel's sums take in memory."""
+    return max(4 * (1 + int(math.log2(LANES))) * (columns + end) * (end - start) for start, end in panels(columns))
 
 
 class MomentSums:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..planes import decode
 from ..planes.weights import Kind, PlaneWeight
 from .grouping import check_weight, join_rows, row_chunks
-from .metric import solving_bytes
+from .metric import solving_bytes, solving_disk
 from .moments import Moments
 
 ROW_BUDGET = 1 << 21  # weights solved at a time by methods that look at rows
@@ -126,6 +126,10 @@ class Method(ABC):
         """Bytes that solving a block with linears [N, K] of these shapes takes beyond the block itself, estimated."""
         return 0
 
+    def disk(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...]) -> int:
+        """Bytes of the scratch files that it takes meanwhile."""
+        return 0
+
     def solve_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         """`solve_layer` for some rows: W fp32 [n, K], checked."""
         raise TypeError(f"{self.name} works on whole blocks, not on single layers")
@@ -171,10 +175,18 @@ class MomentsMethod(Method):
 
     def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
         """`solving_bytes` of the linears of one width, which are solved together at most."""
+        return self._largest(solving_bytes, shapes, bits)
+
+    def disk(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...]) -> int:
+        return self._largest(solving_disk, shapes, bits)
+
+    def _largest(
+        self, taken: Callable[[int, int, int], int], shapes: Sequence[tuple[int, int]], bits: tuple[int, ...]
+    ) -> int:
         rows: dict[int, int] = {}
         for count, columns in shapes if self.needs else ():
             rows[columns] = rows.get(columns, 0) + count
-        return max((solving_bytes(count, columns, len(bits)) for columns, count in rows.items()), default=0)
+        return max((taken(count, columns, len(bits)) for columns, count in rows.items()), default=0)
 
     @abstractmethod
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:

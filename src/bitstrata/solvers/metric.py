@@ -78,6 +78,12 @@ def solving_bytes(rows: int, columns: int, precisions: int) -> int:
     return held + max(making, 4 * stretch * (3 * precisions + 6))
 
 
+def solving_disk(rows: int, columns: int, precisions: int) -> int:
+    """What the files of moments, metrics and targets of such a layer take."""
+    square, layer = columns**2, rows * columns
+    return precisions * ((13 * square if square > IN_MEMORY else 0) + (4 * layer if layer > IN_MEMORY else 0))
+
+
 def upper_factor(hessian: Tensor) -> Tensor:
     """U with H^-1 = U^T U, upper triangular, fp32; H [K, K] is positive definite."""
     matrix = hessian.double().flip(0, 1).mT.contiguous().mT  # as LAPACK has it: columns one after the other
