@@ -22,6 +22,7 @@ ROOMS = [
     "errors",
     "version",
     "memory",
+    "scratch",
     "torch_state",
     "options",
     "verbs",

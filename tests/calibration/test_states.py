@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitstrata.calibration.states import FOOTER, Scratch, States, ahead
+from bitstrata.calibration.states import FOOTER, States
 
 SHAPE = (5, 3, 7)
 
@@ -72,28 +72,3 @@ def test_an_unfinished_chain_is_not_found(tmp_path: Path, seed: int) -> None:
     assert States.find(path) is None
     path.write_bytes(data)
     assert States.find(path) is not None
-
-
-def test_scratch_keeps_tensors_of_any_shape_and_leaves_no_file(tmp_path: Path, seed: int) -> None:
-    scratch = Scratch(tmp_path, torch.bfloat16)
-    parts = [values(seed), values(seed + 1)[0], torch.zeros(0, 4)]
-    for part in parts:
-        scratch.append(part)
-    assert list(tmp_path.iterdir()) == []
-    for number in (2, 0, 1, 0):
-        assert torch.equal(scratch[number], parts[number].bfloat16())
-    assert len(scratch) == 3
-    scratch.close()
-
-
-def test_reading_ahead_keeps_the_order_and_raises_what_a_read_raises() -> None:
-    assert list(ahead([lambda at=at: at for at in range(9)])) == list(range(9))  # type: ignore[misc]
-    assert list(ahead([])) == []
-
-    def fail() -> int:
-        raise OSError("the disk is gone")
-
-    reading = ahead([lambda: 1, fail, lambda: 3])
-    assert next(reading) == 1
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(reading)

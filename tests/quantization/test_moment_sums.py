@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
+from bitstrata import scratch
 from bitstrata.kernels.cpu import add_gram
 from bitstrata.quantization import moment_sums
 from bitstrata.quantization.moment_sums import MomentSums
+from bitstrata.scratch import Scratch
 from bitstrata.solvers import Moments
 
 CPU = torch.device("cpu")
@@ -24,10 +28,12 @@ def inputs(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def moments(x: Tensor, y: Tensor, dtype: torch.dtype) -> Moments:
     sums = MomentSums(x.shape[1], CPU)
-    for lane in zip(x.chunk(8), y.chunk(8), strict=True):
-        for a, b in zip(*(part.split(37) for part in lane), strict=True):
-            sums.add(a.to(dtype), b.to(dtype))
-        sums.end_lane()
+    for _ in sums.panels:
+        for lane in zip(x.chunk(8), y.chunk(8), strict=True):
+            for a, b in zip(*(part.split(37) for part in lane), strict=True):
+                sums.add(a.to(dtype), b.to(dtype))
+            sums.end_lane()
+        sums.end_panel()
     return sums.result()
 
 
@@ -53,6 +59,32 @@ def test_they_are_those_of_float64(
         assert (mine - expected).norm() <= 2e-6 * scale, f"{name}, {columns} columns"
     assert torch.equal(found.hessian, found.hessian.T)
     torch.linalg.cholesky(found.damped(0.01))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("columns", "summed", "kept"), [(1, 1, 1), (50, 3000, 100), (50, 60, 1), (400, 100_000, 7000)])
+def test_panels_and_files_change_nothing_but_rounding(
+    columns: int, summed: int, kept: int, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = inputs(700, columns, seed)
+    whole = moments(x, y, dtype)
+    monkeypatch.setattr(moment_sums, "SUMMED", summed)
+    monkeypatch.setattr(moment_sums, "KEPT", kept)
+    for module in (scratch, moment_sums):
+        monkeypatch.setattr(module, "IN_MEMORY", 0)
+    parts = moment_sums.panels(columns)
+    assert parts[0][0] == 0
+    assert parts[-1][1] == columns
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(parts))
+    assert all((columns + end) * (end - start) <= summed or end - start == 1 for start, end in parts)
+    found = moments(x, y, dtype)
+    assert isinstance(found.drift, Scratch)
+    assert max(panel.numel() for panel in found.drift) <= max(kept, columns)
+    assert found.tokens == whole.tokens
+    for name in ("hessian", "cross"):
+        mine, expected = getattr(found, name).double(), getattr(whole, name).double()
+        assert (mine - expected).norm() <= 1e-6 * whole.hessian.norm(), name
+    assert torch.equal(found.diagonal, found.hessian.diagonal())
 
 
 @pytest.mark.parametrize(("rows", "columns", "others"), [(1, 1, 1), (2, 16, 48), (33, 17, 65), (1025, 130, 49)])

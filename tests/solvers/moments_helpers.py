@@ -6,6 +6,7 @@ import torch
 
 from bitstrata.solvers import Moments
 from bitstrata.solvers.joint import JointSolver, Track
+from bitstrata.solvers.metric import Metric, prepare
 
 
 def correlated(columns, seed, tokens=None):
@@ -22,7 +23,14 @@ def correlated(columns, seed, tokens=None):
 def moments_of(x, other=None):
     """Moments of quantized inputs x, and full-precision inputs `other`."""
     other = x if other is None else other
-    return Moments(x.T @ x / len(x), other.T @ x / len(x), len(x))
+    return Moments.of(x.T @ x / len(x), other.T @ x / len(x), len(x))
+
+
+def target_of(moments, weight, damping, correction):
+    """W* [N, K] as solvers get it."""
+    columns = torch.arange(weight.shape[1])
+    _, targets = prepare(weight, moments, columns, [len(columns)], damping=damping, correction=correction)
+    return torch.cat([target.T for target in targets])
 
 
 def rows_of(count, columns, seed):
@@ -32,7 +40,8 @@ def rows_of(count, columns, seed):
 
 def solver_of(weight, hessian, bits, groups, growth=2.0, **options):
     """Unsolved: W [N, K] and one damped Hessian for all tracks."""
-    tracks = [Track(b, growth ** (b - bits[0]), weight.T.contiguous(), hessian) for b in bits]
+    metric = Metric.of(hessian, groups)
+    tracks = [Track(b, growth ** (b - bits[0]), weight.T.contiguous(), metric) for b in bits]
     return JointSolver(tracks, groups, **options)
 
 

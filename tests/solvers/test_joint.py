@@ -22,8 +22,8 @@ from bitstrata.solvers.joint import (
     levels,
     refitted,
     rounded,
-    upper_factor,
 )
+from bitstrata.solvers.metric import upper_factor
 
 N, K, G = 13, 72, 16
 GROUPS = [16, 16, 16, 16, 8]
@@ -135,7 +135,7 @@ def test_polish_refits_coefficients_alone(problem, monkeypatch):
     best = [told.sum() for told in solver.compensate(4)]
     for track in solver.tracks:
         track.coefficients *= 1.3
-    monkeypatch.setattr(solver, "_polish_codes", lambda group, residual: None)
+    monkeypatch.setattr(solver, "_polish_codes", lambda group, residual, metrics: None)
     solver.polish(8)
     for track, before in zip(solver.tracks, best, strict=True):
         assert track.loss(solver.decoded(track)).sum() < 1.05 * before

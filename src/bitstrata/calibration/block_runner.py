@@ -4,7 +4,7 @@ The model is a skeleton on meta. What lies outside the decoder blocks (embedding
 head) is filled in for the first and the last step only, a block only while it is worked on. So
 memory holds
 
-    max(outside the blocks, one block) in fp32  +  the hidden states of a batch,
+    max(outside the blocks, one block) as stored  +  the hidden states of a batch,
 
 whatever the size of the model and the number of windows. What a block needs besides hidden states
 (masks, positions) depends neither on weights nor on tokens: it is recorded once, by sending one
@@ -32,6 +32,7 @@ from ..models.source import SourceModel, release
 from ..progress import log
 from ..solvers.method import Windows
 from .lanes import batches
+from .widening import may_stay_narrow, widening
 
 TOKENS_PER_BATCH = 1024  # what a block makes of more does not stay in the caches of two cores
 # what a model's own code raises when it is given something else than it expects
@@ -120,15 +121,21 @@ class BlockRunner:
         self._alone = self._probed = False
 
     @contextmanager
-    def _in_memory(self, module: nn.Module, prefix: str = "", skip: Iterable[str] = ()) -> Iterator[None]:
-        """The source's weights in `module`, whose name is `prefix`, but not those in `skip`; fp32."""
+    def _in_memory(
+        self, module: nn.Module, prefix: str = "", skip: Iterable[str] = (), *, narrow: bool = True
+    ) -> Iterator[None]:
+        """The source's weights in `module`, whose name is `prefix`, but not those in `skip`; it computes in fp32.
+
+        narrow: weights of linears and embeddings stay in the dtype that they are stored in (widening.py).
+        """
         try:
-            self.source.materialise(module, prefix, skip=skip)
+            self.source.materialise(module, prefix, skip, may_stay_narrow(module, prefix) if narrow else ())
             if module is self.model:
                 self.model.tie_weights()
             # a model's own `to` may refuse some devices; what was skipped stays on meta
             module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
-            yield
+            with widening(module):
+                yield
         finally:
             release(module)
 
@@ -149,7 +156,7 @@ class BlockRunner:
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
         """The whole model in memory, fp32."""
-        with self._in_memory(self.model):
+        with self._in_memory(self.model, narrow=False):
             yield self.model
 
     @torch.no_grad()
@@ -322,7 +329,7 @@ class BlockRunner:
 
     @contextmanager
     def block(self, index: int, skip: Iterable[str] = ()) -> Iterator[nn.Module]:
-        """Block `index` with its weights in memory, fp32, but not those in `skip`, which are on meta."""
+        """Block `index` with its weights in memory, but not those in `skip`, which are on meta; it computes in fp32."""
         with self._in_memory(self._blocks[index], self.discovery.blocks[index], skip):
             yield self._blocks[index]
 

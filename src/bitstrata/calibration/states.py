@@ -2,80 +2,26 @@
 
 `States` is a chain: hidden states [windows, S, hidden] in one file, written in order and then read as often as needed.
 The file ends in a footer with shape, dtype and a checksum of all that stands before it, written last and synced, so a
-file without the right one was never finished, or is damaged. `Scratch` is what a block needs for a while: tensors in a
-file without a name, which is gone with the process, however that ends.
-
-Bytes go through plain reads and writes, not through a mapping: what was written stays in the system's cache, as far as
-there is room, and never counts as this process's memory. `ahead` reads the next part while the last is worked on.
+file without the right one was never finished, or is damaged.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from ..errors import disk_errors
+from ..scratch import ByteFile, bytes_of
 
 FOOTER = 256  # bytes
 READ_BYTES = 1 << 22
-
-T = TypeVar("T")
-
-
-def ahead(reads: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What each of `reads` returns, in order; the next one runs in a thread meanwhile."""
-    waiting: Future[T] | None = None
-    with ThreadPoolExecutor(1) as reader:
-        for read in reads:
-            coming = reader.submit(read)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-class _File:
-    """A file of bytes that one thread appends to and any may read."""
-
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self.path = path
-        self._file, self._lock = file, threading.Lock()
-
-    def append(self, data: memoryview) -> None:
-        with disk_errors(self.path), self._lock:
-            self._file.seek(0, os.SEEK_END)
-            while data:
-                data = data[self._file.write(data) :]
-
-    def read(self, into: Tensor, start: int) -> Tensor:
-        """Fill `into` from byte `start` on. Raises OSError if the file is too short."""
-        view = _bytes_of(into)
-        with self._lock:
-            self._file.seek(start)
-            while view:
-                count = self._file.readinto(view)  # type: ignore[attr-defined]
-                if not count:
-                    raise OSError(f"{self.path} is shorter than it was")
-                view = view[count:]
-        return into
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class States:
@@ -84,7 +30,7 @@ class States:
     Made by `create` and filled with `append`, in order, until `finish`; or found by `find`.
     """
 
-    def __init__(self, file: _File, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(self, file: ByteFile, shape: Sequence[int], dtype: torch.dtype) -> None:
         self._file, self.shape, self.dtype = file, torch.Size(shape), dtype
         self.path = file.path
         self._checksum = 0
@@ -94,7 +40,7 @@ class States:
         """An empty chain that will have this shape; what `path` held is gone."""
         with disk_errors(path):
             path.unlink(missing_ok=True)
-            return cls(_File(open(path, "w+b", buffering=0), path), shape, dtype)
+            return cls(ByteFile(open(path, "w+b", buffering=0), path), shape, dtype)
 
     @classmethod
     def find(cls, path: Path) -> States | None:
@@ -124,11 +70,11 @@ class States:
                 left -= len(chunk)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return cls(_File(file, path), shape, dtype) if checksum == said["crc32"] else None
+        return cls(ByteFile(file, path), shape, dtype) if checksum == said["crc32"] else None
 
     def append(self, part: Tensor) -> None:
         """The next windows: [b, S, hidden]."""
-        data = _bytes_of(part.to(self.dtype))
+        data = bytes_of(part.to(self.dtype))
         self._checksum = zlib.crc32(data, self._checksum)
         self._file.append(data)
 
@@ -172,33 +118,3 @@ class States:
         """Close the file and delete it."""
         self.close()
         self.path.unlink(missing_ok=True)
-
-
-class Scratch:
-    """Tensors of any shape in a file that has no name, by number; kept in one dtype, on the CPU.
-
-    folder: where the file lies; None for the system's own place for such files.
-    """
-
-    def __init__(self, folder: Path | None, dtype: torch.dtype) -> None:
-        where = Path(tempfile.gettempdir()) if folder is None else folder
-        with disk_errors(where):
-            file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (kept open)
-        self._file, self._dtype = _File(file, where), dtype
-        self._parts: list[tuple[int, torch.Size]] = []
-        self._end = 0
-
-    def append(self, tensor: Tensor) -> None:
-        self._file.append(_bytes_of(tensor.to(self._dtype)))
-        self._parts.append((self._end, tensor.shape))
-        self._end += tensor.numel() * self._dtype.itemsize
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __getitem__(self, number: int) -> Tensor:
-        start, shape = self._parts[number]
-        return self._file.read(torch.empty(shape, dtype=self._dtype), start)
-
-    def close(self) -> None:
-        self._file.close()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -300,8 +300,12 @@ class SourceModel:
             result[start : start + step] = self.rows(stored, start, min(start + step, shape[0]))
         return result
 
-    def materialise(self, module: nn.Module, prefix: str, skip: Iterable[str] = ()) -> None:
-        """Fill the meta parameters and persistent buffers of `module`, at `prefix` in the skeleton, in fp32.
+    def materialise(
+        self, module: nn.Module, prefix: str, skip: Iterable[str] = (), narrow: Collection[str] = ()
+    ) -> None:
+        """Fill the meta parameters and persistent buffers of `module`, at `prefix` in the skeleton.
+
+        They are fp32, but those in `narrow` as they are stored.
 
         Raises ModelError naming a tensor that is not stored, has another shape, or is not finite.
         """
@@ -322,7 +326,7 @@ class SourceModel:
             if value.is_floating_point():
                 if not all_finite(value):
                     raise ModelError(f"{stored} holds NaN or infinity", hint="the source model is damaged")
-                value = value.float()
+                value = value if full in narrow else value.float()
             parent, _, leaf = key.rpartition(".")
             owner = module.get_submodule(parent)
             if leaf in owner._parameters:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,9 @@ from torch.func import functional_call
 
 from ..calibration.block_runner import arithmetic
 from ..calibration.lanes import batches, lanes
-from ..calibration.states import Scratch, ahead
 from ..errors import ModelError
 from ..nn import Experts
+from ..scratch import Scratch, ahead
 from ..solvers import Block, Moments
 from ..solvers.method import Windows
 from .expert_inputs import ExpertMoments, Routed
@@ -34,12 +34,44 @@ from .passes import Passes, Tail, finding_tails, hooked, raw
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
+class Widened(Mapping[str, Tensor]):
+    """Weights in fp32, each made when it is asked for; `stored`: as they are in memory."""
+
+    def __init__(self, stored: Mapping[str, Tensor]) -> None:
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+class Some(Mapping[str, Tensor]):
+    """Those of `weights` that are in `names`."""
+
+    def __init__(self, weights: Mapping[str, Tensor], names: Collection[str]) -> None:
+        self._weights, self._names = weights, [name for name in weights if name in names]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(kw_only=True)
 class BlockTask(Block):
     """A block with its module.
 
     Attributes:
-        block: the module, fp32, with the original weights.
+        block: the module, which computes in fp32, with the original weights.
         prefix: its name and a dot, with which linears' names begin.
         transposed: names of linears whose parameter holds W^T.
         call: hidden [b, S, hidden] -> the block's output, differentiable in the block's parameters.
@@ -70,10 +102,11 @@ class BlockTask(Block):
 
     @contextlib.contextmanager
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """The block with these weights [N, K], and then again with those that it had."""
+        """The block with these weights [N, K] in the dtype of products, and then again with those that it had."""
         before = {name: self._linear(name).weight for name in weights}
         try:
-            self.put(weights)
+            for name in weights:  # one at a time, because they may be made when they are asked for
+                self.put({name: weights[name].to(self.dtype)})
             yield
         finally:
             for name, parameter in before.items():
@@ -161,13 +194,17 @@ class BlockTask(Block):
             module.register_forward_pre_hook(note_routed(name, module)) for name, module in self._experts().items()
         ]
         with hooked(handles):
-            yield from self.outputs(self.weights, self.inputs)
+            yield from self.originals(self.inputs)
+
+    def originals(self, states: Windows) -> Iterator[Tensor]:
+        """The block's output on `states` with its own weights, a batch at a time."""
+        return self.outputs(self.weights.stored if isinstance(self.weights, Widened) else self.weights, states)
 
     @torch.no_grad()
     def outputs(self, weights: Mapping[str, Tensor], states: Windows) -> Iterator[Tensor]:
         """The block's output on `states` with these weights [N, K], a batch at a time."""
         reads = [lambda rows=rows: raw(states, rows) for rows in batches(len(states), self.batch)]
-        with self._with_products(weights):
+        with self.with_weights(weights):
             for hidden in ahead(reads):
                 with arithmetic(self._device, self.dtype):
                     output = self.call(self.block, hidden.to(self._device).float())
@@ -185,22 +222,44 @@ class BlockTask(Block):
         originals, columns = self._recorded.pop(first), self.weights[first].shape[1]
         found = {}
         for bits in self.chains:
-            passes, sums = self._passes_of(bits), MomentSums(columns, self._device)
-            with contextlib.closing(self._pass(bits, solved[bits], first.removeprefix(self.prefix))) as inputs:
+            sums = MomentSums(columns, self._device, self.scratch)
+            for pairs in self._readings(bits, names, solved[bits], originals, len(sums.panels)):
                 for lane in lanes(len(self.inputs), self.batch):
                     for _ in lane:
-                        number, arguments = next(inputs)
-                        quantized = arguments[0].to(self.dtype)
-                        for name in names:
-                            passes.keep(name.removeprefix(self.prefix), quantized)
-                        original = originals[number].to(self._device)
+                        original, quantized = next(pairs)
                         sums.add(original.flatten(0, -2), quantized.flatten(0, -2))
                     sums.end_lane()
-                for _ in inputs:  # lets the pass end
-                    raise AssertionError
+                sums.end_panel()
             found[bits] = sums.result()
         originals.close()
         return found
+
+    def _readings(
+        self, bits: int, names: Sequence[str], weights: Mapping[str, Tensor], originals: Scratch, count: int
+    ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """So many times what `names` read in the original and on a chain, a batch at a time; the first is a pass."""
+        passes, local = self._passes_of(bits), [name.removeprefix(self.prefix) for name in names]
+        again = Scratch(self.scratch, self.dtype) if count > 1 and not passes.keeps(local) else None
+
+        def passing() -> Generator[tuple[Tensor, Tensor]]:
+            for number, arguments in self._pass(bits, weights, local[0]):
+                quantized = arguments[0].to(self.dtype)
+                for name in local:
+                    passes.keep(name, quantized)
+                if again is not None:
+                    again.append(quantized)
+                yield originals[number].to(self._device), quantized
+
+        with contextlib.closing(passing()) as first:
+            yield first
+            for _ in first:  # lets the pass end
+                raise AssertionError
+        stored = again or passes.kept(local)
+        for _ in range(1, count):
+            assert stored is not None
+            yield ((one.to(self._device), other.to(self._device)) for one, other in zip(originals, stored, strict=True))
+        if again is not None:
+            again.close()
 
     def advance(self, bits: int, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """The block's output with its quantized weights [N, K] on the chain of `bits`, a batch at a time."""
@@ -213,7 +272,7 @@ class BlockTask(Block):
         passes = self._passes_of(bits)
         solved = frozenset(name.removeprefix(self.prefix) for name in weights)
         needed = {f"{self.prefix}{name}" for name in passes.needed(solved)}
-        with self._with_products({name: weights[name] for name in weights if name in needed}):
+        with self.with_weights(Some(weights, needed)):
             yield from passes.run(solved, until)
 
     def _passes_of(self, bits: int) -> Passes:
@@ -235,10 +294,6 @@ class BlockTask(Block):
     def _tails(self) -> dict[str, Tail]:
         """None where the block's structure was never asked for: a pass then runs all of it."""
         return self.__dict__["_structure"][1] if "_structure" in self.__dict__ else {}
-
-    def _with_products(self, weights: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
-        """The block with these weights [N, K] in the dtype of products."""
-        return self.with_weights({name: weight.to(self.dtype) for name, weight in weights.items()})
 
     def _expert_of(self, name: str) -> tuple[str, int] | None:
         """The module of experts in the block that the linear belongs to, and which expert it is of; None if to none."""
@@ -275,7 +330,7 @@ class BlockTask(Block):
         if not first.endswith(".down_proj"):
             return moments.of_inputs(expert)
         names = {name: f"{first.rpartition('.')[0]}.{name}" for name in experts.projections[:-1]}
-        original = {name: self._linear(full).weight for name, full in names.items()}
+        original = {name: self._linear(full).weight.float() for name, full in names.items()}
         quantized = {
             bits: {name: of.get(full, original[name]) for name, full in names.items()} for bits, of in solved.items()
         }
@@ -304,4 +359,4 @@ class BlockTask(Block):
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self.weights.values())).device
+        return next(self.block.parameters()).device

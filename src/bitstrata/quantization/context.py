@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..calibration import BlockRunner, Windows, text_name
 from ..calibration.block_runner import TOKENS_PER_BATCH
+from ..calibration.widening import may_stay_narrow
 from ..checkpoint import LayerSpec, QuantizationSpec, format_version
 from ..checkpoint.schema import CONFIG_FILE, is_plane, tensor_bytes
 from ..metrics import Metrics
@@ -23,7 +24,7 @@ from ..models.experts import active_experts, experts_of
 from ..planes import PlaneWeight, decode
 from ..progress import log
 from ..solvers.method import MomentsMethod
-from .block_task import BlockTask
+from .block_task import BlockTask, Widened
 from .chains import ORIGINAL, Chains
 from .companions import companions
 from .settings import Settings
@@ -195,16 +196,30 @@ class Prepared:
         return results + text + max(final, *(stage.passing_disk(self) for stage in self.stages))
 
     @cached_property
+    def _held(self) -> dict[str, int]:
+        """Parameter -> its bytes while it is in memory."""
+        narrow, found = may_stay_narrow(self.model, ""), {}
+        for name, parameter in self.model.named_parameters():
+            stored = self.source.stored_name(name) if name in narrow else None
+            found[name] = parameter.numel() * (4 if stored is None else min(4, self.source.spec(stored)[0].itemsize))
+        return found
+
+    @property
+    def linear_bytes(self) -> int:
+        """Of all linears that are quantized, as they are held."""
+        return sum(self._held[f"{linear.name}.weight"] for linear in self.discovery.linears)
+
+    @cached_property
     def parameter_bytes(self) -> tuple[int, list[int]]:
-        """In fp32: what lies outside the blocks, and each block."""
+        """As they are held (calibration/widening.py): what lies outside the blocks, and each block."""
         inside = dict.fromkeys(self.discovery.blocks, 0)
         outside = 0
-        for name, parameter in self.model.named_parameters():
+        for name, size in self._held.items():
             block = next((block for block in inside if name.startswith(f"{block}.")), None)
             if block is None:
-                outside += parameter.numel() * 4
+                outside += size
             else:
-                inside[block] += parameter.numel() * 4
+                inside[block] += size
         return outside, list(inside.values())
 
     @cached_property
@@ -215,7 +230,7 @@ class Prepared:
             what experts read (`expert_bytes`)
 
         The interpreter and its libraries, about 0.4 GB, come on top. On a GPU all but the hidden states is there; main
-        memory holds those, and what is on its way: whatever of the model is in memory at a time, in fp32.
+        memory holds those, and what is on its way: whatever of the model is in memory at a time.
         """
         hidden, settings = 0, self.settings
         if self.windows is not None:
@@ -226,7 +241,8 @@ class Prepared:
             return MemoryNeed(work + hidden)
         outside, inside = self.parameter_bytes
         whole = any("whole model" in stage.needs for stage in self.stages)
-        return MemoryNeed((outside + sum(inside) if whole else max(outside, *inside)) + hidden, work)
+        passing = 4 * sum(map(torch.Tensor.numel, self.model.parameters())) if whole else max(outside, *inside)
+        return MemoryNeed(passing + hidden, work)
 
 
 @dataclass
@@ -291,7 +307,7 @@ class Job:
         return BlockTask(
             block=block,
             prefix=f"{name}.",
-            weights=weights,
+            weights=Widened(weights),
             transposed=frozenset(linear.name for linear in linears if linear.transposed),
             bits=self.settings.bits,
             group_size=self.settings.group_size,

@@ -159,7 +159,7 @@ class ExpertMoments:
     def _blend(self, own: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor], tokens: int) -> Moments:
         share = prior_share(tokens, len(own[0]))
         hessian, cross = (torch.lerp(mine, all_of, share) for mine, all_of in zip(own, prior, strict=True))
-        return Moments(hessian, cross, len(self.original.inputs))
+        return Moments.of(hessian, cross, len(self.original.inputs))
 
 
 @contextlib.contextmanager

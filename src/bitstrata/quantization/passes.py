@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.block_runner import Reached, arithmetic
-from ..calibration.states import Scratch, ahead
+from ..scratch import Scratch, ahead
 from ..solvers.method import Windows
 
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -170,10 +170,18 @@ class Passes:
 
     def keep(self, linear: str, inputs: Tensor) -> None:
         """Keep what a linear reads in the next batch, if a module ends in it."""
-        if any(tail.linear == linear for tail in self.tails.values()):
+        if self.keeps([linear]):
             if linear not in self._inputs:
                 self._inputs[linear] = self._scratch()
             self._inputs[linear].append(inputs)
+
+    def keeps(self, linears: Sequence[str]) -> bool:
+        """Whether `keep` keeps what one of these reads."""
+        return any(tail.linear in linears for tail in self.tails.values())
+
+    def kept(self, linears: Sequence[str]) -> Scratch | None:
+        """What was kept of these, which read the same."""
+        return next((self._inputs[linear] for linear in linears if linear in self._inputs), None)
 
     def close(self) -> None:
         """Let go of all that is kept."""

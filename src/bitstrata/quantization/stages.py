@@ -9,6 +9,7 @@ model.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Windows, fisher_bytes, fisher_diagonal
+from ..calibration.block_runner import TOKENS_PER_BATCH
 from ..calibration.states import States
 from ..errors import CheckError
 from ..kernels.cpu import gram_runs
@@ -34,6 +36,7 @@ from .block_task import BlockTask
 from .chains import CHECKING, LEARNING, ORIGINAL, Chains, ChainSet, baseline
 from .context import Job, Prepared, Stage
 from .expert_inputs import counting, tokens_of_experts
+from .moment_sums import summing_bytes
 from .settings import Settings
 from .state import SENSITIVITY
 from .tune_stage import Tune
@@ -135,18 +138,35 @@ class Gradients(Stage):
             job.state.save_tensors(SENSITIVITY, fisher_diagonal(job.runner, windows, steps.step))
 
 
+def _shapes(prepared: Prepared) -> list[list[tuple[int, int]]]:
+    """[N, K] of the linears of each block."""
+    discovery = prepared.discovery
+    return [
+        [(linear.out_features, linear.in_features) for linear in discovery.of_block(index)]
+        for index in range(len(discovery.blocks))
+    ]
+
+
 class Blocks(Stage):
     """Solve all blocks, one in memory at a time."""
 
     def memory(self, prepared: Prepared) -> int:
-        """The largest block in fp32 x 4, and what solving a block takes (`Method.memory`)."""
-        settings, discovery = prepared.settings, prepared.discovery
-        shapes = [
-            [(linear.out_features, linear.in_features) for linear in discovery.of_block(index)]
-            for index in range(len(discovery.blocks))
-        ]
-        solving = max(settings.method.memory(found, settings.bits, settings.seq_len) for found in shapes if found)
-        return 4 * max(prepared.parameter_bytes[1]) + solving
+        """A block, and the planes found; a batch in its widest linear; and the largest of these:
+
+        its linears at one precision in fp32, and in the dtype of products; what solving them takes (`Method.memory`);
+        sums of moments, and linears in the dtype of products.
+        """
+        settings, most = prepared.settings, 0
+        moments = isinstance(settings.method, MomentsMethod) and bool(settings.method.needs)
+        for shapes, held in zip(_shapes(prepared), prepared.parameter_bytes[1], strict=True):
+            if shapes:
+                weights, widest = sum(math.prod(shape) for shape in shapes), max(map(max, shapes))
+                sums = max(summing_bytes(columns) for _, columns in shapes) if moments else 0
+                solving = settings.method.memory(shapes, settings.bits, settings.seq_len)
+                work = max(6 * weights, solving, sums + 2 * weights)
+                found = weights * (max(settings.bits) + 2) // 8
+                most = max(most, held + found + work + 12 * max(TOKENS_PER_BATCH, settings.seq_len) * widest)
+        return most
 
     def disk(self, prepared: Prepared) -> int:
         return prepared.stored_bytes(prepared.discovery.linears)
@@ -173,7 +193,8 @@ class Blocks(Stage):
     def passing_disk(self, prepared: Prepared) -> int:
         """Chains before and behind a block, and what is kept of it while it is solved:
 
-        windows x seq_len x bytes x (inputs of the original's linears + bits x (inputs of linears of different widths))
+        windows x seq_len x bytes x (inputs of the original's linears + bits x (inputs of linears of different widths)),
+        and the files of what solving takes (`Method.disk`).
         """
         if prepared.windows is None:
             return 0
@@ -188,7 +209,7 @@ class Blocks(Stage):
                 inputs = [linear.in_features for linear in linears]
                 kept = max(kept, sum(inputs) + len(settings.bits) * sum(set(inputs)))
             kept *= prepared.windows.calibration.numel() * settings.dtype.itemsize
-        return chains + kept
+        return chains + kept + max(settings.method.disk(shapes, settings.bits) for shapes in _shapes(prepared))
 
     def run(self, job: Job) -> None:
         blocks, chains = job.discovery.blocks, job.chains
@@ -263,7 +284,7 @@ class Blocks(Stage):
         if record and isinstance(job.settings.method, MomentsMethod):
             outputs = task.record()
         else:
-            outputs = task.outputs(task.weights, job.chains.learning[ORIGINAL])
+            outputs = task.originals(job.chains.learning[ORIGINAL])
         behind = job.chains.advance(LEARNING, ORIGINAL, outputs)
         for _ in outputs:  # what was not asked for is recorded all the same
             pass
@@ -317,7 +338,7 @@ class Measure(Stage):
     """Fill `Job.measured`, with nothing if there is no text. Raises CheckError if a loss is not finite."""
 
     def memory(self, prepared: Prepared) -> int:
-        """What lies outside the blocks in fp32, and a quantized head in fp32 and its planes."""
+        """What lies outside the blocks, and a quantized head in fp32 and its planes."""
         # decoding needs the planes at 1 byte a weight or less
         decoded = max((5 * layer.in_features * layer.out_features for layer in prepared.head), default=0)
         return prepared.parameter_bytes[0] + decoded

@@ -39,7 +39,7 @@ class Tune(Stage):
     def memory(self, prepared: Prepared) -> int:
         """What is in memory all the time, and a block's backward pass or the head's:
 
-        outside the blocks and what of them is not quantized, fp32; a quantized head, fp32
+        outside the blocks and what of them is not quantized; a quantized head, fp32
         + planes, and of the highest precision each coefficient as it is stored, its best, its change, two moments
         + hidden states before each block
         + the largest block's decoded weights, fp32, the largest one's derivatives, its coefficients' derivatives, and
@@ -52,7 +52,7 @@ class Tune(Stage):
         head = sum(
             4 * layer.in_features * layer.out_features * (1 + (layer.tied is not None)) for layer in prepared.head
         )
-        kept = outside + sum(inside) - 4 * discovery.weight_count + head
+        kept = outside + sum(inside) - prepared.linear_bytes + head
         planes = sum(4 * bits * words_per_row(one.in_features) * one.out_features for one in discovery.linears)
         coefficients = _coefficients(prepared, bits)
         states = 4 * tokens * prepared.hidden_size * (len(discovery.blocks) + 3)

@@ -68,8 +68,14 @@ class AnyBCQ(Method):
         return frozenset({"inputs"}) if self.steps else frozenset()
 
     def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
-        """A training step's activations: the inputs and outputs of all linears, and their gradients."""
-        return self.batch_size * seq_len * sum(map(sum, shapes)) * 8 if self.steps else 0
+        """Training: weights in fp32, planes a byte each, dense weights and their gradients; a step's activations:
+
+        the inputs and outputs of all linears, and their gradients.
+        """
+        if not self.steps:
+            return 0
+        weights = sum(rows * columns for rows, columns in shapes)
+        return weights * (12 + max(bits)) + self.batch_size * seq_len * sum(map(sum, shapes)) * 8
 
     def learnt_tokens(self, seq_len: int, bits: tuple[int, ...]) -> int:
         return self.steps * self.batch_size * seq_len * len(bits)

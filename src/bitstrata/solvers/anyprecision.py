@@ -18,6 +18,7 @@ The tables belong to rows, so the group size has no influence on the result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,6 +62,10 @@ class AnyPrecision(Method):
 
     def scales_kind(self, bits: tuple[int, ...]) -> Kind:
         return "codebook"
+
+    def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
+        """The sensitivities of a block, and its weights at one precision."""
+        return 8 * sum(rows * columns for rows, columns in shapes) if self.fisher else 0
 
     def solve_layer(
         self, weight: Tensor, bits: tuple[int, ...], group_size: int, sensitivity: Tensor | None = None

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from ..planes import PlaneWeight
-from .grouping import even_scales, join_rows, row_chunks
+from .grouping import even_scales, join_rows
 from .joint import JointSolver, Track, column_order, refitted
-from .method import ROWS_AT_ONCE, MomentsMethod
+from .method import MomentsMethod
+from .metric import prepare
 from .moments import Moments
 
 GRID_BITS = 8
@@ -51,14 +52,14 @@ class BPDQ(MomentsMethod):
 
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
         ((bits, moments),) = found.items()
-        groups = column_order(moments.hessian.diagonal(), group_size)
-        order = torch.cat(groups).to(weight.device)
-        hessian = moments.damped(self.damping)[order][:, order]
-        target = moments.alive(weight)[:, order].T
+        groups = column_order(moments.diagonal, group_size)
+        order, lengths = torch.cat(groups), [len(group) for group in groups]
+        metric, targets = prepare(weight, moments, order, lengths, damping=self.damping)
+        dead = moments.dead.to(weight.device)[order.to(weight.device)]
         parts = []
-        for rows in row_chunks(len(weight), 1, budget=ROWS_AT_ONCE):
-            track = Track(bits, 1.0, target[:, rows].contiguous(), hessian)
-            solver = JointSolver([track], [len(group) for group in groups], start=highest_bits)
+        for stored in targets:
+            target = stored.to(weight.device).masked_fill(dead.unsqueeze(1), 0)
+            solver = JointSolver([Track(bits, 1.0, target, metric)], lengths, start=highest_bits)
             solver.compensate(self.iterations)
             parts.append(solver.plane_weight(groups, group_size))
         return join_rows(parts)

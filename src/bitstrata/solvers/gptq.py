@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..planes import PlaneWeight
-from .grouping import Grouping, affine_weight, code_planes, even_scales, to_scale
-from .joint import column_codes, upper_factor
+from .grouping import Grouping, affine_weight, code_planes, even_scales, join_rows, to_scale
+from .joint import column_codes
 from .method import MomentsMethod
+from .metric import Metric, prepare
 from .moments import Moments
 
 COLUMNS_AT_ONCE = 128
@@ -43,41 +44,52 @@ class GPTQ(MomentsMethod):
 
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
         ((bits, moments),) = found.items()
-        rows, columns = weight.shape
-        free = moments.alive(weight).T.contiguous()  # [K, N]
-        order = torch.arange(columns, device=weight.device)
-        grouping = Grouping.of(weight, group_size)
+        columns = weight.shape[1]
+        order = torch.arange(columns)
+        if self.act_order:
+            order = moments.diagonal.cpu().argsort(descending=True, stable=True)
+        lengths = [min(COLUMNS_AT_ONCE, columns - start) for start in range(0, columns, COLUMNS_AT_ONCE)]
+        metric, targets = prepare(weight, moments, order, lengths, damping=self.damping)
+        dead = moments.dead.cpu()[order].to(weight.device)
+        free = (target.to(weight.device).masked_fill(dead.unsqueeze(1), 0) for target in targets)
+        return join_rows([self._solve_rows(part, metric, order, bits, group_size) for part in free])
+
+    def _solve_rows(self, free: Tensor, metric: Metric, order: Tensor, bits: int, group_size: int) -> PlaneWeight:
+        """Some rows [K, n], columns in order; they are overwritten."""
+        columns, rows = free.shape
+        grouping = Grouping(rows, columns, group_size)
         grids: dict[int, tuple[Tensor, Tensor]] = {}
         if self.act_order:
-            order = moments.hessian.diagonal().argsort(descending=True, stable=True).to(weight.device)
+            own = order.argsort().to(free.device)
             for group in range(grouping.groups):
-                grids[group] = grid(free[group * group_size : (group + 1) * group_size], bits)
-        free = free[order]
-        factor = upper_factor(moments.damped(self.damping)[order][:, order])
-        code = torch.empty(columns, rows, dtype=torch.int64, device=weight.device)
+                grids[group] = grid(free[own[group * group_size : (group + 1) * group_size]], bits)
+        code = torch.empty(columns, rows, dtype=torch.int64, device=free.device)
         where = order.tolist()
-        ends = [
-            end for end in range(1, columns) if end % COLUMNS_AT_ONCE == 0 or not (self.act_order or end % group_size)
-        ]
-        for start, end in itertools.pairwise([0, *ends, columns]):
-            mine = list(dict.fromkeys(column // group_size for column in where[start:end]))
-            for group in mine:
-                if group not in grids:
-                    grids[group] = grid(free[start : start + group_size], bits)
-            # levels are middle + half (2 c - (2^p - 1))
-            steps = 2 * torch.arange(2**bits, device=weight.device).unsqueeze(1) - (2**bits - 1)
-            tables = torch.stack([middle + half * steps for half, middle in (grids[group] for group in mine)])
-            local, y = factor[start:end, start:end], free[start:end]
-            spread, ones = local / local.diagonal().unsqueeze(1), torch.ones(end - start, device=weight.device)
-            chosen = code[start:end]
-            if len(mine) == 1:
-                column_codes((bits,), [tables[0]], [y], [spread], [ones], chosen, given=False)
-                errors = y - tables[0].gather(0, chosen)
-            else:
-                which = [mine.index(column // group_size) for column in where[start:end]]
-                column_codes((bits,), [tables], [y], [spread], [ones], chosen, given=False, which=which)
-                errors = y - tables[which].gather(1, chosen.unsqueeze(1))[:, 0]
-            free[end:] -= factor[start:end, end:].T @ torch.linalg.solve_triangular(local.T, errors, upper=False)
+        for start, panel in zip(range(0, columns, COLUMNS_AT_ONCE), metric.factor, strict=True):
+            factor = panel.to(free.device)  # U[start:stop, start:]
+            stop = start + len(factor)
+            ends = [end for end in range(start + 1, stop) if not (self.act_order or end % group_size)]
+            for first, end in itertools.pairwise([start, *ends, stop]):
+                mine = list(dict.fromkeys(column // group_size for column in where[first:end]))
+                for group in mine:
+                    if group not in grids:
+                        grids[group] = grid(free[first : first + group_size], bits)
+                # levels are middle + half (2 c - (2^p - 1))
+                steps = 2 * torch.arange(2**bits, device=free.device).unsqueeze(1) - (2**bits - 1)
+                tables = torch.stack([middle + half * steps for half, middle in (grids[group] for group in mine)])
+                own_rows = factor[first - start : end - start]
+                local, y = own_rows[:, first - start : end - start], free[first:end]
+                spread, ones = local / local.diagonal().unsqueeze(1), torch.ones(end - first, device=free.device)
+                chosen = code[first:end]
+                if len(mine) == 1:
+                    column_codes((bits,), [tables[0]], [y], [spread], [ones], chosen, given=False)
+                    errors = y - tables[0].gather(0, chosen)
+                else:
+                    which = [mine.index(column // group_size) for column in where[first:end]]
+                    column_codes((bits,), [tables], [y], [spread], [ones], chosen, given=False, which=which)
+                    errors = y - tables[which].gather(1, chosen.unsqueeze(1))[:, 0]
+                errors = torch.linalg.solve_triangular(local.T, errors, upper=False)
+                free[end:] -= own_rows[:, end - start :].T @ errors
         planes = code_planes(grouping.split(code[order.argsort()].T.cpu()), bits)
         half, middle = (torch.stack(parts, 1).cpu() for parts in zip(*(grids[j] for j in sorted(grids)), strict=True))
         return affine_weight(grouping, planes, {bits: (even_scales(half, bits).reshape(bits, -1), middle.reshape(-1))})

@@ -22,7 +22,7 @@ operations over vectors of rows, on any device.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +30,9 @@ from torch import Tensor
 
 from ..kernels.cpu import choose_codes, fit_codes
 from ..planes.weights import PlaneWeight, byte_unit
+from ..scratch import Tensors
 from .grouping import Grouping, affine_weight, code_planes, code_signs, even_scales, to_bytes, to_scale
+from .metric import Metric
 
 RIDGE = 1e-6  # of the mean diagonal of a group's normal matrix
 HEADROOM = 1.2  # of byte units over the first grid: the groups' own fits go beyond it
@@ -42,7 +44,7 @@ Start = Callable[[Tensor, int, Tensor], Tensor]  # (weights [g, N], bits, metric
 
 @dataclass
 class Track:
-    """One precision: target [K, N], hessian [K, K] damped, weight lambda.
+    """One precision: target [K, N], the metric with a panel for each group, weight lambda.
 
     unit: fp16 [N] if coefficients are stored as bytes (planes.weights.ByteScales).
     coefficients: what the solver finds, [J, p + 1, N], offset last.
@@ -51,15 +53,13 @@ class Track:
     bits: int
     weight: float
     target: Tensor
-    hessian: Tensor
-    factor: Tensor | None = None  # upper_factor(hessian), if it is known
+    metric: Metric
     unit: Tensor | None = None
     coefficients: Tensor = field(init=False)
 
     def loss(self, decoded: Tensor) -> Tensor:
         """L_p of every row for weights [K, N]: [N]."""
-        error = self.target - decoded
-        return (error * (self.hessian @ error)).sum(0)
+        return self.metric.losses([self.target - decoded])[0]
 
 
 def levels(coefficients: Tensor) -> Tensor:
@@ -86,17 +86,6 @@ def common_unit(targets: Mapping[int, Tensor], groups: Sequence[int]) -> Tensor:
     return byte_unit(largest * HEADROOM)
 
 
-def upper_factor(hessian: Tensor) -> Tensor:
-    """U with H^-1 = U^T U, upper triangular, fp32; H is positive definite.
-
-    With H = R R^T and R upper triangular, U = R^-1; R is the Cholesky factor of H with rows and columns reversed.
-    """
-    reversed_factor = torch.linalg.cholesky(hessian.double().flip(0, 1))
-    eye = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-    factor: Tensor = torch.linalg.solve_triangular(reversed_factor, eye, upper=False)
-    return factor.flip(0, 1).float()
-
-
 def column_order(diagonal: Tensor, group_size: int) -> list[Tensor]:
     """Groups of columns in the order in which they are solved, each with its most important column first.
 
@@ -114,7 +103,7 @@ class JointSolver:
     """Solves some rows of a layer.
 
     Args:
-        tracks: ascending in bits; targets and Hessians in the same column order.
+        tracks: ascending in bits; targets and metrics in the same column order.
         groups: lengths of the groups, in order; they add up to K.
         start: the coefficients that a group begins with; `first_grid` by default.
     """
@@ -144,13 +133,12 @@ class JointSolver:
     def compensate(self, iterations: int) -> list[Tensor]:
         """Solve all groups from left to right; returns L_p of every row by the errors passed on, [N] a track."""
         totals = [torch.zeros(self.code.shape[1], device=self.device) for _ in self.tracks]
-        factors = [track.factor if track.factor is not None else upper_factor(track.hessian) for track in self.tracks]
         free = [track.target.clone() for track in self.tracks]
-        for group, (start, end) in enumerate(self.spans):
-            local = [factor[start:end, start:end] for factor in factors]
+        for group, ((start, end), panels) in enumerate(self._by_group([t.metric.factor for t in self.tracks])):
+            local = [panel[:, : end - start] for panel in panels]
             errors = self._compensate_group(group, [y[start:end] for y in free], local, iterations)
-            for y, factor, error, total in zip(free, factors, errors, totals, strict=True):
-                y[end:] -= factor[start:end, end:].T @ error
+            for y, panel, error, total in zip(free, panels, errors, totals, strict=True):
+                y[end:] -= panel[:, end - start :].T @ error
                 total += error.square().sum(0)
         return totals
 
@@ -208,22 +196,31 @@ class JointSolver:
     def polish(self, sweeps: int) -> None:
         """Coordinate descent in the full metric."""
         # (W* - Q) H, as [K, N]
-        residual = [track.hessian @ (track.target - self.decoded(track)) for track in self.tracks]
+        residual = []
+        for track in self.tracks if sweeps else ():
+            error, r = track.target - self.decoded(track), torch.empty_like(track.target)
+            for (start, end), (panel,) in self._by_group([track.metric.hessian]):
+                torch.mm(panel, error, out=r[start:end])
+            residual.append(r)
         for _ in range(sweeps):
-            for group, (start, end) in enumerate(self.spans):
+            for group, ((start, end), panels) in enumerate(self._by_group([t.metric.hessian for t in self.tracks])):
+                metrics = [panel[:, start:end] for panel in panels]
                 before = [self.values(group, track) for track in self.tracks]
-                self._polish_codes(group, residual)
-                for track, old, r in zip(self.tracks, before, residual, strict=True):
+                self._polish_codes(group, residual, metrics)
+                for track, old, r, panel, metric in zip(self.tracks, before, residual, panels, metrics, strict=True):
                     moved = self.values(group, track) - old
-                    metric = track.hessian[start:end, start:end]
                     local = r[start:end] - metric @ moved
                     moved += self._polish_coefficients(group, track, local, metric)
-                    r -= track.hessian[:, start:end] @ moved
+                    r -= panel.T @ moved  # H is symmetric
 
-    def _polish_codes(self, group: int, residual: list[Tensor]) -> None:
+    def _by_group(self, matrices: Sequence[Tensors]) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
+        """Of each group its columns, and its panel of each of these matrices."""
+        for span, *panels in zip(self.spans, *matrices, strict=True):
+            yield span, [panel.to(self.device) for panel in panels]
+
+    def _polish_codes(self, group: int, residual: list[Tensor], metrics: list[Tensor]) -> None:
         start, end = self.spans[group]
         tables = [levels(track.coefficients[group]) for track in self.tracks]
-        metrics = [track.hessian[start:end, start:end] for track in self.tracks]
         left = [r[start:end] for r in residual]
         scales = [track.weight * metric.diagonal() for track, metric in zip(self.tracks, metrics, strict=True)]
         column_codes(self._bits, tables, left, metrics, scales, self.code[start:end], given=True)
@@ -252,7 +249,8 @@ class JointSolver:
         """
         changed = 0
         for lower, track in itertools.pairwise(self.tracks):
-            worse = track.loss(self.decoded(track)) > track.loss(self.decoded(lower))
+            own, of_lower = track.metric.losses([track.target - self.decoded(one) for one in (track, lower)])
+            worse = own > of_lower
             changed += int(worse.sum())
             same = torch.zeros_like(track.coefficients)
             same[:, : lower.bits] = lower.coefficients[:, :-1]

@@ -19,10 +19,10 @@ from torch import Tensor
 from ..planes import decode
 from ..planes.weights import Kind, PlaneWeight
 from .grouping import check_weight, join_rows, row_chunks
+from .metric import solving_bytes, solving_disk
 from .moments import Moments
 
 ROW_BUDGET = 1 << 21  # weights solved at a time by methods that look at rows
-ROWS_AT_ONCE = 4096  # rows that a solver with moments holds
 DOUBLE = 2  # what an operation in float64 counts as
 A_ROUND = 9000.0  # what choosing a weight's code at one precision, and fitting its group, counts as: bound by memory
 
@@ -139,6 +139,10 @@ class Method(ABC):
         """Tokens that each block is differentiated on."""
         return 0
 
+    def disk(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...]) -> int:
+        """Bytes of the scratch files that it takes meanwhile."""
+        return 0
+
     def solve_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         """`solve_layer` for some rows: W fp32 [n, K], checked."""
         raise TypeError(f"{self.name} works on whole blocks, not on single layers")
@@ -183,13 +187,19 @@ class MomentsMethod(Method):
         return frozenset({"inputs"})
 
     def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
-        """Hessian, cross moments, the damped one and its factor a precision, two in float64; the solver's tensors."""
-        if not self.needs:
-            return 0
-        return max(
-            4 * columns * (columns * (4 * len(bits) + 4) + min(rows, ROWS_AT_ONCE) * (4 * len(bits) + 6))
-            for rows, columns in shapes
-        )
+        """`solving_bytes` of the linears of one width, which are solved together at most."""
+        return self._largest(solving_bytes, shapes, bits)
+
+    def disk(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...]) -> int:
+        return self._largest(solving_disk, shapes, bits)
+
+    def _largest(
+        self, taken: Callable[[int, int, int], int], shapes: Sequence[tuple[int, int]], bits: tuple[int, ...]
+    ) -> int:
+        rows: dict[int, int] = {}
+        for count, columns in shapes if self.needs else ():
+            rows[columns] = rows.get(columns, 0) + count
+        return max((taken(count, columns, len(bits)) for columns, count in rows.items()), default=0)
 
     def rounds(self) -> tuple[int, int]:
         """How often a weight's code is chosen, and how many products of the weights with H are made."""
@@ -224,9 +234,11 @@ class MomentsMethod(Method):
                         "damping fills in, more tokens would be better"
                     )
             # rows are independent, so what reads the same inputs is solved as one layer
-            rows = [block.weights[name].float() for name in names]
-            whole = self.solve(torch.cat(rows) if len(rows) > 1 else rows[0], found, block.group_size)
-            ends = list(itertools.accumulate(map(len, rows), initial=0))
+            ends = list(itertools.accumulate((len(block.weights[name]) for name in names), initial=0))
+            weight = torch.empty(ends[-1], columns, device=device)
+            for name, start, end in zip(names, ends, ends[1:], strict=False):
+                weight[start:end] = block.weights[name]
+            whole = self.solve(weight, found, block.group_size)
             for name, start, end in zip(names, ends, ends[1:], strict=False):
                 result[name] = whole.outputs(start, end)
         return {name: result[name] for name in block.weights}

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ..planes import PlaneWeight
 from ..planes.weights import BYTE_BITS, Kind
-from .grouping import Grouping, affine_weight, code_planes, join_rows, row_chunks
-from .joint import JointSolver, Track, column_order, common_unit, upper_factor
-from .method import ROWS_AT_ONCE, MomentsMethod, Need, Tuning
+from .grouping import Grouping, affine_weight, code_planes, join_rows
+from .joint import JointSolver, Track, column_order, common_unit
+from .method import MomentsMethod, Need, Tuning
+from .metric import Metric, prepare, stretches
 from .moments import Moments
 
 
@@ -84,16 +85,17 @@ class Nested(MomentsMethod):
         return "affine8" if self.scale_bits == 8 and min(bits) <= BYTE_BITS else "affine"
 
     def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
-        groups = column_order(found[max(found)].hessian.diagonal(), group_size)
-        order = torch.cat(groups).to(weight.device)
-        hessians = {bits: m.damped(self.damping)[order][:, order] for bits, m in found.items()}
-        targets = {bits: m.target(weight, self.damping, self.correction)[:, order].T for bits, m in found.items()}
-        factors = {bits: upper_factor(hessian) for bits, hessian in hessians.items()}
-        lengths = [len(group) for group in groups]
+        groups = column_order(found[max(found)].diagonal, group_size)
+        order, lengths = torch.cat(groups), [len(group) for group in groups]
+        ready = {
+            bits: prepare(weight, moments, order, lengths, damping=self.damping, correction=self.correction)
+            for bits, moments in found.items()
+        }
+        metrics = {bits: metric for bits, (metric, _) in ready.items()}
         parts = []
-        for rows in row_chunks(len(weight), 1, budget=ROWS_AT_ONCE):
-            mine = {bits: target[:, rows].contiguous() for bits, target in targets.items()}
-            solver = self._solved(mine, hessians, lengths, self._unit(mine, lengths), factors)
+        for number in range(len(stretches(*weight.shape))):
+            mine = {bits: targets[number].to(weight.device) for bits, (_, targets) in ready.items()}
+            solver = self._solved(mine, metrics, lengths, self._unit(mine, lengths))
             parts.append(solver.plane_weight(groups, group_size))
         return join_rows(parts)
 
@@ -109,7 +111,7 @@ class Nested(MomentsMethod):
             if not part.numel():
                 continue
             targets = dict.fromkeys(bits, part.T.contiguous())
-            eye = torch.eye(part.shape[1], device=weight.device)
+            eye = Metric.of(torch.eye(part.shape[1], device=weight.device), [part.shape[1]])
             units = None if unit is None else unit.repeat_interleave(len(part) // rows)
             solver = self._solved(targets, dict.fromkeys(bits, eye), [part.shape[1]], units)
             codes.append(solver.code.T.reshape(rows, -1).cpu())
@@ -130,19 +132,17 @@ class Nested(MomentsMethod):
     def _solved(
         self,
         targets: Mapping[int, Tensor],
-        hessians: Mapping[int, Tensor],
+        metrics: Mapping[int, Metric],
         groups: Sequence[int],
         unit: Tensor | None,
-        factors: Mapping[int, Tensor] | None = None,
     ) -> JointSolver:
-        """Targets [K, N] and damped Hessians [K, K] at each bits; the byte unit of rows, fp16 [N]."""
+        """Targets [K, N] and metrics at each bits; the byte unit of rows, fp16 [N]."""
         tracks = [
             Track(
                 bits,
                 self.growth ** (_growths(bits) - _growths(min(targets))),
                 targets[bits],
-                hessians[bits],
-                None if factors is None else factors[bits],
+                metrics[bits],
                 unit if bits <= BYTE_BITS else None,
             )
             for bits in sorted(targets)
