@@ -30,7 +30,9 @@ if typing.TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from .exchange import export_model as export_model
     from .exchange import import_model as import_model
     from .models import BitstrataConfig as BitstrataConfig
+    from .models import Pushed as Pushed
     from .models import lora_on_planes as lora_on_planes
+    from .models import push as push
     from .nn import use_bits as use_bits
     from .options import BenchOptions as BenchOptions
     from .options import EvaluateOptions as EvaluateOptions
@@ -38,6 +40,7 @@ if typing.TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from .options import GenerationSettings as GenerationSettings
     from .options import ImportOptions as ImportOptions
     from .options import PlanOptions as PlanOptions
+    from .options import PushOptions as PushOptions
     from .options import QuantizeOptions as QuantizeOptions
     from .plans import Plan as Plan
     from .plans import Resized as Resized
@@ -64,7 +67,7 @@ _NAMES = {  # room -> what it gives to the top
     "errors": "BitstrataError",
     "evaluation": "Evaluation evaluate",
     "exchange": "Export Import export_model import_model",
-    "models": "BitstrataConfig lora_on_planes",
+    "models": "BitstrataConfig Pushed lora_on_planes push",
     "nn": "use_bits",
     "options": "BenchOptions EvaluateOptions ExportOptions GenerationSettings ImportOptions PlanOptions "
     "QuantizeOptions",

@@ -264,6 +264,17 @@ class InspectOptions:
 
 
 @dataclass(frozen=True)
+class PushOptions:
+    """Put a checkpoint on the hub, with a card that says how it was made and measured."""
+
+    model: Annotated[str | Path, Checkpoint]
+    repo: Annotated[str, Argument("Its name there: USER/NAME.", flag="")]
+    _: KW_ONLY
+    private: Annotated[bool, Argument("Make a new repository private.")] = False
+    revision: Annotated[str | None, Argument("The branch to write to; made where it is not there.")] = None
+
+
+@dataclass(frozen=True)
 class DemoOptions:
     """Quantize the bundled model once and run it at 2, 3 and 4 bits, offline, in under two minutes."""
 

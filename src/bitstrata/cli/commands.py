@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[type, str]] = {  # name -> its options, and the function 
     "inspect": (options.InspectOptions, "runtime:inspect"),
     "export": (options.ExportOptions, "exchange:export_model"),
     "import": (options.ImportOptions, "exchange:import_model"),
+    "push": (options.PushOptions, "models:push"),
     "bench": (options.BenchOptions, "benchmark:bench"),
     "env": (options.EnvOptions, "runtime:env"),
 }

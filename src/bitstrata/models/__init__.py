@@ -9,6 +9,7 @@ from .hf_config import BitstrataConfig
 from .hub import resolve
 from .kinds import LinearInfo
 from .load import OpenCheckpoint, open_checkpoint, pick_device
+from .publishing import Pushed, check_repo, push
 from .rules import SamplingDefaults, score_rules
 from .source import SourceModel, load_reference
 from .speculation import DraftLength, Speculation, accept
@@ -34,6 +35,7 @@ __all__ = [
     "LeftOut",
     "LinearInfo",
     "OpenCheckpoint",
+    "Pushed",
     "SamplingDefaults",
     "SourceModel",
     "Speculation",
@@ -44,6 +46,7 @@ __all__ = [
     "attach",
     "bytes_per_token",
     "check_peft",
+    "check_repo",
     "check_text",
     "check_vocabulary",
     "context_limit",
@@ -60,6 +63,7 @@ __all__ = [
     "lora_on_planes",
     "open_checkpoint",
     "pick_device",
+    "push",
     "resolve",
     "score_rules",
     "steady_context",
