@@ -70,7 +70,7 @@ _NAMES = {  # room -> what it gives to the top
     "models": "BitstrataConfig Pushed lora_on_planes push",
     "nn": "use_bits",
     "options": "BenchOptions EvaluateOptions ExportOptions GenerationSettings ImportOptions PlanOptions "
-    "QuantizeOptions",
+    "PushOptions QuantizeOptions",
     "plans": "Plan Resized layers load resize",
     "quantization": "Report quantize",
     "runtime": "Constraint Conversation Engine Environment Generation Inspection Request env generate inspect",
