@@ -48,10 +48,11 @@ def expected_seconds(prepared: Prepared) -> float:
     total = 0.0
     speeds: dict[torch.dtype, float] = {}
     for stage in prepared.stages:
+        processes = prepared.settings.processes if stage.divided else 1
         for dtype, count in stage.operations(prepared).items():
             if dtype not in speeds:
                 speeds[dtype] = operations_a_second(prepared.settings.device, dtype)
-            total += count / speeds[dtype]
+            total += count / speeds[dtype] / processes
     return total
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calibration.lanes import LaneSum
+from ..calibration.lanes import EVERYTHING, LaneSum, Share
 from ..kernels.cpu import add_gram
 from ..solvers import Moments
 
@@ -20,12 +20,14 @@ PANEL = 384  # columns of H computed at a time
 class MomentSums:
     """Sums over the batches of lanes: `add` each batch, `end_lane` after each lane.
 
-    On a CPU with instructions for it, products of bf16 are summed in fp32 in native code.
+    share: which lanes these are; the result is that of all. On a CPU with instructions for it, products of bf16 are
+    summed in fp32 in native code.
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self._hessian = LaneSum((columns, columns), device)
-        self._drift = LaneSum((columns, columns), device)
+    def __init__(self, columns: int, device: torch.device, share: Share = EVERYTHING) -> None:
+        self._hessian = LaneSum((columns, columns), device, share)
+        self._drift = LaneSum((columns, columns), device, share)
+        self._share = share
         self._tokens = 0
 
     def add(self, original: Tensor, quantized: Tensor) -> None:
@@ -48,8 +50,9 @@ class MomentSums:
 
     def result(self) -> Moments:
         """Both over the number of tokens, fp32 [K, K]."""
-        hessian, cross = self._hessian.result().div_(self._tokens), self._drift.result().div_(self._tokens)
+        tokens = self._share.counted(self._tokens)
+        hessian, cross = self._hessian.result().div_(tokens), self._drift.result().div_(tokens)
         hessian.triu_()
         hessian.add_(hessian.T.tril(-1))
         cross.add_(hessian)
-        return Moments(hessian, cross, self._tokens)
+        return Moments(hessian, cross, tokens)

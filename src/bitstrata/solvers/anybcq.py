@@ -67,6 +67,10 @@ class AnyBCQ(Method):
     def needs(self) -> frozenset[Need]:
         return frozenset({"inputs"}) if self.steps else frozenset()
 
+    @property
+    def undivided(self) -> bool:
+        return bool(self.steps)
+
     def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
         """A training step's activations: the inputs and outputs of all linears, and their gradients."""
         return self.batch_size * seq_len * sum(map(sum, shapes)) * 8 if self.steps else 0

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..planes import PlaneWeight
-from .grouping import even_scales, join_rows, row_chunks
-from .joint import JointSolver, Track, column_order, refitted
-from .method import ROWS_AT_ONCE, MomentsMethod
+from .grouping import even_scales, join_rows
+from .joint import JointSolver, Track, column_order, refitted, upper_factor
+from .method import Each, MomentsMethod, in_turn, row_parts
 from .moments import Moments
 
 GRID_BITS = 8
@@ -46,19 +46,21 @@ class BPDQ(MomentsMethod):
         if self.iterations < 1 or not self.damping > 0:
             raise ValueError("iterations must be at least 1, damping above 0")
 
-    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
+    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int, each: Each = in_turn) -> PlaneWeight:
         ((bits, moments),) = found.items()
         groups = column_order(moments.hessian.diagonal(), group_size)
         order = torch.cat(groups).to(weight.device)
         hessian = moments.damped(self.damping)[order][:, order]
         target = moments.alive(weight)[:, order].T
-        parts = []
-        for rows in row_chunks(len(weight), 1, budget=ROWS_AT_ONCE):
-            track = Track(bits, 1.0, target[:, rows].contiguous(), hessian)
+        parts, factor = row_parts(len(weight), weight.device), upper_factor(hessian)
+
+        def part(index: int) -> PlaneWeight:
+            track = Track(bits, 1.0, target[:, parts[index]].contiguous(), hessian, factor)
             solver = JointSolver([track], [len(group) for group in groups], start=highest_bits)
             solver.compensate(self.iterations)
-            parts.append(solver.plane_weight(groups, group_size))
-        return join_rows(parts)
+            return solver.plane_weight(groups, group_size)
+
+        return join_rows(each([len(range(rows.start, rows.stop)) for rows in parts], part))
 
 
 def highest_bits(y: Tensor, bits: int, metric: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..planes import PlaneWeight
 from .grouping import Grouping, affine_weight, code_planes, even_scales, to_scale
 from .joint import upper_factor
-from .method import MomentsMethod
+from .method import Each, MomentsMethod, in_turn
 from .moments import Moments
 
 COLUMNS_AT_ONCE = 128
@@ -40,7 +40,11 @@ class GPTQ(MomentsMethod):
         if not self.damping > 0:
             raise ValueError("damping must be above 0")
 
-    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
+    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int, each: Each = in_turn) -> PlaneWeight:
+        (whole,) = each([1.0], lambda _: self._solved(weight, found, group_size))
+        return whole
+
+    def _solved(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
         ((bits, moments),) = found.items()
         rows, columns = weight.shape
         free = moments.alive(weight).T.contiguous()  # [K, N]

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..planes import PlaneWeight
 from ..planes.weights import BYTE_BITS, Kind
-from .grouping import Grouping, affine_weight, code_planes, join_rows, row_chunks
+from .grouping import Grouping, affine_weight, code_planes, join_rows
 from .joint import JointSolver, Track, column_order, common_unit, upper_factor
-from .method import ROWS_AT_ONCE, MomentsMethod, Need, Tuning
+from .method import Each, MomentsMethod, Need, Tuning, in_turn, row_parts
 from .moments import Moments
 
 
@@ -80,19 +80,21 @@ class Nested(MomentsMethod):
     def scales_kind(self, bits: tuple[int, ...]) -> Kind:
         return "affine8" if self.scale_bits == 8 and min(bits) <= BYTE_BITS else "affine"
 
-    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
+    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int, each: Each = in_turn) -> PlaneWeight:
         groups = column_order(found[max(found)].hessian.diagonal(), group_size)
         order = torch.cat(groups).to(weight.device)
         hessians = {bits: m.damped(self.damping)[order][:, order] for bits, m in found.items()}
         targets = {bits: m.target(weight, self.damping, self.correction)[:, order].T for bits, m in found.items()}
         factors = {bits: upper_factor(hessian) for bits, hessian in hessians.items()}
         lengths = [len(group) for group in groups]
-        parts = []
-        for rows in row_chunks(len(weight), 1, budget=ROWS_AT_ONCE):
-            mine = {bits: target[:, rows].contiguous() for bits, target in targets.items()}
+        parts = row_parts(len(weight), weight.device)
+
+        def part(index: int) -> PlaneWeight:
+            mine = {bits: target[:, parts[index]].contiguous() for bits, target in targets.items()}
             solver = self._solved(mine, hessians, lengths, self._unit(mine, lengths), factors)
-            parts.append(solver.plane_weight(groups, group_size))
-        return join_rows(parts)
+            return solver.plane_weight(groups, group_size)
+
+        return join_rows(each([len(range(rows.start, rows.stop)) for rows in parts], part))
 
     def solve_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         """Without a Hessian every group is a problem of its own: groups become rows."""
