@@ -383,7 +383,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def outputs(self, index: int, block: nn.Module, hidden: Windows, share: Share = EVERYTHING) -> Iterator[Tensor]:
-        """Block `index` on the windows of `share` of all [n, S, hidden]: its output a batch at a time, [b, S, hidden]."""
+        """Block `index` on the windows of `share` of all [n, S, hidden]: its output [b, S, hidden], batch by batch."""
         self.probe(index, block, hidden)
         for rows in batches(len(hidden), self.batch, share):
             yield self.call(index, block, hidden[rows].to(self.device))

@@ -152,24 +152,21 @@ def _devices(value: object, device: object) -> tuple[torch.device, ...]:
     if device != "auto":
         raise UsageError("--device and --devices were both given", hint="--devices alone names all of them")
     given = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
-    names = [str(name).strip() for name in given]
-    found = tuple(pick_device(name) for name in names)
-    hint = "such as cuda:0,cuda:1, or cpu,cpu"
-    if not found:
+    names = [str(name).strip() for name in given if str(name).strip()]
+    shown, hint = f"--devices {','.join(names)}", "such as cuda:0,cuda:1, or cpu,cpu"
+    if not names:
         raise UsageError("--devices names no device", hint=hint)
-    if len({one.type for one in found}) > 1:
-        raise UsageError(
-            f"--devices {','.join(names)}: CPUs and GPUs do not make the same numbers, so they cannot share a job",
-            hint=hint,
-        )
-    if len(found) > 1 and found[0].type == "cuda":
-        for place, (name, one) in enumerate(zip(names, found, strict=True)):
-            if one.index is None:
-                raise UsageError(f"--devices {','.join(names)}: {name} does not say which GPU", hint=hint)
-            if one in found[:place]:
-                raise UsageError(f"--devices names {name} twice", hint="each process needs a GPU of its own")
-    check_size(len(found))
-    return found
+    kinds = {name.partition(":")[0] for name in names}
+    if kinds == {"cpu", "cuda"}:
+        raise UsageError(f"{shown}: CPUs and GPUs do not make the same numbers, so they share no job", hint=hint)
+    if kinds == {"cuda"} and len(names) > 1:
+        for place, name in enumerate(names):
+            if name == "cuda":
+                raise UsageError(f"{shown}: {name} does not say which GPU", hint=hint)
+            if name in names[:place]:
+                raise UsageError(f"{shown}: {name} is there twice", hint="each process needs a GPU of its own")
+    check_size(len(names))
+    return tuple(map(pick_device, names))
 
 
 def _dtype(value: object, method: Method, device: torch.device) -> torch.dtype:
