@@ -9,7 +9,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -27,15 +29,20 @@ def arguments(model: Path, output: Path, text: Path) -> list[str]:
 
 
 def start(
-    command: list[str], log: Path, kill_at: int | None = None, save_seconds: float | None = None
+    command: list[str],
+    log: Path,
+    kill_at: int | None = None,
+    save_seconds: float | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> ForkServerProcess:
     """Run `bitstrata` with `command` in a process of its own, its output in `log`.
 
     kill_at: the process sends itself SIGKILL at this moment: 2 n just before its n-th file is renamed
         into place, 2 n + 1 just after.
     save_seconds: instead of the usual time between two saved states of a tuning.
+    environment: variables to set.
     """
-    process = _CONTEXT.Process(target=_run, args=(command, str(log), kill_at, save_seconds))
+    process = _CONTEXT.Process(target=_run, args=(command, str(log), kill_at, save_seconds, environment))
     process.start()
     return process
 
@@ -75,7 +82,35 @@ def _print(command: list[str], out: str, err: str, encoding: str | None) -> None
     main()
 
 
-def _run(command: list[str], log: str, kill_at: int | None, save_seconds: float | None) -> None:
+def start_team(commands: Sequence[list[str]], logs: Path) -> list[ForkServerProcess]:
+    """Run `bitstrata` as a launcher does, a process for each command; the output of process r is in `logs`/r."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs.mkdir(exist_ok=True)
+    common = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(command, logs / str(rank), environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, command in enumerate(commands)
+    ]
+
+
+def finish_team(commands: Sequence[list[str]], logs: Path) -> list[int | None]:
+    """`start_team`, wait, and return the exit codes."""
+    processes = start_team(commands, logs)
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _run(
+    command: list[str],
+    log: str,
+    kill_at: int | None,
+    save_seconds: float | None,
+    environment: Mapping[str, str] | None,
+) -> None:
+    os.environ |= environment or {}
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -82,7 +82,7 @@ THEIRS = {  # the flags of other programs, in the guides that are about them
 
 @pytest.mark.parametrize("path", GUIDES, ids=_name)
 def test_flags_that_are_named_exist(path):
-    others = r"`?(?:hf|pip|pytest|python|llama-perplexity|lm_eval) [^`\n]*"
+    others = r"`?(?:hf|pip|pytest|python|torchrun|llama-perplexity|lm_eval) [^`\n]*"
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(others, "", _text(path))))
     known = _options() | THEIRS.get(path.name, set())
     assert named <= known, sorted(named - known)

@@ -14,6 +14,7 @@
     │   └── JobError                      an unfinished job does not fit the command
     ├── PreflightError                    everything found wrong before a job starts
     ├── ResourceError                 4   memory or disk ran out
+    │   └── ProcessError                  one of several processes of a job has ended
     └── CheckError                    5   a result failed its own check
 
 A message says what is wrong, where, and what was expected; ``hint`` says what to do.
@@ -104,6 +105,10 @@ class ResourceError(BitstrataError):
     """Memory or disk is not enough."""
 
     exit_code = 4
+
+
+class ProcessError(ResourceError):
+    """One of the processes that work on a job has ended; if it said why, `exit_code` is that of its own error."""
 
 
 class CheckError(BitstrataError):

@@ -113,6 +113,10 @@ class QuantizeOptions:
     drop_mtp: Annotated[bool, Argument("Leave out layers that predict further tokens (MTP).")] = False
     seed: Annotated[int, Argument("Decides windows and training order.")] = 0
     device: Device = "auto"
+    devices: Annotated[
+        str | Sequence[str] | None,
+        Argument("Several GPUs, a process each: cuda:0,cuda:1. Or cpu,cpu. torchrun does without; the same result."),
+    ] = None
     dtype: Annotated[
         str, Argument("Products while calibrating, and what is kept: auto (what is fast here), bfloat16, float32.")
     ] = "auto"

@@ -14,8 +14,8 @@ from job_process import arguments, finish, start
 from torch import Tensor, nn
 
 from bitstrata.calibration import BlockRunner
-from bitstrata.quantization.job import JobState
 from bitstrata.quantization.stages import Blocks
+from bitstrata.quantization.state import JobState
 
 NESTED: dict[str, Any] = {"method": "nested", "options": {"iterations": 2}}
 METHODS = pytest.mark.parametrize("method", [NESTED, ANYBCQ], ids=lambda method: method["method"])

@@ -17,7 +17,7 @@ from tiny_models import tiny_text
 
 from bitstrata.checkpoint import is_checkpoint
 from bitstrata.errors import JobError, PreflightError
-from bitstrata.quantization import job, preflight
+from bitstrata.quantization import preflight
 from bitstrata.quantization.state import JobState
 
 
@@ -274,7 +274,7 @@ def test_a_finished_output_has_nothing_to_do_after_an_upgrade(
 
 def test_a_job_killed_while_it_cleaned_up_is_finished(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job.JobState, "finish", JobState.close)
+        patch.setattr(JobState, "finish", JobState.close)
         run(model, tmp_path / "out", text)
     assert (tmp_path / "out" / ".job").is_dir()
     run(model, tmp_path / "out", text)

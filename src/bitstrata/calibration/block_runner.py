@@ -31,7 +31,7 @@ from ..models.discover import Discovery, find_blocks
 from ..models.source import SourceModel, release
 from ..progress import log
 from ..solvers.method import Windows
-from .lanes import batches
+from .lanes import EVERYTHING, Share, batches
 from .widening import may_stay_narrow, widening
 
 TOKENS_PER_BATCH = 1024  # what a block makes of more does not stay in the caches of two cores
@@ -119,6 +119,7 @@ class BlockRunner:
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._beside: int | None = None  # how many values blocks return after hidden states; None: no tuple
         self._alone = self._probed = False
+        self.hidden_size = 0  # the width of hidden states, once something is known of the blocks
 
     @contextmanager
     def _in_memory(
@@ -186,8 +187,10 @@ class BlockRunner:
         return torch.cat(list(self.embedded(tokens, replaced)))
 
     @torch.no_grad()
-    def embedded(self, tokens: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Iterator[Tensor]:
-        """The same, a batch at a time."""
+    def embedded(
+        self, tokens: Tensor, replaced: Mapping[str, Tensor] | None = None, share: Share = EVERYTHING
+    ) -> Iterator[Tensor]:
+        """The same of the windows of `share`, a batch at a time."""
         first: list[Tensor] = []
 
         def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -197,9 +200,9 @@ class BlockRunner:
         self.prepare(tokens)
         weights = self._here(replaced)
         with self._outside([note] * len(self._blocks)):
-            for part in tokens.split(self._batch):
+            for rows in batches(len(tokens), self._batch, share):
                 with contextlib.suppress(Reached):
-                    self._run_model(part, weights)
+                    self._run_model(tokens[rows], weights)
                 yield first.pop()
 
     def prepare(self, tokens: Tensor) -> None:
@@ -243,6 +246,7 @@ class BlockRunner:
                     f"hidden states of {list(tokens.shape)} tokens are {shape}, not one vector each"
                 )
             shapes.add(hidden.shape)
+            self.hidden_size = hidden.shape[-1]
             if len(shapes) > 1:  # the model took the tensor apart: it expects a tuple
                 raise TypeError(f"hidden states changed their shape from block to block: {shapes}")
             if len(calls) == len(self._blocks):
@@ -385,10 +389,10 @@ class BlockRunner:
         return bool((found - expected).norm() <= HALF_APART * (expected - window).norm())
 
     @torch.no_grad()
-    def outputs(self, index: int, block: nn.Module, hidden: Windows) -> Iterator[Tensor]:
-        """Block `index` on all windows [n, S, hidden]: its output [b, S, hidden], a batch at a time."""
+    def outputs(self, index: int, block: nn.Module, hidden: Windows, share: Share = EVERYTHING) -> Iterator[Tensor]:
+        """Block `index` on the windows of `share` of all [n, S, hidden]: its output [b, S, hidden], batch by batch."""
         self.probe(index, block, hidden)
-        for rows in batches(len(hidden), self.batch):
+        for rows in batches(len(hidden), self.batch, share):
             yield self.call(index, block, hidden[rows].to(self.device))
 
     def run(self, index: int, block: nn.Module, hidden: Windows) -> Tensor:

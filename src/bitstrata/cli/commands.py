@@ -50,7 +50,7 @@ def command(kind: type, target: str) -> Callable[..., None]:
         room, name = target.split(":")
         run = getattr(importlib.import_module(f"bitstrata.{room}"), name)
         result = run(kind(**values))
-        if shows:
+        if shows and not getattr(result, "process", 0):  # of several processes one speaks
             show(result, as_json=as_json)
 
     defaults = {one.name: one.default for one in inspect.signature(kind).parameters.values()}

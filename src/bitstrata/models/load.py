@@ -29,6 +29,9 @@ def pick_device(device: str | torch.device) -> torch.device:
         raise UsageError(f"device {device} is not supported", hint="use auto, cpu, cuda or cuda:1")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device} was asked for, but this torch sees no GPU", hint="use --device cpu")
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise UsageError(f"device {device} was asked for, but the last GPU here is cuda:{last}", hint="use one of them")
     return chosen
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,10 @@ from ..solvers.method import Windows
 from .expert_inputs import ExpertMoments, Routed
 from .moment_sums import MomentSums
 from .passes import Passes, Tail, finding_tails, hooked, raw
+from .team import Team
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+R = TypeVar("R")
 
 
 class Widened(Mapping[str, Tensor]):
@@ -77,6 +79,7 @@ class BlockTask(Block):
         call: hidden [b, S, hidden] -> the block's output, differentiable in the block's parameters.
         batch: windows that run at a time; dtype: what products are made in where nothing is differentiated.
         scratch: the folder for what is kept of the block meanwhile; None for the system's own.
+        team: the processes that work on the block; each runs its own windows of `inputs` and `chains`.
     """
 
     block: nn.Module
@@ -86,6 +89,7 @@ class BlockTask(Block):
     batch: int = 4
     dtype: torch.dtype = torch.float32
     scratch: Path | None = None
+    team: Team = field(default_factory=Team)
     _of_experts: tuple[str, ExpertMoments] | None = field(
         default=None, init=False
     )  # a module's name, while it is solved
@@ -118,6 +122,29 @@ class BlockTask(Block):
         Raises ModelError if a linear is never run.
         """
         return self._structure[0]
+
+    def each(self, costs: Sequence[float], work: Callable[[int], R], /) -> list[R]:
+        return self.team.each(costs, work)
+
+    def strands(self) -> list[list[list[list[str]]]]:
+        """Each expert of a module is a strand of its own."""
+        steps: list[list[list[list[str]]]] = []
+        before: tuple[str, int] | None = None
+        for names in self.input_groups():
+            place = self._expert_of(names[0])
+            if place is None or before is None or place[0] != before[0]:
+                steps.append([[names]])
+            elif place == before:
+                steps[-1][-1].append(names)
+            else:
+                steps[-1].append([names])
+            before = place
+        return steps
+
+    def reach(self, names: Sequence[str], solved: Mapping[int, Mapping[str, Tensor]]) -> None:
+        place = self._expert_of(names[0])
+        if place is not None:
+            self._experts_of(place[0], solved)
 
     @cached_property
     def _structure(self) -> tuple[list[list[str]], dict[str, Tail]]:
@@ -174,7 +201,7 @@ class BlockTask(Block):
 
     @torch.no_grad()
     def record(self) -> Iterator[Tensor]:
-        """Run the original on all windows, and record what the first linear of each group reads.
+        """Run the original on this process's windows, and record what the first linear of each group reads.
 
         Yields the block's output, a batch at a time, [b, S, hidden].
         """
@@ -202,8 +229,8 @@ class BlockTask(Block):
 
     @torch.no_grad()
     def outputs(self, weights: Mapping[str, Tensor], states: Windows) -> Iterator[Tensor]:
-        """The block's output on `states` with these weights [N, K], a batch at a time."""
-        reads = [lambda rows=rows: raw(states, rows) for rows in batches(len(states), self.batch)]
+        """The block's output on this process's part of `states` with these weights [N, K], a batch at a time."""
+        reads = [lambda rows=rows: raw(states, rows) for rows in batches(len(states), self.batch, self.team)]
         with self.with_weights(weights):
             for hidden in ahead(reads):
                 with arithmetic(self._device, self.dtype):
@@ -222,9 +249,9 @@ class BlockTask(Block):
         originals, columns = self._recorded.pop(first), self.weights[first].shape[1]
         found = {}
         for bits in self.chains:
-            sums = MomentSums(columns, self._device, self.scratch)
+            sums = MomentSums(columns, self._device, self.scratch, self.team)
             for pairs in self._readings(bits, names, solved[bits], originals, len(sums.panels)):
-                for lane in lanes(len(self.inputs), self.batch):
+                for lane in lanes(len(self.inputs), self.batch, self.team):
                     for _ in lane:
                         original, quantized = next(pairs)
                         sums.add(original.flatten(0, -2), quantized.flatten(0, -2))
@@ -282,7 +309,7 @@ class BlockTask(Block):
                 self.block,
                 self.call,
                 chain,
-                batches(len(chain), self.batch),
+                batches(len(chain), self.batch, self.team),
                 self._tails,
                 self._device,
                 self.dtype,
@@ -316,17 +343,8 @@ class BlockTask(Block):
     def _moments_of_expert(
         self, module: str, expert: int, first: str, solved: Mapping[int, Mapping[str, Tensor]]
     ) -> dict[int, Moments]:
-        experts = self.block.get_submodule(module)
-        assert isinstance(experts, Experts)
-        assert self.inputs is not None
-        if self._of_experts is None or self._of_experts[0] != module:
-            chains = {}
-            for bits in self.chains:
-                inputs = self._pass(bits, solved[bits], module)
-                chains[bits] = Routed.join([Routed.of(experts, arguments).cpu() for _, arguments in inputs])
-            called = Routed.join(self._routing.pop(module))
-            self._of_experts = module, ExpertMoments(experts, called, chains, self._device)
-        moments = self._of_experts[1]
+        moments = self._experts_of(module, solved)
+        experts = moments.experts
         if not first.endswith(".down_proj"):
             return moments.of_inputs(expert)
         names = {name: f"{first.rpartition('.')[0]}.{name}" for name in experts.projections[:-1]}
@@ -335,6 +353,26 @@ class BlockTask(Block):
             bits: {name: of.get(full, original[name]) for name, full in names.items()} for bits, of in solved.items()
         }
         return moments.of_inner(expert, original, quantized)
+
+    def _experts_of(self, module: str, solved: Mapping[int, Mapping[str, Tensor]]) -> ExpertMoments:
+        """What the experts of a module read, on all windows: the first time every process asks for it."""
+        if self._of_experts is None or self._of_experts[0] != module:
+            experts = self.block.get_submodule(module)
+            assert isinstance(experts, Experts)
+            if self._recorded is None:
+                collections.deque(self.record(), maxlen=0)
+            chains = {}
+            for bits in self.chains:
+                inputs = self._pass(bits, solved[bits], module)
+                chains[bits] = self._routed([Routed.of(experts, arguments).cpu() for _, arguments in inputs])
+            called = self._routed(self._routing.pop(module))
+            self._of_experts = module, ExpertMoments(experts, called, chains, self._device)
+        return self._of_experts[1]
+
+    def _routed(self, mine: list[Routed]) -> Routed:
+        """All windows' in order, from this process's own."""
+        own = [Routed.join(mine)] if mine else []
+        return Routed.join([part for parts in self.team.everyone(own) for part in parts])
 
     def output(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         class Caller(nn.Module):

@@ -29,6 +29,7 @@ from .chains import ORIGINAL, Chains
 from .companions import companions
 from .settings import Settings
 from .state import JobState
+from .team import Team
 
 # What names, shapes and digests take, at most: of a tensor in the headers of its parts and of its shard, and in the
 # index; of a layer in config.json and the report.
@@ -42,9 +43,11 @@ class Stage(ABC):
     """A part of a job that leaves a durable result, and does nothing where an earlier run left it.
 
     needs: windows of calibration text; the whole model in memory at once.
+    divided: whether several processes do it together; else the leader does it, and the others wait.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    divided: ClassVar[bool] = False
 
     @abstractmethod
     def memory(self, prepared: Prepared) -> int:
@@ -64,7 +67,10 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self, job: Job) -> None:
-        """Do it. Raises JobError where an earlier run's result is damaged."""
+        """Do it, in every process where it is divided. Raises JobError where an earlier run's result is damaged."""
+
+    def left(self, job: Job) -> None:  # noqa: B027
+        """What a process that has waited does once the leader is through."""
 
 
 @dataclass(frozen=True)
@@ -252,11 +258,13 @@ class Job:
     layer_error: layer -> bits -> ||W - W_bits||^2 / ||W||^2.
     routing: module of experts -> how many tokens of the learning windows each expert gets in the original.
     measured: what the final check found, by chain name.
+    team: the processes that work on it.
     first_block: called with the seconds that the first block took that was solved in this run, if more follow.
     """
 
     prepared: Prepared
     state: JobState
+    team: Team = field(default_factory=Team)
     layer_error: dict[str, dict[str, float]] = field(default_factory=dict)
     routing: dict[str, list[int]] = field(default_factory=dict)
     measured: dict[str, Metrics] = field(default_factory=dict)
@@ -268,7 +276,7 @@ class Job:
         self.runner = BlockRunner(
             prepared.source, prepared.model, prepared.discovery, self.settings.seq_len, self.settings.device
         )
-        self.chains = Chains(self.runner, self.state.folder)
+        self.chains = Chains(self.runner, self.state.folder, team=self.team)
 
     @property
     def windows(self) -> Windows:
@@ -318,6 +326,7 @@ class Job:
             batch=self.runner.batch,
             dtype=self._dtype(index, block),
             scratch=self.state.folder,
+            team=self.team,
             generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
             say=lambda message: log.info(f"  {name}: {message}"),
         )

@@ -49,10 +49,11 @@ def expected_seconds(prepared: Prepared, blocks: float = 1.0) -> float:
     speeds: dict[torch.dtype, float] = {}
     for stage in prepared.stages:
         factor = blocks if isinstance(stage, Blocks) else 1.0
+        processes = prepared.settings.processes if stage.divided else 1
         for dtype, count in stage.operations(prepared).items():
             if dtype not in speeds:
                 speeds[dtype] = operations_a_second(prepared.settings.device, dtype)
-            total += factor * count / speeds[dtype]
+            total += factor * count / speeds[dtype] / processes
     return total
 
 

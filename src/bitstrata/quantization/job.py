@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,23 @@ from .companions import checkpoint_config, copy_companions
 from .context import Job, Prepared
 from .duration import corrected, told
 from .given_model import on_disk
+from .launch import joined, opened, placed, started
 from .mtp import write_mtp
 from .preflight import prepare
 from .report import Report, make_report
 from .settings import Settings
 from .stages import stages_of
-from .state import JobState, differences
+from .state import differences
+from .team import Team
 
 MORE_MEMORY = (
     "end other programs and run the same command again: finished blocks are kept; or start over with a lower "
     "--num-samples or --seq-len"
 )
+
+
+LESS_TEXT = "end other programs, or lower --num-samples or --seq-len"
+INPUT = ("model_sha256", "text_sha256", "windows_sha256")  # of the fingerprint: what must be the same everywhere
 
 
 @verb(QuantizeOptions)
@@ -67,33 +74,59 @@ def quantize(options: QuantizeOptions) -> Report:
 
 
 def _quantize(options: QuantizeOptions) -> Report:
-    started = time.monotonic()
+    began = time.monotonic()
     problems: list[BitstrataError] = []
-    settings = Settings.parse(options, problems)
-    with memory_errors("while the model was checked", hint="end other programs, or lower --num-samples or --seq-len"):
-        settings = within_budget(settings, problems)
-        prepared = prepare(settings, stages_of(settings), problems, weights=not options.dry_run)
-    if options.dry_run:
-        return _describe(prepared)
-    done = _already_done(prepared)
-    if done is not None:
-        return done
+    settings = placed(Settings.parse(options, problems))
+    with joined(settings) as team:
+        with memory_errors("while the model was checked", hint=LESS_TEXT):
+            chosen = team.led(lambda: within_budget(settings, problems))
+            settings = replace(settings, num_samples=chosen.num_samples, seq_len=chosen.seq_len)
+            prepared = prepare(settings, stages_of(settings), problems, weights=not options.dry_run)
+        if options.dry_run:
+            return replace(_describe(prepared), process=team.rank)
+        team.agree("input", {key: prepared.fingerprint[key] for key in INPUT}, differences)
+        done = team.led(lambda: _already_done(prepared))
+        if done is not None:
+            return replace(done, process=team.rank)
+        with started(settings) if settings.devices else nullcontext(team) as all_of_them:
+            report = work(prepared, all_of_them)
+        return replace(_with_measures(report, settings.output, began), process=team.rank)
 
-    job = Job(prepared, JobState(prepared.settings.output, prepared.fingerprint, prepared.spec()))
-    job.first_block = lambda seconds: log.info(said) if (said := corrected(prepared, seconds)) else None
+
+def work(prepared: Prepared, team: Team) -> Report:
+    """What each process of a team does once everything is prepared. Raises UsageError if they do not share a folder."""
+    prepared = replace(prepared, fingerprint=team.led(lambda: prepared.fingerprint))
+    state = opened(prepared, team)
     try:
+        job = Job(prepared, state, team)
+        if team.leads:
+            job.first_block = lambda seconds: log.info(said) if (said := corrected(prepared, seconds)) else None
         with memory_errors("while quantizing", hint=MORE_MEMORY):
-            log.info(told(prepared))
+            if team.leads:
+                log.info(told(prepared))
             for stage in prepared.stages:
-                stage.run(job)
-            report = make_report(prepared, notes(), job.measured, job.layer_error, job.routing)
-            _assemble(job, report)
+                if stage.divided:
+                    stage.run(job)
+                else:
+                    team.led(lambda stage=stage: stage.run(job))  # type: ignore[misc]
+                    if not team.leads:
+                        stage.left(job)
+            report = team.led(lambda: _result(job))
     except BaseException:
-        job.state.close()
+        state.close()
         raise
     job.chains.close()
-    job.state.finish()
-    return _with_measures(report, prepared.settings.output, started)
+    if not team.leads:
+        state.close()
+    team.wait()
+    team.led(state.finish)
+    return report
+
+
+def _result(job: Job) -> Report:
+    report = make_report(job.prepared, notes(), job.measured, job.layer_error, job.routing)
+    _assemble(job, report)
+    return report
 
 
 def _assemble(job: Job, report: Report) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calibration.lanes import LANES, LaneSum
+from ..calibration.lanes import EVERYTHING, LANES, LaneSum, Share
 from ..kernels.cpu import add_gram
 from ..scratch import IN_MEMORY, kept
 from ..solvers import Moments
@@ -50,10 +50,14 @@ class MomentSums:
     Args:
         columns: K.
         folder: for the file of sums that are large; None for the system's own place.
+        share: which lanes these are; the result is that of all.
     """
 
-    def __init__(self, columns: int, device: torch.device, folder: Path | None = None) -> None:
+    def __init__(
+        self, columns: int, device: torch.device, folder: Path | None = None, share: Share = EVERYTHING
+    ) -> None:
         self.columns, self.panels, self._device, self._folder = columns, panels(columns), device, folder
+        self._share = share
         self._upper, self._drift = kept(columns**2, folder), kept(columns**2, folder)
         self._ends: list[int] = []
         self._left = iter(self.panels)
@@ -61,8 +65,8 @@ class MomentSums:
 
     def _begin(self, start: int, end: int) -> None:
         self._span, self._tokens = (start, end), 0
-        self._hessian = LaneSum((end, end - start), self._device)
-        self._apart = LaneSum((self.columns, end - start), self._device)
+        self._hessian = LaneSum((end, end - start), self._device, self._share)
+        self._apart = LaneSum((self.columns, end - start), self._device, self._share)
 
     def add(self, original: Tensor, quantized: Tensor) -> None:
         """Inputs [n, K] of the original and of the quantized chain, in the dtype of the products."""
@@ -87,7 +91,8 @@ class MomentSums:
 
     def end_panel(self) -> None:
         """All lanes of a panel have ended: keep it, and begin the next one, if there is one."""
-        (start, end), count = self._span, self._tokens
+        (start, end), count = self._span, self._share.counted(self._tokens)
+        self._tokens = count
         hessian, drift = self._hessian.result().div_(count), self._apart.result().div_(count)
         width = self.columns if self.columns**2 <= IN_MEMORY else max(1, KEPT // self.columns)
         for at in range(start, end, width):

@@ -292,7 +292,8 @@ def _check_resources(prepared: Prepared) -> Iterator[ResourceError]:
         )
     device, need = prepared.settings.device, prepared.memory
     gradients = any("whole model" in stage.needs for stage in prepared.stages)
-    for where, kind, needed in (("cpu", "memory", need.main), (str(device), "GPU memory", need.gpu)):
+    here = prepared.settings.here  # processes, each of which takes as much
+    for where, kind, needed in (("cpu", "memory", here * need.main), (str(device), "GPU memory", need.gpu)):
         available = free_memory(where) if needed else 0
         if available < needed:
             yield ResourceError(

@@ -37,7 +37,7 @@ FOREIGN_TEXT = 0.5
 LEANING = 0.5  # of an expert's inputs: known more from its layer's than from its own tokens
 
 # of a report: what is not saved, because it is not the same for equal inputs
-VOLATILE = {"output", "seconds", "peak_memory_bytes", "total_bytes"}
+VOLATILE = {"output", "process", "seconds", "peak_memory_bytes", "total_bytes"}
 
 
 class _Row(BaseModel):
@@ -84,6 +84,7 @@ class Report:
         the same for dedicated round-to-nearest under `rtn`, and a `verdict` in words. The measured
         values are None when no text was given.
     text_warning: what is wrong with the calibration text, by the original's own loss on its held-out windows.
+    process: which of several returned it; the one with number 0 speaks for all.
     head_bits: of the output head and the embedding; None if they are as they were. `bytes` counts the head.
     layer_error: layer -> bits -> ||W - W_bits||^2 / ||W||^2.
     experts: module of experts -> `tokens` of the calibration text that each expert got in the original; `prior`, how
@@ -106,6 +107,7 @@ class Report:
     total_bytes: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+    process: int = 0
 
     def saved(self) -> dict[str, Any]:
         """What goes into `bitstrata_report.json`."""

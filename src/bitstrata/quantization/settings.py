@@ -21,6 +21,7 @@ from ..planes.weights import MAX_BITS
 from ..plans import parse_bits
 from ..solvers import RTN, Method, make_method
 from ..solvers.method import MomentsMethod
+from .team import check_size
 
 T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float32")
@@ -48,6 +49,9 @@ class Settings:
     drop_mtp: bool = False
     dtype: torch.dtype = torch.float32  # of products while calibrating
     time_budget: float | None = None  # in seconds; not part of the fingerprint: what it leads to is
+    devices: tuple[torch.device, ...] = ()  # each has a process; none where there is one, or a launcher
+    processes: int = 1  # that work on the job
+    here: int = 1  # of them, on this machine
 
     @classmethod
     def parse(cls, options: QuantizeOptions, problems: list[BitstrataError] | None = None) -> Settings:
@@ -77,8 +81,10 @@ class Settings:
         target = path("the output", options.output, "give the folder to make")
         bits: tuple[int, ...] = attempt(lambda: parse_bits(options.bits), (4,))
         rtn: Method = RTN()
+        none: tuple[torch.device, ...] = ()
         method = attempt(lambda: make_method(options.method, options.preset, options.options or {}), rtn)
         parsed: dict[str, Any] = {
+            "devices": attempt(lambda: _devices(options.devices, options.device), none),
             "device": attempt(lambda: pick_device(options.device), torch.device("cpu")),
             "group_size": number("group_size", 1),
             "num_samples": number("num_samples", 1),
@@ -89,6 +95,10 @@ class Settings:
             "drop_mtp": bool(options.drop_mtp),
             "time_budget": None,
         }
+        if options.devices is not None:
+            parsed["device"] = next(iter(parsed["devices"]), torch.device("cpu"))
+            if len(parsed["devices"]) == 1:
+                parsed["devices"] = ()
         parsed["dtype"] = attempt(lambda: _dtype(options.dtype, method, parsed["device"]), torch.float32)
         if options.time_budget is not None:
             parsed["time_budget"] = attempt(lambda: arguments.duration("--time-budget", options.time_budget), None)
@@ -136,6 +146,30 @@ def _mismatches(method: Method, bits: tuple[int, ...], options: QuantizeOptions)
             f"method {method.name} needs calibration text at preset {options.preset!r}",
             hint="give --calibration FILE (or the built-in text `stdlib`), or use --preset fast",
         )
+
+
+def _devices(value: object, device: object) -> tuple[torch.device, ...]:
+    """One or several devices, of one kind; none where none are given."""
+    if value is None:
+        return ()
+    if device != "auto":
+        raise UsageError("--device and --devices were both given", hint="--devices alone names all of them")
+    given = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    names = [str(name).strip() for name in given if str(name).strip()]
+    shown, hint = f"--devices {','.join(names)}", "such as cuda:0,cuda:1, or cpu,cpu"
+    if not names:
+        raise UsageError("--devices names no device", hint=hint)
+    kinds = {name.partition(":")[0] for name in names}
+    if kinds == {"cpu", "cuda"}:
+        raise UsageError(f"{shown}: CPUs and GPUs do not make the same numbers, so they share no job", hint=hint)
+    if kinds == {"cuda"} and len(names) > 1:
+        for place, name in enumerate(names):
+            if name == "cuda":
+                raise UsageError(f"{shown}: {name} does not say which GPU", hint=hint)
+            if name in names[:place]:
+                raise UsageError(f"{shown}: {name} is there twice", hint="each process needs a GPU of its own")
+    check_size(len(names))
+    return tuple(map(pick_device, names))
 
 
 def _dtype(value: object, method: Method, device: torch.device) -> torch.dtype:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..calibration import Windows, fisher_bytes, fisher_diagonal
 from ..calibration.block_runner import TOKENS_PER_BATCH
-from ..calibration.states import States
+from ..calibration.lanes import windows_of
+from ..calibration.pieces import Pieces
 from ..errors import CheckError
 from ..kernels.cpu import gram_runs
 from ..memory import return_free_memory
@@ -150,6 +151,8 @@ def _shapes(prepared: Prepared) -> list[list[tuple[int, int]]]:
 class Blocks(Stage):
     """Solve all blocks, one in memory at a time."""
 
+    divided = True
+
     def memory(self, prepared: Prepared) -> int:
         """A block, and the planes found; a batch in its widest linear; and the largest of these:
 
@@ -216,7 +219,7 @@ class Blocks(Stage):
         resumed = self.begin(job)
         if resumed:
             log.info(f"resuming: {resumed} of {len(blocks)} blocks are already done")
-        for index in range(resumed):
+        for index in range(resumed if job.team.leads else 0):
             self._recall(job, index)
         with Steps("quantizing", len(blocks), "block") as steps:
             for index, name in enumerate(blocks):
@@ -233,7 +236,7 @@ class Blocks(Stage):
     def begin(self, job: Job) -> int:
         """Bring the chains to the first block that has to be run. Returns how many are finished."""
         count = len(job.discovery.blocks)
-        finished = next((index for index in range(count) if not job.state.has(index)), count)
+        finished = job.team.led(lambda: next((index for index in range(count) if not job.state.has(index)), count))
         if job.prepared.windows is None:
             job.chains.place = finished
             return finished
@@ -263,7 +266,8 @@ class Blocks(Stage):
                 if chains.learning:
                     task.targets = self._original(job, task, index, block, record=solve)
                 if chains.checking:
-                    chains.advance(CHECKING, ORIGINAL, runner.outputs(index, block, chains.checking[ORIGINAL]))
+                    states = chains.checking[ORIGINAL]
+                    chains.advance(CHECKING, ORIGINAL, runner.outputs(index, block, states, job.team))
             if solve:
                 facts = self._routing(job, f"{job.discovery.blocks[index]}.", calls)
                 planes = self._solved(job, task)
@@ -274,49 +278,54 @@ class Blocks(Stage):
                 return_free_memory()
             facts["layer_error"] = {name: job.layer_error[name] for name in task.weights}
             chains.settle()
-            if solve:
+            if solve and job.team.leads:
                 job.state.remember(index, facts)
                 job.state.save(index, planes)
             chains.moved()
 
-    def _original(self, job: Job, task: BlockTask, index: int, block: nn.Module, *, record: bool) -> States | None:
+    def _original(self, job: Job, task: BlockTask, index: int, block: nn.Module, *, record: bool) -> Pieces | None:
         """Move the original's learning chain past a block, and record what methods with moments ask for."""
         if record and isinstance(job.settings.method, MomentsMethod):
             outputs = task.record()
         else:
             outputs = task.originals(job.chains.learning[ORIGINAL])
-        behind = job.chains.advance(LEARNING, ORIGINAL, outputs)
+        moved = job.chains.advance(LEARNING, ORIGINAL, outputs)
         for _ in outputs:  # what was not asked for is recorded all the same
             pass
-        return behind
+        return job.chains.behind(LEARNING, ORIGINAL) if moved and job.settings.method.undivided else None
 
     def _advance(self, job: Job, task: BlockTask, planes: dict[str, PlaneWeight], index: int, bits: int) -> None:
         """Put a block's weights at `bits` into it, and move the chains of these bits past it."""
-        chains, block = job.chains, task.block
+        chains, block, team = job.chains, task.block, job.team
         job.quantize(task, planes, bits)
         if chains.learning:
             dense = Decoded(planes, bits, job.settings.device)
             chains.advance(LEARNING, str(bits), task.advance(bits, dense))
         if not chains.checking:
             return
-        chains.advance(CHECKING, str(bits), job.runner.outputs(index, block, chains.checking[str(bits)]))
+        chains.advance(CHECKING, str(bits), job.runner.outputs(index, block, chains.checking[str(bits)], team))
         if baseline(bits) in chains.checking:
             for name, weight in task.weights.items():
                 plain = BASELINE.solve_layer(weight, (bits,), job.settings.group_size)
                 task.put({name: decode(plain, bits)})
             states = chains.checking[baseline(bits)]
-            chains.advance(CHECKING, baseline(bits), job.runner.outputs(index, block, states))
+            chains.advance(CHECKING, baseline(bits), job.runner.outputs(index, block, states, team))
 
     def _routing(self, job: Job, prefix: str, calls: dict[str, list[tuple[int, Tensor]]]) -> dict[str, Any]:
         """How many tokens of the learning windows each expert got in the original, and what is to be said of that."""
         facts: dict[str, Any] = {"routing": {}, "notes": []}
-        learning, checking = (each.get(ORIGINAL) for each in (job.chains.learning, job.chains.checking))
-        if learning is None:
+        if job.chains.learning.get(ORIGINAL) is None:
             return facts
-        later = 0 if checking is None else checking.shape[:2].numel()
-        for name, found in calls.items():
-            if found:
-                tokens = tokens_of_experts(found, learning.shape[:2].numel(), later)
+        windows = job.windows
+        learning, later = (
+            each[windows_of(len(each), job.team)].numel() for each in (windows.calibration, windows.heldout)
+        )
+        own = {name: tokens_of_experts(found, learning, later) for name, found in calls.items() if found}
+        everyone = job.team.everyone(own)
+        for name in calls:
+            parts = [of[name] for of in everyone if name in of]
+            if parts:
+                tokens = list(map(sum, zip(*parts, strict=True)))
                 facts["routing"][prefix + name] = tokens
                 unseen = [str(expert) for expert, count in enumerate(tokens) if not count]
                 if unseen:
@@ -331,7 +340,8 @@ class Blocks(Stage):
     def _solved(self, job: Job, task: BlockTask) -> dict[str, PlaneWeight]:
         if "gradients" in job.settings.method.needs:
             task.sensitivity = job.state.load_tensors(SENSITIVITY, list(task.weights))
-        return job.settings.method.solve_block(task)
+        method = job.settings.method
+        return job.team.led(lambda: method.solve_block(task)) if method.undivided else method.solve_block(task)
 
 
 class Measure(Stage):
@@ -362,7 +372,7 @@ class Measure(Stage):
         return {torch.float32: tokens * total}
 
     def run(self, job: Job) -> None:
-        checking: dict[str, States] = job.chains.checking
+        checking: dict[str, Pieces] = job.chains.checking
         if not checking:
             return
         if job.state.refined:
@@ -381,7 +391,7 @@ class Measure(Stage):
                 hint="the model overflows in fp32, or a weight is damaged; try another method",
             )
 
-    def _run_again(self, job: Job) -> dict[str, States]:
+    def _run_again(self, job: Job) -> dict[str, Pieces]:
         """Run the held-out windows through the blocks with their tuned scales."""
         blocks, names = range(len(job.discovery.blocks)), tuple(str(bits) for bits in job.settings.bits)
         chains = Chains(job.runner, job.state.folder, "tuned-chain")

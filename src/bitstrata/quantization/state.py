@@ -33,6 +33,7 @@ from ..memory import is_out_of_memory
 from ..planes.weights import PlaneWeight, make_scales
 
 JOB_FOLDER = ".job"
+HELPERS_LEAVE = 10.0  # seconds
 
 # what is made durable at once: a block by its index; the head and the embedding by their role; the sensitivities
 Part = int | str
@@ -53,27 +54,40 @@ def is_job(output: Path) -> bool:
 
 
 class JobState:
-    """The job folder of one output folder; a lock keeps a second process out while it is open."""
+    """The job folder of one output folder; a lock keeps a second process out while it is open.
 
-    def __init__(self, output: Path, fingerprint: dict[str, Any], spec: QuantizationSpec) -> None:
+    rank: of a process that helps the one that has the folder, and only reads what is there; it has a lock of its own.
+    """
+
+    def __init__(self, output: Path, fingerprint: dict[str, Any], spec: QuantizationSpec, rank: int = 0) -> None:
         self.output, self.folder, self.spec = output, output / JOB_FOLDER, spec
         self._facts: dict[Part, Mapping[str, Any]] = {}
         self._sound: set[Path] = set()  # files whose digest this process has compared
-        with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / "lock")
-        try:
+        if not rank:
             with disk_errors(self.folder):
-                self._lock.acquire(timeout=0)
-        except Timeout:
-            raise JobError(
-                f"another process is quantizing into {output}", hint="wait for it, or choose another folder for -o"
-            ) from None
+                self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked(f"lock-{rank}" if rank else "lock", 0)
         try:
-            self._start_or_resume(fingerprint)
+            if rank:
+                self.look()
+            else:
+                for path in self.folder.glob("lock-*"):  # of helpers that have not yet seen that their leader ended
+                    self._locked(path.name, HELPERS_LEAVE).release()
+                self._start_or_resume(fingerprint)
         except BaseException:
             self.close()
             raise
+
+    def _locked(self, name: str, seconds: float) -> FileLock:
+        lock = FileLock(self.folder / name)
+        try:
+            with disk_errors(self.folder):
+                lock.acquire(timeout=seconds)
+        except Timeout:
+            raise JobError(
+                f"another process is quantizing into {self.output}", hint="wait for it, or choose another folder for -o"
+            ) from None
+        return lock
 
     def _start_or_resume(self, fingerprint: dict[str, Any]) -> None:
         path = self.folder / "job.json"
@@ -98,7 +112,7 @@ class JobState:
             remove_leftovers(folder)
         if not path.exists():
             write_json(path, wanted)
-        self._look()
+        self.look()
 
     def close(self) -> None:
         self._lock.release()
@@ -117,7 +131,7 @@ class JobState:
     def _home(self, part: Part, tensor: str) -> Path:
         return self._file(part, "refined" if self.refined and not is_plane(tensor) else "block")
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Note whether every finished block has tuned scales, which then stand for its own (`refined`)."""
         solved = sum(1 for _ in self.folder.glob("block-*.safetensors"))
         self.refined = 0 < solved == sum(1 for _ in self.folder.glob("refined-*.safetensors"))
@@ -133,7 +147,7 @@ class JobState:
         """Make a block's result durable; `weights` by full layer name."""
         entries = [entry for name in weights for entry in entries_of(name, weights[name])]
         self._write(self._file(block), entries, {FACTS: json.dumps(self._facts.pop(block, {}))})
-        self._look()
+        self.look()
 
     def facts(self, block: Part) -> dict[str, Any]:
         """What was remembered of a finished block. Raises JobError if its file is damaged."""
@@ -152,7 +166,7 @@ class JobState:
         """Make a block's tuned scales durable; its planes stay as they were. They count once every block has some."""
         entries = [entry for name in weights for entry in entries_of(name, weights[name])]
         self._write(self._file(block, "refined"), [entry for entry in entries if not is_plane(entry.name)])
-        self._look()
+        self.look()
 
     def save_tensors(self, part: Part, tensors: dict[str, Tensor]) -> None:
         """Make tensors that are not part of the result durable."""

@@ -113,9 +113,13 @@ class Tune(Stage):
             for index in range(len(job.discovery.blocks)):
                 layers = job.planes(index)
                 state.save_refined(index, {name: _tuned(job, parts, name, weight) for name, weight in layers.items()})
-        job.chains.drop(LEARNING)  # nothing reads it any more
+        self.left(job)
         for part in parts.values():
             state.drop(part)
+
+    def left(self, job: Job) -> None:
+        job.state.look()
+        job.chains.drop(LEARNING)  # nothing reads it any more
 
     def _tune(self, job: Job, parts: Mapping[int, str]) -> None:
         device, targets = job.settings.device, job.chains.learning[ORIGINAL]

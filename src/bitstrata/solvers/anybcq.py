@@ -67,6 +67,10 @@ class AnyBCQ(Method):
     def needs(self) -> frozenset[Need]:
         return frozenset({"inputs"}) if self.steps else frozenset()
 
+    @property
+    def undivided(self) -> bool:
+        return bool(self.steps)
+
     def memory(self, shapes: Sequence[tuple[int, int]], bits: tuple[int, ...], seq_len: int) -> int:
         """Training: weights in fp32, planes a byte each, dense weights and their gradients; a step's activations:
 

@@ -93,7 +93,7 @@ class AnyPrecision(Method):
 
     def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
         sensitivity = block.sensitivity or {}
-        return {
-            name: self.solve_layer(weight, block.bits, block.group_size, sensitivity.get(name))
-            for name, weight in block.weights.items()
-        }
+        return self.solve_apart(
+            block,
+            lambda name: self.solve_layer(block.weights[name], block.bits, block.group_size, sensitivity.get(name)),
+        )

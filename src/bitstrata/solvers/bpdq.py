@@ -23,7 +23,7 @@ from torch import Tensor
 from ..planes import PlaneWeight
 from .grouping import even_scales, join_rows
 from .joint import JointSolver, Track, column_order, refitted
-from .method import MomentsMethod
+from .method import Each, MomentsMethod, in_turn, row_pieces
 from .metric import prepare
 from .moments import Moments
 
@@ -50,19 +50,22 @@ class BPDQ(MomentsMethod):
     def rounds(self) -> tuple[int, int]:
         return self.iterations, 1
 
-    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
+    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int, each: Each = in_turn) -> PlaneWeight:
         ((bits, moments),) = found.items()
         groups = column_order(moments.diagonal, group_size)
         order, lengths = torch.cat(groups), [len(group) for group in groups]
         metric, targets = prepare(weight, moments, order, lengths, damping=self.damping)
         dead = moments.dead.to(weight.device)[order.to(weight.device)]
-        parts = []
-        for stored in targets:
-            target = stored.to(weight.device).masked_fill(dead.unsqueeze(1), 0)
+        pieces = row_pieces(weight)
+
+        def piece(index: int) -> PlaneWeight:
+            number, rows = pieces[index]
+            target = targets[number][:, rows].to(weight.device).masked_fill(dead.unsqueeze(1), 0)
             solver = JointSolver([Track(bits, 1.0, target, metric)], lengths, start=highest_bits)
             solver.compensate(self.iterations)
-            parts.append(solver.plane_weight(groups, group_size))
-        return join_rows(parts)
+            return solver.plane_weight(groups, group_size)
+
+        return join_rows(each([float(rows.stop - rows.start) for _, rows in pieces], piece))
 
 
 def highest_bits(y: Tensor, bits: int, metric: Tensor) -> Tensor:

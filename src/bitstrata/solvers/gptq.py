@@ -18,7 +18,7 @@ from torch import Tensor
 from ..planes import PlaneWeight
 from .grouping import Grouping, affine_weight, code_planes, even_scales, join_rows, to_scale
 from .joint import column_codes
-from .method import MomentsMethod
+from .method import Each, MomentsMethod, in_turn
 from .metric import Metric, prepare
 from .moments import Moments
 
@@ -42,7 +42,11 @@ class GPTQ(MomentsMethod):
         if not self.damping > 0:
             raise ValueError("damping must be above 0")
 
-    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
+    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int, each: Each = in_turn) -> PlaneWeight:
+        (whole,) = each([1.0], lambda _: self._solved(weight, found, group_size))
+        return whole
+
+    def _solved(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
         ((bits, moments),) = found.items()
         columns = weight.shape[1]
         order = torch.arange(columns)

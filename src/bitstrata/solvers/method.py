@@ -11,7 +11,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +19,15 @@ from torch import Tensor
 from ..planes import decode
 from ..planes.weights import Kind, PlaneWeight
 from .grouping import check_weight, join_rows, row_chunks
-from .metric import solving_bytes, solving_disk
+from .metric import ROWS_AT_ONCE, solving_bytes, solving_disk, stretches
 from .moments import Moments
 
 ROW_BUDGET = 1 << 21  # weights solved at a time by methods that look at rows
 DOUBLE = 2  # what an operation in float64 counts as
 A_ROUND = 9000.0  # what choosing a weight's code at one precision, and fitting its group, counts as: bound by memory
+ROWS_APART, MOST_PARTS = 128, 8  # on a CPU rows are solved in so many parts at most, of at least so many rows
+
+R = TypeVar("R")
 
 # inputs: `inputs`, `targets` and `chains` of a block; gradients: its `sensitivity`, which takes the whole model once
 Need = Literal["inputs", "gradients"]
@@ -40,6 +43,40 @@ class Tuning:
     steps: int
     learning_rate: float
     batch_tokens: int
+
+
+class Each(Protocol):
+    """Does pieces of work that need nothing of each other, which several processes may divide by their costs."""
+
+    def __call__(self, costs: Sequence[float], work: Callable[[int], R], /) -> list[R]:
+        """What `work` returns for every index of `costs`, in order."""
+        ...
+
+
+def in_turn(costs: Sequence[float], work: Callable[[int], R], /) -> list[R]:
+    """One after the other, here."""
+    return [work(index) for index in range(len(costs))]
+
+
+def row_parts(rows: int, device: torch.device) -> Sequence[slice]:
+    """The rows of a layer that are solved together, whoever does it.
+
+    They are fixed by the shape: how a product is rounded may depend on how many rows it has. On a GPU a part takes
+    about as long whatever its size, so there are few.
+    """
+    parts = 1 if device.type != "cpu" else MOST_PARTS
+    while parts > 1 and rows < parts * ROWS_APART:
+        parts //= 2
+    return row_chunks(rows, 1, min(ROWS_AT_ONCE, -(-rows // parts)))
+
+
+def row_pieces(weight: Tensor) -> list[tuple[int, slice]]:
+    """The parts of the rows of W [N, K]: in which of its `stretches` (metric.py) each lies, and its rows there."""
+    return [
+        (number, part)
+        for number, rows in enumerate(stretches(*weight.shape))
+        for part in row_parts(rows.stop - rows.start, weight.device)
+    ]
 
 
 class Windows(Protocol):
@@ -86,6 +123,20 @@ class Block(ABC):
     def moments(self, names: Sequence[str], solved: Mapping[int, Mapping[str, Tensor]]) -> dict[int, Moments]:
         """The moments of what `names` read at each bits, where linears in `solved[bits]` have those weights [N, K]."""
 
+    def each(self, costs: Sequence[float], work: Callable[[int], R], /) -> list[R]:
+        """What `work` returns for every index of `costs`; several processes may divide it (`Each`)."""
+        return in_turn(costs, work)
+
+    def strands(self) -> list[list[list[list[str]]]]:
+        """The input groups in order, those that need nothing of each other side by side:
+
+        steps; in each, strands that may be solved in any order; in a strand, groups that follow each other.
+        """
+        return [[[names]] for names in self.input_groups()]
+
+    def reach(self, names: Sequence[str], solved: Mapping[int, Mapping[str, Tensor]]) -> None:  # noqa: B027
+        """Strands come next that begin with linear `names[0]`: find out what all of them need for their moments."""
+
     @abstractmethod
     def output(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """The block's output on hidden [b, S, hidden] with these weights [N, K], differentiable in them."""
@@ -114,6 +165,11 @@ class Method(ABC):
     def tuning(self) -> Tuning | None:
         """How scales are tuned once every block is solved; None to leave them."""
         return None
+
+    @property
+    def undivided(self) -> bool:
+        """Whether one process has to solve a block by itself, because it trains on all windows in one order."""
+        return False
 
     @property
     def needs_calibration(self) -> bool:
@@ -159,7 +215,13 @@ class Method(ABC):
 
     def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
         """A PlaneWeight for every linear of the block, on the CPU."""
-        return {name: self.solve_layer(weight, block.bits, block.group_size) for name, weight in block.weights.items()}
+        return self.solve_apart(block, lambda name: self.solve_layer(block.weights[name], block.bits, block.group_size))
+
+    def solve_apart(self, block: Block, solve: Callable[[str], PlaneWeight]) -> dict[str, PlaneWeight]:
+        """`solve` of the name of every linear of the block, which need nothing of each other."""
+        names = list(block.weights)
+        found = block.each([block.weights[name].numel() for name in names], lambda index: solve(names[index]))
+        return dict(zip(names, found, strict=True))
 
 
 class Decoded(Mapping[str, Tensor]):
@@ -214,8 +276,11 @@ class MomentsMethod(Method):
         return len(bits) * (dense + A_ROUND * rounds * rows * columns)
 
     @abstractmethod
-    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
-        """W fp32 [N, K], checked, and the moments of its inputs at each bits -> planes and scales."""
+    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int, each: Each = in_turn) -> PlaneWeight:
+        """W fp32 [N, K], checked, and the moments of its inputs at each bits -> planes and scales.
+
+        `each` does the parts of the rows (`row_parts`).
+        """
 
     def solve_block(self, block: Block) -> dict[str, PlaneWeight]:
         if not self.needs:
@@ -223,22 +288,40 @@ class MomentsMethod(Method):
         result: dict[str, PlaneWeight] = {}
         device = next(iter(block.weights.values())).device
         solved = {bits: Decoded(result, bits, device) for bits in block.bits}
-        for names in block.input_groups():
-            found = block.moments(names, solved)
-            tokens, columns = found[max(found)].tokens, block.weights[names[0]].shape[1]
-            for name in names:
-                check_weight(name, block.weights[name])
-                if tokens < columns:
-                    block.say(
-                        f"{name}: {tokens} calibration tokens for {columns} inputs; "
-                        "damping fills in, more tokens would be better"
-                    )
-            # rows are independent, so what reads the same inputs is solved as one layer
-            ends = list(itertools.accumulate((len(block.weights[name]) for name in names), initial=0))
-            weight = torch.empty(ends[-1], columns, device=device)
-            for name, start, end in zip(names, ends, ends[1:], strict=False):
-                weight[start:end] = block.weights[name]
-            whole = self.solve(weight, found, block.group_size)
-            for name, start, end in zip(names, ends, ends[1:], strict=False):
-                result[name] = whole.outputs(start, end)
+
+        def solve(strand: Sequence[Sequence[str]], each: Each) -> dict[str, PlaneWeight]:
+            found: dict[str, PlaneWeight] = {}
+            for names in strand:
+                found |= self._solve_group(block, names, solved, each)
+                result.update(found)
+            return found
+
+        for strands in block.strands():
+            if len(strands) == 1:
+                solve(strands[0], block.each)
+                continue
+            block.reach(strands[0][0], solved)
+            costs = [sum(block.weights[name].numel() for names in strand for name in names) for strand in strands]
+            for found in block.each(costs, lambda index, strands=strands: solve(strands[index], in_turn)):  # type: ignore[misc]
+                result.update(found)
         return {name: result[name] for name in block.weights}
+
+    def _solve_group(
+        self, block: Block, names: Sequence[str], solved: Mapping[int, Mapping[str, Tensor]], each: Each
+    ) -> dict[str, PlaneWeight]:
+        found = block.moments(names, solved)
+        tokens, columns = found[max(found)].tokens, block.weights[names[0]].shape[1]
+        for name in names:
+            check_weight(name, block.weights[name])
+            if tokens < columns:
+                block.say(
+                    f"{name}: {tokens} calibration tokens for {columns} inputs; "
+                    "damping fills in, more tokens would be better"
+                )
+        # rows are independent, so what reads the same inputs is solved as one layer
+        spans = list(itertools.pairwise(itertools.accumulate((len(block.weights[name]) for name in names), initial=0)))
+        weight = torch.empty(spans[-1][1], columns, device=block.weights[names[0]].device)
+        for name, (start, end) in zip(names, spans, strict=True):
+            weight[start:end] = block.weights[name]
+        whole = self.solve(weight, found, block.group_size, each)
+        return {name: whole.outputs(start, end) for name, (start, end) in zip(names, spans, strict=True)}

@@ -22,8 +22,8 @@ from ..planes import PlaneWeight
 from ..planes.weights import BYTE_BITS, Kind
 from .grouping import Grouping, affine_weight, code_planes, join_rows
 from .joint import JointSolver, Track, column_order, common_unit
-from .method import MomentsMethod, Need, Tuning
-from .metric import Metric, prepare, stretches
+from .method import Each, MomentsMethod, Need, Tuning, in_turn, row_pieces
+from .metric import Metric, prepare
 from .moments import Moments
 
 
@@ -84,7 +84,7 @@ class Nested(MomentsMethod):
     def scales_kind(self, bits: tuple[int, ...]) -> Kind:
         return "affine8" if self.scale_bits == 8 and min(bits) <= BYTE_BITS else "affine"
 
-    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int) -> PlaneWeight:
+    def solve(self, weight: Tensor, found: Mapping[int, Moments], group_size: int, each: Each = in_turn) -> PlaneWeight:
         groups = column_order(found[max(found)].diagonal, group_size)
         order, lengths = torch.cat(groups), [len(group) for group in groups]
         ready = {
@@ -92,12 +92,16 @@ class Nested(MomentsMethod):
             for bits, moments in found.items()
         }
         metrics = {bits: metric for bits, (metric, _) in ready.items()}
-        parts = []
-        for number in range(len(stretches(*weight.shape))):
-            mine = {bits: targets[number].to(weight.device) for bits, (_, targets) in ready.items()}
+        pieces = row_pieces(weight)
+
+        def piece(index: int) -> PlaneWeight:
+            number, rows = pieces[index]
+            held = {bits: targets[number] for bits, (_, targets) in ready.items()}
+            mine = {bits: target[:, rows].to(weight.device).contiguous() for bits, target in held.items()}
             solver = self._solved(mine, metrics, lengths, self._unit(mine, lengths))
-            parts.append(solver.plane_weight(groups, group_size))
-        return join_rows(parts)
+            return solver.plane_weight(groups, group_size)
+
+        return join_rows(each([float(rows.stop - rows.start) for _, rows in pieces], piece))
 
     def solve_rows(self, weight: Tensor, bits: tuple[int, ...], group_size: int) -> PlaneWeight:
         """Without a Hessian every group is a problem of its own: groups become rows."""
