@@ -120,6 +120,7 @@ class QuantizeOptions:
     dtype: Annotated[
         str, Argument("Products while calibrating, and what is kept: auto (what is fast here), bfloat16, float32.")
     ] = "auto"
+    push_to_hub: Annotated[str | None, Argument("Then put it on the hub, as USER/NAME (bitstrata push).")] = None
     dry_run: Annotated[bool, Argument("List all, with time, memory and disk; weights are not read.")] = False
 
 

@@ -94,6 +94,20 @@ def test_whose_readme_it_is(hub, checkpoint, tmp_path):
     assert not any(".job" in name for name in hub.repos["user/own"]["main"])
 
 
+@pytest.mark.slow
+def test_quantize_pushes_what_it_made(hub, tmp_path):
+    arguments = ("quantize", MODEL, "-o", tmp_path / "out", "--method", "rtn", "--bits", "2,3")
+    refused = call(hub, tmp_path / "cache", *arguments, "--push-to-hub", "user/made", token=None)
+    assert refused.returncode == 2
+    assert not (tmp_path / "out").exists(), "the token is looked at before the long part"
+    done = call(hub, tmp_path / "cache", *arguments, "--push-to-hub", "user/made")
+    assert done.returncode == 0, done.stderr
+    held = hub.repos["user/made"]["main"]
+    files = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert files == set(held) - {CARD, PICTURE}
+    assert CARD in held
+
+
 @pytest.mark.parametrize(
     ("repo", "token", "said"),
     [

@@ -26,7 +26,8 @@ from ..checkpoint import CheckpointReader, QuantizationSpec, TensorEntry, is_che
 from ..checkpoint.schema import REPORT_FILE, guard_name
 from ..errors import BitstrataError, CheckpointError, PreflightError, UsageError
 from ..memory import memory_errors, peak_memory
-from ..options import QuantizeOptions
+from ..models import check_repo, push
+from ..options import PushOptions, QuantizeOptions
 from ..progress import log, note, notes, own_notes
 from ..torch_state import ordinary_torch
 from ..verbs import verb
@@ -68,9 +69,16 @@ def quantize(options: QuantizeOptions) -> Report:
         JobError: the output holds an unfinished job that does not match.
         ResourceError: the disk or memory filled up; finished blocks are kept.
         CheckError: the result is not finite.
+        UsageError, InputError: as `push`, with `push_to_hub`; the result stays in `output`.
     """
+    target = None if options.dry_run else options.push_to_hub
+    if target is not None:
+        check_repo(target)
     with on_disk(options) as stored:
-        return _quantize(stored)
+        report = _quantize(stored)
+    if target is not None and report.process == 0:
+        log.info(str(push(PushOptions(options.output, target))))
+    return report
 
 
 def _quantize(options: QuantizeOptions) -> Report:
