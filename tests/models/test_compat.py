@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -398,3 +399,27 @@ def test_a_model_is_saved_under_its_own_names(tmp_path: Path):
     model.save_pretrained(tmp_path / "own")
     names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("older", "own")]
     assert names[0] != names[1] == model.state_dict().keys()
+
+
+def test_rotary_frequencies_are_those_that_models_use():
+    """Else exported files have other positions."""
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    model = tiny(rope_parameters=rope, max_position_embeddings=512)
+    assert torch.equal(compat.rotary_frequencies(model.config, "llama3"), model.model.rotary_emb.inv_freq)
+    assert not torch.equal(model.model.rotary_emb.inv_freq, tiny().model.rotary_emb.inv_freq)
+
+
+def test_peft_puts_our_layers_beside_ours():
+    """Else adapters cannot be trained on planes."""
+
+    class Mine(nn.Module):
+        def __init__(self, layer, *_, **__):
+            super().__init__()
+            self.base_layer = layer
+
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    compat.adapt_layers(config, {nn.Linear: Mine})
+    model = tiny()
+    peft.inject_adapter_in_model(config, model)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, Mine)

@@ -44,7 +44,6 @@ def test_numbers_of_numpy_are_numbers_in_options_too(model: Path, text: Path, tm
 
 
 def test_everything_of_the_wrong_type_is_named_at_once(model: Path, tmp_path: Path) -> None:
-    texts = ["a long text " * 500] * 100
     found = problems(
         model,
         tmp_path / "out",
@@ -54,7 +53,7 @@ def test_everything_of_the_wrong_type_is_named_at_once(model: Path, tmp_path: Pa
         seq_len=None,
         seed=1.0,
         head_bits=True,
-        calibration=texts,
+        calibration=7.5,
         skip=7,
         preset=None,
         device="cpu",
@@ -68,7 +67,7 @@ def test_everything_of_the_wrong_type_is_named_at_once(model: Path, tmp_path: Pa
             "--seq-len must be a whole number, got None",
             "--seed must be a whole number, got 1.0",
             "--head-bits must be a whole number from 1 to 8, got True",
-            "--calibration must be a path, got ['a long text",
+            "--calibration must be a path, got 7.5",
             "--skip must be patterns of names, got 7",
         ),
         found,
@@ -78,13 +77,15 @@ def test_everything_of_the_wrong_type_is_named_at_once(model: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_in_memory_and_no_output_are_named(model: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_named_before_a_model_in_memory_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model)
+    monkeypatch.setattr(type(loaded), "save_pretrained", lambda *_: pytest.fail("the model was written"))
     found = problems(loaded, None, group_size=None)
-    assert found[0].startswith("the model must be a path, got LlamaForCausalLM(")
-    assert found[1] == "the output must be a path, got None"
-    assert found[2] == "--group-size must be a whole number, got None"
-    assert len(found) == 3
+    assert found == ["the output must be a path, got None", "--group-size must be a whole number, got None"]
+    (message,) = problems(torch.nn.Linear(2, 2), tmp_path / "out")
+    assert message.startswith("the model must be a path, got Linear(")
 
 
 @pytest.mark.parametrize("settings", [{"method": None}, {"method": ["rtn"]}, {"options": 5}, {"options": ["a=1"]}])
@@ -112,7 +113,7 @@ def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"text": ["one", "two"]}, r"the text must be a path, got \['one', 'two'\]"),
+        ({"text": 7.5}, "the text must be a path, got 7.5"),
         ({"text": None}, "nothing to measure"),
         ({"text": b"text.txt"}, "the text must be a path"),
         ({"seq_len": "32"}, "seq_len must be a whole number, got '32'"),

@@ -17,6 +17,7 @@ from tiny_models import tiny_gpt2, tiny_llama
 
 import bitstrata
 from bitstrata import memory
+from bitstrata.calibration.block_runner import TOKENS_PER_BATCH
 from bitstrata.checkpoint import writer
 from bitstrata.errors import PreflightError, ResourceError
 from bitstrata.models import SourceModel
@@ -92,7 +93,9 @@ def test_on_a_gpu_hidden_states_are_in_main_memory_and_the_work_is_not(
     monkeypatch.setattr(preflight, "BlockRunner", lambda *_: type("Runner", (), {"check": lambda self, window: None})())
     there = needed(model, tmp_path / "out", text, **ANYBCQ, device="cuda").memory
     assert here.gpu == 0
-    assert here.main - there.gpu == 4 * 2048 * 64 * 4  # hidden states of what runs at a time, however long the text
+    assert (
+        here.main - there.gpu == 4 * TOKENS_PER_BATCH * 64 * 4
+    )  # hidden states of what runs at a time, however long the text
     assert here.main - there.gpu < there.main < here.main + there.gpu
     tuned = needed(model, tmp_path / "out", text, **TUNED, device="cuda").memory
     assert tuned.main == there.main, "a block at a time"

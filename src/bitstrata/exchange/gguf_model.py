@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import UsageError
+from ..models.compat import rotary_frequencies
 from .gguf_file import gguf_package
 
 
@@ -156,7 +156,7 @@ def _add_rotary(writer: Any, config: PreTrainedConfig) -> dict[str, Tensor]:
 def rope_factors(config: PreTrainedConfig) -> Tensor:
     """By how much each frequency of rotary positions is lowered: fp32 [rotated / 2]."""
     rope = config.rope_parameters
-    stretched = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))[0].double()
+    stretched = rotary_frequencies(config, rope["rope_type"]).double()
     rotated = 2 * len(stretched)
     plain = rope["rope_theta"] ** -(torch.arange(0, rotated, 2).double() / rotated)
     factors: Tensor = (plain / stretched).float()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, UsageError, first_line
 from ..nn import PlaneLinear
+from .compat import adapt_layers
 
 CONFIG = "adapter_config.json"
 UNMERGED = "an adapter cannot be merged into planes"
@@ -58,7 +59,7 @@ def lora_on_planes(model: PreTrainedModel, config: Any) -> Any:
         head = model.get_output_embeddings()
         blocks = {name for name in layers if head is None or model.get_submodule(name) is not head}
         config.target_modules = sorted({name.rpartition(".")[2] for name in blocks})
-    config._register_custom_module({PlaneLinear: _plane_lora()})
+    adapt_layers(config, {PlaneLinear: _plane_lora()})
     return config
 
 

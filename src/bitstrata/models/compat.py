@@ -390,3 +390,16 @@ def stop_recording(cache: Cache) -> None:
     for layer in cache.layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.record_past = False
+
+
+def rotary_frequencies(config: PreTrainedConfig, kind: str) -> Tensor:
+    """The inverse frequencies of rotary positions of `kind` ("yarn", "llama3"), fp32 [rotary / 2]."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies: Tensor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
+    return frequencies
+
+
+def adapt_layers(config: Any, layers: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    """Tell PEFT by what layers of its own to replace others, in its LoraConfig `config`."""
+    config._register_custom_module(dict(layers))

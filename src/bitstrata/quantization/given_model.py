@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import InputError, ResourceError, UsageError, first_line
 from ..models import load_tokenizer, resolve
 from ..options import QuantizeOptions
+from .settings import Settings
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def on_disk(options: QuantizeOptions) -> Iterator[QuantizeOptions]:
     It lies in the system's folder for temporary files (TMPDIR). The tokenizer is that of the folder or hub id that the
     model was loaded from, if it was.
 
-    Raises UsageError for a model that is quantized already, ResourceError where there is no room.
+    Raises PreflightError for arguments of the wrong kind, UsageError for a model that is quantized already, ResourceError where there is no room.
     """
     model = options.model
     if not isinstance(model, PreTrainedModel):
@@ -35,6 +36,7 @@ def on_disk(options: QuantizeOptions) -> Iterator[QuantizeOptions]:
         return
     if getattr(model, "is_quantized", False):
         raise UsageError("the model is quantized already", hint="load the original, or call model.dequantize() first")
+    Settings.parse(replace(options, model=Path()))  # what is wrong with the others, before anything is written
     origin = str(model.name_or_path)
     with tempfile.TemporaryDirectory(prefix="bitstrata-") as parent:
         folder = Path(parent) / (Path(origin).name or type(model).__name__)
