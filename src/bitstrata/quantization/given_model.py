@@ -28,7 +28,8 @@ def on_disk(options: QuantizeOptions) -> Iterator[QuantizeOptions]:
     It lies in the system's folder for temporary files (TMPDIR). The tokenizer is that of the folder or hub id that the
     model was loaded from, if it was.
 
-    Raises PreflightError for arguments of the wrong kind, UsageError for a model that is quantized already, ResourceError where there is no room.
+    Raises PreflightError for arguments of the wrong kind, UsageError for a model that is quantized already,
+    ResourceError where there is no room.
     """
     model = options.model
     if not isinstance(model, PreTrainedModel):
