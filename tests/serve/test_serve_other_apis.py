@@ -126,7 +126,7 @@ def test_a_stop_sequence_is_named_and_an_assistants_last_message_continued(chat_
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        ({"tools": [{"name": "f", "input_schema": {}}]}, "tools"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
         ({"messages": [{"role": "system", "content": 3}]}, "content"),

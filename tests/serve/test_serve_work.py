@@ -10,7 +10,7 @@ import pytest
 from http_calls import CHAT, COMPLETIONS, served
 from pydantic_core import ValidationError
 
-from bitstrata.serve import fields, requests, text
+from bitstrata.serve import fields, requests, text, turns
 from bitstrata.serve.app import create_app
 from bitstrata.serve.errors import ApiError
 from bitstrata.serve.settings import Settings
@@ -147,7 +147,7 @@ def test_a_template_that_takes_long_keeps_nobody_waiting(engine, templated, enco
 @pytest.mark.parametrize(
     ("path", "body", "said"),
     [
-        (CHAT, {"messages": [{"role": "user"}] * (requests.MOST_MESSAGES + 1)}, "messages are too many"),
+        (CHAT, {"messages": [{"role": "user"}] * (turns.MOST_MESSAGES + 1)}, "messages are too many"),
         (CHAT, {"messages": [{"role": "user", "content": "x"}] * 85_000}, "85000 messages are too many"),
         (COMPLETIONS, {"prompt": ["a"] * (requests.MOST_PROMPTS + 1)}, "prompts are too many"),
         (COMPLETIONS, {"prompt": [[1]] * 200_000}, "200000 prompts are too many"),
@@ -178,8 +178,8 @@ def test_many_unknown_fields_are_counted_and_not_kept():
     given = {"prompt": "x", **{f"k{index}": 1 for index in range(fields.MOST_FIELDS - 1)}}
     notices = requests.CompletionBody.model_validate(given).notices
     assert [notice.param for notice in notices] == [f"k{index}" for index in range(fields.MOST_NOTICES)]
-    turns = [{"role": "user", **{f"k{index}": 1 for index in range(100)}}] * 1000
-    notices = requests.ChatBody.model_validate({"messages": turns}).notices
+    messages = [{"role": "user", **{f"k{index}": 1 for index in range(100)}}] * 1000
+    notices = requests.ChatBody.model_validate({"messages": messages}).notices
     assert len(notices) == fields.MOST_NOTICES
     assert all(notice.param.startswith("messages.k") for notice in notices)
 

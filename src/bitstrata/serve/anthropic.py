@@ -1,33 +1,85 @@
-"""/v1/messages and /v1/messages/count_tokens: Anthropic's API, for text.
+"""/v1/messages and /v1/messages/count_tokens: Anthropic's API, for text and tools.
 
 A request is translated into one for /v1/chat/completions, and goes the same way; only the words of the answer differ.
-What is not text (images, documents, tools to call) is refused by name; thinking and tool calls in the history go to
-chat templates that know them.
+What is not text (images, documents, Anthropic's own tools) is refused by name; thinking in the history goes to chat
+templates that know it.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic_core import from_json
 
 from . import paths
 from .answer import answer
 from .chats import chat_spec, conversation_tokens
 from .described import answers, refusals
-from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, refused, unlimited
-from .replies import Delta, Formatter, Usage
-from .requests import MOST_STOPS, Bits, ChatBody, content_text
+from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, unlimited
+from .parts import Part, PartFormatter
+from .replies import Delta, Usage
+from .requests import MOST_STOPS, Bits, ChatBody
 from .service import Service
-from .spelling import NamedEvents
+from .tools import described_tools
 from .translated import translated
+from .turns import content_text
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 SAME = {"model", "max_tokens", "temperature", "top_p", "top_k", "stream", "bits", "min_bits"}  # as of a chat
 STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 503)
+_MODES = {"auto": "auto", "any": "required", "none": "none"}
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+        "description": {"type": "string"},
+        "input_schema": {"type": "object"},
+    },
+    "required": ["name", "input_schema"],
+}
+
+
+def _tools(value: Any) -> list[dict[str, Any]]:
+    """Anthropic's tools as OpenAI's, which are looked at as such; those that its servers would run are none of ours."""
+    if not isinstance(value, list | None) or not all(isinstance(one, dict) for one in value or ()):
+        raise ValueError("must be a list of objects")
+    functions = []
+    for one in value or ():
+        kind = one.get("type") or "custom"
+        named = {key: one.get(key) for key in ("name", "description", "strict")}
+        function = {**named, "parameters": one.get("input_schema")}
+        functions.append({"type": "function" if kind == "custom" else kind, "function": function})
+    return functions
+
+
+def _choice(value: Any) -> dict[str, Any]:
+    """OpenAI's `tool_choice` and `parallel_tool_calls` of Anthropic's tool_choice."""
+    if value is None:
+        return {}
+    kind = value.get("type") if isinstance(value, dict) else None
+    alone: dict[str, Any] = {"parallel_tool_calls": False} if kind and value.get("disable_parallel_tool_use") else {}
+    if kind == "tool":
+        return {"tool_choice": {"type": "function", "function": {"name": value.get("name")}}, **alone}
+    if kind not in _MODES:
+        raise ValueError('must be {"type": "auto"}, "any" or "none", or {"type": "tool", "name": ...}')
+    return {"tool_choice": _MODES[kind], **alone}
+
+
+_CHOICE = {
+    "anyOf": [
+        {"type": "object", "properties": {"type": {"enum": list(_MODES)}}, "required": ["type"]},
+        {
+            "type": "object",
+            "properties": {"type": {"const": "tool"}, "name": {"type": "string"}},
+            "required": ["type", "name"],
+        },
+        {"type": "null"},
+    ]
+}
 
 
 class MessagesBody(Body):
@@ -51,17 +103,13 @@ class MessagesBody(Body):
     cache_control: Ignored = None
     betas: Ignored = None
     thinking: Annotated[Any, Only({"type": "disabled"})] = None
-    tools: Any = None
-    tool_choice: dict[str, Any] | None = None
+    tools: Annotated[list[dict[str, Any]], PlainValidator(_tools), described_tools(_TOOL)] = Field(default_factory=list)
+    tool_choice: Annotated[dict[str, Any], PlainValidator(_choice), WithJsonSchema(_CHOICE)] = Field(
+        default_factory=dict, description="auto, any, tool or none; with disable_parallel_tool_use one call a reply"
+    )
     mcp_servers: Annotated[Any, Only([])] = None
     output_config: dict[str, Any] | None = Field(None, description="`format`: a JSON schema that the reply must fit")
     output_format: dict[str, Any] | None = Field(None, description="an older name of output_config.format")
-
-    @model_validator(mode="after")
-    def _without_tools(self) -> MessagesBody:
-        if self.tools and (self.tool_choice or {}).get("type") != "none":
-            raise refused("tools", "tools are taken at /v1/chat/completions only, or with tool_choice none")
-        return self
 
     def chat(self) -> ChatBody:
         """The same as a chat. Raises RequestValidationError for what a chat cannot say."""
@@ -75,6 +123,8 @@ class MessagesBody(Body):
                 "continue_final_message": turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1],
                 "stop": self.stop_sequences,
                 "response_format": (self.output_config or {}).get("format") or self.output_format,
+                "tools": self.tools,
+                **self.tool_choice,
                 **self.model_dump(include=SAME),
             },
         )
@@ -109,6 +159,23 @@ class TextBlock(BaseModel):
     text: str
 
 
+class ToolUseBlock(BaseModel):
+    """A call. Of one that was cut, `input` has what had come; arguments that are no JSON are its INVALID_JSON."""
+
+    type: Literal["tool_use"] = "tool_use"
+    id: str
+    name: str
+    input: dict[str, Any]
+
+    @classmethod
+    def of(cls, part: Part) -> ToolUseBlock:
+        try:
+            read = from_json(part.text, allow_inf_nan=False, allow_partial=True) if part.text else {}
+        except ValueError:
+            read = None
+        return cls(id=part.id, name=part.name, input=read if isinstance(read, dict) else {"INVALID_JSON": part.text})
+
+
 class MessagesUsage(BaseModel):
     input_tokens: int
     output_tokens: int
@@ -131,7 +198,7 @@ class MessagesReply(BaseModel):
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
     model: str
-    content: list[TextBlock]
+    content: list[TextBlock | ToolUseBlock]
     stop_reason: StopReason | None
     stop_sequence: str | None = None
     usage: MessagesUsage
@@ -145,7 +212,7 @@ class MessagesEvent(BaseModel):
     type: str
     message: MessagesReply | None = None
     index: int | None = None
-    content_block: TextBlock | None = None
+    content_block: TextBlock | ToolUseBlock | None = None
     delta: dict[str, Any] | None = None
     usage: MessagesUsage | None = None
 
@@ -154,16 +221,16 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
-class MessagesFormatter(Formatter):
-    spelling: ClassVar[NamedEvents] = NamedEvents()
+class MessagesFormatter(PartFormatter):
+    text_prefix, call_prefix = "text", "toolu"
     _reason: StopReason | None = None
     _stop: str | None = None  # the text that ended the reply
 
-    def _message(self, texts: Sequence[str], usage: Usage, bits: int | None) -> MessagesReply:
+    def _message(self, usage: Usage, bits: int | None) -> MessagesReply:
         return MessagesReply(
             id=f"msg_{uuid.uuid4().hex}",
             model=self.model,
-            content=[TextBlock(text=text) for text in texts],
+            content=list(map(_block, self._parts)),
             stop_reason=self._reason,
             stop_sequence=self._stop,
             usage=MessagesUsage.of(usage),
@@ -172,36 +239,43 @@ class MessagesFormatter(Formatter):
         )
 
     def first_chunks(self, count: int, usage: Usage) -> list[BaseModel]:
-        return [
-            MessagesEvent(type="message_start", message=self._message([], usage, None)),
-            MessagesEvent(type="content_block_start", index=0, content_block=TextBlock(text="")),
-        ]
-
-    def next_chunks(self, delta: Delta, bits: int | None, usage: Usage) -> list[BaseModel]:
-        self._note(delta)
-        if not delta.text:
-            return []
-        said = {"type": "text_delta", "text": delta.text}
-        return [MessagesEvent(type="content_block_delta", index=0, delta=said)]
+        return [MessagesEvent(type="message_start", message=self._message(usage, None))]
 
     def last_chunks(self, usage: Usage, bits: int | None) -> list[BaseModel]:
         ended = {"stop_reason": self._reason, "stop_sequence": self._stop}
         return [
-            MessagesEvent(type="content_block_stop", index=0),
+            *self._last_closed(),
             MessagesEvent(type="message_delta", delta=ended, usage=MessagesUsage.of(usage)),
             MessagesEvent(type="message_stop"),
         ]
 
     def reply(self, deltas: Sequence[Delta], usage: Usage, bits: int | None) -> BaseModel:
-        for delta in deltas:
-            self._note(delta)
-        return self._message([delta.text for delta in deltas], usage, bits)
+        self._read(deltas)
+        return self._message(usage, bits)
+
+    def _opened(self, part: Part) -> list[BaseModel]:
+        return [MessagesEvent(type="content_block_start", index=part.index, content_block=_block(part))]
+
+    def _added(self, part: Part, text: str) -> list[BaseModel]:
+        is_text = part.call is None
+        said = {"type": "text_delta", "text": text} if is_text else {"type": "input_json_delta", "partial_json": text}
+        return [MessagesEvent(type="content_block_delta", index=part.index, delta=said)]
+
+    def _closed(self, part: Part) -> list[BaseModel]:
+        return [MessagesEvent(type="content_block_stop", index=part.index)]
 
     def _note(self, delta: Delta) -> None:
-        if delta.finish is not None:
+        if delta.finish == "tool_calls":
+            self._reason = "tool_use"
+        elif delta.finish == "length":
+            self._reason = "max_tokens"
+        elif delta.finish is not None:
             self._stop = delta.stop
-            stopped: StopReason = "end_turn" if delta.stop is None else "stop_sequence"
-            self._reason = "max_tokens" if delta.finish == "length" else stopped
+            self._reason = "end_turn" if delta.stop is None else "stop_sequence"
+
+
+def _block(part: Part) -> TextBlock | ToolUseBlock:
+    return TextBlock(text=part.text) if part.call is None else ToolUseBlock.of(part)
 
 
 def add_messages(app: FastAPI, service: Service) -> None:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError, UsageError
 from ..models import is_template_variable, template_knows
-from ..runtime.tools import Tool, shown_turns
+from ..runtime.tools import shown_turns
 from .answer import GenerationSpec
 from .errors import ApiError
 from .fields import Notice
 from .notices import Notices
-from .requests import ChatBody, ConversationBody
+from .requests import ChatBody
 from .service import Service
-from .tools import ToolUse, allowed, held, most_calls
+from .tools import ToolUse, held, most_calls
+from .turns import ConversationBody
 
 
-async def conversation_tokens(
-    service: Service, body: ConversationBody, notices: Notices, tools: Sequence[Tool] = ()
-) -> list[int]:
-    """The tokens of a conversation, up to where the model answers; it is told of `tools`.
+async def conversation_tokens(service: Service, body: ConversationBody, notices: Notices) -> list[int]:
+    """The tokens of a conversation, up to where the model answers; it is told of the functions that it may call.
 
     Raises ApiError for what the chat template cannot show, and as PromptEncoder.chat.
     """
     given = _variables(service, body, notices)
     try:
-        turns, variables, _ = shown_turns(service.tokenizer, [message.turn for message in body.messages], tools)
+        turns, variables, _ = shown_turns(service.tokenizer, [message.turn for message in body.messages], body.offered)
     except InputError as error:
         raise ApiError(400, error.sentence, param="tools") from error
     return await service.prompts.chat(
@@ -40,8 +38,8 @@ async def conversation_tokens(
 async def chat_spec(service: Service, body: ChatBody, notices: Notices) -> GenerationSpec:
     """What `body` asks for. Raises ApiError, and as `conversation_tokens`."""
     precision = service.catalog.precision(body.model, body.bits)  # refused before anything is tokenized
-    tools, constraint, use = allowed(body.tools, body.tool_choice), body.constraint, None
-    prompt = await conversation_tokens(service, body, notices, tools)
+    tools, constraint, use = body.offered, body.constraint, None
+    prompt = await conversation_tokens(service, body, notices)
     if tools:
         _, _, form = shown_turns(service.tokenizer, [], tools)
         choice, most = body.tool_choice, most_calls(body.tool_choice, body.parallel_tool_calls)

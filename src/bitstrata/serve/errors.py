@@ -14,11 +14,12 @@ from starlette.types import Scope
 
 from ..errors import BitstrataError, ClosedError, InputError, ResourceError, UnsupportedBitsError, UsageError
 from . import paths
-from .fields import REFUSED
+from .fields import AS_TEXT, AS_TURNS, REFUSED
 from .requests import ChatBody
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1
+_PLACES = {"body", "query", "path", AS_TEXT, AS_TURNS}  # of fields
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -87,7 +88,7 @@ def translate(error: Exception) -> ApiError:
 def _validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, by the field's name."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    where = [str(part) for part in first["loc"] if part not in _PLACES]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}")
     if first["type"] == REFUSED:

@@ -22,6 +22,7 @@ UNKNOWN = "unknown_parameter"  # the code of a notice or refusal of an unknown f
 MOST_FIELDS = 200  # of one object, nulls included
 MOST_NOTICES = 20  # that one body keeps
 NAME_LENGTH = 60  # characters of a name or value in a notice
+AS_TEXT, AS_TURNS = "as text", "as turns"  # kinds of one body, which pydantic puts before a field's name
 REFUSED = "refused"  # the type of an error that names its field; see `refused`
 _NUMBER = re.compile(r"\s*[+-]?(\d{1,18}(\.\d{0,18})?|\.\d{1,18})([eE][+-]?\d{1,3})?\s*")
 

@@ -1,4 +1,4 @@
-"""/v1/responses: OpenAI's newer API, for text.
+"""/v1/responses: OpenAI's newer API, for text and functions.
 
 A request is translated into one for /v1/chat/completions, and goes the same way; only the words of the answer differ.
 Nothing is kept from one request to the next, so those that build on an earlier response are refused.
@@ -9,25 +9,39 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from . import paths
 from .answer import answer
 from .chats import chat_spec
 from .described import answers
-from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, refused, unlimited
+from .fields import Body, Flag, Ignored, Number, Only, Text, Whole, unlimited
 from .notices import Notices
-from .replies import Delta, Formatter, Usage
+from .parts import Part, PartFormatter
+from .replies import Delta, Usage, call_id
 from .requests import Bits, ChatBody
 from .service import Service
-from .spelling import NamedEvents
 from .text import TokenNames
+from .tools import described_tools
 from .translated import translated
 
-SAME = {"model", "temperature", "top_p", "stream", "bits", "min_bits"}  # as of a chat
+SAME = {  # as of a chat
+    *("model", "temperature", "top_p", "stream", "bits", "min_bits"),
+    *("tools", "tool_choice", "parallel_tool_calls"),
+}
+_NAMED: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+    },
+    "required": ["type", "name"],
+}
+_TOOL = {**_NAMED, "properties": {**_NAMED["properties"], "parameters": {"type": "object"}}}
+_CHOICE = WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required", None]}, _NAMED]})
 
 
 class Reasoning(Body):
@@ -55,8 +69,9 @@ class ResponsesBody(Body):
     min_bits: Whole | None = None
     reasoning: Reasoning | None = None
     text: TextFormat | None = None
-    tools: Any = None
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    tools: Annotated[Any, described_tools(_TOOL)] = None
+    tool_choice: Annotated[Any, _CHOICE] = None
+    parallel_tool_calls: Flag | None = None
 
     metadata: Ignored = None
     store: Ignored = None
@@ -66,7 +81,6 @@ class ResponsesBody(Body):
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
-    parallel_tool_calls: Ignored = None
     max_tool_calls: Ignored = None
     stream_options: Ignored = None
     truncation: Annotated[Any, Only("disabled")] = None
@@ -75,12 +89,6 @@ class ResponsesBody(Body):
     previous_response_id: Annotated[Any, Only()] = None
     conversation: Annotated[Any, Only()] = None
     prompt: Annotated[Any, Only()] = None
-
-    @model_validator(mode="after")
-    def _without_tools(self) -> ResponsesBody:
-        if self.tools and self.tool_choice != "none":
-            raise refused("tools", "tools are taken at /v1/chat/completions only, or with tool_choice none")
-        return self
 
     def chat(self) -> ChatBody:
         """The same as a chat. Raises RequestValidationError for what a chat cannot say."""
@@ -91,7 +99,7 @@ class ResponsesBody(Body):
             turns.append({"role": "user", "content": self.input})
         else:
             for item in self.input:
-                turns += _turns(item)
+                _add_turn(turns, item)
         return translated(
             ChatBody,
             {
@@ -104,21 +112,23 @@ class ResponsesBody(Body):
         )
 
 
-def _turns(item: dict[str, Any]) -> list[dict[str, Any]]:
-    """An item of the input as turns of a chat; what a model thought earlier is left out."""
+def _add_turn(turns: list[dict[str, Any]], item: dict[str, Any]) -> None:
+    """An item of the input as a turn of a chat, or a call in the turn before; earlier thoughts are left out."""
     match item.get("type", "message"):
         case "message":
-            return [{"role": item.get("role"), "content": item.get("content")}]
+            turns.append({"role": item.get("role"), "content": item.get("content")})
         case "reasoning":
-            return []
+            pass
         case "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            if not turns or turns[-1]["role"] != "assistant":
+                turns.append({"role": "assistant", "content": ""})
             call = {"id": item.get("call_id"), "type": "function", "function": function}
-            return [{"role": "assistant", "content": "", "tool_calls": [call]}]
+            turns[-1].setdefault("tool_calls", []).append(call)
         case "function_call_output":
-            return [{"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}]
+            turns.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
         case kind:  # refused by its name, as a part of a message that is not text
-            return [{"role": "user", "content": [{"type": kind}]}]
+            turns.append({"role": "user", "content": [{"type": kind}]})
 
 
 class ResponsesReply(BaseModel):
@@ -157,67 +167,76 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-class ResponsesFormatter(Formatter):
-    spelling: ClassVar[NamedEvents] = NamedEvents()
+class ResponsesFormatter(PartFormatter):
+    text_prefix, call_prefix = "msg", "fc"
 
     def __init__(self, asked: ResponsesBody, body: ChatBody, name: str, names: TokenNames, notices: Notices) -> None:
         super().__init__(body, name, names, notices)
         self._asked, self._created = asked, int(time.time())
-        self._id, self._item = (f"{kind}_{uuid.uuid4().hex}" for kind in ("resp", "msg"))
-        self._text, self._finish, self._events = "", "stop", 0
+        self._id, self._finish, self._sent = f"resp_{uuid.uuid4().hex}", "stop", 0
+        self._call_ids: dict[str, str] = {}  # of parts
 
     def first_chunks(self, count: int, usage: Usage) -> list[BaseModel]:
         whole = self._whole("in_progress", None, None)
         return [
             self._event("response.created", response=whole),
             self._event("response.in_progress", response=whole),
-            self._event("response.output_item.added", output_index=0, item=self._message("in_progress")),
-            self._event("response.content_part.added", **self._place, part=self._part),
         ]
-
-    def next_chunks(self, delta: Delta, bits: int | None, usage: Usage) -> list[BaseModel]:
-        self._note(delta)
-        if not delta.text:
-            return []
-        return [self._event("response.output_text.delta", **self._place, delta=delta.text, logprobs=[])]
 
     def last_chunks(self, usage: Usage, bits: int | None) -> list[BaseModel]:
-        status = self._status
-        return [
-            self._event("response.output_text.done", **self._place, text=self._text, logprobs=[]),
-            self._event("response.content_part.done", **self._place, part=self._part),
-            self._event("response.output_item.done", output_index=0, item=self._message(status)),
-            self._event(f"response.{status}", response=self._whole(status, usage, bits)),
-        ]
+        closed, status = self._last_closed(), self._status
+        return [*closed, self._event(f"response.{status}", response=self._whole(status, usage, bits))]
 
     def reply(self, deltas: Sequence[Delta], usage: Usage, bits: int | None) -> BaseModel:
-        for delta in deltas:
-            self._note(delta)
+        self._read(deltas)
         return self._whole(self._status, usage, bits)
 
+    def _opened(self, part: Part) -> list[BaseModel]:
+        item = self._item(part, "in_progress")
+        added = self._event("response.output_item.added", output_index=part.index, item=item)
+        if part.call is not None:
+            return [added]
+        return [added, self._event("response.content_part.added", **_place(part), part=_content(part))]
+
+    def _added(self, part: Part, text: str) -> list[BaseModel]:
+        if part.call is not None:
+            return [self._event("response.function_call_arguments.delta", **_item_place(part), delta=text)]
+        return [self._event("response.output_text.delta", **_place(part), delta=text, logprobs=[])]
+
+    def _closed(self, part: Part) -> list[BaseModel]:
+        events: list[BaseModel]
+        if part.call is not None:
+            said = {"name": part.name, "arguments": part.text}
+            events = [self._event("response.function_call_arguments.done", **_item_place(part), **said)]
+        else:
+            events = [
+                self._event("response.output_text.done", **_place(part), text=part.text, logprobs=[]),
+                self._event("response.content_part.done", **_place(part), part=_content(part)),
+            ]
+        item = self._item(part, self._ends(part))
+        return [*events, self._event("response.output_item.done", output_index=part.index, item=item)]
+
     def _note(self, delta: Delta) -> None:
-        self._text += delta.text
         self._finish = delta.finish or self._finish
 
     @property
     def _status(self) -> Literal["completed", "incomplete"]:
         return "incomplete" if self._finish == "length" else "completed"
 
-    @property
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item, "output_index": 0, "content_index": 0}
+    def _ends(self, part: Part) -> Literal["completed", "incomplete"]:
+        """The status of a part when it has ended: only the last can be cut."""
+        return self._status if part is self._parts[-1] else "completed"
 
-    @property
-    def _part(self) -> dict[str, Any]:
-        return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": []}
-
-    def _message(self, status: str) -> dict[str, Any]:
-        parts = [] if status == "in_progress" else [self._part]
-        return {"id": self._item, "type": "message", "status": status, "role": "assistant", "content": parts}
+    def _item(self, part: Part, status: str) -> dict[str, Any]:
+        if part.call is not None:
+            names = {"call_id": self._call_ids.setdefault(part.id, call_id()), "name": part.name}
+            return {"id": part.id, "type": "function_call", "status": status, **names, "arguments": part.text}
+        content = [] if status == "in_progress" else [_content(part)]
+        return {"id": part.id, "type": "message", "status": status, "role": "assistant", "content": content}
 
     def _event(self, kind: str, **fields: Any) -> ResponsesEvent:
-        self._events += 1
-        return ResponsesEvent(type=kind, sequence_number=self._events - 1, **fields)
+        self._sent += 1
+        return ResponsesEvent(type=kind, sequence_number=self._sent - 1, **fields)
 
     def _whole(
         self, status: Literal["in_progress", "completed", "incomplete"], usage: Usage | None, bits: int | None
@@ -229,13 +248,13 @@ class ResponsesFormatter(Formatter):
             "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens,
             "metadata": asked.metadata if isinstance(asked.metadata, dict) else {},
-            "parallel_tool_calls": False,
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": asked.temperature,
             "text": {"format": (asked.text and asked.text.format) or {"type": "text"}},
             "tool_choice": asked.tool_choice or "auto",
-            "tools": [],
+            "tools": asked.tools or [],
             "top_p": asked.top_p,
             "truncation": "disabled",
         }
@@ -244,12 +263,24 @@ class ResponsesFormatter(Formatter):
             created_at=self._created,
             model=self.model,
             status=status,
-            output=[] if status == "in_progress" else [self._message(status)],
+            output=[self._item(part, self._ends(part)) for part in self._parts],
             usage=None if usage is None else _usage(usage),
             bits=bits,
             warnings=self._notices.messages,
             **rest,
         )
+
+
+def _item_place(part: Part) -> dict[str, Any]:
+    return {"item_id": part.id, "output_index": part.index}
+
+
+def _place(part: Part) -> dict[str, Any]:
+    return {**_item_place(part), "content_index": 0}
+
+
+def _content(part: Part) -> dict[str, Any]:
+    return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": []}
 
 
 def add_responses(app: FastAPI, service: Service) -> None:

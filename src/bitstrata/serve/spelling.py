@@ -24,11 +24,13 @@ _OMITTED = {
     "content_block",
     "delta",
 }  # where there is none; other fields are null
+_VERBATIM = {"input", "tools", "tool_choice", "metadata", "format"}  # what a model or a client said, nulls included
 
 
 def dump(reply: BaseModel) -> str:
-    """As JSON."""
-    return json.dumps(_without(reply.model_dump(mode="json")), ensure_ascii=False, separators=(",", ":"))
+    """As JSON. Half a surrogate pair, which what is echoed of a request can hold, is spelled as it came: escaped."""
+    text = json.dumps(_without(reply.model_dump(mode="json")), ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _is_told(key: str, whole: dict[str, Any]) -> bool:
@@ -39,7 +41,7 @@ def _is_told(key: str, whole: dict[str, Any]) -> bool:
 def _without(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key: _without(item)
+            key: item if key in _VERBATIM else _without(item)
             for key, item in value.items()
             if item is not None or key not in _OMITTED or _is_told(key, value)
         }

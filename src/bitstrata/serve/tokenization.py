@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from .chats import conversation_tokens
 from .described import refusals
-from .fields import Body, Flag, Text, Whole
-from .requests import ConversationBody
+from .fields import AS_TEXT, AS_TURNS, Body, Flag, Text, Whole
 from .service import Service
+from .turns import ConversationBody
 
 STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 503)
 
@@ -26,10 +26,20 @@ class TextToTokenize(Body):
 
 
 class TurnsToTokenize(ConversationBody):
-    """A conversation as /v1/chat/completions would read it."""
+    """A conversation as /v1/chat/completions would read it, its tools included."""
 
     model: Text | None = None
     return_token_strs: Flag | None = None
+
+
+def _kind(body: Any) -> str:
+    is_turns = "messages" in body if isinstance(body, dict) else isinstance(body, TurnsToTokenize)
+    return AS_TURNS if is_turns else AS_TEXT
+
+
+ToTokenize = Annotated[
+    Annotated[TextToTokenize, Tag(AS_TEXT)] | Annotated[TurnsToTokenize, Tag(AS_TURNS)], Discriminator(_kind)
+]
 
 
 class TokensToRead(Body):
@@ -50,7 +60,7 @@ class TextOfTokens(BaseModel):
 
 def add_tokenization(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", responses=refusals(*STATUSES))
-    async def tokenize(response: Response, body: TextToTokenize | TurnsToTokenize) -> Tokens:
+    async def tokenize(response: Response, body: ToTokenize) -> Tokens:
         """The tokens of a text, or of a conversation."""
         notices = service.notices(body)
         service.catalog.precision(body.model, None)

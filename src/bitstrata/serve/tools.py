@@ -97,11 +97,14 @@ _CHOSEN = {
     "properties": {"type": {"const": "function"}, "function": _FUNCTION},
     "required": ["type", "function"],
 }
-Tools = Annotated[
-    list[Tool],
-    PlainValidator(_tools),
-    WithJsonSchema({"anyOf": [{"type": "array", "items": _TOOL, "maxItems": MOST_TOOLS}, {"type": "null"}]}),
-]
+
+
+def described_tools(tool: dict[str, Any]) -> WithJsonSchema:
+    """A field of a list of what `tool` describes."""
+    return WithJsonSchema({"anyOf": [{"type": "array", "items": tool, "maxItems": MOST_TOOLS}, {"type": "null"}]})
+
+
+Tools = Annotated[list[Tool], PlainValidator(_tools), described_tools(_TOOL)]
 Choosing = Annotated[
     ToolChoice | None,
     PlainValidator(_choice),
