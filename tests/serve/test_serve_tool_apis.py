@@ -254,6 +254,7 @@ def test_texts_and_calls_are_items_in_their_order():
         (MESSAGES, {"tools": ANTHROPIC, "tool_choice": "any"}, "tool_choice"),
         (MESSAGES, {"tools": ANTHROPIC, "tool_choice": {"type": "tool", "name": "g"}}, "called g"),
         (MESSAGES, {"tools": ANTHROPIC, "tool_choice": {"type": "tool"}}, "tool_choice"),
+        (MESSAGES, {"tools": ANTHROPIC, "tool_choice": {"type": []}}, "tool_choice"),
         (RESPONSES, {"tools": [{"type": "web_search"}]}, "web_search"),
         (RESPONSES, {"tools": [{"type": "function"}]}, "name"),
         (RESPONSES, {"tool_choice": "required"}, "no tools"),

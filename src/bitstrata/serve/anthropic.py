@@ -31,6 +31,14 @@ from .turns import content_text
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 SAME = {"model", "max_tokens", "temperature", "top_p", "top_k", "stream", "bits", "min_bits"}  # as of a chat
 STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 503)
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": ["user", "assistant"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+    },
+    "required": ["role", "content"],
+}
 _MODES = {"auto": "auto", "any": "required", "none": "none"}
 _TOOL = {
     "type": "object",
@@ -64,7 +72,7 @@ def _choice(value: Any) -> dict[str, Any]:
     alone: dict[str, Any] = {"parallel_tool_calls": False} if kind and value.get("disable_parallel_tool_use") else {}
     if kind == "tool":
         return {"tool_choice": {"type": "function", "function": {"name": value.get("name")}}, **alone}
-    if kind not in _MODES:
+    if not isinstance(kind, str) or kind not in _MODES:
         raise ValueError('must be {"type": "auto"}, "any" or "none", or {"type": "tool", "name": ...}')
     return {"tool_choice": _MODES[kind], **alone}
 
@@ -86,7 +94,7 @@ class MessagesBody(Body):
     """/v1/messages"""
 
     model: Text | None = None
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[Annotated[dict[str, Any], WithJsonSchema(_MESSAGE)]] = Field(min_length=1)
     system: Annotated[str, PlainValidator(content_text, json_schema_input_type=str | list[dict[str, Any]] | None)] = ""
     max_tokens: Annotated[Annotated[Whole, Field(ge=1)] | None, BeforeValidator(unlimited)] = None
     temperature: Number | None = Field(None, ge=0)
