@@ -11,7 +11,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 # A user's `pip install` goes on without the kernels when they cannot be built; here that is an error, unless there is no compiler at all.
 export BITSTRATA_REQUIRE_NATIVE ?= $(if $(shell command -v $(CXX)),1,0)
 
-.PHONY: demo test test-slow test-browser test-eval test-vllm fuzz speed gpu-report check lint types format docs wheel sanitize cross clean
+.PHONY: demo test test-slow test-browser test-eval test-clients test-vllm fuzz speed gpu-report check lint types format docs wheel sanitize cross clean
 
 demo: $(READY)  ## the main job on the bundled model, offline
 	$(BIN)/bitstrata demo
@@ -30,9 +30,15 @@ test-browser: $(READY)  ## the playground in Chromium
 	$(PYTEST) -m browser
 
 test-eval: $(READY)  ## tasks of lm-evaluation-harness, in an environment on top of this one
-	@reason=$$(PYTHON="$(PYTHON)" tools/eval_environment.sh $(VENV)-eval $(VENV)); code=$$?; \
+	@reason=$$(PYTHON="$(PYTHON)" tools/environment_on_top.sh $(VENV)-eval $(VENV) "lm-eval[hf]"); code=$$?; \
 	if [ $$code = 3 ]; then echo "test-eval is skipped: $$reason"; exit 0; fi; [ $$code = 0 ] && \
 	HF_HUB_OFFLINE=1 $(VENV)-eval/bin/python -m pytest -q -m lm_eval tests/evaluation
+
+CLIENTS := openai anthropic litellm langchain-openai "lm-eval[api]"
+test-clients: $(READY)  ## the clients that people use, against `bitstrata serve`, in an environment on top of this one
+	@reason=$$(PYTHON="$(PYTHON)" tools/environment_on_top.sh $(VENV)-clients $(VENV) $(CLIENTS)); code=$$?; \
+	if [ $$code = 3 ]; then echo "test-clients is skipped: $$reason"; exit 0; fi; [ $$code = 0 ] && \
+	HF_HUB_OFFLINE=1 $(VENV)-clients/bin/python -m pytest -q -m clients tests/clients
 
 # vLLM needs another torch and transformers than we test with otherwise, hence an environment of its own.
 test-vllm: $(READY)  ## the vLLM plugin, over HTTP: servers with one worker and with two
@@ -106,5 +112,5 @@ $(READY): pyproject.toml constraints.txt $(NATIVE)
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-eval dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-eval $(VENV)-clients dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f src/bitstrata/kernels/cpu/_native.*.so
