@@ -6,6 +6,7 @@ milliseconds instead of seconds.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -32,24 +33,26 @@ def start(
     command: list[str],
     log: Path,
     kill_at: int | None = None,
-    save_seconds: float | None = None,
+    constants: Mapping[str, float] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> ForkServerProcess:
     """Run `bitstrata` with `command` in a process of its own, its output in `log`.
 
     kill_at: the process sends itself SIGKILL at this moment: 2 n just before its n-th file is renamed
         into place, 2 n + 1 just after.
-    save_seconds: instead of the usual time between two saved states of a tuning.
+    constants: "module.NAME" in the job's package -> what it is instead of the usual.
     environment: variables to set.
     """
-    process = _CONTEXT.Process(target=_run, args=(command, str(log), kill_at, save_seconds, environment))
+    process = _CONTEXT.Process(target=_run, args=(command, str(log), kill_at, constants, environment))
     process.start()
     return process
 
 
-def finish(command: list[str], log: Path, kill_at: int | None = None, save_seconds: float | None = None) -> int:
+def finish(
+    command: list[str], log: Path, kill_at: int | None = None, constants: Mapping[str, float] | None = None
+) -> int:
     """`start`, wait, and return the exit code; -9 if the process was killed."""
-    process = start(command, log, kill_at, save_seconds)
+    process = start(command, log, kill_at, constants)
     process.join()
     assert process.exitcode is not None
     return process.exitcode
@@ -82,7 +85,9 @@ def _print(command: list[str], out: str, err: str, encoding: str | None) -> None
     main()
 
 
-def start_team(commands: Sequence[list[str]], logs: Path) -> list[ForkServerProcess]:
+def start_team(
+    commands: Sequence[list[str]], logs: Path, constants: Mapping[str, float] | None = None
+) -> list[ForkServerProcess]:
     """Run `bitstrata` as a launcher does, a process for each command; the output of process r is in `logs`/r."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -90,14 +95,21 @@ def start_team(commands: Sequence[list[str]], logs: Path) -> list[ForkServerProc
     logs.mkdir(exist_ok=True)
     common = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        start(command, logs / str(rank), environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start(
+            command,
+            logs / str(rank),
+            constants=constants,
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
         for rank, command in enumerate(commands)
     ]
 
 
-def finish_team(commands: Sequence[list[str]], logs: Path) -> list[int | None]:
+def finish_team(
+    commands: Sequence[list[str]], logs: Path, constants: Mapping[str, float] | None = None
+) -> list[int | None]:
     """`start_team`, wait, and return the exit codes."""
-    processes = start_team(commands, logs)
+    processes = start_team(commands, logs, constants)
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]
@@ -107,7 +119,7 @@ def _run(
     command: list[str],
     log: str,
     kill_at: int | None,
-    save_seconds: float | None,
+    constants: Mapping[str, float] | None,
     environment: Mapping[str, str] | None,
 ) -> None:
     os.environ |= environment or {}
@@ -116,10 +128,11 @@ def _run(
     os.dup2(handle, 2)
     if kill_at is not None:
         _kill_at(kill_at)
-    if save_seconds is not None:
-        from bitstrata.quantization import tuning
-
-        tuning.SAVE_SECONDS = save_seconds
+    for name, value in (constants or {}).items():
+        module, _, constant = name.rpartition(".")
+        place = importlib.import_module(f"bitstrata.quantization.{module}")
+        assert hasattr(place, constant), name
+        setattr(place, constant, value)
     from bitstrata.cli.main import main
 
     sys.argv = ["bitstrata", *command]

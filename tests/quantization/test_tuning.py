@@ -258,7 +258,7 @@ def test_killed_while_scales_are_tuned(file, model, text, tmp_path):
     """Saved at every step. The files: the fingerprint, three blocks, of each precision five states and the result."""
     log, output = tmp_path / "log", tmp_path / "out"
     assert finish(command(model, tmp_path / "whole", text), log) == 0, log.read_text()
-    assert finish(command(model, output, text), log, kill_at=2 * file, save_seconds=-1) != 0
+    assert finish(command(model, output, text), log, kill_at=2 * file, constants={"tuning.SAVE_SECONDS": -1}) != 0
     assert (output / ".job" / "tuning-2.safetensors").exists()
     log.unlink()
     assert finish(command(model, output, text), log) == 0, log.read_text()

@@ -265,28 +265,26 @@ class BlockTask(Block):
         self, bits: int, names: Sequence[str], weights: Mapping[str, Tensor], originals: Scratch, count: int
     ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
         """So many times what `names` read in the original and on a chain, a batch at a time; the first is a pass."""
-        passes, local = self._passes_of(bits), [name.removeprefix(self.prefix) for name in names]
-        again = Scratch(self.scratch, self.dtype) if count > 1 and not passes.keeps(local) else None
+        local = [name.removeprefix(self.prefix) for name in names]
+        files = self._passes_of(bits).keeping(local)
+        own = [Scratch(self.scratch, self.dtype)] if count > 1 and not files else []
 
         def passing() -> Generator[tuple[Tensor, Tensor]]:
             for number, arguments in self._pass(bits, weights, local[0]):
                 quantized = arguments[0].to(self.dtype)
-                for name in local:
-                    passes.keep(name, quantized)
-                if again is not None:
-                    again.append(quantized)
+                for file in (*files, *own):
+                    file.append(quantized)
                 yield originals[number].to(self._device), quantized
 
         with contextlib.closing(passing()) as first:
             yield first
             for _ in first:  # lets the pass end
                 raise AssertionError
-        stored = again or passes.kept(local)
         for _ in range(1, count):
-            assert stored is not None
-            yield ((one.to(self._device), other.to(self._device)) for one, other in zip(originals, stored, strict=True))
-        if again is not None:
-            again.close()
+            stored = zip(originals, (*files, *own)[0], strict=True)
+            yield ((one.to(self._device), other.to(self._device)) for one, other in stored)
+        for file in own:
+            file.close()
 
     def advance(self, bits: int, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """The block's output with its quantized weights [N, K] on the chain of `bits`, a batch at a time."""

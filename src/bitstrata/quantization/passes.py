@@ -168,20 +168,10 @@ class Passes:
             self._outputs[name] = outputs
             self._inputs.pop(ready[name].linear).close()
 
-    def keep(self, linear: str, inputs: Tensor) -> None:
-        """Keep what a linear reads in the next batch, if a module ends in it."""
-        if self.keeps([linear]):
-            if linear not in self._inputs:
-                self._inputs[linear] = self._scratch()
-            self._inputs[linear].append(inputs)
-
-    def keeps(self, linears: Sequence[str]) -> bool:
-        """Whether `keep` keeps what one of these reads."""
-        return any(tail.linear in linears for tail in self.tails.values())
-
-    def kept(self, linears: Sequence[str]) -> Scratch | None:
-        """What was kept of these, which read the same."""
-        return next((self._inputs[linear] for linear in linears if linear in self._inputs), None)
+    def keeping(self, linears: Sequence[str]) -> list[Scratch]:
+        """Files for what these, which read the same, read in each batch: of those in which a module ends."""
+        ends = {tail.linear for tail in self.tails.values()}
+        return [self._inputs.setdefault(linear, self._scratch()) for linear in linears if linear in ends]
 
     def close(self) -> None:
         """Let go of all that is kept."""
