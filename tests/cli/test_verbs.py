@@ -154,7 +154,7 @@ def test_what_nobody_foresaw_is_called_a_bug(cli: Command, monkeypatch: pytest.M
         (MemoryError(), 4, "out of memory"),
         (torch.OutOfMemoryError("no more"), 4, "out of memory"),
         (OSError(28, "No space left on device"), 4, "the disk is full"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_resources_and_interruption_have_their_codes(

@@ -24,6 +24,8 @@ _CommandLineError: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="bitstrata",
     help="Quantize a causal LM once into nested bit-planes; run it at any number of bits.",
@@ -63,12 +65,14 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     try:
         with shown_on_stderr():
             code = app(arguments, standalone_mode=False, prog_name="bitstrata")
+        if code == INTERRUPTED:  # newer versions of typer make this of it
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except typer.Exit as leave:
         return leave.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted")
-        return 130
+        return INTERRUPTED
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else 1
     except _CommandLineError as error:
