@@ -1,7 +1,7 @@
 """How much memory quantizing a few blocks of a large model takes, and how long: a limit is set by the system.
 
     python benchmarks/quantize_memory.py [--shape llama-3.1-8b] [--blocks 2] [--bits 2-4] [--num-samples 128]
-        [--seq-len 2048] [--limit-gigabytes 4] [--method nested] [--folder FOLDER] [-o FILE]
+        [--seq-len 2048] [--checked 8] [--limit-gigabytes 4] [--method nested] [--folder FOLDER] [-o FILE]
 
 Makes a random model of that shape in bf16 (`--set` changes its sizes, such as `--set intermediate_size=4096`), with as
 many blocks, and quantizes it by the public command in a process of its own. Of that the system limits the private
@@ -65,10 +65,12 @@ def make_model(folder: Path, sizes: dict[str, int | bool], seed: int) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def measured(arguments: list[str], method: str) -> None:
+def measured(arguments: list[str], method: str, checked: int) -> None:
     """The public command in this process, and then its measures on a line of stderr."""
     from bitstrata.cli.main import run
+    from bitstrata.quantization import preflight
 
+    preflight.FEWEST_WINDOWS = checked
     clock = Clock(WITHOUT_END)
     with watched(clock, method):
         code = run(["quantize", *arguments])
@@ -79,7 +81,7 @@ def measured(arguments: list[str], method: str) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--measured"]:
-        measured(sys.argv[3:], sys.argv[2])
+        measured(sys.argv[4:], sys.argv[2], int(sys.argv[3]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another size of the shape")
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--method", default="nested")
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--checked", type=int, default=8, help="held-out windows; the usual are at least 8")
     parser.add_argument("--limit-gigabytes", type=float, default=4)
     parser.add_argument("--folder", type=Path, help="where model and result lie meanwhile")
     parser.add_argument("--seed", type=int, default=0)
@@ -102,8 +105,19 @@ def main() -> None:
         letters = random.Random(args.seed)
         count = (args.num_samples + 17) * args.seq_len  # held-out windows too
         (root / "text.txt").write_text("".join(letters.choices("etaoin shrdlu", k=count)))
-        command = [sys.executable, __file__, "--measured", args.method, str(root / "model"), "-o", str(root / "out")]
-        command += ["--method", args.method, "--bits", args.bits, "--calibration", str(root / "text.txt"), "--json"]
+        command = [sys.executable, __file__, "--measured", args.method, str(args.checked)]
+        command += [
+            str(root / "model"),
+            "-o",
+            str(root / "out"),
+            "--method",
+            args.method,
+            "--bits",
+            args.bits,
+            "--calibration",
+            str(root / "text.txt"),
+            "--json",
+        ]
         command += ["--num-samples", str(args.num_samples), "--seq-len", str(args.seq_len), "--device", "cpu"]
         started = time.monotonic()
         run = subprocess.run(
@@ -126,6 +140,7 @@ def main() -> None:
         "bits": args.bits,
         "num_samples": args.num_samples,
         "seq_len": args.seq_len,
+        "checked_windows": args.checked,
         "limit": "RLIMIT_DATA",
         "limit_bytes": limit,
         **json.loads(last),

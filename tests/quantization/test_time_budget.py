@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_helpers import digests, run
+import torch
+from job_helpers import ANYBCQ, digests, run
 from sparse_models import sparse_llama
 from tiny_models import tiny_text
 
@@ -74,6 +75,50 @@ def test_the_most_text_that_fits_is_taken(
     text = tiny_text(tmp_path / "text.txt", words=4000)
     report = run(model, tmp_path / "out", text, time_budget=given, dry_run=True, **NESTED)
     assert f"time budget: calibrated on {found[0]} windows of {found[1]} tokens" in report.notes
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(
+    ("method", "given", "found"),
+    # three blocks of (1 + (samples + 16) / 2) / 2 seconds; what the first process does alone is not divided
+    [
+        (NESTED, "50s", 48),
+        (NESTED, "49s", 24),
+        (NESTED, "32s", 24),
+        (NESTED, "31s", 16),
+        (ANYBCQ, "50s", 24),
+        (ANYBCQ, "51s", 48),
+    ],
+)
+def test_several_processes_divide_the_time(
+    method: dict[str, Any], given: str, found: int, model: Path, tmp_path: Path
+) -> None:
+    text = tiny_text(tmp_path / "text.txt", words=4000)
+    changes = {"time_budget": given, "dry_run": True, "device": "auto", "devices": "cpu,cpu", "num_samples": 48}
+    report = run(model, tmp_path / "out", text, **{**method, **changes})
+    assert f"time budget: calibrated on {found} windows of 32 tokens" in report.notes
+
+
+def test_the_speed_is_measured_with_the_threads_of_one_process(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def first_block(*_: Any) -> float:
+        found.append(torch.get_num_threads())
+        return 1.0
+
+    monkeypatch.setattr(duration, "_first_block", first_block)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        budgeted = {**NESTED, "time_budget": "1h", "dry_run": True, "device": "auto"}
+        run(model, tmp_path / "out", text, devices="cpu,cpu", **budgeted)
+        run(model, tmp_path / "out", text, **budgeted)
+        assert found == [2] * 3 + [4] * 3
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("clock")

@@ -5,6 +5,9 @@
 What is bound by memory is counted as so many operations, and reading and writing are not, so it is a guess within a
 factor of two or so; the first finished block corrects it (`corrected`). `fitting` is for a time that was given: it runs
 the first block on few windows and finds the most windows, and then the longest, with which the job ends in time.
+
+All of it is measured in one process, and what several divide is taken to be as many times as fast; what they exchange
+is not counted.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from ..calibration import Windows
 from ..errors import UsageError
 from ..progress import in_words, log, own_notes
-from .context import Job, Prepared, megabytes
+from .context import Job, Prepared, Stage, megabytes
 from .stages import Blocks
 from .state import SENSITIVITY, JobState
 
@@ -49,12 +52,16 @@ def expected_seconds(prepared: Prepared, blocks: float = 1.0) -> float:
     speeds: dict[torch.dtype, float] = {}
     for stage in prepared.stages:
         factor = blocks if isinstance(stage, Blocks) else 1.0
-        processes = prepared.settings.processes if stage.divided else 1
         for dtype, count in stage.operations(prepared).items():
             if dtype not in speeds:
                 speeds[dtype] = operations_a_second(prepared.settings.device, dtype)
-            total += factor * count / speeds[dtype] / processes
+            total += factor * count / speeds[dtype] / _processes(prepared, stage)
     return total
+
+
+def _processes(prepared: Prepared, stage: Stage) -> int:
+    """How many work on it."""
+    return prepared.settings.processes if stage.divided else 1
 
 
 def told(prepared: Prepared) -> str:
@@ -121,11 +128,14 @@ def fitting(prepared: Prepared, budget: float) -> tuple[int, int]:
     a_token = max(0.0, more - few) / ((FEW[1] - FEW[0]) * length)
     a_heldout = max(0.0, checked - few) / ((FEW[1] - 1) * length)
     alone = max(0.0, few - (a_token * FEW[0] + a_heldout) * length)  # whatever the tokens
+    processes = _processes(prepared, Blocks())
+    if not prepared.settings.method.undivided:  # most of it is solving
+        alone /= processes
     others = [stage for stage in prepared.stages if not isinstance(stage, Blocks)]
     predicted = float("inf")
     for samples, length in _sizes(*_size(prepared)):
         smaller = replace(_with_size(prepared, samples, length), stages=tuple(others))
-        blocks = alone + (a_token * samples + a_heldout * heldout) * length
+        blocks = alone + (a_token * samples + a_heldout * heldout) * length / processes
         predicted = blocks * len(prepared.discovery.blocks) + expected_seconds(smaller)
         if predicted <= budget:
             log.info(f"time budget: {samples} windows of {length} tokens, about {in_words(predicted)}")

@@ -36,7 +36,7 @@ from .companions import checkpoint_config, copy_companions
 from .context import Job, Prepared
 from .duration import corrected, told
 from .given_model import on_disk
-from .launch import joined, opened, placed, started
+from .launch import joined, opened, own_threads, placed, started
 from .mtp import write_mtp
 from .preflight import prepare
 from .report import Report, make_report
@@ -85,7 +85,7 @@ def _quantize(options: QuantizeOptions) -> Report:
     began = time.monotonic()
     problems: list[BitstrataError] = []
     settings = placed(Settings.parse(options, problems))
-    with joined(settings) as team:
+    with joined(settings) as team, own_threads(settings):
         with memory_errors("while the model was checked", hint=LESS_TEXT):
             chosen = team.led(lambda: within_budget(settings, problems))
             settings = replace(settings, num_samples=chosen.num_samples, seq_len=chosen.seq_len)

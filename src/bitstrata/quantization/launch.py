@@ -110,15 +110,23 @@ def _launched() -> int:
 
 
 @contextlib.contextmanager
+def own_threads(settings: Settings) -> Iterator[None]:
+    """With as many threads as each process of `--devices` gets, so that what is measured here is the speed of one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // max(1, len(settings.devices))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def started(settings: Settings) -> Iterator[Team]:
-    """A team of this process, which leads, and one new process for each further device of the settings."""
-    size, before = len(settings.devices), torch.get_num_threads()
-    threads = max(1, before // size)
+    """A team of this process, which leads, and one new process for each further device, with as many threads each."""
+    size = len(settings.devices)
     store = TCPStore("127.0.0.1", 0, size, True, MEETING, wait_for_workers=False)
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, before)
-        torch.set_num_threads(threads)
-        members = _Members(settings, store.port, threads)
+        members = _Members(settings, store.port, torch.get_num_threads())
         stack.callback(members.end)
         members.await_all(store)
         stack.enter_context(_group(store, 0, size, settings.device))
