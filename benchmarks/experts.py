@@ -1,12 +1,13 @@
 """What experts cost: opening a large index, memory while quantizing, bytes and time of a decoding step.
 
     python benchmarks/experts.py open [--experts 128] [--layers 48]
-    python benchmarks/experts.py memory [--experts 8,64]
+    python benchmarks/experts.py memory [--experts 8,64] [--windows 16,64]
     python benchmarks/experts.py decode [--experts 64] [--bits 3]
 
 open     a checkpoint of narrow layers: the size of its headers and of its index, and the time to open it, to describe
          it, and to load one plan's pages; beside it the number of tensors if each expert had its own
-memory   one block of so many experts, quantized by `nested`: the peak above that of the block alone
+memory   one block of so many experts, quantized by `nested` with so many windows of 512 tokens: its peak above what the
+         process had before, and what the job says it takes
 decode   a mixture against a dense model of the same active width, token by token through the modules: bytes read and
          milliseconds, interleaved, medians
 
@@ -16,6 +17,7 @@ Prints a line of JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -30,7 +32,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mixtr
 import bitstrata
 from bitstrata.benchmark.random_model import random_model
 from bitstrata.checkpoint import CheckpointReader
+from bitstrata.memory import peak_memory
 from bitstrata.models import bytes_per_token
+from bitstrata.options import QuantizeOptions
+from bitstrata.quantization.preflight import prepare
+from bitstrata.quantization.settings import Settings
+from bitstrata.quantization.stages import stages_of
 
 
 def timed(call, times: int = 3) -> float:
@@ -74,22 +81,20 @@ def measure_open(arguments: argparse.Namespace) -> dict[str, object]:
         }
 
 
-def quantize_block(folder: str, text: str, queue) -> None:
+def quantize_block(options: QuantizeOptions, queue) -> None:
     """In a process of its own, so that its peak is its own."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    block = sum(parameter.numel() for parameter in model.model.layers[0].parameters()) * 4
-    del model
-    with tempfile.TemporaryDirectory() as workspace:
-        report = bitstrata.quantize(
-            folder, Path(workspace) / "out", bits="2-4", method="nested", group_size=64, calibration=text,
-            num_samples=16, seq_len=256, options={"iterations": "1", "sweeps": "0"},
-        )  # fmt: skip
-    queue.put((block, report.peak_memory_bytes))
+    settings = Settings.parse(options)
+    said = prepare(settings, stages_of(settings), weights=False).memory.main
+    before = peak_memory()
+    report = bitstrata.quantize(**options.__dict__)
+    queue.put((said, report.peak_memory_bytes - before))
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, object]:
     rows = []
-    for experts in map(int, arguments.experts.split(",")):
+    for experts, windows in itertools.product(
+        *(map(int, of.split(",")) for of in (arguments.experts, arguments.windows))
+    ):
         with tempfile.TemporaryDirectory() as workspace:
             config = MixtralConfig(
                 vocab_size=4096, hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=8,
@@ -99,13 +104,18 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, object]:
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config).save_pretrained(workspace)
             AutoTokenizer.from_pretrained(arguments.tokenizer).save_pretrained(workspace)
+            options = QuantizeOptions(
+                workspace, f"{workspace}/out", bits="2-4", method="nested", group_size=64,
+                calibration=arguments.calibration, num_samples=windows, seq_len=512,
+                options={"iterations": "1", "sweeps": "0"},
+            )  # fmt: skip
             context = get_context("spawn")
             queue = context.Queue()
-            process = context.Process(target=quantize_block, args=(workspace, arguments.calibration, queue))
+            process = context.Process(target=quantize_block, args=(options, queue))
             process.start()
-            block, peak = queue.get()
+            said, peak = queue.get()
             process.join()
-        rows.append({"experts": experts, "block_bytes": block, "peak_bytes": peak, "above_4_blocks": peak - 4 * block})
+        rows.append({"experts": experts, "windows": windows, "said_bytes": said, "peak_bytes": peak})
     return {"blocks": rows}
 
 
@@ -156,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("open", "memory", "decode"))
     parser.add_argument("--experts")
+    parser.add_argument("--windows", default="16,64")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--folder", help="open: where the checkpoint is kept for the next run")
     parser.add_argument("--bits", type=int, default=3)

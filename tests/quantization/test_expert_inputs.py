@@ -15,7 +15,9 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from bitstrata.models.experts import split_experts
+from bitstrata.quantization import expert_inputs
 from bitstrata.quantization.block_task import BlockTask
+from bitstrata.quantization.chains import CHAIN
 from bitstrata.quantization.expert_inputs import counting, prior_share, tokens_of_experts
 from bitstrata.quantization.state import JobState
 
@@ -94,8 +96,10 @@ def test_each_expert_has_two_groups_in_its_place(seed):
     ]
 
 
+@pytest.mark.parametrize("rows", [3, expert_inputs.ROWS])
 @pytest.mark.parametrize("expert", range(E))
-def test_moments_are_those_of_the_formula(expert, seed):
+def test_moments_are_those_of_the_formula(expert, rows, seed, monkeypatch):
+    monkeypatch.setattr(expert_inputs, "ROWS", rows)
     task = make_task(seed)
     coarse = {p: {name: (w * 2**p).round() / 2**p for name, w in task.weights.items()} for p in BITS}
     names = {name: f"mlp.experts.{expert}.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
@@ -138,6 +142,21 @@ def test_an_expert_without_tokens_is_solved_on_all_that_the_layer_reads(seed):
         assert float(found.hessian.diagonal().min()) > 0
     assert prior_share(0, H) == 1.0
     assert prior_share(H, H) == 0.5
+
+
+def test_what_experts_read_is_in_files_that_are_removed(tmp_path, seed):
+    task = make_task(seed)
+    task.scratch = tmp_path
+    coarse = {p: dict(task.weights) for p in BITS}
+    task.moments(["mlp.experts.0.up_proj"], coarse)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [f"{CHAIN}-experts-mlp.experts-{chain}" for chain in ("2", "4", "original")]
+    assert all(path.stat().st_size == 30 * H * 4 for path in tmp_path.iterdir())
+    of = task._of_experts[1]
+    assert torch.equal(of.chains[2].inputs[:], task.chains[2].reshape(-1, H))
+    assert torch.equal(of.original.inputs[torch.tensor([4, 5, 1, 29])], task.inputs.reshape(-1, H)[[4, 5, 1, 29]])
+    task.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tokens_of_the_learning_windows_are_counted(seed):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .lanes import LANES, Share, Stretch, windows_of
-from .states import States
+from .states import States, runs_of
 
 
 def piece_path(path: Path, lanes: Stretch) -> Path:
@@ -46,18 +46,16 @@ class Pieces:
 
     def as_stored(self, rows: slice | Tensor) -> Tensor:
         """The same in the dtype of the files."""
-        if not isinstance(rows, slice):
-            return torch.cat([self.as_stored(slice(row, row + 1)) for row in rows.tolist()])
-        start, stop, _ = rows.indices(len(self))
-        found, first = [], 0
-        for part in self._parts:
-            inside = slice(max(start - first, 0), min(stop - first, len(part)))
-            if inside.start < inside.stop or len(self._parts) == 1:
-                found.append(part.as_stored(inside))
-            first += len(part)
-        if not found:
-            return torch.empty(0, *self.shape[1:], dtype=self.dtype)
-        return found[0] if len(found) == 1 else torch.cat(found)
+        spans = [slice(*rows.indices(len(self))[:2])] if isinstance(rows, slice) else runs_of(rows)
+        into = torch.empty(sum(max(0, span.stop - span.start) for span in spans), *self.shape[1:], dtype=self.dtype)
+        at = 0
+        for span in spans:
+            first = 0
+            for part in self._parts:
+                inside = slice(max(span.start - first, 0), min(span.stop - first, len(part)))
+                at += part.read(into[at:], inside) if inside.start < inside.stop else 0
+                first += len(part)
+        return into
 
     def close(self) -> None:
         for part in self._parts:

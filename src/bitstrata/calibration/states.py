@@ -7,6 +7,7 @@ file without the right one was never finished, or is damaged.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import zlib
@@ -22,6 +23,13 @@ from ..scratch import ByteFile, bytes_of
 
 FOOTER = 256  # bytes
 READ_BYTES = 1 << 22
+
+
+def runs_of(numbers: Tensor) -> list[slice]:
+    """These numbers int64 [n] as ranges, in their order."""
+    ends = (numbers.diff() != 1).nonzero()[:, 0].add(1).tolist()
+    found = numbers.tolist()
+    return [slice(found[at], found[end - 1] + 1) for at, end in itertools.pairwise([0, *ends, len(found)]) if end]
 
 
 class States:
@@ -104,17 +112,18 @@ class States:
 
     def as_stored(self, rows: slice | Tensor) -> Tensor:
         """The same in the dtype of the file."""
-        window = self.shape[1:].numel() * self.dtype.itemsize
-        if isinstance(rows, slice):
-            start, stop, _ = rows.indices(len(self))
-            spans = [(start, max(start, stop))]
-        else:
-            spans = [(row, row + 1) for row in rows.tolist()]
-        parts = []
-        for start, stop in spans:
-            into = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
-            parts.append(self._file.read(into, start * window))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        spans = [slice(*rows.indices(len(self))[:2])] if isinstance(rows, slice) else runs_of(rows)
+        into = torch.empty(sum(max(0, span.stop - span.start) for span in spans), *self.shape[1:], dtype=self.dtype)
+        at = 0
+        for span in spans:
+            at += self.read(into[at:], span)
+        return into
+
+    def read(self, into: Tensor, rows: slice) -> int:
+        """Fill the beginning of `into` with a range of windows; returns how many they are."""
+        count: int = max(0, rows.stop - rows.start)
+        self._file.read(into[:count], rows.start * self.shape[1:].numel() * self.dtype.itemsize)
+        return count
 
     def close(self) -> None:
         self._file.close()

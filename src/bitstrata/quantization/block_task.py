@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,45 +28,15 @@ from ..nn import Experts
 from ..scratch import Scratch, ahead
 from ..solvers import Block, Moments
 from ..solvers.method import Windows
-from .expert_inputs import ExpertMoments, Routed
+from .chains import CHAIN
+from .expert_inputs import Calls, ExpertMoments
 from .moment_sums import MomentSums
 from .passes import Passes, Tail, finding_tails, hooked, raw
 from .team import Team
+from .weights import Some, Widened
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 R = TypeVar("R")
-
-
-class Widened(Mapping[str, Tensor]):
-    """Weights in fp32, each made when it is asked for; `stored`: as they are in memory."""
-
-    def __init__(self, stored: Mapping[str, Tensor]) -> None:
-        self.stored = stored
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.stored[name].float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-
-class Some(Mapping[str, Tensor]):
-    """Those of `weights` that are in `names`."""
-
-    def __init__(self, weights: Mapping[str, Tensor], names: Collection[str]) -> None:
-        self._weights, self._names = weights, [name for name in weights if name in names]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weights[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 @dataclass(kw_only=True)
@@ -94,8 +65,9 @@ class BlockTask(Block):
         default=None, init=False
     )  # a module's name, while it is solved
     _recorded: dict[str, Scratch] | None = field(default=None, init=False)  # by the first linear of a group
-    _routing: dict[str, list[Routed]] = field(default_factory=dict, init=False)  # by a module of experts
+    _calls: dict[str, Calls] = field(default_factory=dict, init=False)  # of the original, by a module of experts
     _passes: dict[int, Passes] = field(default_factory=dict, init=False)  # of each chain
+    _files: list[Calls] = field(default_factory=list, init=False)  # of `_of_experts`
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Put weights [N, K] in the places of the block's own."""
@@ -208,18 +180,16 @@ class BlockTask(Block):
         assert self.inputs is not None
         firsts = [group[0] for group in self.input_groups() if self._expert_of(group[0]) is None]
         recorded = self._recorded = {name: Scratch(self.scratch, self.dtype) for name in firsts}
-        self._routing = {name: [] for name in self._experts()}
+        self._calls = {name: self._calls_of(name, "original") for name in self._experts()}
 
         def note(name: str) -> Hook:
             return lambda _, arguments: recorded[name].append(arguments[0])
 
-        def note_routed(name: str, module: Experts) -> Hook:
-            return lambda _, arguments: self._routing[name].append(Routed.of(module, arguments).cpu())
+        def note_routed(name: str) -> Hook:
+            return lambda _, arguments: self._calls[name].add(arguments)
 
         handles = [self._linear(name).register_forward_pre_hook(note(name)) for name in firsts]
-        handles += [
-            module.register_forward_pre_hook(note_routed(name, module)) for name, module in self._experts().items()
-        ]
+        handles += [module.register_forward_pre_hook(note_routed(name)) for name, module in self._experts().items()]
         with hooked(handles):
             yield from self.originals(self.inputs)
 
@@ -355,22 +325,50 @@ class BlockTask(Block):
     def _experts_of(self, module: str, solved: Mapping[int, Mapping[str, Tensor]]) -> ExpertMoments:
         """What the experts of a module read, on all windows: the first time every process asks for it."""
         if self._of_experts is None or self._of_experts[0] != module:
-            experts = self.block.get_submodule(module)
-            assert isinstance(experts, Experts)
             if self._recorded is None:
                 collections.deque(self.record(), maxlen=0)
-            chains = {}
+            self._leave_experts()
+            calls = {0: self._calls.pop(module)}
             for bits in self.chains:
-                inputs = self._pass(bits, solved[bits], module)
-                chains[bits] = self._routed([Routed.of(experts, arguments).cpu() for _, arguments in inputs])
-            called = self._routed(self._routing.pop(module))
-            self._of_experts = module, ExpertMoments(experts, called, chains, self._device)
+                calls[bits] = self._calls_of(module, str(bits))
+                for _, arguments in self._pass(bits, solved[bits], module):
+                    calls[bits].add(arguments)
+            original, *chains = (each.all() for each in calls.values())
+            moments = ExpertMoments(
+                calls[0].experts, original, dict(zip(self.chains, chains, strict=True)), self._device
+            )
+            self._of_experts = module, moments
+            self._files = list(calls.values())
         return self._of_experts[1]
 
-    def _routed(self, mine: list[Routed]) -> Routed:
-        """All windows' in order, from this process's own."""
-        own = [Routed.join(mine)] if mine else []
-        return Routed.join([part for parts in self.team.everyone(own) for part in parts])
+    def _calls_of(self, module: str, chain: str) -> Calls:
+        experts = self.block.get_submodule(module)
+        assert isinstance(experts, Experts)
+        name = f"{CHAIN}-experts-{self.prefix}{module}-{chain}"  # what an ended job leaves goes with its chains
+        return Calls(experts, Path(self._folder) / name, self.dtype, self.team)
+
+    @cached_property
+    def _folder(self) -> str:
+        if self.scratch is not None:
+            return str(self.scratch)
+        self._temporary = tempfile.TemporaryDirectory()
+        return self._temporary.name
+
+    def _leave_experts(self) -> None:
+        """The files of a module's experts are no longer needed: every process asks for it."""
+        if self._files:
+            self.team.wait()
+        for each in self._files:
+            each.close()
+        self._files, self._of_experts = [], None
+
+    def close(self) -> None:
+        """Let go of all that is kept: every process asks for it."""
+        self._leave_experts()
+        for calls in self._calls.values():
+            calls.close()
+        for passes in self._passes.values():
+            passes.close()
 
     def output(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         class Caller(nn.Module):

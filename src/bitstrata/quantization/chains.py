@@ -33,6 +33,7 @@ from ..progress import log
 from .team import Team, lanes_of
 
 ORIGINAL = "original"  # the others are named "<bits>" and "rtn <bits>"
+CHAIN = "chain"  # with which the names of files begin that a job removes before it goes on
 LEARNING, CHECKING = "learning", "checking"
 
 
@@ -64,7 +65,7 @@ class Chains:
     team: the processes that carry them.
     """
 
-    def __init__(self, runner: BlockRunner, folder: Path, prefix: str = "chain", team: Team | None = None) -> None:
+    def __init__(self, runner: BlockRunner, folder: Path, prefix: str = CHAIN, team: Team | None = None) -> None:
         self.runner, self.folder, self.prefix, self.team = runner, folder, prefix, team or Team()
         self.place = 0
         self.sets: dict[str, ChainSet] = {}

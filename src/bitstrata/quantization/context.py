@@ -24,12 +24,14 @@ from ..models.experts import active_experts, experts_of
 from ..planes import PlaneWeight, decode
 from ..progress import log
 from ..solvers.method import MomentsMethod
-from .block_task import BlockTask, Widened
+from .block_task import BlockTask
 from .chains import ORIGINAL, Chains
 from .companions import companions
+from .expert_inputs import expert_bytes
 from .settings import Settings
 from .state import JobState
 from .team import Team
+from .weights import Widened
 
 # What names, shapes and digests take, at most: of a tensor in the headers of its parts and of its shard, and in the
 # index; of a layer in config.json and the report.
@@ -130,13 +132,18 @@ class Prepared:
 
     @cached_property
     def expert_bytes(self) -> int:
-        """What the experts of a block read in the original and at each bits, and one of these while it is joined."""
+        """What calibrating experts takes in memory; their inputs are files."""
         settings = self.settings
         if self.windows is None or not isinstance(settings.method, MomentsMethod) or not settings.method.needs:
             return 0
-        if not experts_of((linear.name for linear in self.discovery.linears), self.model):
-            return 0
-        return self.windows.calibration.numel() * self.hidden_size * 4 * (2 + len(settings.bits))
+        experts, most = experts_of((linear.name for linear in self.discovery.linears), self.model), 0
+        for linear in self.discovery.linears:
+            if linear.name in experts and linear.name.endswith(".down_proj"):
+                count = experts[linear.name][1]
+                chosen = active_experts(self.source.config, count) or count
+                tokens, inner = self.windows.calibration.numel(), linear.in_features
+                most = max(most, expert_bytes(tokens, chosen, linear.out_features, inner, len(settings.bits)))
+        return most
 
     @cached_property
     def shares(self) -> dict[str, float]:
@@ -233,7 +240,7 @@ class Prepared:
         """An estimate of the peak: that of the stage that takes most (`Stage.memory`) and
 
             hidden states of what runs at a time: 4 batches x hidden x 4 bytes
-            what experts read (`expert_bytes`)
+            what calibrating experts takes (`expert_bytes`)
 
         The interpreter and its libraries, about 0.4 GB, come on top. On a GPU all but the hidden states is there; main
         memory holds those, and what is on its way: whatever of the model is in memory at a time.

@@ -197,6 +197,7 @@ class Blocks(Stage):
         """Chains before and behind a block, and what is kept of it while it is solved:
 
         windows x seq_len x bytes x (inputs of the original's linears + bits x (inputs of linears of different widths)),
+        where the experts of a module, which read the same, count as one;
         and the files of what solving takes (`Method.disk`).
         """
         if prepared.windows is None:
@@ -207,10 +208,17 @@ class Blocks(Stage):
         settings, kept = prepared.settings, 0
         if isinstance(settings.method, MomentsMethod) and settings.method.needs:
             experts = experts_of((linear.name for linear in prepared.discovery.linears), prepared.model)
+            bits = len(settings.bits)
             for index in range(len(prepared.discovery.blocks)):
-                linears = [one for one in prepared.discovery.of_block(index) if one.name not in experts]
-                inputs = [linear.in_features for linear in linears]
-                kept = max(kept, sum(inputs) + len(settings.bits) * sum(set(inputs)))
+                linears = prepared.discovery.of_block(index)
+                inputs = [one.in_features for one in linears if one.name not in experts]
+                routed = {  # by a module of experts
+                    one.name.rsplit(".", 2)[0]: one.out_features
+                    for one in linears
+                    if one.name in experts and one.name.endswith(".down_proj")
+                }
+                of_experts = sum(routed.values()) + bits * max(routed.values(), default=0)
+                kept = max(kept, sum(inputs) + bits * sum(set(inputs)) + of_experts)
             kept *= prepared.windows.calibration.numel() * settings.dtype.itemsize
         return chains + kept + max(settings.method.disk(shapes, settings.bits) for shapes in _shapes(prepared))
 
@@ -276,6 +284,7 @@ class Blocks(Stage):
             for bits in job.settings.bits:
                 self._advance(job, task, planes, index, bits)
                 return_free_memory()
+            task.close()
             facts["layer_error"] = {name: job.layer_error[name] for name in task.weights}
             chains.settle()
             if solve and job.team.leads:
