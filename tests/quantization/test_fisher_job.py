@@ -14,13 +14,14 @@ from job_helpers import ANYPRECISION, digests, run
 from job_process import finish
 from safetensors.torch import load_file
 from tiny_models import tiny_gpt2
+from torch import Tensor
 
 from bitstrata.calibration import BlockRunner, calibration_windows, fisher_diagonal, read_text
 from bitstrata.checkpoint import CheckpointReader, is_checkpoint
 from bitstrata.errors import JobError, PreflightError
 from bitstrata.models import SourceModel, discover, load_tokenizer
 from bitstrata.planes import decode
-from bitstrata.quantization import stages
+from bitstrata.quantization import gradients
 from bitstrata.quantization.preflight import heldout_windows
 from bitstrata.quantization.state import JobState
 from bitstrata.solvers import AnyPrecision
@@ -49,7 +50,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Count:
         calls.append(arguments)
         return fisher_diagonal(*arguments)
 
-    monkeypatch.setattr(stages, "fisher_diagonal", counting)
+    monkeypatch.setattr(gradients, "fisher_diagonal", counting)
     return lambda: len(calls)
 
 
@@ -78,17 +79,18 @@ def test_an_interrupted_job_does_not_compute_gradients_again(
     interrupted(model, text, output, files)
     assert computed() == 1
     assert len(list((output / ".job").glob("block-*"))) == files
-    assert (output / ".job" / "fisher.safetensors").exists()
+    left = [path.stem for path in sorted((output / ".job").glob("fisher-*"))]
+    assert left == [f"fisher-{index:04d}" for index in range(max(0, files - 1), 3)]  # dropped once a block is durable
     run(model, output, text, **ANYPRECISION)
     assert computed() == 1
     assert digests(output) == unbroken
 
 
-# before and after each file: the fingerprint, the sensitivities, three blocks
-SOME = (2, 3, 9)
+# before and after each file: the fingerprint, three blocks' sensitivities, three blocks
+SOME = (2, 5, 7, 13)
 MOMENTS = [
     pytest.param(SOME, id="some"),
-    pytest.param(sorted(set(range(2 * 5)) - set(SOME)), id="the-others", marks=pytest.mark.slow),
+    pytest.param(sorted(set(range(2 * 7)) - set(SOME)), id="the-others", marks=pytest.mark.slow),
 ]
 
 
@@ -114,9 +116,9 @@ def test_damaged_sensitivities_are_named_and_can_be_made_again(
 ) -> None:
     output = tmp_path / "out"
     interrupted(model, text, output, 1)
-    file = output / ".job" / "fisher.safetensors"
+    file = output / ".job" / "fisher-0001.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(JobError, match=r"fisher\.safetensors is damaged") as caught:
+    with pytest.raises(JobError, match=r"fisher-0001\.safetensors is damaged") as caught:
         run(model, output, text, **ANYPRECISION)
     assert "delete that file" in (caught.value.hint or "")
     file.unlink()
@@ -137,7 +139,8 @@ def test_layers_are_solved_with_the_gradients_on_the_calibration_windows(
     skeleton = source.skeleton()
     discovery = discover(skeleton)
     runner = BlockRunner(source, skeleton, discovery, 32, torch.device("cpu"))
-    fisher = fisher_diagonal(runner, windows.calibration)
+    fisher: dict[str, Tensor] = {}
+    fisher_diagonal(runner, windows.calibration, lambda index, found: fisher.update(found))
     stored = load_file(folder / "model.safetensors")
     reader = CheckpointReader(tmp_path / "out")
     for linear in discovery.linears:

@@ -154,12 +154,6 @@ class BlockRunner:
             for index, block in enumerate(self._blocks):
                 holder._modules[str(index)] = block
 
-    @contextmanager
-    def whole(self) -> Iterator[PreTrainedModel]:
-        """The whole model in memory, fp32."""
-        with self._in_memory(self.model, narrow=False):
-            yield self.model
-
     @torch.no_grad()
     def check(self, window: Tensor) -> None:
         """Raise ModelError if this model cannot be run block by block. It takes one block and what is outside of them.
@@ -332,9 +326,12 @@ class BlockRunner:
             yield Ends(embed, logits)
 
     @contextmanager
-    def block(self, index: int, skip: Iterable[str] = ()) -> Iterator[nn.Module]:
-        """Block `index` with its weights in memory, but not those in `skip`, which are on meta; it computes in fp32."""
-        with self._in_memory(self._blocks[index], self.discovery.blocks[index], skip):
+    def block(self, index: int, skip: Iterable[str] = (), *, narrow: bool = True) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory, but not those in `skip`, which are on meta; it computes in fp32.
+
+        narrow: weights of linears stay in the dtype that they are stored in.
+        """
+        with self._in_memory(self._blocks[index], self.discovery.blocks[index], skip, narrow=narrow):
             yield self._blocks[index]
 
     def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:

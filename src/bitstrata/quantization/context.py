@@ -38,13 +38,13 @@ from .weights import Widened
 TENSOR_TEXT = 640
 LAYER_TEXT = 1024
 
-Need = Literal["windows", "whole model"]
+Need = Literal["windows"]
 
 
 class Stage(ABC):
     """A part of a job that leaves a durable result, and does nothing where an earlier run left it.
 
-    needs: windows of calibration text; the whole model in memory at once.
+    needs: windows of calibration text.
     divided: whether several processes do it together; else the leader does it, and the others wait.
     """
 
@@ -253,9 +253,7 @@ class Prepared:
         if settings.device.type == "cpu":
             return MemoryNeed(work + hidden)
         outside, inside = self.parameter_bytes
-        whole = any("whole model" in stage.needs for stage in self.stages)
-        passing = 4 * sum(map(torch.Tensor.numel, self.model.parameters())) if whole else max(outside, *inside)
-        return MemoryNeed(passing + hidden, work)
+        return MemoryNeed(max(outside, *inside) + hidden, work)
 
 
 @dataclass

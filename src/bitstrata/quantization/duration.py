@@ -24,8 +24,9 @@ from ..calibration import Windows
 from ..errors import UsageError
 from ..progress import in_words, log, own_notes
 from .context import Job, Prepared, Stage, megabytes
+from .gradients import sensitivity
 from .stages import Blocks
-from .state import SENSITIVITY, JobState
+from .state import JobState
 
 SIDE = 1024  # of the product that is timed
 FEW = (2, 6)  # windows that the first block is run on
@@ -169,7 +170,7 @@ def _first_block(prepared: Prepared, samples: int, heldout: int) -> float:
             if "gradients" in small.settings.method.needs:
                 linears = small.discovery.of_block(0)
                 ones = {one.name: torch.ones(one.out_features, one.in_features) for one in linears}
-                job.state.save_tensors(SENSITIVITY, ones)
+                job.state.save_tensors(sensitivity(0), ones)
             stage.begin(job)
             began = time.perf_counter()
             stage.run_block(job, 0, solve=True)

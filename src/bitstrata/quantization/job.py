@@ -5,8 +5,8 @@
     finish       assemble the checkpoint, remove `.job`
 
 Chains of hidden states, one a precision and one for the original, are carried from block to block: a method sees the
-inputs that each precision really produces, and after the last block they give the logits for the final check. What
-weighs errors by gradients of the loss holds the whole model once; end-to-end tuning goes block by block too.
+inputs that each precision really produces, and after the last block they give the logits for the final check. Gradients
+of the loss and end-to-end tuning go block by block too.
 
 `Prepared.memory` estimates the peak memory; the measured peak is in the report.
 """

@@ -291,7 +291,7 @@ def _check_resources(prepared: Prepared) -> Iterator[ResourceError]:
             hint="free some space or choose another folder for -o",
         )
     device, need = prepared.settings.device, prepared.memory
-    gradients = any("whole model" in stage.needs for stage in prepared.stages)
+    gradients = "gradients" in prepared.settings.method.needs
     here = prepared.settings.here  # processes, each of which takes as much
     for where, kind, needed in (("cpu", "memory", here * need.main), (str(device), "GPU memory", need.gpu)):
         available = free_memory(where) if needed else 0

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Windows, fisher_bytes, fisher_diagonal
+from ..calibration import Windows
 from ..calibration.block_runner import TOKENS_PER_BATCH
 from ..calibration.lanes import windows_of
 from ..calibration.pieces import Pieces
@@ -37,9 +37,9 @@ from .block_task import BlockTask
 from .chains import CHECKING, LEARNING, ORIGINAL, Chains, ChainSet, baseline
 from .context import Job, Prepared, Stage
 from .expert_inputs import counting, tokens_of_experts
+from .gradients import Gradients, sensitivity
 from .moment_sums import summing_bytes
 from .settings import Settings
-from .state import SENSITIVITY
 from .tune_stage import Tune
 from .work import of_blocks, of_divergence, of_experts, of_head, of_moments, of_numbers, of_solver
 
@@ -113,30 +113,6 @@ class Head(Stage):
             wrong += float((dense - weight).square().sum(dtype=torch.float64))
             total += float(weight.square().sum(dtype=torch.float64))
         return wrong / max(total, 1e-30)
-
-
-class Gradients(Stage):
-    """Compute the sensitivities (calibration/fisher.py), unless all that reads them is done."""
-
-    needs = frozenset({"windows", "whole model"})
-
-    def memory(self, prepared: Prepared) -> int:
-        return fisher_bytes(prepared.model, prepared.discovery, prepared.settings.seq_len)
-
-    def disk(self, prepared: Prepared) -> int:
-        return 4 * prepared.discovery.weight_count
-
-    def operations(self, prepared: Prepared) -> dict[torch.dtype, float]:
-        """A window runs forward and backward, which is two."""
-        tokens = prepared.settings.num_samples * prepared.settings.seq_len
-        return {torch.float32: 3 * tokens * (of_blocks(prepared) + of_numbers(prepared) + of_head(prepared))}
-
-    def run(self, job: Job) -> None:
-        if job.state.has(SENSITIVITY) or all(map(job.state.has, range(len(job.discovery.blocks)))):
-            return
-        windows = job.windows.calibration
-        with Steps("gradients", len(windows), "window") as steps:
-            job.state.save_tensors(SENSITIVITY, fisher_diagonal(job.runner, windows, steps.step))
 
 
 def _shapes(prepared: Prepared) -> list[list[tuple[int, int]]]:
@@ -278,7 +254,7 @@ class Blocks(Stage):
                     chains.advance(CHECKING, ORIGINAL, runner.outputs(index, block, states, job.team))
             if solve:
                 facts = self._routing(job, f"{job.discovery.blocks[index]}.", calls)
-                planes = self._solved(job, task)
+                planes = self._solved(job, task, index)
             else:
                 facts, planes = job.state.facts(index), job.planes(index)
             for bits in job.settings.bits:
@@ -290,6 +266,7 @@ class Blocks(Stage):
             if solve and job.team.leads:
                 job.state.remember(index, facts)
                 job.state.save(index, planes)
+                job.state.drop(sensitivity(index))
             chains.moved()
 
     def _original(self, job: Job, task: BlockTask, index: int, block: nn.Module, *, record: bool) -> Pieces | None:
@@ -346,9 +323,9 @@ class Blocks(Stage):
             note(message)
         return facts
 
-    def _solved(self, job: Job, task: BlockTask) -> dict[str, PlaneWeight]:
+    def _solved(self, job: Job, task: BlockTask, index: int) -> dict[str, PlaneWeight]:
         if "gradients" in job.settings.method.needs:
-            task.sensitivity = job.state.load_tensors(SENSITIVITY, list(task.weights))
+            task.sensitivity = job.state.load_tensors(sensitivity(index), list(task.weights))
         method = job.settings.method
         return job.team.led(lambda: method.solve_block(task)) if method.undivided else method.solve_block(task)
 

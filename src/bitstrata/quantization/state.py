@@ -35,9 +35,8 @@ from ..planes.weights import PlaneWeight, make_scales
 JOB_FOLDER = ".job"
 HELPERS_LEAVE = 10.0  # seconds
 
-# what is made durable at once: a block by its index; the head and the embedding by their role; the sensitivities
+# what is made durable at once: a block by its index; the head and the embedding by their role; a block's sensitivities
 Part = int | str
-SENSITIVITY = "fisher"  # of all layers
 FACTS = "facts"
 
 

@@ -39,8 +39,8 @@ CHUNK = 1 << 15  # weights solved at a time: the working arrays stay in cache
 class AnyPrecision(Method):
     """Nested k-means of each row, weighted by the sensitivity of the loss.
 
-    fisher: weigh errors by squared gradients of the loss, which takes calibration text and the whole
-        model in fp32 in memory (paper: 100 windows of 512 tokens); else all weights count the same.
+    fisher: weigh errors by squared gradients of the loss, which takes calibration text
+        (paper: 100 windows of 512 tokens); else all weights count the same.
     kmeans_bits: the most bits at which k-means is solved at once; where the lowest bits asked for are
         more, clusters are split from here on. Time doubles with each: seconds a layer of 4096 x 4096
         at 3 bits, ten minutes at 8.

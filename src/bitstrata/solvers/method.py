@@ -29,7 +29,7 @@ ROWS_APART, MOST_PARTS = 128, 8  # on a CPU rows are solved in so many parts at 
 
 R = TypeVar("R")
 
-# inputs: `inputs`, `targets` and `chains` of a block; gradients: its `sensitivity`, which takes the whole model once
+# inputs: `inputs`, `targets` and `chains` of a block; gradients: its `sensitivity`
 Need = Literal["inputs", "gradients"]
 
 
