@@ -22,7 +22,8 @@ from ..planes.weights import MAX_BITS
 from .source_files import indexed_files
 
 DEFAULT = FromHub()
-DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+# the last ones: small layers behind an embedding model, by sentence-transformers
+DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "[0-9]_*/model.safetensors")
 
 
 def resolve(
