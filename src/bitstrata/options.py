@@ -80,6 +80,9 @@ class QuantizeOptions(FromHub):
         Mapping[str, Any] | None, Argument("Method option NAME=VALUE; repeatable.", flag="--option", each=named_values)
     ] = None
     skip: Annotated[str | Sequence[str], Argument("Layers to leave: a glob, or re:REGEX; repeatable.", each=texts)] = ()
+    merge_adapter: Annotated[
+        bool, Argument("MODEL is a LoRA adapter, or holds one: quantize what it makes of its model (extra lora).")
+    ] = False
     drop_mtp: Annotated[bool, Argument("Leave out layers that predict further tokens (MTP).")] = False
     seed: Annotated[int, Argument("Decides windows and training order.")] = 0
     device: Device = "auto"
