@@ -11,7 +11,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 # A user's `pip install` goes on without the kernels when they cannot be built; here that is an error, unless there is no compiler at all.
 export BITSTRATA_REQUIRE_NATIVE ?= $(if $(shell command -v $(CXX)),1,0)
 
-.PHONY: demo test test-slow test-browser test-eval test-clients test-vllm fuzz speed gpu-report check lint types format docs wheel sanitize cross clean
+.PHONY: demo test test-slow test-browser test-eval test-clients test-exchange test-vllm fuzz speed gpu-report check lint types format docs wheel wheels sanitize cross clean
 
 demo: $(READY)  ## the main job on the bundled model, offline
 	$(BIN)/bitstrata demo
@@ -39,6 +39,12 @@ test-clients: $(READY)  ## the clients that people use, against `bitstrata serve
 	@reason=$$(PYTHON="$(PYTHON)" tools/environment_on_top.sh $(VENV)-clients $(VENV) $(CLIENTS)); code=$$?; \
 	if [ $$code = 3 ]; then echo "test-clients is skipped: $$reason"; exit 0; fi; [ $$code = 0 ] && \
 	HF_HUB_OFFLINE=1 $(VENV)-clients/bin/python -m pytest -q -m clients tests/clients
+
+PEERS := gguf llama-cpp-python
+test-exchange: $(READY)  ## exported GGUF files in llama.cpp, which is compiled, in an environment on top of this one
+	@reason=$$(PYTHON="$(PYTHON)" tools/environment_on_top.sh $(VENV)-exchange $(VENV) $(PEERS)); code=$$?; \
+	if [ $$code = 3 ]; then echo "test-exchange is skipped: $$reason"; exit 0; fi; [ $$code = 0 ] && \
+	HF_HUB_OFFLINE=1 $(VENV)-exchange/bin/python -m pytest -q tests/exchange/test_llama_cpp.py
 
 # vLLM needs another torch and transformers than we test with otherwise, hence an environment of its own.
 test-vllm: $(READY)  ## the vLLM plugin, over HTTP: servers with one worker and with two
@@ -106,11 +112,18 @@ cross: $(READY)  ## build the extension for 64-bit Arm, and run its kernels in a
 	grep -q "bitstrata: neon kernels" build/cross/log.txt
 	$(BIN)/python tools/neon/emulate.py
 
+# A release's are made on machines of each platform (docs/guides/installing.md).
+PYTHONS ?= python3.11 python3.12
+wheels: $(READY)  ## wheels for Linux, on x86-64 and 64-bit Arm, with glibc of 2018: dist/
+	$(BIN)/python -c "import ziglang, abi3audit" 2> /dev/null || $(BIN)/python -m pip install --quiet --editable ".[cross]"
+	rm -rf dist
+	tools/wheels.sh $(VENV) $(PYTHONS)
+
 $(READY): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-eval $(VENV)-clients dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-eval $(VENV)-clients $(VENV)-exchange dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f src/bitstrata/kernels/cpu/_native.*.so

@@ -75,7 +75,12 @@ THEIRS = {  # the flags of other programs, in the guides that are about them
         *("--middleware", "--served-model-name", "--api-server-count", "--head", "--address"),
         *("--speculative-config", "--enable-expert-parallel"),
     },
-    "exchange.md": {"--imatrix", "--tensor-type", "--kl-divergence"},
+    "coming-from.md": {
+        *("--imatrix", "--tensor-type", "--kl-divergence", "--cache-type-k", "--cache-type-v", "--grammar"),
+        *("--json-schema", "--lora", "--hf-token", "--download-dir", "--max-num-seqs", "--max-model-len"),
+        *("--enable-lora", "--lora-modules", "--speculative-config", "--resume"),
+    },
+    "installing.md": {"--output-dir"},
     "clients.md": {"--apply", "--model", "--tasks"},
 }
 

@@ -24,6 +24,7 @@ ROOMS = [
     "memory",
     "scratch",
     "torch_state",
+    "option_fields",
     "options",
     "verbs",
     "progress",

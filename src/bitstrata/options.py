@@ -7,71 +7,20 @@ order of fields is that of positional arguments in Python, until `KW_ONLY`. Noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 from .errors import UsageError
+from .option_fields import Argument as Argument
+from .option_fields import arguments_of as arguments_of
+from .option_fields import bounds, named_values, texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 else:
     PreTrainedModel = PreTrainedTokenizerBase = Any
-
-
-@dataclass(frozen=True)
-class Argument:
-    """What is known of a field beside its type and default.
-
-    Args:
-        help: a sentence for people.
-        flag: on the command line, where it is not --the-field's-name; "" for a word without a flag.
-        short: a second flag.
-        least, most: bounds of a number, which the command line checks.
-        each: of a flag that may be repeated: makes the field's value from the texts. Raises UsageError.
-        environment: a variable that gives it too.
-        is_command: whether the command line has it.
-    """
-
-    help: str
-    flag: str | None = None
-    short: str | None = None
-    least: int | None = None
-    most: int | None = None
-    each: Callable[[str, Sequence[str]], Any] | None = None
-    environment: str | None = None
-    is_command: bool = True
-
-
-def arguments_of(options: type) -> dict[str, tuple[Any, Argument]]:
-    """Name of every field -> its type and its Argument."""
-    hints = get_type_hints(options, include_extras=True)
-    return {one.name: (hints[one.name].__origin__, hints[one.name].__metadata__[0]) for one in fields(options)}
-
-
-def texts(flag: str, given: Sequence[str]) -> tuple[str, ...]:
-    return tuple(given)
-
-
-def named_values(flag: str, given: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE, by name."""
-    for item in given:
-        if "=" not in item:
-            raise UsageError(f"{flag} {item!r} must look like NAME=VALUE", hint=f"for example {flag} steps=500")
-    return dict(item.split("=", 1) for item in given)
-
-
-def bounds(flag: str, given: Sequence[str]) -> dict[str, int]:
-    """`PATTERN=BITS` or `BITS` for all layers, as a mapping."""
-    found: dict[str, int] = {}
-    for text in given:
-        pattern, _, bits = text.rpartition("=")
-        if not bits.isdigit():
-            raise UsageError(f"{flag} {text!r} cannot be used", hint=f"{flag} 3, or {flag} '*.down_proj=3'")
-        found.pop(pattern or "*", None)  # a key that is there keeps its place, but the last that matches holds
-        found[pattern or "*"] = int(bits)
-    return found
 
 
 Device = Annotated[str, Argument("auto, cpu, cuda or cuda:N.")]
@@ -81,8 +30,29 @@ Reuse = Annotated[str, Argument("Take up cached beginnings that equal bits wrote
 CacheDtype = Annotated[str, Argument("How the cache keeps keys and values: auto (the model's dtype), int8 or int4.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class FromHub:
+    """How a hub id is fetched; a local folder needs none of it."""
+
+    revision: Annotated[str | None, Argument("Of MODEL on the hub: a branch, tag or commit.")] = None
+    token: Annotated[str | None, Argument("For the hub, where it asks for one; HF_TOKEN by default.")] = field(
+        default=None, repr=False
+    )
+    cache_dir: Annotated[str | Path | None, Argument("Where the hub's files are kept; HF_HUB_CACHE by default.")] = None
+
+    @property
+    def hub(self) -> FromHub:
+        """This part alone."""
+        return FromHub(revision=self.revision, token=self.token, cache_dir=self.cache_dir)
+
+    @property
+    def other(self) -> FromHub:
+        """For another repository than the model's, whose revisions are its own."""
+        return FromHub(token=self.token, cache_dir=self.cache_dir)
+
+
 @dataclass(frozen=True)
-class QuantizeOptions:
+class QuantizeOptions(FromHub):
     """Quantize MODEL into nested bit-planes. Run the same command again to resume an interrupted job."""
 
     model: Annotated[str | Path | PreTrainedModel, Argument("Model folder (safetensors) or hub id.", flag="")]
@@ -110,6 +80,9 @@ class QuantizeOptions:
         Mapping[str, Any] | None, Argument("Method option NAME=VALUE; repeatable.", flag="--option", each=named_values)
     ] = None
     skip: Annotated[str | Sequence[str], Argument("Layers to leave: a glob, or re:REGEX; repeatable.", each=texts)] = ()
+    merge_adapter: Annotated[
+        bool, Argument("MODEL is a LoRA adapter, or holds one: quantize what it makes of its model (extra lora).")
+    ] = False
     drop_mtp: Annotated[bool, Argument("Leave out layers that predict further tokens (MTP).")] = False
     seed: Annotated[int, Argument("Decides windows and training order.")] = 0
     device: Device = "auto"
@@ -125,7 +98,7 @@ class QuantizeOptions:
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanOptions(FromHub):
     """Choose the bits of every layer for a budget in bytes or bits a weight."""
 
     model: Annotated[str | Path, Checkpoint]
@@ -156,7 +129,7 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(FromHub):
     """Measure each bits on a text, on tasks, or at the decisions of chats: distance from the original and scores."""
 
     model: Annotated[str | Path | PreTrainedModel, Checkpoint]
@@ -201,7 +174,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(FromHub):
     """Write MODEL at one number of bits, or with one plan, for other programs. Nothing is written unless all is."""
 
     model: Annotated[str | Path, Chosen]
@@ -260,7 +233,7 @@ class BenchOptions:
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(FromHub):
     """Show bits, bits per weight and bytes for each precision, the layers, and the kernel that will run."""
 
     path: Annotated[str | Path, Checkpoint]
@@ -277,6 +250,9 @@ class PushOptions:
     _: KW_ONLY
     private: Annotated[bool, Argument("Make a new repository private.")] = False
     revision: Annotated[str | None, Argument("The branch to write to; made where it is not there.")] = None
+    token: Annotated[str | None, Argument("With which the hub lets one write; HF_TOKEN by default.")] = field(
+        default=None, repr=False
+    )
 
 
 @dataclass(frozen=True)
@@ -308,8 +284,8 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much of a model is loaded, and where."""
+class Size(FromHub):
+    """How much of a model is loaded, from where, and where to."""
 
     budget: Annotated[
         str | None,

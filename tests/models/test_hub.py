@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama
 
 import bitstrata
+from bitstrata.cli.main import run
 from bitstrata.errors import BitstrataError, ModelError
 from bitstrata.models import load_tokenizer, resolve
 from bitstrata.models.source import SourceModel
@@ -22,11 +23,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Repositories under `root`, and a cache; `asked` are the files that were fetched, `online` whether it answers."""
+    """Repositories under `root`, and a cache.
+
+    asked: the files that were fetched. access: every call's revision, token and folder. online: whether it answers.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root, self.cache = root / "hub", root / "cache"
         self.asked: list[str] = []
+        self.access: set[tuple[str, str | None, str | None, str | None]] = set()
         self.online = True
 
     def publish(self, repo: str, folder: Path) -> Path:
@@ -39,10 +44,11 @@ class Hub:
         revision: str | None = None,
         allow_patterns: list[str] | None = None,
         local_files_only: bool = False,
-        **others: Any,
+        token: str | None = None,
+        cache_dir: str | None = None,
     ) -> str:
-        assert not others
-        assert revision in (None, COMMIT), "all parts must be of the same revision"
+        assert revision in (None, "two", COMMIT), "all parts must be of the same revision"
+        self.access.add((repo_id, revision, token, cache_dir))
         home = self.cache / f"models--{repo_id.replace('/', '--')}"
         snapshot = home / "snapshots" / COMMIT
         published = self.root / repo_id
@@ -211,6 +217,57 @@ def test_an_index_cannot_ask_for_patterns_or_other_places(hub: Hub, tmp_path: Pa
     with pytest.raises(ModelError, match="is not a file name"):
         resolve("org/outside")
     assert hub.weights() == set()
+
+
+VERBS = {
+    "load": lambda hub, folder: bitstrata.load("org/quantized", **hub),
+    "a plan": lambda hub, folder: bitstrata.load("org/quantized", plan=2, **hub),
+    "eval": lambda hub, folder: bitstrata.evaluate("org/quantized", folder / "text.txt", "2", seq_len=16, **hub),
+    "inspect": lambda hub, folder: bitstrata.inspect("org/quantized", **hub),
+    "export": lambda hub, folder: bitstrata.export_model("org/quantized", folder / "dense", format="dense", **hub),
+    "plan": lambda hub, folder: bitstrata.plan(
+        "org/quantized", "6bpw", "waterfill", windows=2, seq_len=8, text=folder / "text.txt", **hub
+    ),
+    "quantize": lambda hub, folder: rtn("org/model", folder / "out", **hub),
+    "generate": lambda hub, folder: run(["generate", "org/quantized:2", "x", *flags(hub)]),
+}
+
+
+def flags(hub: dict[str, str]) -> list[str]:
+    return [part for name, value in hub.items() for part in (f"--{name.replace('_', '-')}", value)]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_asks_for_the_revision_with_the_token_and_keeps_it_in_the_folder(
+    hub: Hub, verb: str, tmp_path: Path
+) -> None:
+    source = tiny_llama(tmp_path / "source")
+    hub.publish("org/quantized", rtn(source, tmp_path / "quantized"))
+    hub.publish("org/model", source)
+    (tmp_path / "text.txt").write_text("a b c d e f g h " * 40)
+    VERBS[verb]({"revision": "two", "token": "hf_secret", "cache_dir": "kept"}, tmp_path)
+    repo = "org/model" if verb == "quantize" else "org/quantized"
+    assert {repo} == {call[0] for call in hub.access}
+    assert {call[1] for call in hub.access} <= {"two", COMMIT}
+    assert {call[2:] for call in hub.access} == {("hf_secret", "kept")}
+    if verb == "quantize":
+        written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        assert not any(b"hf_secret" in path.read_bytes() for path in written)
+
+
+def test_a_reference_has_revisions_of_its_own(hub: Hub, tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "source")
+    hub.publish("org/quantized", rtn(source, tmp_path / "quantized"))
+    hub.publish("org/model", source)
+    (tmp_path / "text.txt").write_text("a b c d e f g h " * 40)
+    access = {"revision": "two", "token": "hf_secret"}
+    bitstrata.evaluate("org/quantized", tmp_path / "text.txt", "2", "org/model", seq_len=16, **access)
+    assert {call[1:3] for call in hub.access if call[0] == "org/model"} == {(None, "hf_secret"), (COMMIT, "hf_secret")}
+    assert ("org/quantized", "two", "hf_secret", None) in hub.access
+
+
+def test_a_token_is_not_shown() -> None:
+    assert "hf_secret" not in repr(bitstrata.EvaluateOptions("org/model", token="hf_secret"))
 
 
 @pytest.mark.parametrize("bits", [2, None])

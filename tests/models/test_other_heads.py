@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from tiny_models import tiny_tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 from transformers import AutoModelForTokenClassification as TokenClassification
 
 import bitstrata
@@ -66,6 +67,15 @@ def test_a_plain_decoder(checkpoint, ids, tmp_path):
         assert torch.equal(loaded(ids, bits=plan_of(loaded, plan)).last_hidden_state, expected)
         with pytest.raises(UnsupportedBitsError):
             loaded(ids, bits=7)
+
+
+@torch.no_grad()
+def test_pipelines_load_a_checkpoint_by_its_folder(checkpoint):
+    _, _, folder = checkpoint
+    features = pipeline("feature-extraction", model=str(folder), tokenizer=tiny_tokenizer())
+    ids = torch.tensor(features.tokenizer("a b c").input_ids)[None]
+    expected = AutoModel.from_pretrained(folder)(ids, bits=max(BITS)).last_hidden_state
+    assert torch.equal(torch.tensor(features("a b c")), expected)
 
 
 def plan_of(model, plan):

@@ -34,14 +34,13 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def call(
-    hub: HubServer, cache: Path, *arguments: object, token: str | None = TOKEN
+    hub: HubServer, cache: Path, *arguments: object, token: str | None = TOKEN, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """`bitstrata` in a process of its own, whose hub is ours: the client reads where it is when it is imported."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", "HF_HOME")
     own = {name: value for name, value in os.environ.items() if name not in names}
     own |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if token is not None:
-        own["HF_TOKEN"] = token
+    own |= environment if token is None else {"HF_TOKEN": token, **environment}
     command = [sys.executable, "-m", "bitstrata.cli.main", *map(str, arguments)]
     return subprocess.run(command, env=own, capture_output=True, text=True, timeout=240)
 
@@ -68,6 +67,24 @@ def test_what_is_pushed_is_what_others_load(hub, checkpoint, tmp_path):
     again = call(hub, tmp_path / "theirs", "generate", "user/small:2", "def f", *arguments, token=None)
     assert again.stdout == local.stdout
     assert not {name for name in hub.fetched() if name.endswith("safetensors")}, "it is in the cache"
+
+
+def test_a_private_branch_by_its_name_and_a_token_of_the_call_and_again_without_the_hub(hub, checkpoint, tmp_path):
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.is_file()}
+    hub.repos["user/branches"] = {"main": {}, "two": files}
+    hub.private.add("user/branches")
+    asked = ("generate", "user/branches:2", "def f", "--max-new-tokens", 4, "--revision", "two")
+    kept = ("--cache-dir", tmp_path / "kept")
+    found = call(hub, tmp_path / "home", *asked, *kept, "--token", TOKEN, token=None)
+    assert found.returncode == 0, found.stderr
+    hub.requests.clear()
+    again = call(hub, tmp_path / "home", *asked, *kept, token=None, HF_HUB_OFFLINE="1")
+    assert (again.returncode, again.stdout) == (0, found.stdout), again.stderr
+    assert not hub.requests
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    refused = call(hub, tmp_path / "home", *asked, token=None)
+    assert refused.returncode == 3
+    assert "the hub did not give it" in refused.stderr
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def test_an_adapter_is_sent_to_be_merged(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "source")
     (source / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere/base"}')
     assert "holds an adapter" in refusal(source)
-    assert "merge_and_unload" in refusal(source)
+    assert "--merge-adapter" in refusal(source)
     (source / "config.json").unlink()
     assert "is an adapter, not a model" in refusal(source)
 

@@ -42,7 +42,30 @@ def test_templates_and_processor_files_come_along(tmp_path: Path) -> None:
     assert copied.chat_template == tokenizer.chat_template
 
 
-@pytest.mark.parametrize("name", ["LICENSE_x", "tokenizer.x", "additional_chat_templates/x.jinja"])
+def test_what_makes_an_embedding_of_hidden_states_comes_along(tmp_path: Path) -> None:
+    """Beside a model of sentence-transformers: the list of its modules, how it pools, and a layer behind that."""
+    source = tiny_llama(tmp_path / "source")
+    modules = [{"idx": 0, "path": "", "type": "x.Transformer"}, {"idx": 1, "path": "1_Pooling", "type": "x.Pooling"}]
+    files = {
+        "modules.json": json.dumps(modules).encode(),
+        "sentence_bert_config.json": b'{"max_seq_length": 32}',
+        "config_sentence_transformers.json": b'{"prompts": {"query": "q: "}}',
+        "1_Pooling/config.json": b'{"pooling_mode_lasttoken": true}',
+        "2_Dense/config.json": b'{"in_features": 64, "out_features": 8}',
+        "2_Dense/model.safetensors": b"weights of a layer",
+    }
+    for name, content in {**files, "onnx/model.safetensors": b"another copy"}.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(content)
+    rtn(source, tmp_path / "out")
+    copied = {name: tmp_path / "out" / name for name in files}
+    assert {name: path.read_bytes() for name, path in copied.items()} == files
+    assert not (tmp_path / "out" / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENSE_x", "2_Dense/model.safetensors", "tokenizer.x", "additional_chat_templates/x.jinja"]
+)
 def test_a_link_out_of_the_source_is_not_published(name: str, tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "source")
     (tmp_path / "secret").write_text("secret")

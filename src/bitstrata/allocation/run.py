@@ -127,7 +127,7 @@ def _checked_folder(options: PlanOptions) -> Path:
             _check_writable(Path(path))
     if options.plot is not None:
         check_picture(Path(options.plot))
-    return resolve(options.model, kind="bitstrata checkpoint")
+    return resolve(options.model, hub=options.hub, kind="bitstrata checkpoint")
 
 
 def _check_writable(path: Path) -> None:
@@ -163,8 +163,10 @@ class _MeasuredOn:
         check_vocabulary((int(cut.calibration.max()), int(cut.heldout.max())), model.config, tokenizer)
         if len(cut.calibration) < count:
             note(f"the text has {len(cut.calibration)} windows to measure on, not {count}")
-        original = load_reference(reference, model, where)
-        digests = None if reference is None else SourceModel(resolve(reference, kind="reference model")).digests()
+        original = load_reference(reference, model, where, options.other)
+        digests = None
+        if reference is not None:
+            digests = SourceModel(resolve(reference, hub=options.other, kind="reference model")).digests()
         settings = MeasurementSettings(
             measure=cast("Measure", options.measure or "kld"),
             text=text_name(text),

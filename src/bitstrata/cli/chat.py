@@ -38,7 +38,7 @@ SEVERAL_LINES = '"""'
 def run(options: ChatCommand) -> None:
     target, chosen = choose_bits(options.model, options.bits)
     loaded = load_sized(target, chosen, options, context=None)
-    tokenizer = load_tokenizer(resolve(target, weights=False))
+    tokenizer = load_tokenizer(resolve(target, hub=options.hub, weights=False))
     settings = {one.name: getattr(options, one.name) for one in fields(GenerationSettings)}
     talk = Conversation(
         loaded,

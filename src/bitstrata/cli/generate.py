@@ -25,11 +25,11 @@ def run(options: GenerateCommand) -> None:
     target, chosen = choose_bits(options.model, None if options.bits is None else parse_bits_or_plan(options.bits))
     context = None
     if options.fit:
-        tokenizer = load_tokenizer(resolve(target, weights=False))
+        tokenizer = load_tokenizer(resolve(target, hub=options.hub, weights=False))
         context = len(encode_prompt(tokenizer, options.prompt)) + options.max_new_tokens
     most = chosen if isinstance(chosen, int) else None
     loaded = load_sized(target, chosen, options, context=context, max_bits=most)
-    tokenizer = load_tokenizer(resolve(target, weights=False))
+    tokenizer = load_tokenizer(resolve(target, hub=options.hub, weights=False))
     result = generate(
         loaded,
         options.prompt,

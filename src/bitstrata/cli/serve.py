@@ -44,7 +44,7 @@ def run(options: ServeOptions) -> None:
     rule = parse_policy(options.policy)
     check_reuse(options.reuse)
     with bind(options.host, options.port) as bound:
-        folder = resolve(model.target, kind="bitstrata checkpoint")
+        folder = resolve(model.target, hub=options.hub, kind="bitstrata checkpoint")
         if model.plans:
             checkpoint = CheckpointReader(folder)
             for made in model.plans.values():

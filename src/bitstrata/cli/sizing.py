@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
@@ -26,10 +28,11 @@ def load_sized(
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} each say how much of the model to run", hint="give one of them")
     check_kv_cache_dtype(size.kv_cache_dtype)  # before a model is read
+    shared: dict[str, Any] = {"device": size.device, "adapter": size.adapter, **vars(size.hub)}
     if isinstance(bits, Plan):
-        return load(target, plan=bits, device=size.device, adapter=size.adapter)
+        return load(target, plan=bits, **shared)
     if size.budget is None and not size.fit:
-        return load(target, bits=bits, device=size.device, max_bits=max_bits, adapter=size.adapter)
+        return load(target, bits=bits, max_bits=max_bits, **shared)
     context = context if size.fit else None
     return load(
         target,
@@ -37,6 +40,5 @@ def load_sized(
         fit=size.fit,
         context=context,
         kv_cache_dtype=size.kv_cache_dtype if size.fit else "auto",
-        device=size.device,
-        adapter=size.adapter,
+        **shared,
     )

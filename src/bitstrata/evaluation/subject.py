@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..models import input_device, load_reference, load_tokenizer, resolve
 from ..models.load import pick_device
 from ..nn import BitsOrPlan, bits_state
-from ..options import EvaluateOptions
+from ..options import EvaluateOptions, FromHub
 from ..planes import whole_number
 from ..plans import Plan, highest_bits, load, parse_bits_or_plans
 from .arithmetic import Ran
@@ -45,12 +45,14 @@ class Subject:
         model = options.model
         where = input_device(model) if isinstance(model, PreTrainedModel) else pick_device(options.device)
         asked = _asked(options.bits)
-        _check_plans(asked or (), model)
+        _check_plans(asked or (), model, options.hub)
         highest = None if asked is None else max(map(highest_bits, asked))
         # float32 on a CPU: exact, and no slower there; elsewhere the dtype the model is stored in
         dtype = torch.float32 if where.type == "cpu" else None
         quantized = (
-            model if isinstance(model, PreTrainedModel) else load(model, device=where, dtype=dtype, max_bits=highest)
+            model
+            if isinstance(model, PreTrainedModel)
+            else load(model, device=where, dtype=dtype, max_bits=highest, **vars(options.hub))
         )
         state = bits_state(quantized)
         # a plan in memory is neither of these numbers nor a name for one
@@ -58,7 +60,7 @@ class Subject:
         for value in chosen:
             state.resolve(value)
         tokenizer = options.tokenizer or load_tokenizer(resolve(str(quantized.name_or_path)))
-        original = load_reference(options.reference, quantized, where)
+        original = load_reference(options.reference, quantized, where, options.other)
         return cls(quantized, chosen, original, tokenizer, where, options.arithmetic, Ran(quantized))
 
     @contextmanager
@@ -93,12 +95,12 @@ def _one_asked(value: object) -> int | Plan:
     return whole
 
 
-def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedModel) -> None:
+def _check_plans(asked: Sequence[int | Plan], model: str | Path | PreTrainedModel, hub: FromHub) -> None:
     """Raise PlanError for a plan that was made for another checkpoint than that of `model`, if there is one."""
     if isinstance(model, PreTrainedModel):
         folder = Path(str(model.name_or_path))
     else:
-        folder = resolve(model, kind="bitstrata checkpoint")
+        folder = resolve(model, hub=hub, kind="bitstrata checkpoint")
     for plan in asked:
         if isinstance(plan, Plan) and is_checkpoint(folder):
             plan.check(CheckpointReader(folder))

@@ -16,6 +16,7 @@ from ..errors import UnsupportedBitsError
 from ..models import resolve
 from ..models.compat import new_model
 from ..models.config import causal_class, read_config
+from ..options import FromHub
 from ..planes import PlaneWeight, decode
 from ..plans import Plan, choose_bits, parse_bits_or_plan
 from ..plans.parsing import as_whole
@@ -27,12 +28,12 @@ class Chosen:
     Raises what a reader does for a folder, UnsupportedBitsError and PlanError for bits that it has not.
     """
 
-    def __init__(self, target: str | Path, bits: str | int | Mapping[str, int] | None) -> None:
+    def __init__(self, target: str | Path, bits: str | int | Mapping[str, int] | None, hub: FromHub) -> None:
         asked = parse_bits_or_plan(bits) if isinstance(bits, str) else as_whole(bits)
         if isinstance(asked, Mapping) and not isinstance(asked, Plan):
             asked = Plan(asked)
         name, asked = choose_bits(str(target), asked)
-        self.folder = resolve(name, kind="bitstrata checkpoint")
+        self.folder = resolve(name, hub=hub, kind="bitstrata checkpoint")
         self.reader = CheckpointReader(self.folder)
         self.reader.note_changes()
         spec = self.reader.spec

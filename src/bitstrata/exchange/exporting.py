@@ -72,7 +72,7 @@ def export_model(options: ExportOptions) -> Export:
     if options.dtype != "auto" and options.format != "dense":
         raise UsageError(f"dtype is for dense; {options.format} has types", hint="--type F16, or Q8_0")
     output = Path(arguments.path("the output", options.output, hint="give the file or folder to write"))
-    chosen = Chosen(options.model, options.bits)
+    chosen = Chosen(options.model, options.bits, options.hub)
     layers, size, weight = WRITERS[options.format](chosen, output, options)
     measured = None if options.text is None else divergence(chosen, weight, options.text)
     return Export(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, UsageError, first_line
 from ..nn import PlaneLinear
+from ..options import FromHub
 from .compat import adapt_layers
 
 CONFIG = "adapter_config.json"
@@ -63,8 +64,8 @@ def lora_on_planes(model: PreTrainedModel, config: Any) -> Any:
     return config
 
 
-def add_stored(model: PreTrainedModel, adapter: str | Path) -> None:
-    """Load the adapter of a folder or hub id, and run `model` with it.
+def add_stored(model: PreTrainedModel, adapter: str | Path, hub: FromHub) -> None:
+    """Load the adapter of a folder or hub id, which `hub` says how to fetch, and run `model` with it.
 
     Raises:
         UsageError: PEFT is not installed, or as `lora_on_planes`.
@@ -74,8 +75,9 @@ def add_stored(model: PreTrainedModel, adapter: str | Path) -> None:
     place = os.path.expanduser(adapter)
     if os.path.isdir(place) and not os.path.isfile(os.path.join(place, CONFIG)):
         raise InputError(f"{adapter} holds no adapter: {CONFIG} is not there", hint="give what save_pretrained wrote")
+    settings: dict[str, Any] = {"token": hub.token, "cache_dir": hub.cache_dir, "revision": hub.revision}
     try:
-        found = model.load_adapter(str(place))
+        found = model.load_adapter(str(place), **settings)
     except UsageError:
         raise
     except Exception as error:  # whatever PEFT, transformers and the hub raise for what is missing or does not fit

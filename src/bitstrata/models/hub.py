@@ -10,22 +10,34 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint import QuantizationSpec, is_checkpoint
 from ..checkpoint.reader import read_json
 from ..checkpoint.schema import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from ..errors import BitstrataError, ModelError, UsageError, first_line
+from ..options import FromHub
 from ..planes.weights import MAX_BITS
 from .source_files import indexed_files
 
-DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+DEFAULT = FromHub()
+# the last ones: small layers behind an embedding model, by sentence-transformers
+DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "[0-9]_*/model.safetensors")
 
 
-def resolve(model: str | Path, *, kind: str = "model", max_bits: int | None = None, weights: bool = True) -> Path:
+def resolve(
+    model: str | Path,
+    *,
+    hub: FromHub = DEFAULT,
+    kind: str = "model",
+    max_bits: int | None = None,
+    weights: bool = True,
+) -> Path:
     """A local folder for `model`: itself, or the snapshot of a hub id, downloaded if need be.
 
     Args:
+        hub: which revision of a hub id, and how it is fetched.
         kind: what it is called in errors.
         max_bits: of a checkpoint on the hub, the highest bits that will be read.
         weights: whether weights are needed at all; a tokenizer needs none.
@@ -52,9 +64,9 @@ def resolve(model: str | Path, *, kind: str = "model", max_bits: int | None = No
     if text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith("/") or not text:
         raise ModelError(f"there is no {kind} folder {text!r}", hint="check the path")
     try:
-        folder = _described(text)
+        folder = _described(text, hub)
         if weights:
-            _fetch_weights(text, folder, max_bits)
+            _fetch_weights(text, folder, max_bits, hub)
     except BitstrataError:
         raise
     except Exception as error:
@@ -65,20 +77,29 @@ def resolve(model: str | Path, *, kind: str = "model", max_bits: int | None = No
     return folder
 
 
-def _snapshot(repo: str, patterns: Iterable[str], *, revision: str | None = None, cached: bool = False) -> Path:
+def _snapshot(repo: str, patterns: Iterable[str], hub: FromHub, *, cached: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=cached))
+    return Path(
+        snapshot_download(
+            repo,
+            revision=hub.revision,
+            token=hub.token,
+            cache_dir=hub.cache_dir,
+            allow_patterns=list(patterns),
+            local_files_only=cached,
+        )
+    )
 
 
-def _described(repo: str) -> Path:
+def _described(repo: str, hub: FromHub) -> Path:
     """The snapshot with everything but weights."""
     try:
-        return _snapshot(repo, DESCRIPTIONS)
+        return _snapshot(repo, DESCRIPTIONS, hub)
     except Exception:
         # without the hub, a snapshot that lacks some description or other may hold all that is needed
         try:
-            folder = _snapshot(repo, [CONFIG_FILE], cached=True)
+            folder = _snapshot(repo, [CONFIG_FILE], hub, cached=True)
         except Exception:
             folder = None
         if folder is None or not (folder / CONFIG_FILE).is_file():
@@ -86,14 +107,15 @@ def _described(repo: str) -> Path:
         return folder
 
 
-def _fetch_weights(repo: str, folder: Path, max_bits: int | None) -> None:
-    """Download what `folder`, a snapshot, lacks of the weights to be read; all of it from the same revision."""
-    revision = folder.name if folder.parent.name == "snapshots" else None
+def _fetch_weights(repo: str, folder: Path, max_bits: int | None, hub: FromHub) -> None:
+    """Download what `folder`, a snapshot, lacks of the weights to be read; all of it from the same commit."""
+    if folder.parent.name == "snapshots":
+        hub = replace(hub, revision=folder.name)
 
     def fetch(files: Sequence[str], needed: Sequence[str] | None = None) -> None:
         """`needed`: those that are sure to exist; all by default."""
         try:
-            _snapshot(repo, [glob.escape(file) for file in files], revision=revision)
+            _snapshot(repo, [glob.escape(file) for file in files], hub)
         except Exception:  # without the hub, some versions of its client do not look into their cache for a revision
             if not all((folder / file).is_file() for file in (files if needed is None else needed)):
                 raise

@@ -56,7 +56,7 @@ def push(options: PushOptions) -> Pushed:
 
     folder, repo = Path(options.model), str(options.repo)
     reader = CheckpointReader(folder)
-    check_repo(repo)
+    check_repo(repo, options.token)
     files = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -68,7 +68,7 @@ def push(options: PushOptions) -> Pushed:
         contents[CARD] = card(folder, repo, has_picture=drawn is not None).encode()
         if drawn is not None:
             contents[PICTURE] = drawn
-    api = HfApi()
+    api = HfApi(token=options.token)
     log.info(f"publishing {len(contents)} files at {repo}")
     try:
         api.create_repo(repo, private=options.private or None, exist_ok=True)
@@ -89,7 +89,7 @@ def push(options: PushOptions) -> Pushed:
     return Pushed(repo, str(commit.commit_url), len(contents), size)
 
 
-def check_repo(repo: str) -> None:
+def check_repo(repo: str, token: str | None = None) -> None:
     """Raise UsageError for what is no repository's name, or where the hub knows no token: before the long part."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -100,7 +100,7 @@ def check_repo(repo: str) -> None:
     except HFValidationError as error:
         raise UsageError(f"{repo!r} is no name of a repository: {first_line(error)}", hint="USER/NAME") from error
     try:
-        HfApi().whoami()
+        HfApi(token=token).whoami()
     except Exception as error:
         raise UsageError(f"the hub does not know who you are: {first_line(error)}", hint=TOKEN) from error
 

@@ -22,6 +22,7 @@ from ..checkpoint.reader import regular_file
 from ..checkpoint.schema import SAFETENSORS_DTYPES
 from ..errors import ModelError, first_line
 from ..memory import is_out_of_memory
+from ..options import FromHub
 from ..planes.weights import all_finite
 from .compat import new_model, tied_parameters
 from .config import causal_class, check_causal
@@ -361,12 +362,18 @@ def release(module: nn.Module) -> None:
 
 
 def load_reference(
-    reference: str | Path | PreTrainedModel | None, quantized: PreTrainedModel, device: torch.device
+    reference: str | Path | PreTrainedModel | None,
+    quantized: PreTrainedModel,
+    device: torch.device,
+    hub: FromHub,
 ) -> PreTrainedModel | None:
-    """The model to compare with, in the dtype of `quantized`. Raises ModelError if it has another vocabulary."""
+    """The model to compare with, in the dtype of `quantized`; `hub` says how a hub id is fetched.
+
+    Raises ModelError if it has another vocabulary.
+    """
     if reference is None:
         return None
-    original = reference if isinstance(reference, PreTrainedModel) else _read_reference(reference, quantized.dtype)
+    original = reference if isinstance(reference, PreTrainedModel) else _read_reference(reference, quantized.dtype, hub)
     sizes = [model.config.get_text_config().vocab_size for model in (original, quantized)]
     if sizes[0] != sizes[1]:
         raise ModelError(
@@ -378,8 +385,8 @@ def load_reference(
     return original
 
 
-def _read_reference(reference: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    folder = resolve(reference, kind="reference model")
+def _read_reference(reference: str | Path, dtype: torch.dtype, hub: FromHub) -> PreTrainedModel:
+    folder = resolve(reference, hub=hub, kind="reference model")
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) and not is_checkpoint(folder):

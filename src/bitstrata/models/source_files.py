@@ -88,7 +88,7 @@ def check_adapter(folder: Path) -> None:
         alone = not (folder / "config.json").is_file()
         raise ModelError(
             f"{folder} is an adapter, not a model" if alone else f"{folder} holds an adapter ({ADAPTER}) on its model",
-            hint="merge it first: with peft, PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)"
+            hint="--merge-adapter merges it first (in Python merge_adapter=True)"
             + ("" if alone else f"; or move {ADAPTER} away to quantize the model without it"),
         )
 

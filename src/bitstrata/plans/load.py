@@ -14,6 +14,7 @@ from ..errors import UnsupportedBitsError, UsageError
 from ..kernels.cached import check_kv_cache_dtype
 from ..models import add_stored, check_peft, open_checkpoint, resolve
 from ..nn import Bits
+from ..options import FromHub
 from ..planes import whole_number
 from ..torch_state import ordinary_torch
 from ..verbs import named
@@ -40,6 +41,9 @@ def load(
     dtype: torch.dtype | str | None = None,
     verify: bool = False,
     adapter: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> PreTrainedModel:
     """Load a quantized model: whole, or with `plan`, `budget` or `fit` only the pages of one plan.
 
@@ -63,6 +67,9 @@ def load(
             to be whole and as config.json describes them, and a changed byte among the weights goes unnoticed, as with
             other loaders: `bitstrata inspect OUT --verify` after a download or a copy.
         adapter: folder or hub id of a LoRA adapter to run it with (models/adapters.py); needs the extra `lora`.
+        revision: of a hub id: a branch, tag or commit.
+        token: for the hub, where it asks for one; HF_TOKEN by default. Also for `adapter`.
+        cache_dir: where the hub's files are kept; HF_HUB_CACHE by default. Also for `adapter`.
 
     Returns:
         A transformers model whose `forward` and `generate` take `bits=`.
@@ -85,7 +92,8 @@ def load(
         check_peft()
     paged = any(size is not None for size in sizes.values())
     # a model with one plan's pages may be resized to any other plan, so it needs all files
-    folder = resolve(path_or_id, kind="bitstrata checkpoint", max_bits=None if paged else max_bits)
+    hub = FromHub(revision=revision, token=token, cache_dir=cache_dir)
+    folder = resolve(path_or_id, hub=hub, kind="bitstrata checkpoint", max_bits=None if paged else max_bits)
     opened = open_checkpoint(folder, device, max_bits=max_bits, dtype=dtype, verify=verify, paged=paged)
     reader = opened.reader
     if isinstance(bits, int) and bits not in reader.bits:
@@ -96,7 +104,7 @@ def load(
         model = opened.build()
         if bits is not None:
             model.bits = bits  # type: ignore[assignment]
-        return model if adapter is None else _with_adapter(model, adapter)
+        return model if adapter is None else _with_adapter(model, adapter, hub)
     pages = Pages(folder, verify=verify, dtype=dtype)
     size: Any = Path(plan) if isinstance(plan, str) else plan
     if fit:
@@ -107,11 +115,11 @@ def load(
     model = opened.build()
     model.pages = pages  # type: ignore[assignment]
     pages.exchange(model, chosen)
-    return model if adapter is None else _with_adapter(model, adapter)
+    return model if adapter is None else _with_adapter(model, adapter, hub)
 
 
-def _with_adapter(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
-    add_stored(model, adapter)
+def _with_adapter(model: PreTrainedModel, adapter: str | Path, hub: FromHub) -> PreTrainedModel:
+    add_stored(model, adapter, hub.other)
     return model
 
 

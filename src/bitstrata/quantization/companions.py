@@ -21,6 +21,9 @@ COPIED_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja",
     "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json", "processor_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json", "LICENSE*", "NOTICE*",
+    # an embedding model's, by sentence-transformers: its modules after the model are in 1_Pooling, 2_Dense, ...
+    "modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/*.json",
+    "[0-9]_*/model.safetensors",
 )  # fmt: skip
 CODE = "auto_map"
 

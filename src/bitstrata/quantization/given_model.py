@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, ResourceError, UsageError, first_line
 from ..models import load_tokenizer, resolve
+from ..models.merging import merged
 from ..options import QuantizeOptions
 from .settings import Settings
 
 
 @contextmanager
 def on_disk(options: QuantizeOptions) -> Iterator[QuantizeOptions]:
-    """`options` with a folder where a model was given, which is gone afterwards.
+    """`options` with a folder where a model was given, or an adapter to merge, which is gone afterwards.
 
     It lies in the system's folder for temporary files (TMPDIR). The tokenizer is that of the folder or hub id that the
     model was loaded from, if it was.
@@ -32,15 +33,26 @@ def on_disk(options: QuantizeOptions) -> Iterator[QuantizeOptions]:
     ResourceError where there is no room.
     """
     model = options.model
-    if not isinstance(model, PreTrainedModel):
+    if options.merge_adapter:
+        if isinstance(model, PreTrainedModel):
+            raise UsageError("merge_adapter is for an adapter in a folder or on the hub", hint="PEFT: merge_and_unload")
+        _check_others(options)
+        name = Path(model).name
+        model, home = merged(model, options.hub)
+        origin = str(home)
+    elif isinstance(model, PreTrainedModel):
+        if getattr(model, "is_quantized", False):
+            raise UsageError(
+                "the model is quantized already", hint="load the original, or call model.dequantize() first"
+            )
+        _check_others(options)
+        origin = str(model.name_or_path)
+        name = Path(origin).name or type(model).__name__
+    else:
         yield options
         return
-    if getattr(model, "is_quantized", False):
-        raise UsageError("the model is quantized already", hint="load the original, or call model.dequantize() first")
-    Settings.parse(replace(options, model=Path()))  # what is wrong with the others, before anything is written
-    origin = str(model.name_or_path)
     with tempfile.TemporaryDirectory(prefix="bitstrata-") as parent:
-        folder = Path(parent) / (Path(origin).name or type(model).__name__)
+        folder = Path(parent) / name
         try:
             model.save_pretrained(folder)
         except (OSError, SafetensorError) as error:
@@ -50,7 +62,12 @@ def on_disk(options: QuantizeOptions) -> Iterator[QuantizeOptions]:
             ) from error
         if origin:
             _take_tokenizer(origin, folder)
-        yield replace(options, model=folder)
+        yield replace(options, model=folder, merge_adapter=False)
+
+
+def _check_others(options: QuantizeOptions) -> None:
+    """Raise PreflightError for what is wrong with the other arguments, before anything is written."""
+    Settings.parse(replace(options, model=Path()))
 
 
 def _take_tokenizer(origin: str, folder: Path) -> None:

@@ -73,11 +73,11 @@ def quantize(options: QuantizeOptions) -> Report:
     """
     target = None if options.dry_run else options.push_to_hub
     if target is not None:
-        check_repo(target)
+        check_repo(target, options.token)
     with on_disk(options) as stored:
         report = _quantize(stored)
     if target is not None and report.process == 0:
-        log.info(str(push(PushOptions(options.output, target))))
+        log.info(str(push(PushOptions(options.output, target, token=options.token))))
     return report
 
 

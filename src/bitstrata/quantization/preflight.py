@@ -77,7 +77,7 @@ def prepare(
     if settings.calibration is not None:
         calibration = settings.calibration
         documents = problems.attempt(lambda: read_mix(calibration, part="calibration"))
-    folder = problems.attempt(lambda: resolve(settings.model))
+    folder = problems.attempt(lambda: resolve(settings.model, hub=settings.hub))
     source = None if folder is None else problems.attempt(lambda: SourceModel(folder))
     tokenizer = None
     if source is not None and settings.calibration is not None:

@@ -14,8 +14,9 @@ import torch
 from .. import arguments
 from ..calibration.block_runner import half_products
 from ..errors import BitstrataError, PreflightError, UsageError
+from ..models.hub import DEFAULT
 from ..models.load import pick_device
-from ..options import QuantizeOptions
+from ..options import FromHub, QuantizeOptions
 from ..planes import whole_number
 from ..planes.weights import MAX_BITS
 from ..plans import parse_bits
@@ -52,6 +53,7 @@ class Settings:
     devices: tuple[torch.device, ...] = ()  # each has a process; none where there is one, or a launcher
     processes: int = 1  # that work on the job
     here: int = 1  # of them, on this machine
+    hub: FromHub = DEFAULT  # how a hub id is fetched; not part of the fingerprint either: the files are
 
     @classmethod
     def parse(cls, options: QuantizeOptions, problems: list[BitstrataError] | None = None) -> Settings:
@@ -94,6 +96,7 @@ class Settings:
             "calibration": None,
             "drop_mtp": bool(options.drop_mtp),
             "time_budget": None,
+            "hub": options.hub,
         }
         if options.devices is not None:
             parsed["device"] = next(iter(parsed["devices"]), torch.device("cpu"))

@@ -85,7 +85,7 @@ def inspect(options: InspectOptions) -> Inspection:
     Raises:
         CheckpointError: not a checkpoint, or malformed; with `verify`, all problems at once.
     """
-    folder = resolve(options.path, kind="bitstrata checkpoint")
+    folder = resolve(options.path, hub=options.hub, kind="bitstrata checkpoint")
     if options.verify:
         problems = validate(folder)
         if problems:

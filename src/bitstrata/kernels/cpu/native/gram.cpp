@@ -4,6 +4,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "processor.h"
 #include "threads.h"
 
 namespace bitstrata {
@@ -15,7 +16,7 @@ void gram_tile_avx512bf16(const uint32_t* x, const uint32_t* const* y, int panel
 
 bool gram_runs() {
 #if defined(BITSTRATA_HAVE_AVX512BF16)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16");
+  return has_avx512_bf16();
 #else
   return false;
 #endif

@@ -22,7 +22,7 @@ struct Loop {
   int count, threads;
   std::atomic<int> next{0};
   std::atomic<bool> failed{false};
-  std::exception_ptr error;  // the first one; read when all threads are out of the loop
+  std::exception_ptr error{};  // the first one; read when all threads are out of the loop
 
   // Pieces shrink towards the end: few at first, yet nobody waits long for the last one. An exception ends the loop
   // for all threads: it must reach the caller, and leaving a thread of the pool it would end the process.
