@@ -180,6 +180,20 @@ def test_a_mask_follows_its_tokens_forth_and_back(engine, tokenizer, code):
         fitting(mask, [*code[:5], *tokenizer.encode("]", add_special_tokens=False)])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_token_is_admitted_if_and_only_if_it_fits(engine, tokenizer, seed, case):
+    """On the way of random replies, all tokens of the vocabulary."""
+    numbers, vocabulary = random.Random(seed), engine.limits.vocabulary
+    mask = Grammars(tokenizer, vocabulary, engine._eos).mask(CASES[case][0], 1)
+    for _ in range(4):
+        tokens = [0]
+        while len(tokens) < 12 and not mask.is_over(tokens):
+            allowed = mask.fitting(tokens, vocabulary).apply(torch.zeros(1, vocabulary))[0].isfinite().tolist()
+            assert [mask.admits(tokens, token) for token in range(vocabulary)] == allowed
+            tokens.append(numbers.choice([token for token in range(vocabulary) if allowed[token]]))
+        assert len(tokens) == 12 or mask.admits(tokens, 5), "behind the end everything may come"
+
+
 class Fits:
     """A mask that allows `tokens`, whatever came before."""
 
@@ -188,6 +202,9 @@ class Fits:
 
     def fitting(self, _, vocabulary):
         return Fitting(np.isin(np.arange(vocabulary), self.tokens))
+
+    def admits(self, _, token):
+        return token in self.tokens
 
 
 @pytest.mark.parametrize("few", [0, 1, 5, VOCABULARY])

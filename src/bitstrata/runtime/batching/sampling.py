@@ -57,6 +57,11 @@ def choose(
     whole = logits if not among else logits[rows]
     taken = dict(zip(rows, _pick(whole, [samplers[row] for row in rows]) if rows else (), strict=True))
     for row, tokens in among.items():
+        if len(tokens) == 1:
+            if samplers[row].temperature > 0:
+                samplers[row].random.random()  # one number a token, whatever the others may be
+            taken[row] = int(tokens) if bool(logits[row, tokens].isfinite()) else None
+            continue
         (place,) = _pick(logits[row, tokens][None], [samplers[row]])
         taken[row] = None if place is None else int(tokens[place])
     choices: list[Token | CheckError] = []
