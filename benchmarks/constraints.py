@@ -1,7 +1,8 @@
-"""What constraints cost, and whether they hold: python benchmarks/constraints.py OUT [--bits 4] [--requests 20]
+"""What constraints cost a step of 8 replies: python benchmarks/constraints.py OUT [--bits 4] [--rounds 5] [--json FILE]
 
-Requests at several bits in mixed batches fill a JSON schema: how many of the replies are valid. Then the mask alone, of
-one token of one reply, against the time of a step with 8 replies. The last line is JSON.
+In turns, 8 free requests and 8 of the same prompts, length and settings that are held to a JSON schema: the median time
+between two steps of each, and of it the time in which the 8 tokens are picked, masks included; the share is what is
+picked longer, of a free step. Greedy, and sampled. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ import argparse
 import json
 import statistics
 import time
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 import bitstrata
 from bitstrata import Constraint, Engine, Request
 from bitstrata.models import encode_turns, load_tokenizer, resolve
-from bitstrata.runtime.batching.masks import Mask
+from bitstrata.runtime import Token
+from bitstrata.runtime.batching import engine as engine_module
+from bitstrata.runtime.batching.continuation import pick
 
-ROWS = 8
-SCHEMA = {
+ROWS, TOKENS = 8, 40
+PERSON = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 24},
@@ -29,74 +34,81 @@ SCHEMA = {
     "required": ["name", "age", "likes"],
     "additionalProperties": False,
 }
+# a list that no reply here can finish, so that all rows run to the end
+HELD = Constraint.json_schema({"type": "array", "items": PERSON, "minItems": 1000})
 
 
-def is_valid(text: str) -> bool:
-    try:
-        read = json.loads(text)
-    except ValueError:
-        return False
-    likes = read["likes"]
-    return list(read) == list(SCHEMA["properties"]) and len(likes) <= 3 and type(read["age"]) is int
+def step_ms(engine: Engine, prompts: list[list[int]], **settings: object) -> tuple[float, float]:
+    """The median time from one step to the next while all of `prompts` are answered, and the mean of picking."""
+    times: list[float] = []
+    picking.clear()
+
+    def note(event: object) -> None:
+        if isinstance(event, Token):
+            times.append(time.perf_counter())
+
+    endless = settings.get("constraint") is None
+    requests = [Request(ids, max_new_tokens=TOKENS, ignore_eos=endless, **settings) for ids in prompts]  # type: ignore[arg-type]
+    handles = [engine.submit(request, note if index == 0 else None) for index, request in enumerate(requests)]
+    for handle in handles:
+        assert len(handle.result()) == TOKENS, "a reply ended early"
+    steps = [after - before for before, after in pairwise(times)]
+    return 1000 * statistics.median(steps[4:]), 1000 * statistics.mean(picking[5:])
+
+
+picking: list[float] = []  # seconds of each step
+
+
+def timed_pick(*given: object) -> object:
+    started = time.perf_counter()
+    found = pick(*given)  # type: ignore[arg-type]
+    picking.append(time.perf_counter() - started)
+    return found
 
 
 def main() -> None:
+    engine_module.pick = timed_pick  # type: ignore[assignment]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     model, tokenizer = bitstrata.load(given.model), load_tokenizer(resolve(given.model))
-    spent: list[float] = []
-    inner = Mask.__call__
-
-    def timed(mask, tokens, logits):
-        started = time.perf_counter()
-        masked = inner(mask, tokens, logits)
-        spent.append(time.perf_counter() - started)
-        return masked
-
-    Mask.__call__ = timed  # type: ignore[method-assign]
-    constraint = Constraint.json_schema(SCHEMA)
-    with Engine(model, tokenizer, max_requests=ROWS) as engine:
-        lowest = min(engine.limits.state.supported)
-        handles = []
-        for index in range(given.requests):
-            turns = [{"role": "user", "content": f"Describe person {index} as JSON."}]
-            request = Request(
-                encode_turns(tokenizer, turns), given.bits, max_new_tokens=200, temperature=0.7, seed=index,
-                constraint=constraint,
-            )  # fmt: skip
-            handles.append(engine.submit(request))
-            free = Request(request.prompt_ids, lowest, max_new_tokens=20, ignore_eos=True)
-            engine.submit(free)
-        texts = [tokenizer.decode(handle.result(), skip_special_tokens=True) for handle in handles]
-        valid = sum(map(is_valid, texts))
-        masks = [1000 * seconds for seconds in spent]
-
-        free = [
-            engine.submit(Request([1 + index] * 32, given.bits, max_new_tokens=96, ignore_eos=True))
-            for index in range(ROWS)
-        ]
-        while not all(handle.tokens for handle in free):
-            time.sleep(0.01)
-        before, started = engine.stats().batches, time.perf_counter()
-        for handle in free:
-            handle.result()
-        step = 1000 * (time.perf_counter() - started) / max(1, engine.stats().batches - before)
-    mask = statistics.median(masks)
-    found = {
-        "model": given.model, "bits": given.bits, "threads": torch.get_num_threads(),
-        "vocabulary": engine.limits.vocabulary, "valid": valid, "requests": given.requests, "mask_ms": mask,
-        "mask_ms_mean": statistics.mean(masks), "step_ms": step, "rows": ROWS,
-        "share": ROWS * statistics.mean(masks) / step,
+    prompts = [
+        encode_turns(tokenizer, [{"role": "user", "content": f"Describe person {index} as JSON."}])
+        for index in range(ROWS)
+    ]
+    found: dict[str, object] = {
+        "model": Path(given.model).name, "bits": given.bits, "threads": torch.get_num_threads(), "rows": ROWS,
     }  # fmt: skip
-    print(f"{valid} of {given.requests} replies are valid; e.g. {texts[0]!r}")
-    print(
-        f"a mask takes {mask:.3f} ms (mean {found['mask_ms_mean']:.3f}), "
-        f"{ROWS} of them {found['share']:.1%} of a step of {step:.1f} ms"
-    )
-    print(json.dumps(found))
+    with Engine(model, tokenizer, max_requests=ROWS, reuse="off") as engine:
+        found["vocabulary"] = engine.limits.vocabulary
+        for name, temperature in (("greedy", 0.0), ("sampled", 0.7)):
+            settings = {"bits": given.bits, "temperature": temperature, "seed": 1}
+            step_ms(engine, prompts, **settings), step_ms(engine, prompts, constraint=HELD, **settings)
+            pairs = []
+            for index in range(given.rounds):
+                pair = {}
+                for held in (False, True) if index % 2 else (True, False):
+                    pair[held] = step_ms(engine, prompts, constraint=HELD if held else None, **settings)
+                pairs.append((pair[False], pair[True]))
+            (free, free_pick), (held, held_pick) = (
+                tuple(map(statistics.median, zip(*side, strict=True))) for side in zip(*pairs, strict=True)
+            )
+            share = (held_pick - free_pick) / free
+            print(
+                f"{name}: a step takes {free:.2f} ms free, {held:.2f} ms held (medians of {len(pairs)}); "
+                f"picking {free_pick:.3f} ms free, {held_pick:.3f} ms held: {share:+.1%} of a free step"
+            )
+            found[name] = {
+                "free_ms": free, "held_ms": held, "free_pick_ms": free_pick, "held_pick_ms": held_pick, "share": share,
+                "ratios": [after[0] / before[0] for before, after in pairs],
+            }  # fmt: skip
+    text = json.dumps(found)
+    if given.json is not None:
+        given.json.write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from arithmetic import exact_arithmetic
@@ -13,9 +16,13 @@ import bitstrata
 from bitstrata import Constraint, Engine, Request
 from bitstrata.errors import CheckError, UsageError
 from bitstrata.runtime import Finished, Scored, Token
-from bitstrata.runtime.batching.masks import Grammars
+from bitstrata.runtime.batching import masks
+from bitstrata.runtime.batching.continuation import Continuation, pick
+from bitstrata.runtime.batching.masks import Fitting, Grammars
+from bitstrata.runtime.batching.sampling import Sampler, choose
 
 WAIT = 120
+VOCABULARY = 100
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -154,20 +161,89 @@ def test_a_mask_follows_its_tokens_forth_and_back(engine, tokenizer, code):
     grammars = Grammars(tokenizer, engine.limits.vocabulary, engine._eos)
     constraint, text = CASES["schema"][0], '{"name": "x", "size": 12, "kind": "list"}'
     tokens = [*code[:5], *tokenizer.encode(text, add_special_tokens=False)]
-    logits = torch.zeros(1, engine.limits.vocabulary)
+
+    def fitting(mask, tokens):
+        return mask.fitting(tokens, engine.limits.vocabulary).apply(torch.zeros(1, engine.limits.vocabulary))
+
     mask = grammars.mask(constraint, 5)
     other = [*code[:5], *tokenizer.encode('{"name": "yz', add_special_tokens=False)]
     for length in (5, 9, 7, len(tokens), 6, 12, 12, 5):
         fresh = grammars.mask(constraint, 5)
-        assert torch.equal(mask(tokens[:length], logits), fresh(tokens[:length], logits))
-        assert torch.equal(mask(other, logits), grammars.mask(constraint, 5)(other, logits))
+        assert torch.equal(fitting(mask, tokens[:length]), fitting(fresh, tokens[:length]))
+        assert torch.equal(fitting(mask, other), fitting(grammars.mask(constraint, 5), other))
     assert mask.is_over(tokens)
     assert not mask.is_over(tokens[:-1])
     end = next(iter(engine._eos))
     assert mask.is_over([*tokens, end])
     assert not mask.is_over(tokens[:7])
     with pytest.raises(CheckError, match="cannot be held to its constraint"):
-        mask([*code[:5], *tokenizer.encode("]", add_special_tokens=False)], logits)
+        fitting(mask, [*code[:5], *tokenizer.encode("]", add_special_tokens=False)])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_token_is_admitted_if_and_only_if_it_fits(engine, tokenizer, seed, case):
+    """On the way of random replies, all tokens of the vocabulary."""
+    numbers, vocabulary = random.Random(seed), engine.limits.vocabulary
+    mask = Grammars(tokenizer, vocabulary, engine._eos).mask(CASES[case][0], 1)
+    for _ in range(4):
+        tokens = [0]
+        while len(tokens) < 12 and not mask.is_over(tokens):
+            allowed = mask.fitting(tokens, vocabulary).apply(torch.zeros(1, vocabulary))[0].isfinite().tolist()
+            assert [mask.admits(tokens, token) for token in range(vocabulary)] == allowed
+            tokens.append(numbers.choice([token for token in range(vocabulary) if allowed[token]]))
+        assert len(tokens) == 12 or mask.admits(tokens, 5), "behind the end everything may come"
+
+
+class Fits:
+    """A mask that allows `tokens`, whatever came before."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def fitting(self, _, vocabulary):
+        return Fitting(np.isin(np.arange(vocabulary), self.tokens))
+
+    def admits(self, _, token):
+        return token in self.tokens
+
+
+@pytest.mark.parametrize("few", [0, 1, 5, VOCABULARY])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_token_is_picked_as_if_all_others_were_impossible(monkeypatch, seed, few, temperature):
+    """Rows that allow one token, some, most, beside one that is free; what is forbidden may even be no number."""
+    monkeypatch.setattr(masks, "FEW", few)
+    generator = torch.Generator().manual_seed(seed)
+    allowed = [[17], [3, 40, 41, 90], list(range(0, VOCABULARY, 2)), list(range(1, VOCABULARY)), None]
+    for draw in range(20):
+        logits = 3 * torch.randn(len(allowed), VOCABULARY, generator=generator)
+        forbidden = torch.tensor([[t is not None and v not in t for v in range(VOCABULARY)] for t in allowed])
+        plain = choose(
+            logits.masked_fill(forbidden, -torch.inf),
+            [Sampler(temperature, 0.95, random.Random(draw), None, 20) for _ in allowed],
+        )
+        items = [
+            Continuation([1], 9, Sampler(temperature, 0.95, random.Random(draw), 2, 20), mask=tokens and Fits(tokens))
+            for tokens in allowed
+        ]
+        found = pick(logits.clone(), items)
+        assert [token.id for token in found] == [token.id for token in plain]
+        for row, token in enumerate(found):
+            own = logits[row].log_softmax(-1)
+            assert token.logprob == float(own[token.id])
+            assert [number for number, _ in token.top] == own.topk(2).indices.tolist()
+        poisoned = [replace(item, sampler=Sampler(0.0, 1.0, random.Random(0))) for item in items]
+        assert [token.id for token in pick(logits.masked_fill(forbidden, torch.nan), poisoned)] == (
+            logits.masked_fill(forbidden, -torch.inf).argmax(-1).tolist()
+        )
+
+
+@pytest.mark.parametrize("few", [0, VOCABULARY])
+def test_where_nothing_usable_is_left_the_request_is_told(monkeypatch, few):
+    monkeypatch.setattr(masks, "FEW", few)
+    logits = torch.zeros(2, VOCABULARY)
+    logits[1, 5] = torch.nan
+    items = [Continuation([1], 9, Sampler(0.5, 1.0, random.Random(0)), mask=Fits(fits)) for fits in ([], [4, 5])]
+    assert [type(found) for found in pick(logits, items)] == [CheckError, CheckError]
 
 
 def deep(levels: int) -> dict:

@@ -52,6 +52,26 @@ CASES = {
         "",
         [("f", A), ("g", "{}")],
     ),
+    "llama built in": (
+        LLAMA,
+        '<|python_tag|>brave_search.call(query="who won (again)?", count=2)',
+        "",
+        [("brave_search", '{"query": "who won (again)?", "count": 2}')],
+    ),
+    "llama code": (LLAMA, "<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
+    "mistral with numbers": (
+        MISTRAL,
+        f'[TOOL_CALLS] [{{"name": "f", "arguments": {A}, "id": "VvvODy9mT"}}]',
+        "",
+        [("f", A)],
+    ),
+    "mistral bare": (MISTRAL, f"[TOOL_CALLS]f{A}[TOOL_CALLS]g{{}}", "", [("f", A), ("g", "{}")]),
+    "mistral numbered": (
+        MISTRAL,
+        f"[TOOL_CALLS]f[CALL_ID]VvvODy9mT[ARGS]{A}",
+        "",
+        [("f", A)],
+    ),
     "mistral named": (
         MISTRAL,
         f"Well. [TOOL_CALLS]f[ARGS]{A}[TOOL_CALLS]g[ARGS]{{}}",
@@ -61,6 +81,13 @@ CASES = {
     "deepseek": (
         DEEPSEEK,
         f"{D.openings[0]}{D.begin}f{D.separator}{A}{D.end}{D.begin}g{D.separator}{{}}{D.end}{D.last}",
+        "",
+        [("f", A), ("g", "{}")],
+    ),
+    "deepseek fenced twice": (
+        DEEPSEEK,
+        f"{D.openings[0]}{D.begin}function{D.separator}f\n```json\n{A}\n```{D.end}\n"
+        f"{D.begin}function{D.separator}g\n```json\n{{}}\n```{D.end}{D.last}",
         "",
         [("f", A), ("g", "{}")],
     ),

@@ -113,7 +113,7 @@ def test_refusals_and_unknown_fields_are_in_the_log(serving, caplog):
         server.get("/v1/what").refused(404)
     said = [record.getMessage() for record in caplog.records]
     assert len([line for line in said if "unheard_of" in line]) == 1
-    assert any("refused POST /v1/completions: 400, suffix:" in line for line in said)
+    assert any("refused POST /v1/completions: 400, this model's vocabulary has no marks" in line for line in said)
     assert any("refused GET /v1/what: 404" in line for line in said)
 
 

@@ -7,6 +7,7 @@ from .head import HeadLayer, find_head
 from .hf import BitstrataQuantizer, attach
 from .hf_config import BitstrataConfig
 from .hub import resolve
+from .infilling import Infilling
 from .kinds import LinearInfo
 from .load import OpenCheckpoint, open_checkpoint, pick_device
 from .publishing import Pushed, check_repo, push
@@ -32,6 +33,7 @@ __all__ = [
     "Discovery",
     "DraftLength",
     "HeadLayer",
+    "Infilling",
     "LeftOut",
     "LinearInfo",
     "OpenCheckpoint",

@@ -43,6 +43,7 @@ class GenerationSpec:
     max_tokens: asked for, or None and then at most `default_tokens`. logprobs: as in runtime.Request.
     echo: of each prompt what its tokens add to its text, where replies begin with their prompts.
     constraint: what replies must be, and the field that says so. tools: how calls in them are read.
+    ends: tokens that end a reply, beside those that the client names, and are no part of its text.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -55,6 +56,7 @@ class GenerationSpec:
     echo: Sequence[Sequence[str]] | None = None
     constraint: tuple[str, Constraint] | None = None
     tools: ToolUse | None = None
+    ends: Sequence[int] = ()
 
 
 class _Choice:
@@ -150,7 +152,8 @@ class _Answer:
         self._choices = []
         for index, request in enumerate(requests):
             shown = {} if spec.tools is None else spec.tools.form.shown(service.tokenizer)
-            text = ReplyText(service.tokenizer, request.prompt_ids if spec.continues else (), body.stop, shown)
+            context = request.prompt_ids if spec.continues else ()
+            text = ReplyText(service.tokenizer, context, body.stop, shown, spec.ends)
             echo = () if spec.echo is None else spec.echo[index // (body.n or 1)]
             self._choices.append(_Choice(index, text, echo, spec.precision.given, service, started, spec.tools))
 
@@ -245,7 +248,7 @@ def engine_requests(service: Service, body: GenerationBody, spec: GenerationSpec
             min_bits=min_bits,
             max_new_tokens=_new_tokens(service, len(prompt), spec),
             seed=None if body.seed is None else body.seed + copy,
-            stop=[*body.stop, *(body.stop_token_ids or ())],
+            stop=[*body.stop, *(body.stop_token_ids or ()), *spec.ends],
             logprobs=spec.logprobs,
             prompt_logprobs=None if spec.echo is None else spec.logprobs,
             ignore_eos=bool(body.ignore_eos),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         notices = service.notices(body)
         precision = catalog.precision(body.model, body.bits)
         service.check_choices(len(body.prompt), body.n or 1)
-        prompts = await service.prompts.completion(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        begun = body.add_special_tokens is not False
+        ends: Sequence[int] = ()
+        if body.suffix:
+            prompts, ends = await service.prompts.infilling(body.prompt, body.suffix, add_special_tokens=begun)
+        else:
+            prompts = await service.prompts.completion(body.prompt, add_special_tokens=begun)
         spec = GenerationSpec(
             prompts=prompts,
             precision=precision,
@@ -96,6 +102,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             logprobs=body.logprobs,
             echo=await service.echo(prompts) if body.echo else None,
             constraint=body.constraint,
+            ends=ends,
         )
         return await answer(service, http, body, spec, CompletionFormatter(body, catalog.name, service.names, notices))
 

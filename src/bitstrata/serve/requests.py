@@ -245,7 +245,7 @@ class CompletionBody(GenerationBody):
         None, description="this many likeliest tokens at each place"
     )
     echo: Flag | None = Field(None, description="begin the reply with the prompt, and its log-probabilities")
-    suffix: Annotated[Any, Only("")] = None
+    suffix: Text | None = Field(None, description="what comes after the reply, for models that fill in the middle")
     add_special_tokens: Flag | None = Field(
         None, description="false: a text's prompt is not begun as the tokenizer begins a text (BOS); true if left out"
     )
@@ -254,4 +254,6 @@ class CompletionBody(GenerationBody):
     def _some_tokens(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1; 0 goes with echo: true only")
+        if self.suffix and self.echo:
+            raise refused("suffix", "cannot go with echo: the prompt is not where the reply begins")
         return self

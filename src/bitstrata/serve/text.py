@@ -15,13 +15,13 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..models import Stops, encode_prompt, encode_turns, text_length, text_prefix
+from ..models import Infilling, Stops, encode_prompt, encode_turns, text_length, text_prefix
 from ..models.compat import byte_level_characters
 from .errors import ApiError
 
@@ -77,6 +77,32 @@ class PromptEncoder:
         if not lengths:
             return list(map(encode, prompts))
         return await self._run(sum(lengths), lambda: list(map(encode, prompts)))
+
+    async def infilling(
+        self, prompts: Sequence[str] | Sequence[list[int]], suffix: str, *, add_special_tokens: bool = True
+    ) -> tuple[list[list[int]], Sequence[int]]:
+        """The tokens after which a text comes that goes between each prompt and `suffix`, and tokens that end it.
+
+        Raises ApiError 400 for a text that cannot fit, and for a model that cannot do that.
+        """
+        lengths = [len(prompt) for prompt in prompts if isinstance(prompt, str)]
+        self.check(len(suffix), "suffix")
+        for length in lengths:
+            self.check(length, "prompt")
+
+        def encode() -> tuple[list[list[int]], Sequence[int]]:
+            fill = self._infilling
+            made = (fill.prompt(prompt, suffix, add_special_tokens=add_special_tokens) for prompt in prompts)
+            return list(made), fill.ends
+
+        try:
+            return await self._run(sum(lengths) + len(suffix) * len(prompts), encode)
+        except InputError as error:
+            raise ApiError(400, error.sentence, param="suffix") from error
+
+    @cached_property
+    def _infilling(self) -> Infilling:
+        return Infilling(self._tokenizer)
 
     async def chat(self, turns: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
         """The tokens of a conversation up to where the model answers, as `bitstrata chat` makes them.
@@ -227,7 +253,7 @@ def _overlap(text: str, stop: str) -> int:
 class ReplyText:
     """The text of one reply: detokenized, and cut before the first stop text.
 
-    shown: special tokens that have a text here, and it.
+    shown: special tokens that have a text here, and it. hidden: tokens that have none.
     """
 
     def __init__(
@@ -236,8 +262,9 @@ class ReplyText:
         context: Sequence[int],
         stops: Iterable[str],
         shown: Mapping[int, str] | None = None,
+        hidden: Sequence[int] = (),
     ) -> None:
-        self._shown = shown or {}
+        self._shown, self._hidden = shown or {}, hidden
         self._tokenizer, self._detokenizer = tokenizer, Detokenizer(tokenizer, context)
         self._marks: dict[int, str] = {}  # of special tokens in stop texts
         if texts := tuple(stops):
@@ -261,7 +288,7 @@ class ReplyText:
         return self._stops.stop.translate(str.maketrans(names)) if self.stopped else None
 
     def push(self, token: int) -> str:
-        piece = self._detokenizer.push(token) + self._shown.get(token, "")
+        piece = "" if token in self._hidden else self._detokenizer.push(token) + self._shown.get(token, "")
         self.length += len(piece)
         return self._stops.push(piece + self._marks.get(token, "")).translate(self._unmark)
 

@@ -17,7 +17,7 @@ from ...nn import Assignment
 from ...nn.bits import Choice
 from .alone import Passes
 from .attention import Span
-from .masks import Mask
+from .masks import Fitting, Mask
 from .packing import Segment
 from .request import Token
 from .sampling import Sampler, choose, scored
@@ -125,19 +125,55 @@ def _score(item: Continuation, past: int, logits: Tensor) -> None:
 
 
 def pick(logits: Tensor, items: Sequence[Continuation]) -> list[Token | BitstrataError]:
-    """The next token of each of `items` from its row of logits [items, V], not yet added; or why there is none."""
-    allowed = None
-    failed: dict[int, BitstrataError] = {}
-    if any(item.rules is not None or item.mask is not None for item in items):
-        allowed = logits.clone()
-        for row, item in enumerate(items):
-            try:
-                if item.rules is not None or item.mask is not None:
-                    allowed[row] = ruled(logits[row : row + 1], item, item.tokens)[0]
-            except BitstrataError as error:  # of this request alone
-                failed[row] = error
-    chosen = choose(logits, [item.sampler for item in items], allowed)
+    """The next token of each of `items` from its row of logits [items, V], not yet added; or why there is none.
+
+    Rows that rules or a mask change are changed in place.
+    """
+    among, failed = _admitted(logits, items)
+    own: dict[int, Tensor] = {}
+    for row, item in enumerate(items):
+        if (item.rules is None and item.mask is None) or row in among or row in failed:
+            continue
+        try:
+            fit = None if item.mask is None else item.mask.fitting(item.tokens, logits.shape[-1])
+        except BitstrataError as error:  # of this request alone
+            failed[row] = error
+            continue
+        if item.sampler.logprobs is not None:
+            own[row] = logits[row].clone()
+        if item.rules is not None:
+            logits[row] = _by_rules(logits[row : row + 1], item, item.tokens, fit)[0]
+        if fit is not None and (few := fit.few(logits.device)) is not None:
+            among[row] = few
+        elif fit is not None:
+            fit.apply(logits[row : row + 1])
+    chosen = choose(logits, [item.sampler for item in items], own, among)
     return [failed.get(row, token) for row, token in enumerate(chosen)]
+
+
+def _admitted(logits: Tensor, items: Sequence[Continuation]) -> tuple[dict[int, Tensor], dict[int, BitstrataError]]:
+    """Of greedy rows whose likeliest token their masks admit anyway, that token [1]; and what went wrong with others.
+
+    Such a row needs no mask, which takes longer than all else here.
+    """
+    rows = [
+        row
+        for row, item in enumerate(items)
+        if item.mask is not None and item.rules is None and item.sampler.temperature == 0
+    ]
+    found: dict[int, Tensor] = {}
+    failed: dict[int, BitstrataError] = {}
+    if not rows:
+        return found, failed
+    likeliest = (logits if len(rows) == len(items) else logits[rows]).argmax(dim=-1)
+    for row, token in zip(rows, likeliest.split(1), strict=True):
+        mask = items[row].mask
+        try:
+            if mask is not None and mask.admits(items[row].tokens, int(token)):
+                found[row] = token
+        except BitstrataError as error:
+            failed[row] = error
+    return found, failed
 
 
 def ruled(logits: Tensor, item: Continuation, tokens: Sequence[int]) -> Tensor:
@@ -145,12 +181,13 @@ def ruled(logits: Tensor, item: Continuation, tokens: Sequence[int]) -> Tensor:
 
     Raises CheckError as Mask.
     """
-    wanted = logits
-    if item.rules is not None:
-        wanted = item.rules(torch.tensor([tokens], device=logits.device), logits)
-    if item.mask is None:
-        return wanted
-    masked = item.mask(tokens, wanted)
-    if item.rules is not None and not bool(masked.amax().isfinite()):  # the rules forbid all that it allows
-        masked = item.mask(tokens, logits)
-    return masked
+    fit = None if item.mask is None else item.mask.fitting(tokens, logits.shape[-1])
+    wanted = logits if item.rules is None else _by_rules(logits, item, tokens, fit)
+    return wanted if fit is None else fit.apply(wanted.clone())
+
+
+def _by_rules(logits: Tensor, item: Continuation, tokens: Sequence[int], fit: Fitting | None) -> Tensor:
+    """Logits [1, V] after `tokens` as the rules of `item` want them, which must leave something of what fits."""
+    assert item.rules is not None
+    wanted = item.rules(torch.tensor([tokens], device=logits.device), logits)
+    return wanted if fit is None or fit.leaves(wanted) else logits

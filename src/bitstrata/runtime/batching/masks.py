@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -27,7 +28,34 @@ from ..constraints import Constraint
 KEPT = 64  # compiled grammars
 # Beside llguidance's own limits: states of its lexer, of 1 to 2 kB each, and symbols of a grammar.
 LEXER_STATES, GRAMMAR_SIZE = 20_000, 100_000
+FEW = 1024  # tokens
 SAID = 300  # characters of an error of llguidance
+
+
+class Fitting:
+    """Tokens that may come next. allowed: bool [V]; None for all."""
+
+    def __init__(self, allowed: NDArray[np.bool_] | None) -> None:
+        self._allowed = allowed
+
+    def few(self, device: torch.device) -> Tensor | None:
+        """The allowed ones, int64 [n], where it is less work to look at them alone than to forbid the others."""
+        if self._allowed is None or device.type != "cpu" or not 0 < np.count_nonzero(self._allowed) <= FEW:
+            return None
+        return torch.from_numpy(np.flatnonzero(self._allowed))
+
+    def leaves(self, logits: Tensor) -> bool:
+        """Whether logits [1, V] make one of the allowed ones possible."""
+        return bool(self.apply(logits.clone()).amax().isfinite())
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """logits [1, V], those of forbidden tokens -inf from here on."""
+        if self._allowed is None:
+            return logits
+        if logits.device.type == "cpu":  # torch would wake its threads for it
+            np.putmask(logits.numpy(), ~self._allowed[None], np.float32(-np.inf))
+            return logits
+        return logits.masked_fill_(torch.from_numpy(~self._allowed).to(logits.device), -torch.inf)
 
 
 class Mask:
@@ -40,21 +68,28 @@ class Mask:
         self._matcher, self._begin, self._ends = matcher, begin, ends
         self._followed: list[int] = []
 
-    def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
-        """logits [1, V] after `tokens`, the prompt's included, without those of tokens that may not come.
-
-        Behind the end of a reply everything may come.
+    def fitting(self, tokens: Sequence[int], vocabulary: int) -> Fitting:
+        """What may come after `tokens`, the prompt's included. Behind the end of a reply everything may.
 
         Raises CheckError where the grammar takes too much to follow.
         """
         if self.is_over(tokens):
-            return logits
+            return Fitting(None)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
-        allowed = np.unpackbits(bits, bitorder="little", count=logits.shape[-1])  # [V]
-        if logits.device.type == "cpu":  # torch would wake its threads for it
-            return torch.from_numpy(np.where(allowed.view(np.bool_), logits.numpy(), np.float32(-np.inf)))
-        return logits.masked_fill(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
+        return Fitting(np.unpackbits(bits, bitorder="little", count=vocabulary).view(np.bool_))
+
+    def admits(self, tokens: Sequence[int], token: int) -> bool:
+        """Whether `token` may come after `tokens`: as `fitting` has it, and far less work.
+
+        Raises CheckError as `fitting`.
+        """
+        if self.is_over(tokens):
+            return True
+        forced = self._matcher.compute_ff_tokens()  # the only tokens of a text that is sure: no others that spell it
+        admitted = forced[0] == token if forced else self._matcher.validate_tokens([token]) == 1
+        self._check()
+        return bool(admitted)
 
     def is_over(self, tokens: Sequence[int]) -> bool:
         """Whether `tokens` end a reply: it is a whole text, and nothing can follow, or an end-of-sequence token did.

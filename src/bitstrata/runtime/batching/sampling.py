@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -37,28 +38,52 @@ class Sampler:
     min_p: float = 0.0
 
 
-def choose(logits: Tensor, samplers: Sequence[Sampler], allowed: Tensor | None = None) -> list[Token | CheckError]:
+def choose(
+    logits: Tensor,
+    samplers: Sequence[Sampler],
+    own: Mapping[int, Tensor] = MappingProxyType({}),
+    among: Mapping[int, Tensor] = MappingProxyType({}),
+) -> list[Token | CheckError]:
     """One token a row of logits [rows, V] (float32), with log-probabilities where the sampler asks for them.
 
-    allowed: the logits to pick from, if they are others; log-probabilities are those of `logits`.
+    Args:
+        own: logits [V] whose log-probabilities are asked for, of rows where they are others.
+        among: int64 [n] for rows whose token is one of these n, in ascending order. They are picked from as if all
+            others were -inf, without a look at the others.
+
     A row with no usable maximum gets a CheckError in its place.
     """
-    allowed = logits if allowed is None else allowed
-    best, tokens = allowed.max(dim=-1)
+    rows = [row for row in range(len(samplers)) if row not in among]
+    whole = logits if not among else logits[rows]
+    taken = dict(zip(rows, _pick(whole, [samplers[row] for row in rows]) if rows else (), strict=True))
+    for row, tokens in among.items():
+        if len(tokens) == 1:
+            if samplers[row].temperature > 0:
+                samplers[row].random.random()  # one number a token, whatever the others may be
+            taken[row] = int(tokens) if bool(logits[row, tokens].isfinite()) else None
+            continue
+        (place,) = _pick(logits[row, tokens][None], [samplers[row]])
+        taken[row] = None if place is None else int(tokens[place])
+    choices: list[Token | CheckError] = []
+    for row, sampler in enumerate(samplers):
+        token = taken[row]
+        if token is None:
+            choices.append(CheckError("the model's logits are not finite", hint="try more bits or another dtype"))
+        elif sampler.logprobs is None:
+            choices.append(Token(token))
+        else:
+            choices.append(_with_logprobs(own.get(row, logits[row]), token, sampler.logprobs))
+    return choices
+
+
+def _pick(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
+    """A place in each row of logits [rows, n]; None for a row whose maximum is no number."""
+    best, places = logits.max(dim=-1)
     usable = best.isfinite().tolist()
     sampled = [row for row, sampler in enumerate(samplers) if sampler.temperature > 0 and usable[row]]
     if sampled:
-        tokens[sampled] = _sample(allowed[sampled], [samplers[row] for row in sampled])
-    taken = tokens.tolist()
-    choices: list[Token | CheckError] = []
-    for row, sampler in enumerate(samplers):
-        if not usable[row]:
-            choices.append(CheckError("the model's logits are not finite", hint="try more bits or another dtype"))
-        elif sampler.logprobs is None:
-            choices.append(Token(taken[row]))
-        else:
-            choices.append(_with_logprobs(logits[row], taken[row], sampler.logprobs))
-    return choices
+        places[sampled] = _sample(logits[sampled], [samplers[row] for row in sampled])
+    return [place if good else None for place, good in zip(places.tolist(), usable, strict=True)]
 
 
 def normalised_entropy(logits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ What is read of the beginning of a text is the beginning of what is read of the 
 
     hermes      <tool_call>{"name": ..., "arguments": {...}}</tool_call>   Hermes, Qwen (Qwen-Coder: tags)
     llama       {"name": ..., "parameters": {...}}, or [name(argument=...)]    Llama 3.1 and later
+                <|python_tag|>name.call(argument=...)    functions that Llama 3.1 has been trained with
     mistral     [TOOL_CALLS][{"name": ..., "arguments": {...}}], or [TOOL_CALLS]name[ARGS]{...}
     deepseek    <|tool_calls_begin|><|tool_call_begin|>name<|tool_sep|>{...}<|tool_call_end|>..., in its own characters
 """
@@ -92,6 +93,7 @@ class Hermes(ToolFormat):
 
 class Llama(ToolFormat):
     name, openings, marks = "llama", ("<|python_tag|>",), ("<|python_end|>", "<|python_start|>")
+    _name, _built_in = re.compile(r"[A-Za-z_][\w.]*"), re.compile(r"[A-Za-z_][\w.]*\.call\(")
     bare = re.compile(r"\{|\[(?=\s*(?:[A-Za-z_][\w.]*(?:\(|\Z)|\Z))")
 
     def recognise(self, template: str) -> bool:
@@ -101,6 +103,8 @@ class Llama(ToolFormat):
         at = _space(text, len("<|python_tag|>") if text.startswith("<|python_tag|>") else 0)
         if text[at : at + 1] == "[":
             return self._read_python(text[at:], at, final)
+        if text[at : at + 1].isidentifier():
+            return self._read_built_in(text, at, final)
         calls: list[Call] = []
         end = at
         while True:
@@ -116,6 +120,20 @@ class Llama(ToolFormat):
                 at = _space(text, at + 1)
             if not text[at:]:
                 return Found(tuple(calls), end if final else None)
+
+    def _read_built_in(self, text: str, at: int, final: bool) -> Found | None:
+        begun = self._built_in.match(text, at)
+        if begun is None:
+            return Found() if not final and self._name.fullmatch(text, at) else None
+        for match in re.compile(r"\)").finditer(text, begun.end()):
+            try:
+                call = _python_call(ast.parse(text[at : match.end()], mode="eval").body)
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+            return (
+                None if call is None else Found((Call(call.name.removesuffix(".call"), call.arguments),), match.end())
+            )
+        return None if final else Found()
 
     def _read_python(self, text: str, offset: int, final: bool) -> Found | None:
         for match in re.finditer(r"\)\s*\]", text):
