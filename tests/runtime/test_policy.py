@@ -307,6 +307,7 @@ def test_structure_takes_the_nearest_bits_below_that_a_request_allows(text, ladd
         ("entropy:high=0.4,hold=2", EntropyPolicy(high=0.4, hold=2)),
         ("structure", StructurePolicy()),
         ("structure:structured=4,prose=2", StructurePolicy(4, 2)),
+        ("structure:mend=1", StructurePolicy(mend=1)),
     ],
 )
 def test_policies_are_read_from_texts_and_say_what_they_are(text, policy):
@@ -338,6 +339,7 @@ def test_policies_are_read_from_texts_and_say_what_they_are(text, policy):
         ("structure:prose=5,structured=4", "cannot be used"),
         ("structure:prose=0", "cannot be used"),
         ("structure:structured=9", "cannot be used"),
+        ("structure:mend=2", "cannot be used"),
     ],
 )
 def test_texts_that_are_no_policy_are_refused_by_name(text, message):

@@ -83,6 +83,38 @@ def test_free_replies_run_at_the_bits_of_their_text_in_any_company(engine, model
     assert set(fenced) == {4}, "the prompt left a block of code open"
 
 
+def mending(model, prompt, tokens, bits):
+    """Greedy tokens, where each pass at 4 bits computes all before it anew: 2 bits reach from there to the next."""
+    found, ids = [], [*prompt, *tokens]
+    for made, value in enumerate(bits):
+        since = max((place for place in range(made + 1) if bits[place] == 4), default=0)  # the last pass at 4 bits
+        rows = [4] * (len(prompt) + since) + [2] * (made - since)
+        rows[-1] = value
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[: len(rows)]]), bits=torch.tensor([rows], dtype=torch.int8)).logits
+        found.append(int(logits[0, -1].argmax()))
+    return found
+
+
+def test_mended_replies_decide_as_if_no_token_had_been_lowered(model, bundled, tokenizer, code):
+    with exact_arithmetic():
+        own = bitstrata.load(bundled, dtype=torch.float32)
+    prompts = [code[start : start + length] for start, length in [(0, 20), (60, 7), (100, 50), (170, 33)]]
+    with Engine(own, tokenizer, policy=StructurePolicy(mend=1)) as engine:
+        handles = [engine.submit(Request(prompt, 4, 2, NEW, ignore_eos=True)) for prompt in prompts]
+        made = [events_of(handle) for handle in handles]
+    for prompt, events in zip(prompts, made, strict=True):
+        tokens, bits = [event.id for event in events], [event.bits for event in events]
+        assert bits == expected_bits(tokenizer, prompt, tokens)
+        assert tokens == mending(model, prompt, tokens, bits)
+    text = tokenizer.decode(code[:30])
+    alone = bitstrata.generate(own, text, 4, NEW, tokenizer=tokenizer, policy="structure:mend=1")
+    tokens = tokenizer(alone.text, add_special_tokens=False).input_ids
+    prompt = tokenizer(text).input_ids
+    bits = expected_bits(tokenizer, prompt, tokens)
+    assert tokens == mending(model, prompt, tokens, bits)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_under_a_grammar_tokens_that_it_leaves_no_choice_are_made_at_low_bits(engine, tokenizer, code, temperature):
     constraint = Constraint.json_schema(SCHEMA)

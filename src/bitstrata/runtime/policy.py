@@ -86,6 +86,11 @@ class Policy:
     wants_entropy: ClassVar[bool] = False
     wants_passage: ClassVar[bool] = False
 
+    @property
+    def mends(self) -> bool:
+        """Whether what was computed at fewer bits is computed anew where bits rise."""
+        return False
+
     def observe(self, load: LoadView) -> None:
         """Called before each round."""
 
@@ -214,17 +219,27 @@ class StructurePolicy(Policy):
 
     By default these are the ends of what a request allows. Where a grammar leaves one text to come the model decides
     nothing, and `prose` bits do.
+
+    `mend=1`: where the bits of a request rise, the keys and values of what it wrote at fewer are computed anew, in the
+    same pass. What is decided there is then decided as if no token had been lowered; a pass over the tokens of a
+    sentence costs more than one over a token, by how much depends on the machine.
     """
 
     name: ClassVar[str] = "structure"
     wants_passage: ClassVar[bool] = True
     structured: int = 8
     prose: int = 1
+    mend: int = 0
 
     def __post_init__(self) -> None:
         self._require(
-            1 <= self.prose <= self.structured <= 8, "prose and structured are bits, 1 <= prose <= structured"
+            1 <= self.prose <= self.structured <= 8 and self.mend in (0, 1),
+            "prose and structured are bits, 1 <= prose <= structured; mend is 0 or 1",
         )
+
+    @property
+    def mends(self) -> bool:
+        return bool(self.mend)
 
     def start(self) -> RequestPolicy:
         def policy(request: RequestView) -> int:

@@ -326,7 +326,11 @@ class Engine:
             waiting = len(self._waiting)
         most = max((len(view.ladder) - 1 for view in views if view is not None), default=0)
         self._policy.observe(LoadView(now, waiting, self._pace.mean, most))
-        return [item.lowering.bits(bits, view) for item, bits, view in zip(running, asked, views, strict=True)]
+        chosen = [item.lowering.bits(bits, view) for item, bits, view in zip(running, asked, views, strict=True)]
+        if self._pool.kept_as == "beginning":
+            for item, bits in zip(running, chosen, strict=True):
+                item.lowering.mend(item, bits)
+        return chosen
 
     def _first_bits(self, item: Running) -> Assignment:
         """At what the prompt of `item` would be computed if it began now."""

@@ -46,6 +46,7 @@ class Lowering:
     ) -> None:
         self._policy, self._state, self._min_bits, self._reader = policy, state, min_bits, reader
         self._steps = policy.start()
+        self._before, self._rises = 0, False  # the bits of the last token, and whether the next one's are more
         self.entropy: float | None = None  # of the last distribution, if the policy wants it
 
     def view(self, item: Continuation, asked: Assignment) -> RequestView | None:
@@ -59,11 +60,27 @@ class Lowering:
 
     def bits(self, asked: Assignment, view: RequestView | None) -> Assignment:
         """At what the next token of the text with this view is computed."""
-        return asked if view is None else self._state.resolve(view.lowered(self._steps(view)))
+        if view is None:
+            return asked
+        bits = view.lowered(self._steps(view))
+        self._rises, self._before = bits > self._before, bits
+        return self._state.resolve(bits)
 
     def first(self, item: Continuation, asked: Assignment) -> Assignment:
         """At what the prompt of `item` would be computed if it began now."""
         return Lowering(self._policy, self._state, self._min_bits).bits(asked, self.view(item, asked))
+
+    def mend(self, item: Continuation, bits: Assignment) -> None:
+        """Have what `item` wrote below `bits` computed anew, if they have just risen to these and that is wanted.
+
+        For caches that can take back what was written last.
+        """
+        if not (self._policy.mends and self._rises):
+            return
+        wanted = bits.choices[0]
+        begin = len(item.tokens) - len(item.new)
+        lower = (at for at in range(begin, item.past) if sum(item.written[at]) < sum(wanted))
+        del item.written[next(lower, item.past) :]
 
     def add(self, token: int) -> None:
         """The next token."""

@@ -64,7 +64,7 @@ class Session:
 
     @property
     def drafts(self) -> bool:
-        """Whether tokens may be drafted: what was computed for them can be taken back."""
+        """Whether tokens may be drafted: what was computed last can be taken back."""
         return self._pool.kept_as == "beginning"
 
     def mask(
@@ -107,7 +107,7 @@ class Session:
 
         lowering: what may lower the bits. Raises CheckError if the model's logits are not finite.
         """
-        return self._step(item, _lowered(item, bits, lowering), lowering)
+        return self._step(item, self._lowered(item, bits, lowering), lowering)
 
     def draft_step(
         self, item: Continuation, bits: Assignment, drafts: Drafts, lowering: Lowering | None = None
@@ -116,7 +116,7 @@ class Session:
 
         Where the bits are lowered a step costs little, and nothing is drafted.
         """
-        now = _lowered(item, bits, lowering)
+        now = self._lowered(item, bits, lowering)
         if now is not bits or item.past < len(item.tokens) - 1:  # lowered, or the prompt
             return [self._step(item, now, lowering)]
         if item.lacks_room(most := drafts.most(item, self._steady)):
@@ -131,6 +131,15 @@ class Session:
                 break
         del item.written[len(item.tokens) - 1 :]  # accepted beyond the end
         return made
+
+    def _lowered(self, item: Continuation, bits: Assignment, lowering: Lowering | None) -> Assignment:
+        """At what the next token of `item` is computed; `bits` itself unless it is lowered."""
+        if lowering is None:
+            return bits
+        now = lowering.bits(bits, lowering.view(item, bits))
+        if self.drafts:
+            lowering.mend(item, now)
+        return bits if now.given == bits.given else now
 
     def _step(self, item: Continuation, bits: Assignment, lowering: Lowering | None) -> Token:
         logits = self._feed(item, bits)
@@ -180,14 +189,6 @@ class Session:
                 return
         assert refused is not None  # else what was added last is free in one piece
         raise refused
-
-
-def _lowered(item: Continuation, bits: Assignment, lowering: Lowering | None) -> Assignment:
-    """At what the next token of `item` is computed; `bits` itself unless it is lowered."""
-    if lowering is None:
-        return bits
-    now = lowering.bits(bits, lowering.view(item, bits))
-    return bits if now.given == bits.given else now
 
 
 class _Holder:
