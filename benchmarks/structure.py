@@ -278,7 +278,6 @@ def table(where: str, rows: dict[str, dict[str, Any]]) -> str:
     columns = [
         "way",
         "bits",
-        "held",
         "kld",
         *(f"{kind} {what}" for kind in kinds for what in ("median", "part", "flipped")),
     ]
