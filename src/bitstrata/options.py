@@ -277,10 +277,16 @@ class GenerationSettings:
     seed: Annotated[int, Argument("Seed of the sampling.")] = 0
     draft_bits: Annotated[int | None, Argument("Draft tokens at this precision where it is lower.")] = None
     draft_tokens: Annotated[int, Argument("The most tokens drafted at a time.")] = 4
+    policy: Annotated[
+        str, Argument("What lowers the bits of single tokens: fixed, position:tokens=32, entropy or structure.")
+    ] = "fixed"
+    min_bits: Annotated[int | None, Argument("How low the policy may go; the lowest by default.")] = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
             raise UsageError("temperature must not be negative, top_p must lie in (0, 1], max_new_tokens be at least 1")
+        if self.min_bits is not None and self.policy == "fixed":
+            raise UsageError(f"min_bits={self.min_bits} needs a policy", hint="for example policy structure")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,9 +367,9 @@ class ServeOptions(Size, ServerSettings):
     plan: Annotated[
         Sequence[str], Argument("NAME=FILE: a plan that requests choose as MODEL:NAME; repeatable.", each=texts)
     ] = ()
-    policy: Annotated[str, Argument("What lowers bits: fixed, load:target_ms=50, position:tokens=32 or entropy.")] = (
-        "fixed"
-    )
+    policy: Annotated[
+        str, Argument("What lowers bits: fixed, load:target_ms=50, position:tokens=32, entropy or structure.")
+    ] = "fixed"
     max_requests: Annotated[int, Argument("Requests served at a time; others wait.", least=1)] = 16
     max_waiting: Annotated[int, Argument("Requests that may wait; more are refused.", least=1)] = 256
     cache_tokens: Annotated[int | None, Argument("Room for all running requests' tokens.", least=1)] = None

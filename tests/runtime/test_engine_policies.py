@@ -10,7 +10,7 @@ import torch
 
 from bitstrata.nn import steady_rows
 from bitstrata.runtime import Engine, EntropyPolicy, LoadPolicy, Policy, PositionPolicy, Request, Token
-from bitstrata.runtime.batching import engine as engine_module
+from bitstrata.runtime.batching import lowering
 
 WAIT = 120
 
@@ -144,7 +144,7 @@ def test_entropies_are_not_computed_for_policies_that_do_not_want_them(model, co
     def refuse(logits):
         raise AssertionError("nobody asked for entropies")
 
-    monkeypatch.setattr(engine_module, "normalised_entropy", refuse)
+    monkeypatch.setattr(lowering, "normalised_entropy", refuse)
     with Engine(model, policy=policy) as engine:
         assert len(engine.submit(Request(code[:20], min_bits=2, max_new_tokens=4, ignore_eos=True)).result(WAIT)) == 4
 

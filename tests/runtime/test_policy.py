@@ -7,6 +7,7 @@ import random
 from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import mean, quantiles
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -14,14 +15,17 @@ from hypothesis import strategies as st
 from simulation import BASE, PROMPT, ROW, Simulated, simulate
 
 from bitstrata.errors import UsageError
-from bitstrata.runtime import EntropyPolicy, LoadPolicy, Policy, PositionPolicy, parse_policy
+from bitstrata.runtime import EntropyPolicy, LoadPolicy, Policy, PositionPolicy, StructurePolicy, parse_policy
 from bitstrata.runtime.batching.stats import WINDOW, Pace
-from bitstrata.runtime.policy import LoadView, RequestView
+from bitstrata.runtime.policy import LoadView, Passage, RequestView
 
 TRACES = Path(__file__).parent / "traces"
 TARGET_MS = 40.0  # 7 requests at 4 bits take 40 ms a token in the simulation, 8 at 3 bits 37
 TEXTS = ["fixed", f"load:target_ms={TARGET_MS:g}", "position:tokens=5", "entropy:low=0.2,high=0.3"]
-TEXTS.append(f"{TEXTS[1]},prompts=1")
+TEXTS += ["structure:structured=6,prose=3", f"{TEXTS[1]},prompts=1"]
+
+
+PASSAGES = get_args(Passage)
 
 
 def recorded(**asked) -> list[Simulated]:
@@ -58,7 +62,8 @@ def test_no_policy_leaves_what_the_request_allows(data, text):
     steps, now = policy.start(), 0.0
     for made in range(data.draw(st.integers(1, 30))):
         now += data.draw(st.floats(0, 2))
-        view = RequestView(bits, min_bits, supported, made, data.draw(st.floats(0, 1)) if made else None)
+        passage = data.draw(st.sampled_from(PASSAGES)) if made else None
+        view = RequestView(bits, min_bits, supported, made, data.draw(st.floats(0, 1)) if made else None, passage)
         pace = data.draw(st.none() | st.floats(0, 1))
         policy.observe(LoadView(now, data.draw(st.integers(0, 9)), pace, len(view.ladder) - 1))
         chosen = view.lowered(steps(view))
@@ -254,6 +259,40 @@ def test_requests_do_not_share_what_is_remembered_of_them(entropies):
             assert view.lowered(steps(view)) == alone[index][made]
 
 
+def test_a_prompt_that_is_computed_again_is_so_at_its_bits():
+    for policy in (EntropyPolicy(low=0.9, high=1, hold=1), PositionPolicy(tokens=1), StructurePolicy()):
+        steps = policy.start()
+        for made in range(1, 9):
+            steps(RequestView(8, 2, (2, 4, 8), made, 0.1, "prose"))
+        again = RequestView(8, 2, (2, 4, 8), 0)
+        assert again.lowered(steps(again)) == 8
+
+
+# by structure
+
+
+@pytest.mark.parametrize(
+    ("text", "ladder", "prose", "structured"),
+    [
+        ("structure", (2, 3, 4), 2, 4),
+        ("structure:prose=3", (2, 3, 4), 3, 4),
+        ("structure:structured=3", (2, 3, 4), 2, 3),
+        ("structure:structured=5,prose=3", (2, 4, 8), 2, 4),
+        ("structure:structured=2,prose=1", (4, 6, 8), 4, 4),
+        ("structure", (4,), 4, 4),
+    ],
+)
+def test_structure_takes_the_nearest_bits_below_that_a_request_allows(text, ladder, prose, structured):
+    steps = parse_policy(text).start()
+    used = {}
+    for passage in (None, *PASSAGES):
+        view = RequestView(max(ladder), min(ladder), ladder, 1 if passage else 0, passage=passage)
+        used[passage] = view.lowered(steps(view))
+    assert used == {
+        None: max(ladder), "prose": prose, "forced": prose, "structure": structured, "opening": structured
+    }  # fmt: skip
+
+
 # texts, and the pace
 
 
@@ -266,6 +305,9 @@ def test_requests_do_not_share_what_is_remembered_of_them(entropies):
         ("position", PositionPolicy()),
         ("position:tokens=7", PositionPolicy(7)),
         ("entropy:high=0.4,hold=2", EntropyPolicy(high=0.4, hold=2)),
+        ("structure", StructurePolicy()),
+        ("structure:structured=4,prose=2", StructurePolicy(4, 2)),
+        ("structure:mend=1", StructurePolicy(mend=1)),
     ],
 )
 def test_policies_are_read_from_texts_and_say_what_they_are(text, policy):
@@ -294,6 +336,10 @@ def test_policies_are_read_from_texts_and_say_what_they_are(text, policy):
         ("position:tokens=0", "cannot be used"),
         ("entropy:low=0.5,high=0.4", "cannot be used"),
         ("entropy:weight=0", "cannot be used"),
+        ("structure:prose=5,structured=4", "cannot be used"),
+        ("structure:prose=0", "cannot be used"),
+        ("structure:structured=9", "cannot be used"),
+        ("structure:mend=2", "cannot be used"),
     ],
 )
 def test_texts_that_are_no_policy_are_refused_by_name(text, message):

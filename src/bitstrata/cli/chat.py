@@ -16,7 +16,7 @@ from ..models import load_tokenizer, resolve
 from ..nn import BitsOrPlan
 from ..options import ChatCommand, GenerationSettings
 from ..plans import bytes_text, choose_bits, resize
-from ..runtime import Conversation, Generation
+from ..runtime import Conversation, Generation, policy_of
 from .output import writing_stdout
 from .sizing import load_sized
 from .terminal import remark, side_by_side
@@ -36,6 +36,7 @@ SEVERAL_LINES = '"""'
 
 
 def run(options: ChatCommand) -> None:
+    policy_of(options)  # refused before a model is loaded
     target, chosen = choose_bits(options.model, options.bits)
     loaded = load_sized(target, chosen, options, context=None)
     tokenizer = load_tokenizer(resolve(target, hub=options.hub, weights=False))
@@ -177,8 +178,7 @@ def _open(talk: Conversation, path: Path) -> None:
 def _figures(answer: Generation) -> str:
     speed = "" if answer.tokens_per_second is None else f", {answer.tokens_per_second:.1f} tokens/s"
     empty = "" if answer.text.strip() else "; nothing but white space" if answer.text else "; an empty answer"
-    precision = f"plan {answer.bits}" if isinstance(answer.bits, str) else f"{answer.bits} bits"
-    return f"[{precision}, {answer.tokens} tokens{speed}{empty}]"
+    return f"[{answer.precision}, {answer.tokens} tokens{speed}{empty}]"
 
 
 def _precision(bits: BitsOrPlan) -> str:

@@ -8,7 +8,7 @@ from transformers import TextStreamer
 from ..models import encode_prompt, load_tokenizer, resolve
 from ..options import GenerateCommand
 from ..plans import choose_bits, parse_bits_or_plan
-from ..runtime import generate
+from ..runtime import generate, policy_of
 from .output import show, writing_stdout
 from .sizing import load_sized
 
@@ -22,6 +22,7 @@ class _Stream(TextStreamer):
 
 
 def run(options: GenerateCommand) -> None:
+    policy_of(options)  # refused before a model is loaded
     target, chosen = choose_bits(options.model, None if options.bits is None else parse_bits_or_plan(options.bits))
     context = None
     if options.fit:
@@ -42,6 +43,8 @@ def run(options: GenerateCommand) -> None:
         draft_tokens=options.draft_tokens,
         tokenizer=tokenizer,
         kv_cache_dtype=options.kv_cache_dtype,
+        policy=options.policy,
+        min_bits=options.min_bits,
         streamer=None if options.json else _Stream(tokenizer, skip_special_tokens=True),
     )
     if options.json:
@@ -50,5 +53,4 @@ def run(options: GenerateCommand) -> None:
     speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
     drafted = f"of drafts at {options.draft_bits} bits accepted"
     accepted = "" if result.acceptance is None else f", {result.acceptance:.0%} {drafted}"
-    precision = f"{result.bits} bits" if isinstance(result.bits, int) else f"plan {result.bits}"
-    typer.echo(f"[{precision}, {result.tokens} tokens{speed}{accepted}]", err=True)
+    typer.echo(f"[{result.precision}, {result.tokens} tokens{speed}{accepted}]", err=True)

@@ -5,9 +5,9 @@ from .batching import Engine, EngineStats, Event, Finished, Handle, Request, Sco
 from .constraints import Constraint
 from .conversation import Conversation
 from .environment import Environment, env
-from .generation import Generation, continue_tokens, generate
+from .generation import Generation, continue_tokens, generate, policy_of
 from .inspection import Inspection, inspect
-from .policy import POLICIES, EntropyPolicy, LoadPolicy, Policy, PositionPolicy, parse_policy
+from .policy import POLICIES, EntropyPolicy, LoadPolicy, Policy, PositionPolicy, StructurePolicy, parse_policy
 
 __all__ = [
     "POLICIES",
@@ -28,10 +28,12 @@ __all__ = [
     "PositionPolicy",
     "Request",
     "Scored",
+    "StructurePolicy",
     "Token",
     "continue_tokens",
     "env",
     "generate",
     "inspect",
     "parse_policy",
+    "policy_of",
 ]

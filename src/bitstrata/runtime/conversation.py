@@ -15,7 +15,7 @@ from ..models import check_text, encode_turns
 from ..nn import Assignment, BitsOrPlan, bits_state
 from ..options import GenerationSettings
 from .batching import check_reuse
-from .generation import Generation, continue_tokens
+from .generation import Generation, continue_tokens, policy_of
 
 
 class Conversation:
@@ -31,9 +31,10 @@ class Conversation:
         reuse: what of the turns so far is not computed again for a reply: "equal" what the same bits wrote, "any" what
             any bits wrote, "off" nothing.
         kv_cache_dtype: how the cache keeps keys and values: auto (the model's dtype), int8 or int4.
+        policy, min_bits: what lowers the bits of single tokens, and how far, as of `generate`.
 
     Raises:
-        UnsupportedBitsError: bits that the model does not have.
+        UnsupportedBitsError: bits or min_bits that the model does not have.
         UsageError: settings that cannot be used, a system instruction without a chat template.
         InputError: a system instruction that is no text, or that the chat template does not take.
     """
@@ -53,12 +54,19 @@ class Conversation:
         draft_tokens: int = 4,
         reuse: str = "equal",
         kv_cache_dtype: str = "auto",
+        policy: str = "fixed",
+        min_bits: int | None = None,
     ) -> None:
-        self._settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens)
+        self._settings = GenerationSettings(
+            max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens, policy, min_bits
+        )
+        policy_of(self._settings)
         self._reuse, self._kv_cache_dtype = check_reuse(reuse), check_kv_cache_dtype(kv_cache_dtype)
         self.model, self.tokenizer = model, tokenizer
         self._state = bits_state(model)
         self._bits = self._state.resolve(bits)
+        if min_bits is not None:
+            self._state.resolve(min_bits)
         self.has_template = bool(tokenizer.chat_template)
         self._system: str | None = None
         self._turns: list[dict[str, str]] = []  # the user's and the model's

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,8 +34,9 @@ from ..plans import Plan, bits_name, choose_bits, highest_bits, load
 from ..progress import note
 from ..torch_state import ordinary_torch
 from ..verbs import named
-from .batching import Continuation, Drafts, Mask, Sampler, Session, session_of
+from .batching import Continuation, Drafts, Lowering, Lowerings, Mask, Sampler, Session, session_of
 from .constraints import Constraint
+from .policy import LoadPolicy, Policy, parse_policy
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Generation:
 
     `bits` is None for a model that is not quantized, and a plan's name for a plan. acceptance: share of the tokens
     drafted at `draft_bits` that `bits` agreed with. first_token_seconds: to the first new token; reused_tokens: of the
-    prompt, those that the model had from an earlier call.
+    prompt, those that the model had from an earlier call. tokens_by_bits: new tokens by the bits that computed them,
+    those at a plan under "plan"; empty where transformers' own generate made them.
     """
 
     prompt: str
@@ -56,6 +59,18 @@ class Generation:
     acceptance: float | None = None
     first_token_seconds: float | None = None
     reused_tokens: int = 0
+    tokens_by_bits: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        """What computed the new tokens, in words: `3 bits`, `2 to 4 bits (17 at 2, 5 at 4)` or `plan NAME`."""
+        if isinstance(self.bits, str):
+            return f"plan {self.bits}"
+        used = list(self.tokens_by_bits)
+        if len(used) < 2:
+            return f"{next(iter(used), self.bits)} bits"
+        counts = ", ".join(f"{count} at {bits}" for bits, count in self.tokens_by_bits.items())
+        return f"{used[0]} to {used[-1]} bits ({counts})"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,6 +114,8 @@ def generate(
     streamer: BaseStreamer | None = None,
     kv_cache_dtype: str = "auto",
     constraint: Constraint | None = None,
+    policy: str = "fixed",
+    min_bits: int | None = None,
 ) -> Generation:
     """Continue `prompt`, which starts as the tokenizer starts a text (models/tokens.py).
 
@@ -109,24 +126,33 @@ def generate(
         streamer: receives tokens as they come.
         kv_cache_dtype: how the cache keeps keys and values: auto (the model's dtype), int8 or int4.
         constraint: what the new text must be, such as JSON of a schema.
+        policy: what lowers the bits of single tokens, as `parse_policy` reads it, down to `min_bits` or the model's
+            lowest.
 
     Raises:
-        UsageError: bits given twice and differently, a negative temperature, no new tokens asked for, a kv_cache_dtype
-            or a constraint that there is none of, or that this architecture or a text of this length cannot have.
+        UnsupportedBitsError: bits or min_bits that the model does not have.
+        UsageError: bits given twice and differently, a negative temperature, no new tokens asked for, min_bits above
+            the bits; a kv_cache_dtype, constraint or policy that there is none of, or that this architecture or a text
+            of this length cannot have; a policy for a plan, or one that looks at many requests.
         InputError: a prompt that is no text or has no tokens, a token beyond the model's vocabulary, a full context.
     """
-    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens)
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, draft_bits, draft_tokens, policy, min_bits)
+    policy_of(settings)
     check_kv_cache_dtype(kv_cache_dtype)  # before a model is loaded
     if not isinstance(model, PreTrainedModel):
         target, bits = choose_bits(str(model), bits)
         model = load(target, bits=bits, device=device, max_bits=None if bits is None else highest_bits(bits))
     tokenizer = tokenizer or load_tokenizer(resolve(str(model.name_or_path)))
+    state = bits_state(model)
+    resolved = state.resolve(bits)
+    if min_bits in state.supported and isinstance(resolved.given, int) and min_bits > resolved.given:
+        raise UsageError(f"min_bits={min_bits} is above bits={resolved.given}")
     return continue_tokens(
         model,
         tokenizer,
         encode_prompt(tokenizer, prompt),
         prompt,
-        bits=bits_state(model).resolve(bits),
+        bits=resolved,
         settings=settings,
         streamer=streamer,
         kv_cache_dtype=kv_cache_dtype,
@@ -160,6 +186,7 @@ def continue_tokens(
             cannot have.
     """
     chosen = None if bits is None else bits_state(model).resolve(bits)
+    lowering = _lowering(model, tokenizer, ids, chosen, settings)
     check_vocabulary(ids, model.config, tokenizer)
     limit, new_tokens = context_limit(model.config), settings.max_new_tokens
     if limit is not None and len(ids) + new_tokens > limit:
@@ -172,12 +199,13 @@ def continue_tokens(
     clock = _Clock(streamer)
     started = time.perf_counter()
     made, reused = None, 0
+    counted: Counter[str] = Counter()
     if chosen is not None:
         with session_of(model, kv_cache_dtype) as own:
             long = own.longest is not None and len(ids) + new_tokens > own.longest
             if not long and (own.drafts or settings.draft_bits is None):
                 mask = None if constraint is None else own.mask(constraint, tokenizer, len(ids), ends)
-                item = _by_session(own, ids, new_tokens, ends, chosen, settings, clock, reuse, mask)
+                item = _by_session(own, ids, new_tokens, ends, chosen, settings, clock, reuse, mask, lowering, counted)
                 made, reused = item.new, item.reused
     if made is None:
         if check_kv_cache_dtype(kv_cache_dtype) != "auto":
@@ -188,6 +216,8 @@ def continue_tokens(
             )
         if constraint is not None:
             raise UsageError("this text is made by transformers' own generate, which cannot hold it to a constraint")
+        if lowering is not None:
+            raise UsageError("this text is made by transformers' own generate, which follows no policy")
         made = _by_transformers(model, tokenizer, ids, new_tokens, ends, chosen, settings, clock)
     arrived = clock.times[1:]  # the first entry is the prompt
     between = arrived[-1] - arrived[0] if len(arrived) > 1 else 0.0
@@ -202,7 +232,43 @@ def continue_tokens(
         acceptance=None if settings.draft_bits is None else model.speculation.acceptance,  # type: ignore[arg-type, union-attr]
         first_token_seconds=arrived[0] - started if arrived else None,
         reused_tokens=reused,
+        tokens_by_bits=dict(sorted(counted.items())),
     )
+
+
+def policy_of(settings: GenerationSettings) -> Policy | None:
+    """What lowers the bits of one text; None for nothing.
+
+    Raises UsageError for what is no policy, or one that needs many requests, or whose signal drafts do not give.
+    """
+    policy = parse_policy(settings.policy)
+    if isinstance(policy, LoadPolicy):
+        raise UsageError(
+            "policy load looks at many requests at a time, and here is one", hint="bitstrata serve and Engine have it"
+        )
+    if policy.wants_entropy and settings.draft_bits is not None:
+        raise UsageError(f"policy {policy.name} looks at each token, which drafts skip", hint="give one of the two")
+    return None if type(policy) is Policy else policy
+
+
+def _lowering(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    bits: Assignment | None,
+    settings: GenerationSettings,
+) -> Lowering | None:
+    """Of the text that goes on after `ids`. Raises UsageError and UnsupportedBitsError as `generate`."""
+    policy = policy_of(settings)
+    if policy is None:
+        return None
+    if bits is None or not isinstance(bits.given, int):
+        what = "a model that is not quantized" if bits is None else "a plan"
+        raise UsageError(f"policy {policy.name} cannot lower {what}", hint="policies lower bits that are an int")
+    state = bits_state(model)
+    least = state.supported[0] if settings.min_bits is None else settings.min_bits
+    state.resolve(least)
+    return Lowerings(policy, state, tokenizer).of(ids, least)
 
 
 def _by_session(
@@ -215,8 +281,10 @@ def _by_session(
     clock: _Clock,
     reuse: str,
     mask: Mask | None,
+    lowering: Lowering | None,
+    counted: Counter[str],
 ) -> Continuation:
-    """The text, made by our own steps."""
+    """The text, made by our own steps; its tokens are added to `counted` by their bits."""
     drafts = None
     if settings.draft_bits is not None:
         speculation = Speculation(settings.draft_bits, settings.draft_tokens)
@@ -235,7 +303,10 @@ def _by_session(
     )
     try:
         while not item.new or item.ended() is None:
-            for token in [own.step(item, bits)] if drafts is None else own.draft_step(item, bits, drafts):
+            for token in (
+                [own.step(item, bits, lowering)] if drafts is None else own.draft_step(item, bits, drafts, lowering)
+            ):
+                counted["plan" if token.bits is None else str(token.bits)] += 1
                 clock.put(torch.tensor([token.id]))
     finally:
         own.finish(item)

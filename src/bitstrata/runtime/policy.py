@@ -11,26 +11,30 @@ and many rows at a time are bound by arithmetic, not by the planes read. Only `l
                (PMPD, arXiv 2410.13461)
     entropy    down while the model is sure of its tokens, up when it is not (the signal of FlexQuant,
                arXiv 2506.12024; thresholds and mean are ours)
+    structure  up where a reply calls a tool or is JSON or code, and where that may begin; down in prose
 
-Nothing here reads a clock or a model: time, load and entropies come in as values.
+Nothing here reads a clock, a model or a text: time, load, entropies and passages come in as values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ..errors import UsageError
+
+Passage = Literal["prose", "opening", "structure", "forced"]  # what the next token is for (passages.py)
 
 
 @dataclass(frozen=True)
 class RequestView:
     """What a policy sees of a request before each token.
 
-    bits, min_bits: as asked for. supported: of the model, ascending. new_tokens: made so far; 0 for the prompt.
+    bits, min_bits: as asked for. supported: of the model, ascending. new_tokens: made so far; 0 for the prompt, also
+    where that is computed again and holds tokens that were made.
     entropy: of the distribution that gave the last of them (`normalised_entropy`), in [0, 1]; None without one, or if
-    the policy does not want it.
+    the policy does not want it. passage: what the next token is for; None for the prompt, or if it is not wanted.
     """
 
     bits: int
@@ -38,6 +42,7 @@ class RequestView:
     supported: tuple[int, ...]
     new_tokens: int
     entropy: float | None = None
+    passage: Passage | None = None
 
     @property
     def ladder(self) -> tuple[int, ...]:
@@ -50,6 +55,10 @@ class RequestView:
     def lowered(self, steps: int) -> int:
         """The bits `steps` down the ladder, within its ends."""
         return self.ladder[min(max(steps, 0), len(self.ladder) - 1)]
+
+    def steps_to(self, bits: int) -> int:
+        """Steps down to the highest of the ladder that is not above `bits`; to its end if there is none."""
+        return sum(one > bits for one in self.ladder)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,12 @@ class Policy:
 
     name: ClassVar[str] = "fixed"
     wants_entropy: ClassVar[bool] = False
+    wants_passage: ClassVar[bool] = False
+
+    @property
+    def mends(self) -> bool:
+        """Whether what was computed at fewer bits is computed anew where bits rise."""
+        return False
 
     def observe(self, load: LoadView) -> None:
         """Called before each round."""
@@ -181,6 +196,8 @@ class EntropyPolicy(Policy):
 
         def policy(request: RequestView) -> int:
             nonlocal mean, steps, seen, changed
+            if not request.new_tokens:
+                return 0
             if request.entropy is None or request.new_tokens == seen:
                 return steps
             seen = request.new_tokens
@@ -196,7 +213,45 @@ class EntropyPolicy(Policy):
         return policy
 
 
-POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (Policy, LoadPolicy, PositionPolicy, EntropyPolicy)}
+@dataclass
+class StructurePolicy(Policy):
+    """At most `prose` bits in words, at most `structured` in calls, JSON, code, and where one of these may begin.
+
+    By default these are the ends of what a request allows. Where a grammar leaves one text to come the model decides
+    nothing, and `prose` bits do.
+
+    `mend=1`: where the bits of a request rise, the keys and values of what it wrote at fewer are computed anew, in the
+    same pass. What is decided there is then decided as if no token had been lowered; a pass over the tokens of a
+    sentence costs more than one over a token, by how much depends on the machine.
+    """
+
+    name: ClassVar[str] = "structure"
+    wants_passage: ClassVar[bool] = True
+    structured: int = 8
+    prose: int = 1
+    mend: int = 0
+
+    def __post_init__(self) -> None:
+        self._require(
+            1 <= self.prose <= self.structured <= 8 and self.mend in (0, 1),
+            "prose and structured are bits, 1 <= prose <= structured; mend is 0 or 1",
+        )
+
+    @property
+    def mends(self) -> bool:
+        return bool(self.mend)
+
+    def start(self) -> RequestPolicy:
+        def policy(request: RequestView) -> int:
+            if request.passage is None:
+                return 0
+            return request.steps_to(self.prose if request.passage in ("prose", "forced") else self.structured)
+
+        return policy
+
+
+_KINDS = (Policy, LoadPolicy, PositionPolicy, EntropyPolicy, StructurePolicy)
+POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in _KINDS}
 
 
 def parse_policy(text: str) -> Policy:

@@ -4,6 +4,7 @@ from .continuation import Continuation
 from .drafts import Drafts
 from .engine import Engine
 from .graph import captured
+from .lowering import Lowering, Lowerings
 from .masks import Mask
 from .prefixes import REUSE, check_reuse
 from .request import Event, Finished, Handle, Request, Scored, Token
@@ -20,6 +21,8 @@ __all__ = [
     "Event",
     "Finished",
     "Handle",
+    "Lowering",
+    "Lowerings",
     "Mask",
     "Request",
     "Sampler",

@@ -18,8 +18,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ...nn import Assignment
-from ..policy import RequestPolicy
 from .continuation import Continuation
+from .lowering import Lowering
 from .prefixes import Prefixes
 from .request import Handle
 
@@ -31,8 +31,7 @@ class Running(Continuation):
     """A request between submit and its end."""
 
     handle: Handle
-    policy: RequestPolicy
-    entropy: float | None = None  # of the last distribution, if the policy wants it
+    lowering: Lowering
     overtaken: int = 0
     set_back: int = 0  # times
 

@@ -30,18 +30,19 @@ from ...models import Stops, end_tokens, input_device, score_rules, steady_conte
 from ...nn import Assignment, bits_state
 from ...torch_state import ordinary_torch
 from ..constraints import Constraint
-from ..policy import LoadView, Policy, RequestView
+from ..policy import LoadView, Policy
 from .admission import Running, admit, grow
 from .alone import passes
 from .continuation import advance, pick
 from .forward import steady_rows
+from .lowering import Lowerings, see
 from .masks import Grammars
 from .memory import BLOCK, TokenPool
 from .packing import Segment, pack
 from .prefixes import Prefixes
 from .request import REASONS, Event, Finished, Handle, Limits, Request, Scored, Token
 from .rules import Rules, rules_of
-from .sampling import Sampler, normalised_entropy
+from .sampling import Sampler
 from .session import forget
 from .stats import EngineStats, Pace
 
@@ -53,8 +54,8 @@ class Engine:
 
     Args:
         model: quantized, from `bitstrata.load`. It belongs to the engine until `close`.
-        tokenizer: reads stop texts and constraints, which only requests with some need, and says what else ends a
-            text.
+        tokenizer: reads stop texts and constraints, which only requests with some need, replies for a policy that
+            wants that, and says what else ends a text.
         max_requests: run at a time; others wait.
         max_batch_tokens: of prompts in one batch: longer prompts are fed in parts, between which others decode.
             By default 512, or max_requests if that is more.
@@ -71,7 +72,8 @@ class Engine:
 
     Raises:
         UsageError: a model that is not quantized or that another engine holds; numbers or a kv_cache_dtype that
-            cannot be used. BatchError, one of them: a kv_cache_dtype for a model that cannot run in batches.
+            cannot be used; a policy that reads texts without a tokenizer. BatchError, one of them: a kv_cache_dtype for
+            a model that cannot run in batches.
         ResourceError: there is no memory for the cache, or for a batch.
     """
 
@@ -106,6 +108,7 @@ class Engine:
                 raise UsageError(f"{name}={given} cannot be used", hint=f"{name} must be at least {smallest}")
         self.max_requests, self.max_batch_tokens, self.max_waiting = max_requests, max_batch_tokens, max_waiting
         self._tokenizer, self._policy = tokenizer, policy or Policy()
+        self._lowerings = Lowerings(self._policy, bits_state(model), tokenizer)
         self._pool = TokenPool(cache_tokens, kv_cache_dtype)
         forget(model)  # its cache of its own, from calls to generate
         self._prefixes = Prefixes(self._pool, self._steady, reuse)
@@ -170,6 +173,7 @@ class Engine:
         mask = None
         if request.constraint is not None:
             mask = self._grammars.mask(request.constraint, len(request.prompt_ids))
+        lowering = self._lowerings.of(request.prompt_ids, request.min_bits)
         with self._changed:
             if self._failure is not None:
                 raise ClosedError(f"the engine has failed: {self._failure!r}", hint="start another") from self._failure
@@ -189,7 +193,7 @@ class Engine:
                 mask=mask,
                 scores=request.prompt_logprobs,
                 handle=handle,
-                policy=self._policy.start(),
+                lowering=lowering,
             )
             self._waiting[handle.number] = item
             self._changed.notify_all()
@@ -315,30 +319,22 @@ class Engine:
 
     def _bits(self, now: float) -> list[Assignment]:
         """At what the running requests run in the round that begins now."""
-        running, state = list(self._running.values()), self.limits.state
+        running = list(self._running.values())
         asked = [item.handle._bits for item in running]
-        views = [self._view(item, bits) for item, bits in zip(running, asked, strict=True)]
+        views = [item.lowering.view(item, bits) for item, bits in zip(running, asked, strict=True)]
         with self._changed:
             waiting = len(self._waiting)
         most = max((len(view.ladder) - 1 for view in views if view is not None), default=0)
         self._policy.observe(LoadView(now, waiting, self._pace.mean, most))
-        return [
-            bits if view is None else state.resolve(view.lowered(item.policy(view)))
-            for item, bits, view in zip(running, asked, views, strict=True)
-        ]
-
-    def _view(self, item: Running, bits: Assignment) -> RequestView | None:
-        """What policies see of a request at `bits`; None for one on a plan, which none lowers."""
-        if not isinstance(bits.given, int):
-            return None
-        request, supported = item.handle.request, self.limits.state.supported
-        return RequestView(bits.given, request.min_bits, supported, len(item.new), item.entropy)
+        chosen = [item.lowering.bits(bits, view) for item, bits, view in zip(running, asked, views, strict=True)]
+        if self._pool.kept_as == "beginning":
+            for item, bits in zip(running, chosen, strict=True):
+                item.lowering.mend(item, bits)
+        return chosen
 
     def _first_bits(self, item: Running) -> Assignment:
         """At what the prompt of `item` would be computed if it began now."""
-        bits = item.handle._bits
-        view = self._view(item, bits)
-        return bits if view is None else self.limits.state.resolve(view.lowered(self._policy.start()(view)))
+        return item.lowering.first(item, item.handle._bits)
 
     def _run(self, batch: list[Segment]) -> None:
         items = [self._running[segment.owner] for segment in batch]
@@ -354,9 +350,7 @@ class Engine:
         if not rows:
             return
         logits = logits if len(rows) == len(batch) else logits[rows]
-        if self._policy.wants_entropy:
-            for row, entropy in zip(rows, normalised_entropy(logits).tolist(), strict=True):
-                items[row].entropy = entropy
+        see(logits, [items[row].lowering for row in rows])
         chosen = pick(logits, [items[row] for row in rows])
         for row, token in zip(rows, chosen, strict=True):
             if isinstance(token, BitstrataError):
@@ -376,6 +370,7 @@ class Engine:
 
     def _add(self, item: Running, token: Token) -> None:
         item.add(token.id)
+        item.lowering.add(token.id)
         with self._changed:
             self._new_tokens += 1
             self._tokens_by_bits["plan" if token.bits is None else str(token.bits)] += 1

@@ -111,6 +111,13 @@ class Mask:
             self._followed.append(token)
         return bool(self._matcher.is_stopped())
 
+    def is_forced(self, tokens: Sequence[int]) -> bool:
+        """Whether one text alone can follow `tokens`, however it is cut into tokens.
+
+        Raises CheckError as `is_over`.
+        """
+        return not self.is_over(tokens) and bool(self._matcher.compute_ff_tokens())
+
     def _check(self) -> None:
         if self._matcher.is_error():
             raise CheckError(

@@ -32,6 +32,7 @@ from .alone import passes
 from .continuation import Continuation, advance, pick
 from .drafts import Drafts
 from .forward import steady_rows
+from .lowering import Lowering, see
 from .masks import Grammars, Mask
 from .memory import BLOCK, TokenPool
 from .packing import pack
@@ -63,7 +64,7 @@ class Session:
 
     @property
     def drafts(self) -> bool:
-        """Whether tokens may be drafted: what was computed for them can be taken back."""
+        """Whether tokens may be drafted: what was computed last can be taken back."""
         return self._pool.kept_as == "beginning"
 
     def mask(
@@ -101,31 +102,56 @@ class Session:
         self._live.append(item)
         return item
 
-    def step(self, item: Continuation, bits: Assignment) -> Token:
+    def step(self, item: Continuation, bits: Assignment, lowering: Lowering | None = None) -> Token:
         """The next token, added to `item`: feeds at `bits` what is not in the cache yet, a long prompt in parts.
 
-        Raises CheckError if the model's logits are not finite.
+        lowering: what may lower the bits. Raises CheckError if the model's logits are not finite.
         """
-        (token,) = pick(self._feed(item, bits), [item])
-        if isinstance(token, BitstrataError):
-            raise token
-        item.add(token.id)
-        return replace(token, bits=bits.given if isinstance(bits.given, int) else None)
+        return self._step(item, self._lowered(item, bits, lowering), lowering)
 
-    def draft_step(self, item: Continuation, bits: Assignment, drafts: Drafts) -> list[Token]:
-        """As `step`, and more tokens at once where drafts are right; up to one that ends the text."""
-        if item.past < len(item.tokens) - 1:  # the prompt
-            return [self.step(item, bits)]
+    def draft_step(
+        self, item: Continuation, bits: Assignment, drafts: Drafts, lowering: Lowering | None = None
+    ) -> list[Token]:
+        """As `step`, and more tokens at once where drafts are right; up to one that ends the text.
+
+        Where the bits are lowered a step costs little, and nothing is drafted.
+        """
+        now = self._lowered(item, bits, lowering)
+        if now is not bits or item.past < len(item.tokens) - 1:  # lowered, or the prompt
+            return [self._step(item, now, lowering)]
         if item.lacks_room(most := drafts.most(item, self._steady)):
             self._make_room(item, bits)
         made = []
         for token in drafts.cycle(self._forward, item, bits, most):
             item.add(token)
+            if lowering is not None:
+                lowering.add(token)
             made.append(Token(token, bits.given))
             if item.ended() is not None:
                 break
         del item.written[len(item.tokens) - 1 :]  # accepted beyond the end
         return made
+
+    def _lowered(self, item: Continuation, bits: Assignment, lowering: Lowering | None) -> Assignment:
+        """At what the next token of `item` is computed; `bits` itself unless it is lowered."""
+        if lowering is None:
+            return bits
+        now = lowering.bits(bits, lowering.view(item, bits))
+        if self.drafts:
+            lowering.mend(item, now)
+        return bits if now.given == bits.given else now
+
+    def _step(self, item: Continuation, bits: Assignment, lowering: Lowering | None) -> Token:
+        logits = self._feed(item, bits)
+        if lowering is not None:
+            see(logits, [lowering])
+        (token,) = pick(logits, [item])
+        if isinstance(token, BitstrataError):
+            raise token
+        item.add(token.id)
+        if lowering is not None:
+            lowering.add(token.id)
+        return replace(token, bits=bits.given if isinstance(bits.given, int) else None)
 
     def finish(self, item: Continuation) -> None:
         """End `item`; what it has in the cache stays there until its place is needed."""

@@ -57,6 +57,25 @@ def scan_object(text: str, start: int) -> ScannedObject | None:
     return found if depth else None
 
 
+class Brackets:
+    """Finds where the bracket that a growing text begins with is closed. Those in strings do not count."""
+
+    def __init__(self) -> None:
+        self._at = self._depth = 0
+
+    def end(self, text: str) -> int | None:
+        """None while it is open. text: that of the last call, and what came since."""
+        for piece in _PIECE.finditer(text, self._at):
+            what = piece.group()
+            if what[0] == '"' and piece.end() == len(text):  # the string may go on
+                return None
+            self._at = piece.end()
+            self._depth += (what in "{[") - (what in "}]")
+            if self._depth == 0:
+                return self._at
+        return None
+
+
 def is_whole_value(raw: str) -> bool:
     """Whether `raw` is a whole JSON value: of one that is whole nothing more comes but spaces."""
     try:
