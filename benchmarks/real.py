@@ -1,9 +1,9 @@
-"""How good is a real model at few bits, beside other quantizers? KL divergence to the original against bytes read.
+r"""How good is a real model at few bits, beside other quantizers? KL divergence to the original against bytes read.
 
-    python tools/smollm2.py /tmp/smollm2                       the model (its docstring says where it comes from)
+    python tools/smollm2.py SmolLM2-135M-Instruct        the model (its docstring says where it comes from)
     tools/environment_on_top.sh .venv-dense .venv auto-round==0.16.1 hqq==0.2.8.post1 llama-cpp-python==0.3.36
-    .venv-dense/bin/python benchmarks/real.py /tmp/smollm2 --calibration TEXT --text wikitext=FILE:12000 \
-        --text python=FILE:6000 --text chat=chat:6000 --results FOLDER [--only nested,auto-round:bits=2]
+    .venv-dense/bin/python benchmarks/real.py SmolLM2-135M-Instruct --calibration TEXT --text wikitext=FILE:12000 \
+        --text python=FILE:3000 --text chat=chat:3000 --results FOLDER [--only nested,auto-round:bits=2]
     python benchmarks/real.py --results FOLDER --table [--picture FILE.svg]
 
 An entry is a maker with its options, `auto-round:bits=2:group_size=128` (the modules of benchmarks/dense say which);
@@ -116,7 +116,7 @@ def make(arguments: argparse.Namespace, entry: str, work: Path) -> None:
     nothing_left(options)
     is_made_here = not entry.startswith(CHECKPOINT)
     told = {
-        "entry": entry,
+        "entry": ":".join(part for part in entry.split(":") if not part.startswith(("folder=", "seconds="))),
         "seed": arguments.seed,
         "seconds": time.monotonic() - started if is_made_here else None if seconds is None else float(seconds),
         "peak_memory_bytes": peak_memory() if is_made_here else None,
@@ -131,10 +131,13 @@ def make(arguments: argparse.Namespace, entry: str, work: Path) -> None:
 def measure(arguments: argparse.Namespace, entry: str, work: Path) -> None:
     """Measure what `make` has made, each precision with its own head and with the original's."""
     told, points = load(work)
-    judge = Judge(job_of(arguments, work), arguments.text, arguments.eval_len)
-    rows = []
-    for made in points:
-        for with_head in [False, True] if made.head else [False]:
+    judge = Judge(job_of(arguments, work), arguments.text, arguments.eval_len, work.parent)
+    windows = {name: subject.digest for name, subject in judge.subjects.items()}
+    so_far = work / f"measured-{hashlib.sha256(json.dumps(windows).encode()).hexdigest()[:16]}.json"
+    rows: list[dict[str, object]] = json.loads(so_far.read_text()) if so_far.exists() else []
+    places = ((made, with_head) for made in points for with_head in ([True, False] if made.head else [False]))
+    for number, (made, with_head) in enumerate(places):
+        if number >= len(rows):
             row = {"bits": made.bits, "head_bits": made.head_bits if with_head else None, "bytes": made.bytes}
             row["head_bytes"] = made.head_bytes if with_head else judge.head_bytes
             row["bpw"] = 8 * made.bytes / judge.weights
@@ -142,7 +145,7 @@ def measure(arguments: argparse.Namespace, entry: str, work: Path) -> None:
             rows.append(row)
             losses = ", ".join(f"{name} {found['kld']:.4f}" for name, found in row["texts"].items())
             print(f"{entry}, {made.bits} bits, {row['bytes'] / 1e6:.2f} MB: kld {losses}", flush=True)
-    windows = {name: subject.digest for name, subject in judge.subjects.items()}
+            so_far.write_text(json.dumps(rows))
     result = {**alike(arguments), "eval_len": arguments.eval_len, "windows_sha256": windows, **told, "points": rows}
     file = file_of(Path(arguments.results), entry)
     file.parent.mkdir(parents=True, exist_ok=True)

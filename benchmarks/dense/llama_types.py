@@ -1,4 +1,4 @@
-"""llama.cpp's types, by its own quantizer (ggml, from llama-cpp-python), with an importance matrix of the job's windows.
+"""llama.cpp's types, by its own quantizer (ggml of llama-cpp-python), with an importance matrix of the job's windows.
 
     llama.cpp:type=Q3_K
 

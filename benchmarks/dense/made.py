@@ -75,9 +75,7 @@ def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return found
 
 
-def one_by_one(
-    job: Job, quantized: Callable[[str, Tensor], tuple[Tensor, int]]
-) -> tuple[dict[str, Tensor], int]:
+def one_by_one(job: Job, quantized: Callable[[str, Tensor], tuple[Tensor, int]]) -> tuple[dict[str, Tensor], int]:
     """The weights of a tool that takes one matrix at a time, and their bytes.
 
     quantized: name and weight fp32 [N, K] -> what stands for it, fp32 [N, K], and its bytes.

@@ -1,15 +1,18 @@
 """Dense weights in one model, measured on the same windows of several texts.
 
 The model, the arithmetic (fp32) and the windows are the same for every entry, so what differs is the weights. Of the
-original only the last hidden states are kept, as its output head makes the same logits of them again.
+original only the last hidden states are kept, in a file for the next entries too: its output head makes the same logits
+of them again.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitstrata.calibration import documents_of, evaluation_windows, read_mix
@@ -31,7 +34,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Subject:
-    """windows: token ids of each window, of which all but the first `given` are predicted. hidden: of the original."""
+    """windows: token ids of each window, of which all but the first `given` are predicted.
+
+    hidden: the original's last hidden states [s - 1, hidden] of each window. digest: of the token ids.
+    """
 
     windows: list[Tensor]
     given: int
@@ -40,10 +46,13 @@ class Subject:
 
 
 class Judge:
-    """The original model, into which weights are put, and what it says of each text."""
+    """The original model, into which weights are put, and what it says of each text.
 
-    def __init__(self, job: Job, texts: list[Text], seq_len: int) -> None:
-        self.model = job.loaded()
+    kept: a folder for the original's hidden states.
+    """
+
+    def __init__(self, job: Job, texts: list[Text], seq_len: int, kept: Path) -> None:
+        self.model, self._files = job.loaded(), kept
         self.names = {f"{name}.weight" for name in linears_of(self.model)}
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._kept: dict[str, Tensor] = {}
@@ -58,8 +67,9 @@ class Judge:
             documents = documents_of(read_mix(text.source, part="heldout"), tokenizer)
             cut = list(evaluation_windows(tokenizer, documents, seq_len, text.tokens))
             windows = [torch.tensor(window) for window in cut]
-            digest = hashlib.sha256(torch.cat(windows).numpy().tobytes()).hexdigest()
-            self.subjects[text.name] = Subject(windows, given, [self._hidden(ids) for ids in windows], digest)
+            lengths = ",".join(str(len(ids)) for ids in windows)
+            digest = hashlib.sha256(lengths.encode() + torch.cat(windows).numpy().tobytes()).hexdigest()
+            self.subjects[text.name] = Subject(windows, given, self._original(windows, digest), digest)
 
     def measure(self, made: Made, *, with_head: bool) -> dict[str, dict[str, object]]:
         """By text: nll, its reference, kld, top1_agreement and how kld is spread (bitstrata.metrics.Spread).
@@ -83,6 +93,20 @@ class Judge:
                 if parameter.shape != value.shape:
                     raise CheckError(f"{name} is {tuple(value.shape)}, the model's is {tuple(parameter.shape)}")
                 parameter.copy_(value)
+
+    def _original(self, windows: list[Tensor], digest: str) -> list[Tensor]:
+        """The original's hidden states of these windows, from a file if it was this model and this torch's."""
+        seen = hashlib.sha256(f"{digest} {torch.__version__} {torch.backends.cpu.get_cpu_capability()}".encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            seen.update(name.encode() + value.numpy().tobytes())
+        file = self._files / f"original-{seen.hexdigest()[:16]}.safetensors"
+        if not file.exists():
+            states = {str(number): self._hidden(ids).contiguous() for number, ids in enumerate(windows)}
+            self._files.mkdir(parents=True, exist_ok=True)
+            save_file(states, file.with_suffix(".part"))
+            file.with_suffix(".part").rename(file)
+        found = load_file(file)
+        return [found[str(number)] for number in range(len(windows))]
 
     def _hidden(self, ids: Tensor) -> Tensor:
         """The last hidden states [s - 1, hidden] from which tokens 1.. of `ids` are predicted."""

@@ -36,12 +36,11 @@ def read(folder: Path) -> list[Result]:
 
 
 def label(result: Result) -> str:
-    """The entry without its bits and the place of its file."""
+    """The entry without its bits; of a checkpoint the name that it was given."""
     name, *parts = result["entry"].split(":")
     options = dict(part.partition("=")[::2] for part in parts)
-    name = options.pop("name", name).partition(" ")[0] if name == "checkpoint" else name
-    for key in ("bits", "folder", "seconds"):
-        options.pop(key, None)
+    options.pop("bits", None)
+    name = options.pop("name", name)
     return " ".join((name, *(f"{key} {value}" for key, value in options.items())))
 
 
