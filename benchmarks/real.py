@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,7 @@ from bitstrata.quantization.preflight import heldout_windows
 
 MODULES = {"auto-round": "autoround", "hqq": "hqq_grid", "llama.cpp": "llama_types", "original": "original"}
 MODULES |= dict.fromkeys((*METHODS, CHECKPOINT), "ours")
+TIMES = ("seconds", "cpu_seconds")
 ENTRIES = (
     *("original", "rtn:bits=2", "rtn:bits=3", "rtn:bits=4"),
     *(f"hqq:bits={bits}:group_size={group}" for group in (64, 128) for bits in (2, 3, 4)),
@@ -105,20 +107,29 @@ def job_of(arguments: argparse.Namespace, work: Path) -> Job:
     return Job(model, arguments.calibration, cut, arguments.seed, work)
 
 
+def times() -> dict[str, float]:
+    """TIMES so far: of the clock, and of processors in this process and those that it waited for."""
+    parts = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    processors = sum(part.ru_utime + part.ru_stime for part in parts)
+    return dict(zip(TIMES, (time.monotonic(), processors), strict=True))
+
+
 def make(arguments: argparse.Namespace, entry: str, work: Path) -> None:
     """Make the dense weights of an entry in the folder `work`."""
     module, options = maker_of(entry)
-    if options["maker"] not in METHODS and options["maker"] != CHECKPOINT:
+    is_made_here = options["maker"] != CHECKPOINT
+    told_times = {name: float(options.pop(name)) for name in TIMES if name in options and not is_made_here}
+    if options["maker"] not in METHODS and is_made_here:
         options.pop("maker")
-    job, seconds = job_of(arguments, work), options.pop("seconds", None)
-    started = time.monotonic()
+    job = job_of(arguments, work)
+    started = times()
     points = save(work, module.make(job, options))
     nothing_left(options)
-    is_made_here = not entry.startswith(CHECKPOINT)
+    spent = {name: now - before for (name, now), before in zip(times().items(), started.values(), strict=True)}
     told = {
-        "entry": ":".join(part for part in entry.split(":") if not part.startswith(("folder=", "seconds="))),
+        "entry": ":".join(part for part in entry.split(":") if part.partition("=")[0] not in ("folder", *TIMES)),
         "seed": arguments.seed,
-        "seconds": time.monotonic() - started if is_made_here else None if seconds is None else float(seconds),
+        **(spent if is_made_here else dict.fromkeys(TIMES) | told_times),
         "peak_memory_bytes": peak_memory() if is_made_here else None,
         "versions": module.versions(),
         "machine": describe(torch.get_num_threads()),

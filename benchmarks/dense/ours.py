@@ -4,7 +4,7 @@
     nested:preset=best:head_bits=6  with a preset, the head as planes, other bits
     gptq:bits=2                     methods of one precision: a file each
     nested:growth=3                 any other name is an option of the method
-    checkpoint:folder=OUT           what a checkpoint holds; seconds=859 tells what making it took
+    checkpoint:name=nested:folder=OUT   a checkpoint that is there; seconds=, cpu_seconds= tell what its log says
 
 The weights are what FORMAT.md says that the planes mean (`bitstrata.planes.decode`). Bytes are those of a prefix:
 planes, scales and offsets.

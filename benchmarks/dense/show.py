@@ -57,7 +57,7 @@ def markdown(results: list[Result]) -> list[str]:
     texts = list(results[0]["texts"])
     first = texts[0]
     head = ["", "bits", "read", "with head", f"kld {first}", "99%", "99.9%", "top-1", "nll"]
-    head += [f"kld {name}" for name in texts[1:]] + ["time", "peak"]
+    head += [f"kld {name}" for name in texts[1:]] + ["processor time", "peak"]
     rows = [(point, result) for result in results for point in result["points"]]
     rows.sort(key=lambda row: (row[0]["bits"], row[0]["texts"][first]["kld"]))
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -69,7 +69,7 @@ def markdown(results: list[Result]) -> list[str]:
         cells += [f"{found['kld_p99']:.3g}", f"{found['kld_p999']:.3g}", f"{100 * found['top1_agreement']:.1f} %"]
         cells += [f"{found['nll'] - found['reference_nll']:+.3f}"]
         cells += [_divergence(point["texts"][name]["kld"]) for name in texts[1:]]
-        cells += [_time(result["seconds"]), _memory(result["peak_memory_bytes"])]
+        cells += [_time(result["cpu_seconds"]), _memory(result["peak_memory_bytes"])]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
