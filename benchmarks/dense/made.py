@@ -21,6 +21,7 @@ from bitstrata.errors import CheckError, UsageError
 from bitstrata.models import discover
 
 Options = dict[str, str]
+ORIGINAL_BYTES = 2  # a weight of what is not quantized: bf16
 
 
 @dataclass(frozen=True)

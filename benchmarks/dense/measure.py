@@ -20,7 +20,7 @@ from bitstrata.errors import CheckError
 from bitstrata.metrics import Tally
 from bitstrata.models import load_tokenizer, text_prefix
 
-from .made import Job, Made, linears_of
+from .made import ORIGINAL_BYTES, Job, Made, linears_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Judge:
         self._kept: dict[str, Tensor] = {}
         head = self.model.get_output_embeddings().weight
         self._head = head.detach().clone()
-        self.head_bytes = head.numel() * job.loaded(torch.bfloat16).get_output_embeddings().weight.element_size()
+        self.head_bytes = ORIGINAL_BYTES * head.numel()
         self.weights = sum(self._parameters[name].numel() for name in self.names)
         tokenizer = load_tokenizer(job.model)
         given = max(1, len(text_prefix(tokenizer)))

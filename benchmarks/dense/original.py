@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from .made import Job, Made, Options, one_by_one
+from .made import ORIGINAL_BYTES, Job, Made, Options, one_by_one
 
 
 def missing() -> str | None:
@@ -19,10 +18,8 @@ def versions() -> dict[str, str]:
 
 
 def make(job: Job, options: Options) -> Iterator[Made]:
-    width = job.loaded(torch.bfloat16).dtype.itemsize
-
     def quantized(name: str, weight: Tensor) -> tuple[Tensor, int]:
-        return weight.clone(), width * weight.numel()
+        return weight.clone(), ORIGINAL_BYTES * weight.numel()
 
     weights, size = one_by_one(job, quantized)
-    yield Made(8 * width, weights, size)
+    yield Made(8 * ORIGINAL_BYTES, weights, size)

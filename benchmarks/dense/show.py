@@ -93,22 +93,22 @@ def draw(results: list[Result], path: str) -> None:
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "bitstrata", "font.size": 10}
     figure, axes = plt.subplots(figsize=(7.5, 4.8))
     first = next(iter(results[0]["texts"]))
-    lines: dict[str, list[tuple[float, float]]] = {}
-    nested = {}
+    lines: dict[tuple[str, bool], list[tuple[float, float]]] = {}
     for result in results:
+        one_file = len({point["bits"] for point in result["points"]}) > 1
         for point in result["points"]:
             if point["head_bits"] is None and point["texts"][first]["kld"] > 0:
-                lines.setdefault(label(result), []).append((point["bytes"] / 1e6, point["texts"][first]["kld"]))
-        nested[label(result)] = len({point["bits"] for point in result["points"]}) > 1
-    for mark, (name, points) in zip(MARKS * 3, lines.items(), strict=False):
+                name = label(result).partition(" type ")[0]  # a line for all types
+                lines.setdefault((name, one_file), []).append((point["bytes"] / 1e6, point["texts"][first]["kld"]))
+    for mark, ((name, one_file), points) in zip(MARKS * 3, sorted(lines.items()), strict=False):
         points.sort()
         axes.plot(
             *zip(*points, strict=True),
             marker=mark,
-            linestyle="-" if nested[name] else "--",
-            markerfacecolor=None if nested[name] else "white",
-            linewidth=2 if nested[name] else 1.2,
-            label=f"{name}, {'one file' if nested[name] else 'a file each'}",
+            linestyle="-" if one_file else "--",
+            markerfacecolor=None if one_file else "white",
+            linewidth=2 if one_file else 1.2,
+            label=f"{name}, {'one file' if one_file else 'a file each'}",
         )
     axes.set(xlabel="MB of weights read for a token, without the head", yscale="log")
     axes.set_ylabel("KL divergence to the original (nats a token)")

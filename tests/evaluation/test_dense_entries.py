@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,13 +22,14 @@ SEQ_LEN = 24
 
 
 @pytest.fixture(scope="module")
-def real() -> ModuleType:
+def real() -> Iterator[ModuleType]:
     sys.path.insert(0, SCRIPTS)
     try:
         import real
+
+        yield real
     finally:
         sys.path.remove(SCRIPTS)
-    return real
 
 
 @pytest.fixture
@@ -125,3 +127,21 @@ def test_unknown_makers_and_options_are_refused(
 ) -> None:
     with pytest.raises((UsageError, PreflightError), match=r"nothing|no_such|bits"):
         real.make(arguments, entry, tmp_path)
+
+
+def test_importance_is_the_mean_square_of_inputs(
+    real: ModuleType, arguments: argparse.Namespace, tmp_path: Path
+) -> None:
+    from dense.llama_types import importance_of
+
+    job = real.job_of(arguments, tmp_path)
+    found, model = importance_of(job), job.loaded()
+    with torch.no_grad():
+        states = model(job.windows, output_hidden_states=True).hidden_states  # all windows at once, no hooks
+        inputs = [model.model.layers[index].input_layernorm(states[index]).double() for index in range(2)]
+    for index, value in enumerate(inputs):
+        expected = value.square().mean((0, 1))
+        for name in ("q_proj", "k_proj", "v_proj"):
+            mine = torch.from_numpy(found[f"model.layers.{index}.self_attn.{name}"]).double()
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-7)
+    assert len(found) == 14
