@@ -18,7 +18,10 @@ import numpy as np
 
 from bitstrata.errors import ResourceError
 
-TYPES = {"F32": 0, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q6_K": 14, "TQ2_0": 35}
+TYPES = {
+    "F32": 0, "Q4_0": 2, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
+    "IQ4_NL": 20, "TQ2_0": 35,
+}  # fmt: skip
 CPU_DEVICE = 0
 REPACKED = b"CPU_REPACK"  # buffers that put weights into the order of the fastest kernels
 
@@ -100,13 +103,20 @@ def context(tensors: int, graphs: int = 0, nodes: int = 8) -> int:
     return int(lib.ggml_init(_InitParams(size + 4096, None, True)))
 
 
-def quantize(weight: np.ndarray, kind: str) -> np.ndarray:
-    """float32 [N, K] -> the bytes of `kind`, uint8 [N, bytes a row]."""
+def quantize(weight: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
+    """float32 [N, K] -> the bytes of `kind`, uint8 [N, bytes a row].
+
+    importance: float32 [K], how much the error of a column counts; None: what the type takes by itself.
+    """
     lib = library()
     rows, columns = weight.shape
     weight = np.ascontiguousarray(weight, np.float32)
     out = np.empty((rows, lib.ggml_row_size(TYPES[kind], columns)), np.uint8)
-    written = lib.ggml_quantize_chunk(TYPES[kind], weight.ctypes.data, out.ctypes.data, 0, rows, columns, None)
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+        assert importance.shape == (columns,), f"importance of {importance.shape} for {columns} columns"
+    pointer = None if importance is None else importance.ctypes.data
+    written = lib.ggml_quantize_chunk(TYPES[kind], weight.ctypes.data, out.ctypes.data, 0, rows, columns, pointer)
     assert written == out.nbytes, f"{kind}: {written} bytes written, {out.nbytes} expected"
     return out
 
