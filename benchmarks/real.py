@@ -12,7 +12,8 @@ dense weights; these are put into the original model, and all are measured alike
 
 Making is a process of its own, so its peak memory and time are its own; the measured result is one JSON in the folder.
 Later runs leave entries out that are there, so a table can be completed over days; one made with another model, other
-windows or other texts is refused. `--keep` leaves the dense weights in the folder `--work`.
+windows or other texts is refused. Of several seeds (`--seed`, a run each) the table has the medians. `--keep` leaves
+the dense weights in the folder `--work`.
 """
 
 from __future__ import annotations
@@ -70,10 +71,11 @@ def maker_of(entry: str) -> tuple[ModuleType, dict[str, str]]:
     return import_module(f"dense.{MODULES[name]}"), {"maker": name, **options}
 
 
-def file_of(folder: Path, entry: str) -> Path:
+def file_of(folder: Path, entry: str, seed: int) -> Path:
     """Where the result of an entry goes. A checkpoint's is named by `name=`, not by its place on this machine."""
     named = dict(part.partition("=")[::2] for part in entry.split(":")[1:]).get("name")
-    return folder / f"{(named or entry).replace(':', '-').replace('=', '-').replace('/', '-')}.json"
+    stem = (named or entry).replace(":", "-").replace("=", "-").replace("/", "-").replace(" ", "-")
+    return folder / f"{stem}{f'-seed-{seed}' if seed else ''}.json"
 
 
 def alike(arguments: argparse.Namespace) -> dict[str, object]:
@@ -158,7 +160,7 @@ def measure(arguments: argparse.Namespace, entry: str, work: Path) -> None:
             print(f"{entry}, {made.bits} bits, {row['bytes'] / 1e6:.2f} MB: kld {losses}", flush=True)
             so_far.write_text(json.dumps(rows))
     result = {**alike(arguments), "eval_len": arguments.eval_len, "windows_sha256": windows, **told, "points": rows}
-    file = file_of(Path(arguments.results), entry)
+    file = file_of(Path(arguments.results), entry, arguments.seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -168,7 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
     wanted, failed = arguments.only or list(ENTRIES), []
     for entry in wanted:
         module, _ = maker_of(entry)
-        reason, file = module.missing(), file_of(Path(arguments.results), entry)
+        reason, file = module.missing(), file_of(Path(arguments.results), entry, arguments.seed)
         if reason is not None:
             print(f"{entry} is left out: {reason}")
             continue
@@ -231,7 +233,7 @@ def main() -> int:
         if arguments.step is None:
             return run(arguments)
         (entry,) = arguments.only
-        work = Path(arguments.work) / file_of(Path(arguments.results), entry).stem
+        work = Path(arguments.work) / file_of(Path(arguments.results), entry, arguments.seed).stem
         (make if arguments.step == "make" else measure)(arguments, entry, work)
     except BitstrataError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -125,4 +125,5 @@ class Judge:
                 tally.add(self._hidden(ids)[first:] @ now.T, targets, expected)
         found, original = tally.result(), base.result()
         told = asdict(found)
-        return {**told, **told.pop("spread"), "reference_nll": original.nll}
+        spread = told.pop("spread")
+        return {**told, **spread, "reference_nll": original.nll}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bitstrata.errors import UsageError
 
 Result = dict[str, Any]
 SAME = ("model", "model_sha256", "calibration", "num_samples", "seq_len", "texts")
+PEAK = "peak_memory_bytes"
 MARKS = "osD^vP*X<>"
 
 
@@ -35,6 +37,34 @@ def read(folder: Path) -> list[Result]:
     return results
 
 
+def over_seeds(results: list[Result]) -> list[Result]:
+    """Those of one entry with several seeds as one: medians, and the highest peak. Raises UsageError for other bits."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result["entry"], []).append(result)
+    return [_median(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def _median(group: list[Result]) -> Result:
+    first = group[0]
+    places = [[(point["bits"], point["head_bits"], point["bytes"]) for point in result["points"]] for result in group]
+    if any(place != places[0] for place in places):
+        raise UsageError(f"the results of {first['entry']} have not the same bits and bytes at all seeds")
+    points = []
+    for index, point in enumerate(first["points"]):
+        texts = {
+            name: {
+                key: None if value is None else median(result["points"][index]["texts"][name][key] for result in group)
+                for key, value in found.items()
+            }
+            for name, found in point["texts"].items()
+        }
+        points.append({**point, "texts": texts})
+    known = {key: [result[key] for result in group if result[key] is not None] for key in ("cpu_seconds", PEAK)}
+    times = median(known["cpu_seconds"]) if known["cpu_seconds"] else None
+    return {**first, "points": points, "cpu_seconds": times, PEAK: max(known[PEAK], default=None)}
+
+
 def label(result: Result) -> str:
     """The entry without its bits; of a checkpoint the name that it was given."""
     name, *parts = result["entry"].split(":")
@@ -45,7 +75,7 @@ def label(result: Result) -> str:
 
 
 def show(folder: Path, table: bool, picture: str | None) -> None:
-    results = read(folder)
+    results = over_seeds(read(folder))
     if table:
         print("\n".join(markdown(results)))
     if picture:
@@ -69,7 +99,7 @@ def markdown(results: list[Result]) -> list[str]:
         cells += [f"{found['kld_p99']:.3g}", f"{found['kld_p999']:.3g}", f"{100 * found['top1_agreement']:.1f} %"]
         cells += [f"{found['nll'] - found['reference_nll']:+.3f}"]
         cells += [_divergence(point["texts"][name]["kld"]) for name in texts[1:]]
-        cells += [_time(result["cpu_seconds"]), _memory(result["peak_memory_bytes"])]
+        cells += [_time(result["cpu_seconds"]), _memory(result[PEAK])]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -50,7 +51,7 @@ def measured(real: ModuleType, arguments: argparse.Namespace, entry: str, work: 
     work.mkdir()
     real.make(arguments, entry, work)
     real.measure(arguments, entry, work)
-    result: dict[str, Any] = json.loads(real.file_of(Path(arguments.results), entry).read_text())
+    result: dict[str, Any] = json.loads(real.file_of(Path(arguments.results), entry, arguments.seed).read_text())
     return result
 
 
@@ -119,6 +120,22 @@ def test_a_table_has_a_row_for_each_point(real: ModuleType, arguments: argparse.
         [" rtn group_size 32 ", " 3 "],
         [" original ", " 16 "],
     ]
+
+
+def test_seeds_become_their_medians(real: ModuleType, arguments: argparse.Namespace, tmp_path: Path) -> None:
+    found = measured(real, arguments, "original", tmp_path / "work")
+    seeds = [copy.deepcopy(found) for _ in range(3)]
+    for result, kld, seconds, peak in zip(seeds, (0.3, 0.1, 0.7), (5.0, None, 9.0), (3, 8, None), strict=True):
+        result["points"][0]["texts"]["words"]["kld"] = kld
+        result |= {"cpu_seconds": seconds, "peak_memory_bytes": peak}
+    other = {**copy.deepcopy(found), "entry": "other"}
+    one, same = real.show.over_seeds([*seeds, other])
+    assert one["points"][0]["texts"]["words"]["kld"] == 0.3
+    assert (one["cpu_seconds"], one["peak_memory_bytes"]) == (7.0, 8)
+    assert same == other
+    seeds[1]["points"][0]["bytes"] += 1
+    with pytest.raises(UsageError, match="same bits and bytes"):
+        real.show.over_seeds(seeds)
 
 
 @pytest.mark.parametrize("entry", ["nothing:bits=2", "original:bits=2", "rtn:no_such=1"])

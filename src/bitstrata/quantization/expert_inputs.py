@@ -37,7 +37,7 @@ from ..scratch import ByteFile, ahead, bytes_of
 from ..solvers import Moments
 from .team import Team, lanes_of
 
-ROWS = 4096  # of inputs multiplied at a time
+ROWS = 1024  # of inputs multiplied at a time
 Rows = tuple[Tensor, Tensor, Tensor | None]  # of the original, of a chain, and scores
 PASSED_ON = 2  # rows of the layer's inputs, for each input of down_proj, that pass through an expert
 
@@ -138,7 +138,7 @@ class Calls:
 def expert_bytes(tokens: int, chosen: int, hidden: int, inner: int, bits: int) -> int:
     """The most that this takes in memory, at so many precisions, beside moments of one precision."""
     routing = 8 * tokens * chosen * (bits + 2)  # one of them while it is put together
-    rows = 4 * ROWS * (4 * hidden + 5 * inner)  # those of two chains; the next ones are read meanwhile
+    rows = 4 * ROWS * (7 * hidden + 6 * inner)  # those of two chains; the next ones are read meanwhile
     return routing + rows + 8 * hidden**2 * (bits + 1)
 
 
