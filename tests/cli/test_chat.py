@@ -36,7 +36,20 @@ def type_in(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_bits_change_in_the_middle(quantized, cli: Command, type_in):
-    type_in("the cat", "/bits 2", "sat", "/bits", "/bits 7", "/bits two", "", "/reset", "/help", "/quit", "never read")
+    type_in(
+        "the cat",
+        "/bits 2",
+        "sat",
+        "/bits",
+        "/bits 7",
+        "/bits two",
+        "",
+        "/reset",
+        "/help",
+        "/bit 3",
+        "/quit",
+        "never read",
+    )
     outcome = cli("chat", f"{quantized}:3", "--max-new-tokens", "5", "--temperature", "0")
     assert outcome.code == 0, outcome.err
     said = outcome.err.splitlines()
@@ -48,7 +61,8 @@ def test_bits_change_in_the_middle(quantized, cli: Command, type_in):
     assert any(line.startswith("bits=7 is not available") and "2, 3, 4" in line for line in said)
     assert "/bits takes a number, not 'two'" in said
     assert "forgotten" in said
-    assert any(line.startswith("/bits N") for line in said)
+    assert sum(line.startswith("/bits N") for line in said) == 2
+    assert sum(line.startswith("'/bit 3' is not a command") for line in said) == 1, "what begins with / is not said"
     assert outcome.out.strip()
 
 

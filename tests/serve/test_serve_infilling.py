@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 from http_calls import COMPLETIONS, served
+from marked_tokenizers import renamed
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -91,16 +91,7 @@ def marks(tokenizer):
 @pytest.fixture(scope="module")
 def filling(engine, tokenizer, marks):
     """A server whose tokenizer calls three tokens of the model's by the names of StarCoder's marks."""
-    text = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, name_of = text["model"], {number: f"<fim_{name}>" for name, number in marks.items()}
-    taken = {word for word, number in model["vocab"].items() if number in name_of}
-    model["vocab"] = {name_of.get(number, word): number for word, number in model["vocab"].items()}
-    model["merges"] = [pair for pair in model["merges"] if not taken & {*pair, "".join(pair)}]
-    own = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(text)),
-        eos_token=tokenizer.eos_token,
-        bos_token=tokenizer.bos_token,
-    )
+    own = renamed(tokenizer, {number: f"<fim_{name}>" for name, number in marks.items()}, special=False)
     with served(create_app(engine, own, Settings("small")), engine) as running:
         yield running, own
 

@@ -16,6 +16,7 @@ from schemathesis.specs.openapi.checks import (
 EXAMPLES = 200
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 READ = ["/v1/models", "/v1/models/{model}", "/health", "/metrics"]
+TOKENS = ["/tokenize", "/detokenize", "/v1/messages/count_tokens"]
 WORK = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"]
 
 
@@ -46,7 +47,7 @@ def test_reading_is_never_a_server_error(described, path):
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("path", WORK)
+@pytest.mark.parametrize("path", WORK + TOKENS)
 def test_right_requests_are_answered_or_refused_as_described(described, path):
     def change(body):
         body["max_tokens"] = body["max_output_tokens"] = 2  # how long replies are is not what this is about
@@ -59,7 +60,7 @@ def test_right_requests_are_answered_or_refused_as_described(described, path):
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("path", WORK)
+@pytest.mark.parametrize("path", WORK + TOKENS)
 def test_wrong_requests_are_refused_as_described(described, path):
     def change(body):
         body.setdefault("max_tokens", 2)

@@ -143,8 +143,10 @@ def _obey(talk: Conversation, text: str) -> bool:
         case "/resize", size if size:
             done = resize(talk.model, size)
             remark(f"{bytes_text(done.before)} -> {bytes_text(done.after)} in {1000 * done.seconds:.0f} ms")
-        case _:
+        case "/help", "":
             remark(COMMANDS)
+        case _:
+            remark(f"{text[:60]!r} is not a command, and was not said to the model\n{COMMANDS}")
     return True
 
 
