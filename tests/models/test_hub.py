@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -264,6 +265,22 @@ def test_a_reference_has_revisions_of_its_own(hub: Hub, tmp_path: Path) -> None:
     bitstrata.evaluate("org/quantized", tmp_path / "text.txt", "2", "org/model", seq_len=16, **access)
     assert {call[1:3] for call in hub.access if call[0] == "org/model"} == {(None, "hf_secret"), (COMMIT, "hf_secret")}
     assert ("org/quantized", "two", "hf_secret", None) in hub.access
+
+
+def test_an_adapter_has_revisions_of_its_own(hub: Hub, tmp_path: Path) -> None:
+    out = rtn(tiny_llama(tmp_path / "source"), tmp_path / "quantized")
+    hub.publish("org/quantized", out)
+    made = bitstrata.load(out)
+    made.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    made.save_pretrained(tmp_path / "adapter")
+    hub.publish("org/adapter", tmp_path / "adapter")
+    access = {"revision": "two", "token": "hf_secret", "cache_dir": "kept"}
+    found = bitstrata.load("org/quantized", adapter="org/adapter", **access)
+    assert {call[1:] for call in hub.access if call[0] == "org/adapter"} == {(None, "hf_secret", "kept")}
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, bitstrata.load(out, adapter=tmp_path / "adapter")(ids).logits)
+        assert not torch.equal(found(ids).logits, bitstrata.load(out)(ids).logits)
 
 
 def test_a_token_is_not_shown() -> None:

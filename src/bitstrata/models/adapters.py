@@ -18,6 +18,7 @@ from ..errors import InputError, UsageError, first_line
 from ..nn import PlaneLinear
 from ..options import FromHub
 from .compat import adapt_layers
+from .hub import resolve
 
 CONFIG = "adapter_config.json"
 UNMERGED = "an adapter cannot be merged into planes"
@@ -75,9 +76,8 @@ def add_stored(model: PreTrainedModel, adapter: str | Path, hub: FromHub) -> Non
     place = os.path.expanduser(adapter)
     if os.path.isdir(place) and not os.path.isfile(os.path.join(place, CONFIG)):
         raise InputError(f"{adapter} holds no adapter: {CONFIG} is not there", hint="give what save_pretrained wrote")
-    settings: dict[str, Any] = {"token": hub.token, "cache_dir": hub.cache_dir, "revision": hub.revision}
     try:
-        found = model.load_adapter(str(place), **settings)
+        found = model.load_adapter(str(resolve(place, hub=hub, kind="adapter", weights=False)))
     except UsageError:
         raise
     except Exception as error:  # whatever PEFT, transformers and the hub raise for what is missing or does not fit

@@ -22,8 +22,11 @@ from ..planes.weights import MAX_BITS
 from .source_files import indexed_files
 
 DEFAULT = FromHub()
-# the last ones: small layers behind an embedding model, by sentence-transformers
-DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "[0-9]_*/model.safetensors")
+DESCRIPTIONS = (
+    "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*",
+    "[0-9]_*/model.safetensors",  # small layers behind an embedding model, by sentence-transformers
+    "adapter_model.*",
+)  # fmt: skip
 
 
 def resolve(

@@ -48,8 +48,7 @@ def merged(adapter: str | Path, hub: FromHub) -> tuple[PreTrainedModel, Path]:
         home = resolve(adapter, hub=hub) if has_own else resolve(str(named), hub=hub.other)
         with _without(home) as base:
             model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
-            access: dict[str, Any] = {"token": hub.token, "cache_dir": hub.cache_dir, "revision": hub.revision}
-            tuned = peft.PeftModel.from_pretrained(model, str(adapter), **access)
+            tuned = peft.PeftModel.from_pretrained(model, str(folder))
             model = tuned.merge_and_unload(safe_merge=True)
     except BitstrataError:
         raise
