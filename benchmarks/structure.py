@@ -7,10 +7,10 @@ the first of a tool's name,
     margin = logit(the right token) - the largest logit of any other
 
     python benchmarks/structure.py OUT --reference MODEL [--policies structure structure:mend=1] [--kinds tool,json]
-        [--chats 16] [--threads N] [--json FILE]
+        [--replies at-once,behind-words] [--chats 16] [--threads N] [--json FILE]
 
 The chats are the built-in held-out ones, each behind another one of its kind, which shows what is wanted. Models whose
-template knows no tools are told of them in words. at once: a reply is the structure alone. behind words: two sentences
+template knows no tools are told of them in words. at-once: a reply is the structure alone. behind-words: two sentences
 and a line's end come first, in the example too. held: a grammar holds the reply (a call of the tools, or a JSON
 schema), so that tokens to which it leaves no choice are at low bits. Of the decisions that the original gets right: the
 median of their margins, as a part of the original's too, and the share that is no longer right (flipped). kld: of all
@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--reference", required=True)
     parser.add_argument("--policies", nargs="*", default=["structure", "structure:mend=1"])
     parser.add_argument("--kinds", default="tool,json")
+    parser.add_argument("--replies", default="at-once,behind-words")
     parser.add_argument("--chats", type=int, default=16, help="of each kind")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None)
@@ -259,7 +260,8 @@ def main() -> None:
     named |= {text: (high, policy, False) for text, policy in policies.items()}
     with torch.no_grad(), session_of(model) as own:
         ways = Ways(own, tokenizer)
-        for where, words in (("at once", False), ("behind words", True)):
+        for where in args.replies.split(","):
+            words = where == "behind-words"
             held = {} if words else {f"{text}, held": (high, policy, True) for text, policy in policies.items()}
             found = list(replies(tokenizer, chats, words=words))
             report["replies"][where] = rows = measure(original, ways, found, {**named, **held})
