@@ -132,7 +132,8 @@ def test_under_a_grammar_tokens_that_it_leaves_no_choice_are_made_at_low_bits(en
             is_forced = number > 0 and mask.is_forced(tokens)
             assert event.bits == (2 if is_forced else 4)
             if is_forced:
-                allowed = mask(tokens, torch.zeros(1, engine.limits.vocabulary)).isfinite()
+                logits = torch.zeros(1, engine.limits.vocabulary)
+                allowed = mask.fitting(tokens, engine.limits.vocabulary).apply(logits).isfinite()
                 assert allowed.sum() < 20
                 forced += 1
             tokens.append(event.id)
@@ -154,7 +155,8 @@ def test_a_forced_text_is_the_only_one(tokenizer):
         before, rest = tokenizer.decode(tokens[:count]), tokenizer.decode(tokens[count:])
         seen.append(mask.is_forced(tokens[:count]))
         if seen[-1]:
-            allowed = mask(tokens[:count], torch.zeros(1, len(tokenizer))).isfinite()[0].nonzero()[:, 0].tolist()
+            fitting = mask.fitting(tokens[:count], len(tokenizer))
+            allowed = fitting.apply(torch.zeros(1, len(tokenizer))).isfinite()[0].nonzero()[:, 0].tolist()
             assert all(rest.startswith(tokenizer.decode([token])) for token in allowed), before
     assert not seen[0]
     assert not seen[-1]

@@ -94,7 +94,7 @@ class Mask:
     def is_over(self, tokens: Sequence[int]) -> bool:
         """Whether `tokens` end a reply: it is a whole text, and nothing can follow, or an end-of-sequence token did.
 
-        Raises CheckError as a call does, and for tokens that the mask did not allow.
+        Raises CheckError as `fitting`, and for tokens that the mask did not allow.
         """
         new = list(tokens[self._begin :])
         same = len(self._followed)
