@@ -63,7 +63,7 @@ class QuantizeOptions(FromHub):
     group_size: Annotated[int, Argument("Input columns that share scales.")] = 128
     calibration: Annotated[
         str | Path | Sequence[Any] | None,
-        Argument("UTF-8 file, chats (.jsonl), stdlib, chat, or several: a.txt,chat:0.3. The final check takes it too."),
+        Argument("UTF-8 file, .jsonl, .csv, stdlib, chat, or several: a.txt,chat:0.3. The final check takes it too."),
     ] = None
     num_samples: Annotated[int, Argument("Windows to calibrate on.")] = 128
     seq_len: Annotated[int, Argument("Tokens a window.")] = 2048

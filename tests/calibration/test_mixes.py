@@ -168,6 +168,34 @@ def test_lines_of_texts_are_documents(tmp_path: Path) -> None:
     assert read_mix(path) == ["{}", "words"], "with our separator it is a text, whatever its name"
 
 
+def test_a_column_of_a_table_is_documents(tmp_path: Path) -> None:
+    path = tmp_path / "texts.csv"
+    long = "w" * 200_000
+    path.write_bytes(f'\ufeffid,text\r\n1,"one, ""1""\nnext"\r\n2,  \r\n3\r\n4,{long}\r\n'.encode())
+    assert read_mix(path) == ['one, "1"\nnext', long]
+    path.write_text("anything\none\ntwo\n")
+    assert read_mix(path) == ["one", "two"]
+    assert isinstance(read_mix(f"{path}:0.5,stdlib"), Mix)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("id,body\n1,one\n", "has no column 'text'; its columns are id, body"),
+        ("\n", "has no column 'text'; its columns are none"),
+        ("id,text\n1,\n", "has no text under its column 'text'"),
+        ('id,text\n1,"one\n', "is not CSV: unexpected end of data"),
+    ],
+    ids=["column", "empty", "texts", "quote"],
+)
+def test_a_table_without_texts_is_refused(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "texts.csv"
+    path.write_text(content)
+    with pytest.raises(TextError) as caught:
+        read_mix(path)
+    assert f"{path} {said}" in caught.value.message
+
+
 def test_a_chat_is_written_by_the_template_behind_what_begins_a_text(chats: Path) -> None:
     mix = read_mix(chats)
     assert documents_of(mix, chat_tokenizer(PLAIN))[1] == "=user=qq?</s>=assistant=b!</s>"

@@ -4,6 +4,7 @@
     stdlib              a built-in text (data.py)
     chat                built-in chats, in the model's own template (made_chats.py)
     chats.jsonl         chats of one's own (chats.py), or {"text": ...} a line
+    texts.csv           a table whose column `text`, or only column, has a text a row (csv_texts.py)
     text.txt,chat:0.3   both: three windows of ten are of chats, the others of the text
 
 A list of texts, or of chats, is what a Python caller may give instead of a file's name.
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import arguments
 from ..errors import TextError, UsageError
 from .chats import Chat, chats_of, json_lines, written_chats
+from .csv_texts import column_of_texts
 from .data import SEPARATOR, Windows, cut_windows, file_text, read_text
 from .data import text_digest as documents_digest
 from .made_chats import made_chats
@@ -178,6 +180,8 @@ def _source(name: str, share: float, part: str | None) -> Source:
     if name == "chat":
         return Source(name, share, chats=tuple(made_chats(part)))
     path = Path(name)
+    if path.suffix == ".csv":
+        return Source(name, share, documents=tuple(column_of_texts(path, file_text(name))))
     if path.suffix != ".jsonl":
         return Source(name, share, documents=tuple(read_text(name, part)))
     content = file_text(name).removeprefix("\ufeff")
