@@ -90,6 +90,7 @@ def test_what_they_give_is_what_the_block_gives_to_the_last_bit(task: BlockTask)
     for bits, weights in solve(task).items():
         found = torch.cat(list(task.advance(bits, weights)))
         assert torch.equal(found, torch.cat(list(task.outputs(weights, task.chains[bits])))), f"{bits} bits"
+    task.close()
     assert task.scratch is not None
     assert list(task.scratch.iterdir()) == []
     assert not any("forward" in module.__dict__ for module in task.block.modules())
