@@ -26,6 +26,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
@@ -216,7 +217,8 @@ def main() -> int:
     parser.add_argument("--eval-len", type=int, default=512, help="tokens of a measured window")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", default="/tmp/bitstrata-dense", help="for dense weights, 0.4 GB a precision")
+    work = Path(tempfile.gettempdir()) / "bitstrata-dense"
+    parser.add_argument("--work", default=work, help="for dense weights, 0.4 GB a precision")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--table", action="store_true", help="print what is there")
     parser.add_argument("--picture", help="SVG or PNG file; needs matplotlib")

@@ -6,7 +6,9 @@ import json
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 WAIT = 120  # seconds before a test gives up; no test measures time
 NAME = "small"
@@ -18,6 +20,11 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 TOOL = {"type": "function", "function": {"name": "weather", "description": "the weather", "parameters": PARAMETERS}}
+
+
+class Weather(BaseModel):
+    city: Literal["Rome", "Oslo"]
+    days: Literal[1, 2, 3]
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
 
 import anthropic
 import pytest
-from client_helpers import NAME, PARAMETERS, USER, WAIT, is_weather
-from pydantic import BaseModel
+from client_helpers import NAME, PARAMETERS, USER, WAIT, Weather, is_weather
 
 pytestmark = pytest.mark.clients
 TOOL = {"name": "weather", "description": "the weather", "input_schema": PARAMETERS}
 GREEDY = {"model": f"{NAME}:3", "extra_body": {"temperature": 0}}
-
-
-class Weather(BaseModel):
-    city: Literal["Rome", "Oslo"]
-    days: Literal[1, 2, 3]
 
 
 @pytest.fixture(scope="module")

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Literal
 
 import openai
 import pytest
-from client_helpers import NAME, TOOL, USER, WAIT, is_weather
-from pydantic import BaseModel
+from client_helpers import NAME, TOOL, USER, WAIT, Weather, is_weather
 
 pytestmark = pytest.mark.clients
 GREEDY = {"model": f"{NAME}:3", "temperature": 0}
-
-
-class Weather(BaseModel):
-    city: Literal["Rome", "Oslo"]
-    days: Literal[1, 2, 3]
 
 
 @pytest.fixture(scope="module")

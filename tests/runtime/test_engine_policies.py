@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from switched import switching
 
 from bitstrata.nn import steady_rows
 from bitstrata.runtime import Engine, EntropyPolicy, LoadPolicy, Policy, PositionPolicy, Request, Token
@@ -24,18 +25,6 @@ class Scripted(Policy):
 
 def scripted_bits(bits, min_bits, made):
     return bits - min((0, 1, 1, 9, 2, 0, 1)[made % 7], bits - (min_bits or bits))
-
-
-def switching(model, prompt, bits):
-    """Greedy tokens of one request alone, the i-th computed at bits[i]; its cache holds what earlier bits made."""
-    tokens, fed, cache = [], torch.tensor([prompt]), None
-    for value in bits:
-        with torch.no_grad():
-            output = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1, bits=value)
-        cache = output.past_key_values
-        tokens.append(int(output.logits[0, -1].argmax()))
-        fed = torch.tensor([tokens[-1:]])
-    return tokens
 
 
 def events_of(handle):

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from arithmetic import exact_arithmetic
+from switched import switching
 
 import bitstrata
 from bitstrata import Constraint, Conversation, Engine, Request
@@ -25,18 +26,6 @@ SCHEMA = {
     "required": ["name", "kind"],
     "additionalProperties": False,
 }
-
-
-def switching(model, prompt, bits):
-    """Greedy tokens of one request alone, the i-th computed at bits[i]."""
-    tokens, fed, cache = [], torch.tensor([prompt]), None
-    for value in bits:
-        with torch.no_grad():
-            output = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1, bits=value)
-        cache = output.past_key_values
-        tokens.append(int(output.logits[0, -1].argmax()))
-        fed = torch.tensor([tokens[-1:]])
-    return tokens
 
 
 def expected_bits(tokenizer, prompt, tokens, high=4, low=2):

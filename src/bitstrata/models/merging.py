@@ -44,7 +44,10 @@ def merged(adapter: str | Path, hub: FromHub) -> tuple[PreTrainedModel, Path]:
             raise ModelError(f"{adapter} is a {type(config).__name__}, not a LoRA adapter", hint="merge it with PEFT")
         has_own, named = (folder / CONFIG_FILE).is_file(), config.base_model_name_or_path
         if not has_own and not named:
-            raise ModelError(f"{adapter} does not name its model: base_model_name_or_path is empty")
+            raise ModelError(
+                f"{adapter} does not name its model: base_model_name_or_path is empty",
+                hint=f"name its folder or hub id in {CONFIG}",
+            )
         home = resolve(adapter, hub=hub) if has_own else resolve(str(named), hub=hub.other)
         with _without(home) as base:
             model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
