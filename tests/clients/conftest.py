@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from client_helpers import NAME, WAIT, Running
+from served import serve
 
 TEMPLATE = (
     "{% for message in messages %}# {{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -34,22 +32,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     tokenizer = load_tokenizer(MODEL)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    command = [sys.executable, "-m", "bitstrata.cli.main", "serve", str(folder), "--port", "0"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    said: list[str] = []
-    ready = threading.Event()
-
-    def listen() -> None:
-        assert child.stderr is not None
-        for line in child.stderr:
-            said.append(line)
-            if "serving" in line:
-                ready.set()
-        ready.set()
-
-    threading.Thread(target=listen, daemon=True).start()
+    child, said = serve(folder, wait=WAIT)
     try:
-        assert ready.wait(WAIT), "it never said that it serves"
         found = re.search(r"at (http://127\.0\.0\.1:\d+)/v1", "".join(said))
         assert found is not None, said
         yield Running(found[1], folder)

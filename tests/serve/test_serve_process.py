@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from http_calls import CHAT, COMPLETIONS, JSON, WAIT, events, eventually, read_all, send
+from served import serve
 
 import bitstrata
 from bitstrata.checkpoint import CheckpointReader, Fingerprint
@@ -61,23 +61,8 @@ def start(checkpoint):
     children = []
 
     def begin(*arguments: str, **environment: str) -> Process:
-        command = [sys.executable, "-m", "bitstrata.cli.main", "serve", str(checkpoint), "--port", "0", *arguments]
-        child = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, **environment}
-        )
+        child, said = serve(checkpoint, *arguments, wait=WAIT, **environment)
         children.append(child)
-        said: list[str] = []
-        ready = threading.Event()
-
-        def listen() -> None:
-            for line in child.stderr:
-                said.append(line)
-                if "serving" in line:
-                    ready.set()
-            ready.set()
-
-        threading.Thread(target=listen, daemon=True).start()
-        assert ready.wait(WAIT), "it never said that it serves"
         found = re.search(
             r"serving small at http://127\.0\.0\.1:(\d+)/v1 with bits 2, 3, 4 \((\d) by default\)", said[-1]
         )
